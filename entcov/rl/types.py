@@ -1,0 +1,46 @@
+"""What flows through the trainer's loop: `Example -> Prompt -> Rollout`, plain data without behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """One dataset row, field for field verl's parquet row (`reward_model` flattened), plus an optional worked solution.
+
+    `solution` is a text that earns reward 1; generators provide it for the supervised warm start, data files may.
+    """
+
+    data_source: str
+    prompt: tuple[dict[str, str], ...]  # chat messages: {"role": ..., "content": ...}
+    ground_truth: str
+    ability: str = ""
+    style: str = "rule"
+    extra_info: dict[str, Any] = field(default_factory=dict)
+    solution: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example at its place in the stream of training prompts, tokenised."""
+
+    uid: int  # position in the stream; identifies the group of rollouts that share the prompt
+    example: Example
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class Rollout:
+    """One sampled response. `logprob[i]` is the sampler's log-probability of `tokens[i]` under the tempered policy."""
+
+    prompt: Prompt
+    sample: int  # index inside the prompt's group, 0 <= sample < group size
+    tokens: list[int]  # the response alone; ends in the end-of-sequence token when `finished`
+    logprob: list[float]
+    finished: bool  # False: cut off at the length limit
+    weight_version: int  # number of optimizer steps the sampling weights had seen
+    text: str = ""  # the response decoded, without the end-of-sequence token
+    reward: float = 0.0
+    advantage: float = 0.0
