@@ -1,0 +1,330 @@
+"""Checkpoints that a kill at any instant cannot break.
+
+A checkpoint directory holds
+
+    step_200/        model files, state.pt, manifest.json (name, size and sha256 of every file)
+    step_300/
+    latest           one line: step_300
+    .lock            held while a checkpoint is written or leftovers are cleared away
+
+`save_checkpoint` writes everything into `.tmp_step_N.<pid>`, fsyncs it, renames it to `step_N`, and only then moves
+the pointer. A `step_N` that already exists is first renamed to `.old_step_N.<pid>`; if the process dies between the two
+renames, the next reader puts it back. So `latest` always leads to a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entcov.rl.durable import fsync_path, is_disk_full, replace_file
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STATE = "state.pt"
+_STEP = re.compile(r"step_(\d+)")
+_LEFTOVER = re.compile(r"\.(tmp|old)_(step_\d+|latest)\.\d+")
+_PLAIN = (torch.Tensor, int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or what is stored is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A stored checkpoint whose files have been checked against its manifest."""
+
+    path: Path
+    step: int
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The dictionary that was given to `save_checkpoint`, tensors on the CPU. Read on first use."""
+        return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+
+    def file(self, name: str) -> Path:
+        """The file or directory that the writer `name` wrote.
+
+        Raises:
+            CheckpointError: the checkpoint has no such entry.
+        """
+        if not (self.path / name).exists():
+            raise CheckpointError(
+                f"{self.path} has no entry {name!r}; it holds {sorted(p.name for p in self.path.iterdir())}"
+            )
+        return self.path / name
+
+
+def save_checkpoint(
+    directory: str | Path, step: int, writers: dict[str, Callable[[Path], None]], state: dict[str, Any], keep: int
+) -> Path:
+    """Store a checkpoint, make it the latest, and remove the oldest ones.
+
+    Args:
+        directory: where the checkpoints of the run live; created if absent.
+        step: >= 0. A stored checkpoint of the same step is replaced.
+        writers: entry name -> function that writes a file, or a directory of files, at the path it is given.
+        state: what else is needed to continue: tensors, numbers, strings, bytes and containers of them.
+        keep: how many checkpoints to leave, counting this one and those of lower steps; >= 1. Higher steps (from before
+            going back to an earlier checkpoint) stay until the run reaches and replaces them.
+
+    Returns:
+        The path `directory/step_N`.
+
+    Raises:
+        ValueError: step, keep or an entry name is out of range.
+        TypeError: `state` holds an object that a safe load would refuse; the message names its place.
+        CheckpointError: writing failed (disk full, ...); earlier checkpoints and `latest` are as they were.
+    """
+    directory = Path(directory)
+    if step < 0:
+        raise ValueError(f"step must be >= 0, got {step}")
+    if keep < 1:
+        raise ValueError(f"keep must be >= 1, got {keep}")
+    for name in writers:
+        if name in (MANIFEST, STATE) or Path(name).name != name or name.startswith("."):
+            raise ValueError(
+                f"a writer's name must be a plain file name other than {MANIFEST} and {STATE}, got {name!r}"
+            )
+    _check_loadable(state, "state")
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory, wait=True):
+        _clear_leftovers(directory)
+        temporary = directory / f".tmp_step_{step}.{os.getpid()}"
+        try:
+            _write(temporary, step, writers, state)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        final, old = directory / f"step_{step}", directory / f".old_step_{step}.{os.getpid()}"
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+        fsync_path(directory)
+        try:
+            replace_file(directory / "latest", f"{final.name}\n".encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"step {step} is stored, and {directory / 'latest'} could not be moved to it"
+            ) from error
+        # From here on nothing depends on what is removed.
+        shutil.rmtree(old, ignore_errors=True)
+        for number in [n for n in list_steps(directory) if n <= step][:-keep]:
+            _remove(directory, number)
+    return final
+
+
+def load_latest(directory: str | Path) -> Checkpoint | None:
+    """The checkpoint that `latest` names, checked against its manifest; None when nothing was stored yet.
+
+    Leftovers of a killed process are cleared away, unless another process is writing here right now. A pointer that is
+    missing (killed before the very first one was written) means the highest step.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged. It is not replaced by an earlier one silently: the message names the
+            damaged file, the newest earlier step that is intact, and how to choose it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        return None
+    with _locked(directory, wait=False) as locked:
+        if locked:
+            _clear_leftovers(directory)
+    pointer = directory / "latest"
+    steps = list_steps(directory)
+    if not pointer.exists():
+        return _load(directory, steps[-1]) if steps else None
+    name = pointer.read_text(errors="replace").strip()
+    if not (match := _STEP.fullmatch(name)):
+        raise CheckpointError(f"{pointer} is damaged: it must name a checkpoint such as step_100, got {name[:80]!r}")
+    return _load(directory, int(match[1]))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at `path` (a `step_N` directory), checked against its manifest.
+
+    Raises:
+        CheckpointError: it is missing or damaged; the message names the file.
+    """
+    path = Path(path)
+    match = _STEP.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"a checkpoint's directory is named step_N, got {path}")
+    if problem := _verify(path, int(match[1])):
+        raise CheckpointError(problem)
+    return Checkpoint(path, int(match[1]))
+
+
+def list_steps(directory: str | Path) -> list[int]:
+    """Steps of the checkpoints stored in `directory`, ascending, unchecked."""
+    names = (_STEP.fullmatch(path.name) for path in Path(directory).iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in names if match)
+
+
+def _load(directory: Path, step: int) -> Checkpoint:
+    path = directory / f"step_{step}"
+    problem = _verify(path, step)
+    if problem is None:
+        return Checkpoint(path, step)
+    for earlier in reversed([n for n in list_steps(directory) if n < step]):
+        if _verify(directory / f"step_{earlier}", earlier) is None:
+            raise CheckpointError(
+                f"{problem}. Step {earlier} is intact: to go back to it, resume={directory / f'step_{earlier}'}"
+            )
+    raise CheckpointError(f"{problem}. No earlier step in {directory} is intact")
+
+
+def _write(temporary: Path, step: int, writers: dict[str, Callable[[Path], None]], state: dict[str, Any]) -> None:
+    temporary.mkdir()
+    entries: dict[str, Callable[[Path], None]] = {**writers, STATE: lambda path: torch.save(state, path)}
+    current = temporary
+    try:
+        for name, writer in entries.items():
+            current = temporary / name
+            writer(current)
+            if not current.exists():
+                raise CheckpointError(f"the writer of {name!r} returned and wrote nothing at {current}")
+        files = {}
+        for current in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            fsync_path(current)
+            files[str(current.relative_to(temporary))] = {"size": current.stat().st_size, "sha256": _sha256(current)}
+        current = temporary / MANIFEST
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+        replace_file(current, (json.dumps(manifest, indent=1) + "\n").encode())
+        for folder in sorted((path for path in temporary.rglob("*") if path.is_dir()), reverse=True):
+            fsync_path(folder)
+        fsync_path(temporary)
+        fsync_path(temporary.parent)
+    except Exception as error:
+        # torch and safetensors turn ENOSPC into errors of their own, so the file system is asked as well.
+        if is_disk_full(error) or "No space left" in str(error) or _no_space_left(temporary):
+            raise CheckpointError(
+                f"disk full: cannot write {current.name} of step {step} in {temporary.parent}; "
+                "what was written of it is removed, earlier checkpoints are intact"
+            ) from error
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"cannot write {current.name} of step {step} in {temporary.parent}: {error}"
+            ) from error
+        raise
+
+
+def _no_space_left(folder: Path) -> bool:
+    """Whether the file system refuses one more block."""
+    probe = folder / ".probe"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    probe.unlink()
+    return False
+
+
+def _verify(path: Path, step: int) -> str | None:
+    """What is wrong with the checkpoint at `path`, or None."""
+    manifest_path = path / MANIFEST
+    if not path.is_dir():
+        return f"checkpoint {path} is missing"
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        version, stored_step, files = manifest["format_version"], manifest["step"], manifest["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except OSError as error:
+        return f"checkpoint {path} is damaged: {manifest_path} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"checkpoint {path} is damaged: {manifest_path} is not a manifest"
+    if version != FORMAT_VERSION:
+        return f"checkpoint {path} has format version {version}, and this version of entcov reads {FORMAT_VERSION}"
+    if stored_step != step:
+        return f"checkpoint {path} is damaged: {manifest_path} says step {stored_step}"
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"checkpoint {path} is damaged: {file} is missing"
+        if file.stat().st_size != size:
+            return f"checkpoint {path} is damaged: {file} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != digest:
+            return f"checkpoint {path} is damaged: the content of {file} is not what was written (sha256 differs)"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _clear_leftovers(directory: Path) -> None:
+    """Undo what a killed process left half done. Only under the lock: nothing found is then work in progress."""
+    for path in list(directory.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        if match[1] == "old" and not (directory / match[2]).exists():
+            path.rename(directory / match[2])
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _remove(directory: Path, step: int) -> None:
+    """Delete a checkpoint; under another name first, so that a kill half way never leaves a damaged `step_N`."""
+    doomed = directory / f".tmp_step_{step}.{os.getpid()}"
+    (directory / f"step_{step}").rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _check_loadable(value: Any, place: str) -> None:
+    """Raise TypeError for anything that `torch.load(weights_only=True)` would refuse."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_loadable(key, f"the key {key!r} of {place}")
+            _check_loadable(item, f"{place}[{key!r}]")
+    elif kind in (list, tuple, set):
+        for index, item in enumerate(value):
+            _check_loadable(item, f"{place}[{index}]")
+    elif kind not in _PLAIN and kind is not torch.nn.Parameter:
+        raise TypeError(
+            f"{place} has type {kind.__module__}.{kind.__qualname__}; a checkpoint's state may hold tensors, numbers, "
+            "strings, bytes, None and dict, list, tuple, set of them"
+        )
+
+
+@contextmanager
+def _locked(directory: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the directory's lock, which dies with the process; yields False if another holds it and `wait` is false."""
+    try:
+        fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if wait or error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        yield False  # a checkpoint on a read-only disk can be loaded, and nothing can be cleared there
+        return
+    try:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        yield True
+    finally:
+        os.close(fd)
