@@ -33,7 +33,7 @@ class Task(Protocol):
     name: ClassVar[str]
 
     def example(self, split: str, index: int) -> Example:
-        """The example at `index` (>= 0) of `split` ("train" or "held_out"): a pure function of task, split and index."""
+        """The example at `index` of `split` ("train" or "held_out"): a pure function of task, split, index >= 0."""
         ...
 
     @staticmethod
