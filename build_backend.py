@@ -1,0 +1,2 @@
+"""setuptools' build backend."""
+from setuptools.build_meta import *  # noqa: F403

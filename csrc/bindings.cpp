@@ -1,0 +1,46 @@
+// Python's door to the CPU core: addresses come in as integers, nothing is checked and nothing is owned here.
+// The only file that includes Python. An op is one line: raw() derives its signature from the launcher's.
+#include <pybind11/pybind11.h>
+
+#include "entcov.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+struct FromPython {
+  using type = T;
+};
+template <class T>
+struct FromPython<T*> {
+  using type = uintptr_t;  // Tensor.data_ptr(); 0 is a null pointer
+};
+
+template <class T>
+T to_native(typename FromPython<T>::type value) {
+  if constexpr (std::is_pointer_v<T>)
+    return reinterpret_cast<T>(value);
+  else
+    return value;
+}
+
+template <class R, class... A>
+auto raw(R (*launch)(A...)) {
+  return [launch](typename FromPython<A>::type... args) {
+    py::gil_scoped_release unlocked;
+    return launch(to_native<A>(args)...);
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  namespace cpu = entcov::cpu;
+  m.def("isa", &cpu::isa);
+  m.def("set_isa", &cpu::set_isa);
+  m.def("first_bad_target", raw(cpu::first_bad_target));
+  m.def("row_stats", raw(cpu::row_stats));
+  m.def("merge_row_stats", raw(cpu::merge_row_stats));
+  m.def("logits_grad", raw(cpu::logits_grad));
+}

@@ -1,0 +1,51 @@
+// One source, three instruction sets. An op gives a struct with
+//     template <int W> static void row(const Args&, int64_t t);     (ENTCOV_INLINE)
+// and for_rows<Op>() compiles it for each set and runs the best one that this CPU has, over all threads.
+// The target attribute is on the outer functions only: nothing but they is compiled with wide instructions, so no
+// inline function of the standard library can leak them to a CPU that lacks them.
+#pragma once
+
+#include "vec.h"
+
+namespace entcov::cpu {
+
+enum class Isa : int { baseline, avx2, avx512 };
+Isa current_isa();
+
+#if defined(__x86_64__)
+template <class Op>
+__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void row_avx512(const typename Op::Args& a,
+                                                                                 int64_t t) {
+  Op::template row<16>(a, t);
+}
+template <class Op>
+__attribute__((target("arch=x86-64-v3"))) void row_avx2(const typename Op::Args& a, int64_t t) {
+  Op::template row<8>(a, t);
+}
+#endif
+template <class Op>
+void row_baseline(const typename Op::Args& a, int64_t t) {
+  Op::template row<4>(a, t);
+}
+
+// `work`: elements in all; below a few pages a second thread costs more than it brings.
+template <class Op>
+void for_rows(const typename Op::Args& args, int64_t T, int64_t work, int threads) {
+  auto row = row_baseline<Op>;
+#if defined(__x86_64__)
+  if (current_isa() == Isa::avx512) row = row_avx512<Op>;
+  if (current_isa() == Isa::avx2) row = row_avx2<Op>;
+#endif
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && T > 1 && work > 16384)
+  for (int64_t t = 0; t < T; t++) row(args, t);
+}
+
+// Calls run<D>() with the storage type of `dtype`.
+template <class F>
+auto with_dtype(int dtype, F run) {
+  if (dtype == kBFloat16) return run(BFloat16{});
+  if (dtype == kFloat16) return run(Float16{});
+  return run(Float32{});
+}
+
+}  // namespace entcov::cpu

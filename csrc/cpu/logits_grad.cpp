@@ -1,0 +1,144 @@
+// The gradient of logprob, entropy and clamped entropy with respect to the logits: one read, one write, one exponential
+// a logit. With y = (x - max) / T, S = 1 + rest, Ey = sum_xexp / S (the mean of y under p, so log p + H = y - Ey):
+//
+//   dz = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_k + H_k) },   p = e^y / S,  p_k = e^{y - L_k}
+//      = e^y { (a + b y) + w (a_k + b_k y) }  + the target's own 1/T g_lp
+//
+// with four coefficients a row; w is 1 above the clamp's threshold, `frac` on it, 0 below. y - Ey instead of log p + H
+// spares a cancellation: in a peaked row both of those are small differences of L. A logit at -inf has e^y = 0 exactly
+// and a finite y, so its gradient is 0.
+//
+// The target's column is done once more in double: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1.
+#include <cmath>
+
+#include "../row_stats.h"
+#include "dispatch.h"
+
+namespace entcov::cpu {
+namespace {
+
+template <class D, bool kEntropy, bool kClamped>
+struct LogitsGradOp {
+  using storage = typename D::storage;
+  struct Args {
+    const storage* logits;
+    int64_t row_stride, num_columns, total_columns;
+    const int64_t* target;
+    int64_t vocab_start, ignore_index;
+    const float* stats;
+    int fields;
+    const float *grad_logprob, *grad_entropy, *grad_clamped, *clamp;
+    float inv_temperature;
+    storage* grad;
+    int64_t grad_row_stride;
+  };
+
+  struct Coefficients {
+    float max, inv_temperature, a, b;        // of e^y and y e^y
+    float threshold, tie_weight, a_k, b_k;   // the same over the kept tokens
+  };
+
+  template <int W>
+  static ENTCOV_INLINE f32<W> element(f32<W> x, const Coefficients& c) {
+    f32<W> y = (x - c.max) * c.inv_temperature;
+    const f32<W> e = exp_nonpositive<W>(y);
+    f32<W> factor = splat<W>(c.a);
+    if constexpr (kEntropy) factor = y * c.b + c.a;
+    if constexpr (kClamped) {
+      f32<W> w = x == splat<W>(c.threshold) ? splat<W>(c.tie_weight) : f32<W>{};
+      w = x > splat<W>(c.threshold) ? splat<W>(1.0f) : w;
+      factor += w * (y * c.b_k + c.a_k);
+    }
+    return e * factor;
+  }
+
+  static void fill(storage* g, int64_t from, int64_t to, float value) {
+    storage one[4];
+    D::template narrow<4>(one, splat<4>(value));
+    for (int64_t j = from; j < to; j++) g[j] = one[0];
+  }
+
+  template <int W>
+  static ENTCOV_INLINE void row(const Args& a, int64_t t) {
+    storage* g = a.grad + t * a.grad_row_stride;
+    const double g_lp = a.grad_logprob ? a.grad_logprob[t] : 0.0;
+    const double g_h = kEntropy ? a.grad_entropy[t] : 0.0;
+    const double g_k = kClamped ? a.grad_clamped[t] : 0.0;
+    if (a.target[t] == a.ignore_index || (g_lp == 0 && g_h == 0 && g_k == 0)) {
+      memset(g, 0, a.total_columns * sizeof(storage));
+      return;
+    }
+    const storage* x = a.logits + t * a.row_stride;
+    const float* s = a.stats + t * a.fields;
+    const double inv_t = a.inv_temperature, sum = 1.0 + s[1], log_sum = std::log1p(double(s[1])), mean_y = s[2] / sum;
+
+    Coefficients c{};
+    c.max = s[0];
+    c.inv_temperature = a.inv_temperature;
+    c.a = float((g_h * mean_y - g_lp) * inv_t / sum);
+    c.b = float(-g_h * inv_t / sum);
+    double clamp_scale = 0, clamp_offset = 0;
+    if constexpr (kClamped) {
+      const float* k = a.clamp + t * 4;
+      clamp_scale = -g_k * inv_t * std::exp(-double(k[2])), clamp_offset = double(k[3]) - k[2];
+      c.threshold = k[0], c.tie_weight = k[1];
+      c.a_k = float(clamp_scale * clamp_offset), c.b_k = float(clamp_scale);
+    }
+
+    const int64_t n = a.num_columns;
+    if (std::isnan(c.a + c.b + c.a_k + c.b_k + c.max)) {
+      fill(g, 0, n, NAN);
+    } else {
+      // The target's column first: grad may overwrite logits.
+      const int64_t local = a.target[t] - a.vocab_start;
+      const bool mine = local >= 0 && local < n;
+      double at_target = 0;
+      if (mine) {
+        const float xt = widen_one<D>(x + local);
+        const double y = (double(xt) - c.max) * inv_t, p = std::exp(y - log_sum);
+        at_target = -g_lp * std::expm1(y - log_sum) * inv_t;
+        if (kEntropy && p > 0) at_target -= g_h * p * (y - mean_y) * inv_t;
+        if (kClamped && p > 0) {
+          const double w = xt > c.threshold ? 1.0 : xt == c.threshold ? c.tie_weight : 0.0;
+          at_target += w * clamp_scale * std::exp(y) * (y + clamp_offset);
+        }
+      }
+      int64_t j = 0;
+      for (; j + 2 * W <= n; j += 2 * W) {
+        const f32<W> u = element<W>(D::template widen<W>(x + j), c), v = element<W>(D::template widen<W>(x + j + W), c);
+        D::template narrow<W>(g + j, u), D::template narrow<W>(g + j + W, v);
+      }
+      for (; j < n; j += W) {
+        const int left = n - j < W ? int(n - j) : W;
+        narrow_tail<D, W>(g + j, element<W>(widen_tail<D, W>(x + j, left), c), left);
+      }
+      if (mine) fill(g, local, local + 1, float(at_target));
+    }
+    memset(g + n, 0, (a.total_columns - n) * sizeof(storage));
+  }
+};
+
+}  // namespace
+
+void logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                 int64_t total_columns, const int64_t* target, int64_t vocab_start, int64_t ignore_index,
+                 const float* stats, int fields, const float* grad_logprob, const float* grad_entropy,
+                 const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
+                 int64_t grad_row_stride, int threads) {
+  with_dtype(dtype, [&](auto d) {
+    using D = decltype(d);
+    auto run = [&](auto op) {
+      using Op = decltype(op);
+      for_rows<Op>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, total_columns, target,
+                    vocab_start, ignore_index, stats, fields, grad_logprob, grad_entropy, grad_clamped, clamp,
+                    inv_temperature, static_cast<typename D::storage*>(grad), grad_row_stride},
+                   T, T * total_columns, threads);
+    };
+    if (grad_entropy && grad_clamped) return run(LogitsGradOp<D, true, true>{});
+    if (grad_entropy) return run(LogitsGradOp<D, true, false>{});
+    if (grad_clamped) return run(LogitsGradOp<D, false, true>{});
+    return run(LogitsGradOp<D, false, false>{});
+  });
+}
+
+}  // namespace entcov::cpu

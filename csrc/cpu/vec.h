@@ -1,0 +1,163 @@
+// Vectors of W floats for every instruction set, from GCC's vector extensions: W is 16 (AVX-512), 8 (AVX2) or 4.
+// Everything here is always_inline and takes its instruction set from the function it ends up in (dispatch.h).
+// bf16 and fp16 are converted with integer arithmetic, so no instruction set needs to know them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../entcov.h"
+
+#define ENTCOV_INLINE inline __attribute__((always_inline))
+
+namespace entcov::cpu {
+
+template <int W>
+struct Simd {
+  typedef float f32 __attribute__((vector_size(W * 4)));
+  typedef int32_t i32 __attribute__((vector_size(W * 4)));
+  typedef uint32_t u32 __attribute__((vector_size(W * 4)));
+  typedef uint16_t u16 __attribute__((vector_size(W * 2)));
+};
+template <int W>
+using f32 = typename Simd<W>::f32;
+template <int W>
+using i32 = typename Simd<W>::i32;
+template <int W>
+using u32 = typename Simd<W>::u32;
+template <int W>
+using u16 = typename Simd<W>::u16;
+
+template <int W>
+ENTCOV_INLINE f32<W> splat(float value) {
+  return f32<W>{} + value;
+}
+
+// a where a > b, else b: b's NaN is kept and a's is dropped.
+template <int W>
+ENTCOV_INLINE f32<W> larger(f32<W> a, f32<W> b) {
+  return a > b ? a : b;
+}
+
+template <int W>
+ENTCOV_INLINE float reduce_max(f32<W> v) {
+  float m = v[0];
+  for (int k = 1; k < W; k++) m = v[k] > m ? v[k] : m;
+  return m;
+}
+
+template <int W>
+ENTCOV_INLINE double reduce_add(f32<W> v) {  // pairwise, in a fixed order
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; k++) v[k] += v[k + half];
+  return v[0];
+}
+
+// e^y for y <= 0. Relative error <= 1.3e-7 down to e^-87.3; below -87.7, and at -inf, exactly 0. e^0 is exactly 1.
+// NaN gives NaN. `y` is raised to -88 in place where it is lower, so that y e^y is 0 there and not -inf * 0.
+template <int W>
+ENTCOV_INLINE f32<W> exp_nonpositive(f32<W>& y) {
+  y = larger<W>(splat<W>(-88.0f), y);
+  // Adding 1.5 * 2^23 rounds to an integer in the low bits; 127 more makes those bits the exponent of 2^n.
+  const f32<W> shifted = y * 1.44269504f + 12583039.0f;
+  const f32<W> n = shifted - 12583039.0f;
+  const f32<W> scale = (f32<W>)((u32<W>)shifted << 23);  // n = -127: exponent field 0, a factor of exactly 0
+  f32<W> r = y - n * 0.693359375f;                       // ln 2 in two parts; n times the first is exact
+  r = r + n * 2.12194440e-4f;
+  // Minimax on [-ln2/2, ln2/2] with the first two coefficients 1: 3e-9.
+  f32<W> p = r * 1.3814467e-3f + 8.3687808e-3f;
+  p = p * r + 4.1668394e-2f;
+  p = p * r + 1.6666520e-1f;
+  p = p * r + 0.49999993f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * scale;
+}
+
+struct Float32 {
+  using storage = float;
+  template <int W>
+  static ENTCOV_INLINE f32<W> widen(const storage* p) {
+    f32<W> v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  template <int W>
+  static ENTCOV_INLINE void narrow(storage* p, f32<W> v) {
+    memcpy(p, &v, sizeof v);
+  }
+};
+
+struct BFloat16 {
+  using storage = uint16_t;
+  template <int W>
+  static ENTCOV_INLINE f32<W> widen(const storage* p) {
+    u16<W> h;
+    memcpy(&h, p, sizeof h);
+    return (f32<W>)(__builtin_convertvector(h, u32<W>) << 16);
+  }
+  // To nearest even. A NaN with a full payload would wrap around: callers never pass one (fill_nan in logits_grad).
+  template <int W>
+  static ENTCOV_INLINE void narrow(storage* p, f32<W> v) {
+    const u32<W> u = (u32<W>)v;
+    const u16<W> h = __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, u16<W>);
+    memcpy(p, &h, sizeof h);
+  }
+};
+
+struct Float16 {
+  using storage = uint16_t;
+  // No denormal fp32 appears on the way, so the result is the same when the CPU flushes denormals.
+  template <int W>
+  static ENTCOV_INLINE f32<W> widen(const storage* p) {
+    u16<W> h;
+    memcpy(&h, p, sizeof h);
+    const u32<W> u = __builtin_convertvector(h, u32<W>);
+    const u32<W> magnitude = (u & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
+    const u32<W> normal = magnitude + (112u << 23);  // from bias 15 to bias 127
+    const u32<W> special = magnitude + (224u << 23);  // inf, NaN: exponent 31 to 255
+    const f32<W> tiny = (f32<W>)(magnitude + (113u << 23)) - 6.103515625e-05f;
+    u32<W> r = exponent == 0x0f800000u ? special : normal;
+    r = exponent == 0u ? (u32<W>)tiny : r;
+    return (f32<W>)(r | ((u & 0x8000u) << 16));
+  }
+  // To nearest even, with denormals; too large becomes inf.
+  template <int W>
+  static ENTCOV_INLINE void narrow(storage* p, f32<W> v) {
+    const u32<W> u = (u32<W>)v, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+    // Adding 0.5 aligns a denormal result's last bit with the last bit of the sum, so the addition itself rounds.
+    const u32<W> tiny = (u32<W>)((f32<W>)magnitude + 0.5f) - 0x3f000000u;
+    const u32<W> normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    u32<W> r = (i32<W>)magnitude < (113 << 23) ? tiny : normal;
+    r = (i32<W>)magnitude >= 0x47800000 ? (u32<W>{} + 0x7c00u) : r;
+    r = (i32<W>)magnitude > 0x7f800000 ? (u32<W>{} + 0x7e00u) : r;
+    const u16<W> h = __builtin_convertvector(r | sign, u16<W>);
+    memcpy(p, &h, sizeof h);
+  }
+};
+
+// The last n < W elements of a row; the other lanes read as -inf, which no sum sees.
+template <class D, int W>
+ENTCOV_INLINE f32<W> widen_tail(const typename D::storage* p, int n) {
+  typename D::storage padded[W] = {};
+  memcpy(padded, p, n * sizeof *p);
+  f32<W> v = D::template widen<W>(padded);
+  for (int k = 0; k < W; k++)
+    if (k >= n) v[k] = -INFINITY;
+  return v;
+}
+
+template <class D, int W>
+ENTCOV_INLINE void narrow_tail(typename D::storage* p, f32<W> v, int n) {
+  typename D::storage padded[W];
+  D::template narrow<W>(padded, v);
+  memcpy(p, padded, n * sizeof *p);
+}
+
+template <class D>
+ENTCOV_INLINE float widen_one(const typename D::storage* p) {
+  return widen_tail<D, 4>(p, 1)[0];
+}
+
+}  // namespace entcov::cpu

@@ -1,0 +1,82 @@
+// RowStats: what one row of logits (or any part of it) becomes, and the one merge that joins two parts.
+//
+// With x the raw logit and y_j = (x_j - max) / temperature, every sum leaves out ONE occurrence of the maximum,
+// whose own term is known (e^0 = 1, y = 0):
+//
+//   max         largest raw logit; -inf: nothing finite seen
+//   rest        sum' e^y          L = log1p(rest), lse = max / temperature + L
+//   sum_xexp    sum  y e^y        H = L - sum_xexp / (1 + rest)
+//   target      raw logit of the target; -inf: it is not in this part.   logprob = (target - max) / temperature - L
+//   rest2       sum' e^{2y}       sum_j p_j^2 = (1 + rest2) / (1 + rest)^2
+//   sum_xexp2   sum  y e^{2y}     with the above: what a policy-gradient step on the target does to the entropy
+//   sum_x2exp   sum  y^2 e^y      Var_p(log p) = E[y^2] - E[y]^2
+//
+// Numerics. Both terms of H are >= 0, so nothing cancels. Leaving the maximum out keeps the digits of a peaked row:
+// there 1 + rest rounds to 1, but rest itself (1e-7, say) still has 24 bits, and so have L and H. `max` and `target`
+// stay raw, so the subtraction comes before the division by the temperature and an offset of 1e4 costs nothing.
+//
+// A row that holds a NaN or a +inf has rest = NaN, and merge passes it on. A part without a finite logit is the default
+// RowStats; merging it changes nothing.
+//
+// Host and device share this file: C++17, no torch, no Python.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define ENTCOV_HD __host__ __device__ __forceinline__
+#else
+#define ENTCOV_HD inline
+#endif
+
+namespace entcov {
+
+struct RowStats {
+  float max = -INFINITY;
+  float rest = 0.0f;
+  float sum_xexp = 0.0f;
+  float target = -INFINITY;
+  // Only filled when moments are asked for; zero otherwise.
+  float rest2 = 0.0f;
+  float sum_xexp2 = 0.0f;
+  float sum_x2exp = 0.0f;
+};
+
+constexpr int kRowStatsFields = 4;         // without moments
+constexpr int kRowStatsMomentsFields = 7;  // with them
+
+// e^d below this is 0 in fp32 (the smallest denormal is e^-103.97).
+constexpr float kExpFloor = -104.0f;
+
+// How far the maximum of `lo` lies below that of `hi` on the tempered scale (<= 0), and the factor that carries its
+// sums over. A part that is empty or out of sight gets factor 0 and distance 0, so that 0 * inf never arises.
+struct Shift {
+  float distance;
+  float factor;
+};
+
+ENTCOV_HD Shift shift_between(float lo_max, float hi_max, float inv_temperature) {
+  const float d = (lo_max - hi_max) * inv_temperature;
+  return d > kExpFloor ? Shift{d, expf(d)} : Shift{0.0f, 0.0f};  // both empty: d is NaN, and this is still right
+}
+
+// Joins two parts of a row. Associative and commutative up to rounding; one exponential.
+ENTCOV_HD RowStats merge(const RowStats& a, const RowStats& b, float inv_temperature) {
+  const bool a_high = a.max >= b.max;
+  const RowStats& hi = a_high ? a : b;
+  const RowStats& lo = a_high ? b : a;
+  const Shift s = shift_between(lo.max, hi.max, inv_temperature);
+  const float d = s.distance, k = s.factor, k2 = k * k;
+  const float total = 1.0f + lo.rest, total2 = 1.0f + lo.rest2;  // lo's maximum is no longer left out
+  RowStats r;
+  r.max = hi.max;
+  r.rest = hi.rest + total * k;
+  r.sum_xexp = hi.sum_xexp + (lo.sum_xexp + d * total) * k;
+  r.rest2 = hi.rest2 + total2 * k2;
+  r.sum_xexp2 = hi.sum_xexp2 + (lo.sum_xexp2 + d * total2) * k2;
+  r.sum_x2exp = hi.sum_x2exp + (lo.sum_x2exp + 2.0f * d * lo.sum_xexp + d * d * total) * k;
+  r.target = a.target > b.target ? a.target : b.target;
+  return r;
+}
+
+}  // namespace entcov

@@ -1,0 +1,1 @@
+"""Exact, fast entropy control for reinforcement learning of large language models."""
