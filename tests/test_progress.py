@@ -60,7 +60,7 @@ def test_live_panel_shows_everything_uncut(width):
             "held-out accuracy",
             "0.610",
         ),
-        *("█▇▆▅▅▄▄▃▃▃▂▂▂▂▁▁▁▁", "▁▁▂▂▃▃▃▄▄▅▅▆▆▆▇▇██"),
+        *(sparkline([metrics(s)[key] for s in range(1, 41)], 18) for key in ("actor/entropy", "critic/score/mean")),
     ):
         assert part in text, part
     assert "…" not in text and max(map(len, text.splitlines())) <= width
