@@ -41,7 +41,7 @@ def panel(width, enabled=True):
     return console, clock, progress
 
 
-@pytest.mark.parametrize("width", [80, 100, 160])
+@pytest.mark.parametrize("width", [80, 111, 112, 160])
 def test_live_panel_shows_everything_uncut(width):
     console, clock, progress = panel(width)
     progress.phase("rollout")

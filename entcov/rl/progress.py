@@ -164,7 +164,7 @@ class Progress:
         cells = self._cells()
         if cells:
             # Two columns where the terminal is wide enough for them, else one.
-            columns = 2 if self._console.width >= 96 else 1
+            columns = 2 if self._console.width >= 112 else 1
             table = Table.grid(padding=(0, 1), expand=False)
             for _ in range(columns):
                 table.add_column(style="dim", no_wrap=True)
