@@ -1,0 +1,75 @@
+"""Checks shared by the objective: every message names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+
+def number(name: str, value: object, low: float = -math.inf, high: float = math.inf, hint: str = "") -> None:
+    """`value` is a real number (no bool, no NaN) in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not low <= float(value) <= high:  # False for NaN as well
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}{'; ' + hint if hint else ''}")
+
+
+def fraction(name: str, value: object, most: float = 1.0) -> None:
+    """`value` is a fraction in [0, most]; the message knows that a larger one is usually a percent."""
+    number(name, value, 0.0, most, hint="it is a fraction, not a percent (2e-3 means 0.2 percent)")
+
+
+def positive(name: str, value: object, high: float = math.inf, hint: str = "") -> None:
+    number(name, value, 0.0, high, hint)
+    if value == 0:
+        raise ValueError(f"{name} must be greater than 0, got {value!r}{'; ' + hint if hint else ''}")
+
+
+def integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def vector(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
+    """`tensor` is a 1-D tensor of one of `dtypes`, with the shape and device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name} must have one dimension (packed tokens, [T]), got shape {tuple(tensor.shape)}")
+    if like is not None and tensor.shape != like.shape:
+        raise ValueError(f"{name} must have shape {tuple(like.shape)} as the others, got {tuple(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the others, got {tensor.device}")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether looking at the values is free. On an accelerator it would make the host wait, so values go unchecked."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def finite(name: str, tensor: Tensor, mask: Tensor) -> None:
+    """Every value under `mask` is finite. Values are looked at on the CPU only; elsewhere NaN runs into the loss."""
+    if not readable(tensor):
+        return
+    bad = mask & ~torch.isfinite(tensor.detach())
+    count = int(bad.sum())
+    if count:
+        first = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{name} must be finite under the mask: {count} of {int(mask.sum())} values are not "
+            f"(first: token {first} is {tensor[first].item()})"
+        )
