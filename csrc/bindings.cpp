@@ -2,6 +2,7 @@
 // The only file that includes Python. An op is one line: raw() derives its signature from the launcher's.
 #include <pybind11/pybind11.h>
 
+#include "clamp.h"
 #include "entcov.h"
 
 namespace py = pybind11;
@@ -43,4 +44,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("row_stats", raw(cpu::row_stats));
   m.def("merge_row_stats", raw(cpu::merge_row_stats));
   m.def("logits_grad", raw(cpu::logits_grad));
+  m.def("order_statistics", raw(cpu::order_statistics));
+  m.def("clamp_bracket", raw(cpu::clamp_bracket));
+  m.def("clamp_collect", raw(cpu::clamp_collect));
+  m.def("clamp_finish", raw(cpu::clamp_finish));
 }

@@ -14,6 +14,10 @@
 #include <memory>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "../row_stats.h"
 #include "dispatch.h"
 
@@ -21,6 +25,14 @@ namespace entcov::cpu {
 namespace {
 
 constexpr int kBins = 1 << 16;
+
+int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
 
 // Keys whose unsigned order is the order of the floats, -0 and +0 being one. NaNs land beyond the infinities.
 inline uint32_t order_key(uint32_t bits) {
