@@ -9,6 +9,7 @@
 // and a finite y, so its gradient is 0.
 //
 // The target's column is done once more in double: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1.
+#include <algorithm>
 #include <cmath>
 
 #include "../row_stats.h"
@@ -52,12 +53,6 @@ struct LogitsGradOp {
     return e * factor;
   }
 
-  static void fill(storage* g, int64_t from, int64_t to, float value) {
-    storage one[4];
-    D::template narrow<4>(one, splat<4>(value));
-    for (int64_t j = from; j < to; j++) g[j] = one[0];
-  }
-
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     storage* g = a.grad + t * a.grad_row_stride;
@@ -87,7 +82,7 @@ struct LogitsGradOp {
 
     const int64_t n = a.num_columns;
     if (std::isnan(c.a + c.b + c.a_k + c.b_k + c.max)) {
-      fill(g, 0, n, NAN);
+      std::fill_n(g, n, narrow_one<D>(NAN));
     } else {
       // The target's column first: grad may overwrite logits.
       const int64_t local = a.target[t] - a.vocab_start;
@@ -103,16 +98,12 @@ struct LogitsGradOp {
           at_target += w * clamp_scale * std::exp(y) * (y + clamp_offset);
         }
       }
-      int64_t j = 0;
-      for (; j + 2 * W <= n; j += 2 * W) {
-        const f32<W> u = element<W>(D::template widen<W>(x + j), c), v = element<W>(D::template widen<W>(x + j + W), c);
-        D::template narrow<W>(g + j, u), D::template narrow<W>(g + j + W, v);
+      for (int64_t j = 0; j < n; j += 2 * W) {
+        f32<W> u, v;
+        load<D, W>(x + j, n - j, u, v);
+        store<D, W>(g + j, n - j, element<W>(u, c), element<W>(v, c));
       }
-      for (; j < n; j += W) {
-        const int left = n - j < W ? int(n - j) : W;
-        narrow_tail<D, W>(g + j, element<W>(widen_tail<D, W>(x + j, left), c), left);
-      }
-      if (mine) fill(g, local, local + 1, float(at_target));
+      if (mine) g[local] = narrow_one<D>(float(at_target));
     }
     memset(g + n, 0, (a.total_columns - n) * sizeof(storage));
   }

@@ -57,23 +57,19 @@ struct RowStatsOp {
     }
   };
 
+  // Adds n elements to the sums and returns their maximum. A NaN does not count for the maximum; it is in the sums.
   template <int W, bool kLeaveMaxOut>
   static ENTCOV_INLINE float sweep(const typename D::storage* x, int n, float shift, float inv_temperature, Sums& s,
                                    double& at_max) {
     Lanes<W> a, b;
     f32<W> max_a = splat<W>(-INFINITY), max_b = max_a;
     i32<W> count{};
-    int j = 0;
-    for (; j + 2 * W <= n; j += 2 * W) {
-      const f32<W> u = D::template widen<W>(x + j), v = D::template widen<W>(x + j + W);
+    for (int j = 0; j < n; j += 2 * W) {
+      f32<W> u, v;
+      load<D, W>(x + j, n - j, u, v);
       if constexpr (!kLeaveMaxOut) max_a = larger<W>(u, max_a), max_b = larger<W>(v, max_b);
       a.template add<kLeaveMaxOut>(u, shift, inv_temperature, count);
       b.template add<kLeaveMaxOut>(v, shift, inv_temperature, count);
-    }
-    for (; j < n; j += W) {
-      const f32<W> u = n - j < W ? widen_tail<D, W>(x + j, n - j) : D::template widen<W>(x + j);
-      if constexpr (!kLeaveMaxOut) max_a = larger<W>(u, max_a);
-      a.template add<kLeaveMaxOut>(u, shift, inv_temperature, count);
     }
     a.add_to(s), b.add_to(s);
     if constexpr (kLeaveMaxOut)
@@ -83,10 +79,11 @@ struct RowStatsOp {
 
   template <int W>
   static ENTCOV_INLINE float chunk_max(const typename D::storage* x, int n) {
-    f32<W> m = splat<W>(-INFINITY);
-    int j = 0;
-    for (; j + W <= n; j += W) m = larger<W>(D::template widen<W>(x + j), m);
-    if (j < n) m = larger<W>(widen_tail<D, W>(x + j, n - j), m);
+    f32<W> m = splat<W>(-INFINITY), u, v;
+    for (int j = 0; j < n; j += 2 * W) {
+      load<D, W>(x + j, n - j, u, v);
+      m = larger<W>(u, m), m = larger<W>(v, m);
+    }
     return reduce_max<W>(m);
   }
 

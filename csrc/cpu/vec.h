@@ -75,89 +75,143 @@ ENTCOV_INLINE f32<W> exp_nonpositive(f32<W>& y) {
   return p * scale;
 }
 
+// Storage types. The unit of work is 2W elements, read as two vectors and written back the same way. Which element goes to
+// which lane is the type's own affair, as long as narrow() undoes widen(): 16-bit types take the even columns in one
+// vector and the odd ones in the other, which costs a shift and a mask where ordered lanes would cost shuffles.
+
 struct Float32 {
   using storage = float;
+  static constexpr float kMinusInfinity = -INFINITY;
   template <int W>
-  static ENTCOV_INLINE f32<W> widen(const storage* p) {
+  static ENTCOV_INLINE f32<W> widen(const storage* p) {  // W elements in their order
     f32<W> v;
     memcpy(&v, p, sizeof v);
     return v;
   }
   template <int W>
-  static ENTCOV_INLINE void narrow(storage* p, f32<W> v) {
-    memcpy(p, &v, sizeof v);
+  static ENTCOV_INLINE void widen(const storage* p, f32<W>& a, f32<W>& b) {
+    memcpy(&a, p, sizeof a);
+    memcpy(&b, p + W, sizeof b);
+  }
+  template <int W>
+  static ENTCOV_INLINE void narrow(storage* p, f32<W> a, f32<W> b) {
+    memcpy(p, &a, sizeof a);
+    memcpy(p + W, &b, sizeof b);
   }
 };
 
 struct BFloat16 {
   using storage = uint16_t;
+  static constexpr storage kMinusInfinity = 0xff80;
   template <int W>
   static ENTCOV_INLINE f32<W> widen(const storage* p) {
     u16<W> h;
     memcpy(&h, p, sizeof h);
     return (f32<W>)(__builtin_convertvector(h, u32<W>) << 16);
   }
-  // To nearest even. A NaN with a full payload would wrap around: callers never pass one (fill_nan in logits_grad).
   template <int W>
-  static ENTCOV_INLINE void narrow(storage* p, f32<W> v) {
+  static ENTCOV_INLINE void widen(const storage* p, f32<W>& a, f32<W>& b) {
+    u32<W> pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    a = (f32<W>)(pairs << 16);
+    b = (f32<W>)(pairs & 0xffff0000u);
+  }
+  // To nearest even. A NaN whose payload is all ones would wrap around; the kernels never pass one.
+  template <int W>
+  static ENTCOV_INLINE u32<W> rounded(f32<W> v) {
     const u32<W> u = (u32<W>)v;
-    const u16<W> h = __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, u16<W>);
-    memcpy(p, &h, sizeof h);
+    return u + 0x7fffu + ((u >> 16) & 1u);
+  }
+  template <int W>
+  static ENTCOV_INLINE void narrow(storage* p, f32<W> a, f32<W> b) {
+    const u32<W> pairs = (rounded<W>(a) >> 16) | (rounded<W>(b) & 0xffff0000u);
+    memcpy(p, &pairs, sizeof pairs);
   }
 };
 
 struct Float16 {
   using storage = uint16_t;
-  // No denormal fp32 appears on the way, so the result is the same when the CPU flushes denormals.
+  static constexpr storage kMinusInfinity = 0xfc00;
+  // No fp32 denormal appears on the way, so the result is the same when the CPU flushes them.
   template <int W>
-  static ENTCOV_INLINE f32<W> widen(const storage* p) {
-    u16<W> h;
-    memcpy(&h, p, sizeof h);
-    const u32<W> u = __builtin_convertvector(h, u32<W>);
-    const u32<W> magnitude = (u & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
-    const u32<W> normal = magnitude + (112u << 23);  // from bias 15 to bias 127
+  static ENTCOV_INLINE f32<W> widen_half(u32<W> h) {
+    const u32<W> magnitude = (h & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
+    const u32<W> normal = magnitude + (112u << 23);   // from bias 15 to bias 127
     const u32<W> special = magnitude + (224u << 23);  // inf, NaN: exponent 31 to 255
     const f32<W> tiny = (f32<W>)(magnitude + (113u << 23)) - 6.103515625e-05f;
-    u32<W> r = exponent == 0x0f800000u ? special : normal;
-    r = exponent == 0u ? (u32<W>)tiny : r;
-    return (f32<W>)(r | ((u & 0x8000u) << 16));
+    u32<W> r = (i32<W>)exponent == 0x0f800000 ? special : normal;
+    r = (i32<W>)exponent == 0 ? (u32<W>)tiny : r;
+    return (f32<W>)(r | ((h & 0x8000u) << 16));
   }
   // To nearest even, with denormals; too large becomes inf.
   template <int W>
-  static ENTCOV_INLINE void narrow(storage* p, f32<W> v) {
+  static ENTCOV_INLINE u32<W> narrow_half(f32<W> v) {
     const u32<W> u = (u32<W>)v, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-    // Adding 0.5 aligns a denormal result's last bit with the last bit of the sum, so the addition itself rounds.
+    // Adding 0.5 aligns the last bit of a denormal result with the last bit of the sum, so the addition itself rounds.
     const u32<W> tiny = (u32<W>)((f32<W>)magnitude + 0.5f) - 0x3f000000u;
     const u32<W> normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     u32<W> r = (i32<W>)magnitude < (113 << 23) ? tiny : normal;
     r = (i32<W>)magnitude >= 0x47800000 ? (u32<W>{} + 0x7c00u) : r;
     r = (i32<W>)magnitude > 0x7f800000 ? (u32<W>{} + 0x7e00u) : r;
-    const u16<W> h = __builtin_convertvector(r | sign, u16<W>);
-    memcpy(p, &h, sizeof h);
+    return r | sign;
+  }
+  template <int W>
+  static ENTCOV_INLINE f32<W> widen(const storage* p) {
+    u16<W> h;
+    memcpy(&h, p, sizeof h);
+    return widen_half<W>(__builtin_convertvector(h, u32<W>));
+  }
+  template <int W>
+  static ENTCOV_INLINE void widen(const storage* p, f32<W>& a, f32<W>& b) {
+    u32<W> pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    a = widen_half<W>(pairs & 0xffffu);
+    b = widen_half<W>(pairs >> 16);
+  }
+  template <int W>
+  static ENTCOV_INLINE void narrow(storage* p, f32<W> a, f32<W> b) {
+    const u32<W> pairs = narrow_half<W>(a) | (narrow_half<W>(b) << 16);
+    memcpy(p, &pairs, sizeof pairs);
   }
 };
 
-// The last n < W elements of a row; the other lanes read as -inf, which no sum sees.
+// The next 2W elements, of which `left` exist; the others read as -inf, which no sum sees.
 template <class D, int W>
-ENTCOV_INLINE f32<W> widen_tail(const typename D::storage* p, int n) {
-  typename D::storage padded[W] = {};
-  memcpy(padded, p, n * sizeof *p);
-  f32<W> v = D::template widen<W>(padded);
-  for (int k = 0; k < W; k++)
-    if (k >= n) v[k] = -INFINITY;
-  return v;
+ENTCOV_INLINE void load(const typename D::storage* p, int64_t left, f32<W>& a, f32<W>& b) {
+  if (left >= 2 * W) return D::template widen<W>(p, a, b);
+  typename D::storage padded[2 * W];
+  for (int k = 0; k < 2 * W; k++) padded[k] = k < left ? p[k] : D::kMinusInfinity;
+  D::template widen<W>(padded, a, b);
 }
 
 template <class D, int W>
-ENTCOV_INLINE void narrow_tail(typename D::storage* p, f32<W> v, int n) {
+ENTCOV_INLINE void store(typename D::storage* p, int64_t left, f32<W> a, f32<W> b) {
+  if (left >= 2 * W) return D::template narrow<W>(p, a, b);
+  typename D::storage padded[2 * W];
+  D::template narrow<W>(padded, a, b);
+  memcpy(p, padded, left * sizeof *p);
+}
+
+// The last n < W elements of a row in their order; the other lanes read as -inf.
+template <class D, int W>
+ENTCOV_INLINE f32<W> widen_tail(const typename D::storage* p, int n) {
   typename D::storage padded[W];
-  D::template narrow<W>(padded, v);
-  memcpy(p, padded, n * sizeof *p);
+  for (int k = 0; k < W; k++) padded[k] = k < n ? p[k] : D::kMinusInfinity;
+  return D::template widen<W>(padded);
 }
 
 template <class D>
 ENTCOV_INLINE float widen_one(const typename D::storage* p) {
-  return widen_tail<D, 4>(p, 1)[0];
+  f32<4> a, b;
+  load<D, 4>(p, 1, a, b);
+  return a[0];
+}
+
+template <class D>
+ENTCOV_INLINE typename D::storage narrow_one(float value) {
+  typename D::storage s;
+  store<D, 4>(&s, 1, splat<4>(value), f32<4>{});
+  return s;
 }
 
 }  // namespace entcov::cpu
