@@ -1,0 +1,239 @@
+"""PNG plots of one run or of several, with intervals across seeds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from entcov.intervals import student_t
+
+Rows = Sequence[Mapping[str, float]]
+
+# Okabe and Ito's palette without its yellow: told apart with every kind of colour vision, and on white paper.
+_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_STYLES = ("-", "--", ":")
+_EVALUATION = re.compile(r"val-core/.+/acc/(mean|best)@(\d+)")
+
+
+@dataclass(frozen=True)
+class _Panel:
+    key: str
+    title: str
+    unit: str
+    from_zero: bool = False
+    evaluations: bool = False
+
+
+_PANELS = {
+    "entropy": [_Panel("actor/entropy", "Policy entropy", "nats per token", from_zero=True)],
+    "reward": [_Panel("critic/score/mean", "Reward", "mean of the step's rollouts", evaluations=True)],
+    "response_length": [_Panel("response_length/mean", "Response length", "tokens")],
+    "covariance": [
+        _Panel("actor/cov_mean", "Token covariance of log-probability and advantage, mean", "nats"),
+        _Panel("actor/cov_p999", "Its 99.9th percentile over tokens", "nats"),
+    ],
+}
+
+
+def plot_runs(runs: Mapping[str, Rows | Sequence[Rows]], out_dir: str | Path, title: str = "") -> list[Path]:
+    """Write entropy.png, reward.png, response_length.png, covariance.png and overview.png (the four together).
+
+    A label with several seeds gets the mean line and the 95 % interval of the mean (Student t) at every step that all
+    its seeds have. Series are smoothed by a centred moving average; behind that of a single run every step stays
+    visible. Points are held-out evaluations, averaged over data sources. A plot whose metric no run logged is left out.
+
+    Args:
+        runs: label -> the rows of one run as `read_metrics` gives them, or a list of such rows, one per seed.
+        out_dir: created if absent; files of the same names are replaced.
+        title: written above the overview.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: no runs, a run without rows, or no finite value of the plotted metrics in any run.
+    """
+    out_dir = Path(out_dir)
+    figures = build_figures(runs, title)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(out_dir / f"{name}.png")
+        figure.savefig(paths[-1], dpi=150)
+    return paths
+
+
+def build_figures(runs: Mapping[str, Rows | Sequence[Rows]], title: str = "") -> dict[str, Figure]:
+    """The figures of `plot_runs` by name, for those who want to show or restyle them."""
+    seeds = {label: _by_seed(label, rows) for label, rows in runs.items()}
+    if not seeds:
+        raise ValueError("runs must hold at least one run, got none")
+    logged = {key for per_seed in seeds.values() for rows in per_seed for row in rows for key in row}
+    present = {
+        name: [p for p in panels if any(_common(per_seed, p.key)[0].size for per_seed in seeds.values())]
+        for name, panels in _PANELS.items()
+    }
+    present = {name: panels for name, panels in present.items() if panels}
+    if not present:
+        wanted = ", ".join(panel.key for panels in _PANELS.values() for panel in panels)
+        raise ValueError(f"runs must hold finite values of at least one of {wanted}; got {sorted(logged)}")
+
+    figures = {}
+    for name, panels in present.items():
+        figure = _new_figure(8, 4.8 if len(panels) == 1 else 7.2)
+        axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+        notes = [_draw(ax, panel, seeds) for ax, panel in zip(axes, panels, strict=True)]
+        axes[0].legend(handles=_legend(seeds, panels), fontsize=9, frameon=False)
+        axes[-1].set_xlabel("step")
+        _caption(figure, seeds, notes)
+        figures[name] = figure
+
+    overview = _new_figure(12, 8)
+    axes = overview.subplots(2, 2, sharex=True).flat
+    notes = []
+    for ax, name in zip(axes, _PANELS, strict=True):
+        if name in present:
+            notes.append(_draw(ax, present[name][0], seeds))
+            handles = _legend(seeds, present[name][:1])
+            # The labels once, in the first panel that has data; what the points are, where the points are.
+            ax.legend(handles=handles if len(notes) == 1 else handles[len(seeds) :], fontsize=9, frameon=False)
+        else:
+            ax.set_title(_PANELS[name][0].title, loc="left")
+            ax.text(0.5, 0.5, f"{_PANELS[name][0].key}:\nno values", ha="center", va="center", transform=ax.transAxes)
+    for ax in axes[2:]:
+        ax.set_xlabel("step")
+    if title:
+        overview.suptitle(title)
+    _caption(overview, seeds, notes)
+    return figures | {"overview": overview}
+
+
+def smoothing_window(count: int) -> int:
+    """Steps that a series of `count` points is averaged over: odd, about a 20th of it."""
+    return count // 20 // 2 * 2 + 1
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving average over the last axis; at the ends over the part of the window that exists."""
+    half = window // 2
+    sums = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
+    at = np.arange(values.shape[-1])
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(at))
+    return (sums[..., last] - sums[..., first]) / (last - first)
+
+
+def _by_seed(label: str, rows: Rows | Sequence[Rows]) -> list[Rows]:
+    per_seed = [rows] if len(rows) and isinstance(rows[0], Mapping) else list(rows)
+    if not per_seed or not all(len(one) for one in per_seed):
+        raise ValueError(f"run {label!r} must have at least one row for every seed, got none")
+    return per_seed
+
+
+def _common(per_seed: Sequence[Rows], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps at which every seed has a finite value of `key`, and the values [seeds, steps]."""
+    series = [{row["step"]: row[key] for row in rows if key in row and math.isfinite(row[key])} for rows in per_seed]
+    series = [one for one in series if one]
+    steps = sorted(set.intersection(*map(set, series))) if series else []
+    return np.array(steps, dtype=float), np.array([[one[step] for step in steps] for one in series], dtype=float)
+
+
+def _evaluations(per_seed: Sequence[Rows]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """ "mean@1", "best@8", ... -> steps and values averaged over data sources and seeds."""
+    keys: dict[str, list[str]] = {}
+    for key in sorted({key for rows in per_seed for row in rows for key in row}):
+        if match := _EVALUATION.fullmatch(key):
+            keys.setdefault(f"{match[1]}@{match[2]}", []).append(key)
+    found = {}
+    for name, same in keys.items():
+        parts = [_common(per_seed, key) for key in same]
+        steps = sorted(set.intersection(*(set(steps) for steps, _ in parts)))
+        values = [[np.mean(v[:, list(s).index(step)]) for s, v in parts] for step in steps]
+        if steps:
+            found[name] = np.array(steps), np.mean(values, axis=1)
+    return found
+
+
+def _draw(ax: Axes, panel: _Panel, seeds: Mapping[str, list[Rows]]) -> int:
+    """Draw every label's series; returns the widest smoothing window, for the caption."""
+    shown, window = [], 1
+    for label, colour, style in _styled(seeds):
+        steps, values = _common(seeds[label], panel.key)
+        if steps.size == 0:
+            continue
+        own = smoothing_window(len(steps))
+        window = max(window, own)
+        smoothed = smooth(values, own)
+        mean = smoothed.mean(axis=0)
+        if own > 1 and len(values) == 1:
+            ax.plot(steps, values[0], color=colour, alpha=0.25, linewidth=0.8, gid=f"every step:{label}")
+        ax.plot(steps, mean, style, color=colour, linewidth=1.8, gid=label, marker="." if len(steps) == 1 else None)
+        if len(values) > 1:
+            half = student_t(len(values) - 1) * smoothed.std(axis=0, ddof=1) / math.sqrt(len(values))
+            ax.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+        shown.append(values.mean(axis=0))
+        if panel.evaluations:
+            for name, (at, accuracy) in _evaluations(seeds[label]).items():
+                face = colour if name.startswith("mean") else "white"
+                ax.plot(at, accuracy, "o", color=colour, markerfacecolor=face, markersize=5, gid=f"{name}:{label}")
+                shown.append(accuracy)
+    # Limits follow the means: with two or three seeds an interval is wide enough to flatten everything else.
+    low, high = min(map(np.min, shown)), max(map(np.max, shown))
+    margin = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
+    ax.set_ylim(0 if panel.from_zero and low >= 0 else low - margin, high + margin)
+    ax.set_title(panel.title, loc="left")
+    ax.set_ylabel(panel.unit)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.grid(color="#dddddd", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    return window
+
+
+def _styled(seeds: Mapping[str, list[Rows]]) -> list[tuple[str, str, str]]:
+    count = len(_COLOURS)
+    return [(label, _COLOURS[i % count], _STYLES[i // count % len(_STYLES)]) for i, label in enumerate(seeds)]
+
+
+def _legend(seeds: Mapping[str, list[Rows]], panels: Sequence[_Panel]) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=_with_seeds(label, len(seeds[label])))
+        for label, colour, style in _styled(seeds)
+    ]
+    if any(panel.evaluations for panel in panels):
+        for name in sorted({name for per_seed in seeds.values() for name in _evaluations(per_seed)}, reverse=True):
+            face = "#555555" if name.startswith("mean") else "white"
+            look = {"marker": "o", "linestyle": "", "color": "#555555", "markerfacecolor": face, "markersize": 5}
+            handles.append(Line2D([], [], **look, label=f"held-out accuracy, {name}"))
+    return handles
+
+
+def _with_seeds(label: str, count: int) -> str:
+    return label if count == 1 else f"{label} ({count} seeds)"
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: no global state, no display needed
+    return figure
+
+
+def _caption(figure: Figure, seeds: Mapping[str, list[Rows]], windows: Sequence[int]) -> None:
+    """What was done to the data, below the plot."""
+    several = any(len(per_seed) > 1 for per_seed in seeds.values())
+    single = any(len(per_seed) == 1 for per_seed in seeds.values())
+    parts = []
+    if max(windows) > 1:
+        parts.append(f"moving average over {max(windows)} steps" + (", faint: every step" if single else ""))
+    if several:
+        parts.append("band: 95 % interval of the mean over seeds (Student t)")
+    if parts:
+        figure.supxlabel("; ".join(parts), fontsize=8, color="#555555", x=0.99, ha="right")
