@@ -1,0 +1,7 @@
+"""`python -m entcov`."""
+
+import sys
+
+from entcov.cli import main
+
+sys.exit(main())

@@ -1,0 +1,138 @@
+"""`python -m entcov train | eval | compare | plot | check`. Parsing and printing; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+_OVERRIDES = "keys of the recipe to change, such as actor.lr=1e-4 or control=[clip_cov]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the process's exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        print(f"error: {error}\nThe trainer needs its extra: pip install 'entcov[train]'", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}\n(--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m entcov", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a recipe, or go on with it where it stopped")
+    train.add_argument("recipe")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    train.add_argument(
+        "--resume", default="auto", help="auto (default), never, or the path of a checkpoint to go back to"
+    )
+    train.add_argument("--no-display", action="store_true", help="print nothing while running")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="held-out accuracy of a run's policy")
+    evaluate.add_argument("run", help="a run directory")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.samples=32")
+    evaluate.add_argument("--checkpoint", help="default: the latest")
+    evaluate.set_defaults(command=_eval)
+
+    compare = commands.add_parser("compare", help="matched runs of several entropy controls, a table and plots")
+    compare.add_argument("recipe")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    compare.add_argument("--controls", default="none,clip_cov,kl_cov,aent", help="comma-separated; default %(default)s")
+    compare.add_argument("--seeds", default="0,1,2", help="comma-separated; default %(default)s")
+    compare.add_argument("--out", default="runs/compare", help="directory; default %(default)s")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
+    compare.set_defaults(command=_compare)
+
+    plot = commands.add_parser("plot", help="PNG plots of one or several runs")
+    plot.add_argument("runs", nargs="+", metavar="RUN")
+    plot.add_argument("--out", help="directory; default: RUN/plots for one run, ./plots for several")
+    plot.set_defaults(command=_plot)
+
+    check = commands.add_parser("check", help="every op against its float64 oracle, on this machine")
+    check.set_defaults(command=_check)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from entcov.rl.config import load_config
+    from entcov.rl.run import train
+
+    config = load_config(args.recipe, args.overrides)
+    train(config, resume=args.resume, display=False if args.no_display else "auto")
+    if config.steps:
+        for path in _plot_runs({Path(config.run_dir).name: config.run_dir}, Path(config.run_dir) / "plots"):
+            print(path)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from entcov.rl.config import load_config
+    from entcov.rl.run import evaluate_run
+
+    config = load_config(Path(args.run) / "config.yaml", [*args.overrides, f"run_dir={args.run}"])
+    step, metrics = evaluate_run(config, checkpoint=args.checkpoint)
+    print(f"{args.run}, step {step}, {config.eval.prompts} prompts, temperature {config.eval.temperature:g}")
+    for name, value in metrics.items():
+        print(f"  {name:<48} {value:.4f}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from entcov.compare import compare
+    from entcov.rl.config import load_config
+
+    controls, seeds = args.controls.split(","), [int(s) for s in args.seeds.split(",")]
+    out = Path(args.out)
+
+    def arguments(control: str, seed: int, run_dir: Path) -> list[str]:
+        """The command line of one run; runs of the same seed share their warm start."""
+        in_force = "[]" if control == "none" else f"[{control}]"
+        return [
+            "train", args.recipe, *args.overrides, f"seed={seed}", f"run_dir={run_dir}", f"control={in_force}",
+            "threads=1", f"warm_start.cache_dir={out / 'warm_start'}",
+        ]  # fmt: skip
+
+    for control in controls:  # every mistake in the recipe or the names comes out before the first run
+        load_config(args.recipe, arguments(control, seeds[0], out)[2:])
+    return compare(
+        arguments, controls=controls, seeds=seeds, out_dir=out, jobs=args.jobs,
+        command="python -m entcov " + shlex.join(sys.argv[1:]),
+    )  # fmt: skip
+
+
+def _plot(args: argparse.Namespace) -> int:
+    runs = {Path(run).name: run for run in args.runs}
+    out = args.out or (Path(args.runs[0]) / "plots" if len(args.runs) == 1 else "plots")
+    for path in _plot_runs(runs, Path(out)):
+        print(path)
+    return 0
+
+
+def _plot_runs(runs: dict[str, str], out: Path) -> list[Path]:
+    from entcov.plots import plot_runs
+    from entcov.rl.metrics import read_metrics
+
+    return plot_runs({label: read_metrics(run) for label, run in runs.items()}, out)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from entcov.check import run_check
+
+    return run_check()

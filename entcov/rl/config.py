@@ -1,0 +1,225 @@
+"""The recipe: one typed tree, read from YAML plus `key=value` overrides, checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from yaml import YAMLError
+
+from entcov.advantages import ADVANTAGES
+from entcov.controls import CONTROLS, Control, make_control
+from entcov.losses import PolicyLossConfig
+
+_STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run; every line of the message names a key, the rule and the value."""
+
+
+@dataclass(config=_STRICT)
+class ModelConfig:
+    """Which policy is trained. Exactly one of `path` and `config` is given."""
+
+    path: str | None = None  # a folder or hub name that transformers' from_pretrained takes
+    config: dict[str, Any] | None = None  # a transformers configuration with model_type: random weights from the seed
+    tokenizer: str | None = None  # "char" or a path; default: the model's path
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        if (self.path is None) == (self.config is None):
+            raise ValueError("exactly one of path and config must be given")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("tokenizer must be given (char, or a path) where the model comes from config")
+
+
+@dataclass(config=_STRICT)
+class DataConfig:
+    """Where prompts come from: a generated task, or files in verl's row format."""
+
+    task: str | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # the task's own arguments
+    train_files: list[str] = dataclasses.field(default_factory=list)
+    val_files: list[str] = dataclasses.field(default_factory=list)
+    max_prompt_length: Count = 1024
+    overlong: Literal["error", "filter"] = "error"  # longer prompts: refused, or left out and counted
+    reward: str | None = None  # "module:function" instead of the built-in rewards
+
+    def __post_init__(self):
+        if (self.task is None) == (not self.train_files):
+            raise ValueError("exactly one of task and train_files must be given")
+
+
+@dataclass(config=_STRICT)
+class WarmStartConfig:
+    """Supervised steps on the task's worked solutions before reinforcement; 0 steps: none."""
+
+    steps: Whole = 0
+    batch_size: Count = 64
+    lr: Positive = 1e-3
+    warmup_steps: Whole = 20
+    cache_dir: str | None = None  # keeps the result, so that runs which differ only after the warm start share it
+
+
+@dataclass(config=_STRICT)
+class RolloutConfig:
+    prompts_per_step: Count = 64
+    group_size: Count = 8
+    temperature: Positive = 1.0
+    max_response_length: Count = 1024
+    batch_size: Count = 256  # sequences generated at once
+    # Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing; draw until the step is full of others.
+    filter_zero_variance: bool = False
+    max_draws: Count = 3
+
+
+@dataclass(config=_STRICT)
+class ActorConfig:
+    lr: Positive = 1e-6
+    warmup_steps: Whole = 10  # optimizer steps of linear warm-up
+    weight_decay: NonNegative = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: Positive = 1.0
+    updates_per_rollout: Count = 8  # mini-batches a rollout batch is divided into, per epoch
+    epochs: Count = 1
+    micro_batch_tokens: Count = 16384  # budget of one forward-backward, padding included where there is any
+    packing: bool = False  # one row without padding (best with flash attention) instead of padded rows
+
+
+@dataclass(config=_STRICT)
+class EvalConfig:
+    every: Whole = 20  # steps; 0: only after the last
+    prompts: Whole = 128  # 0: never evaluate
+    samples: Count = 4
+    temperature: NonNegative = 1.0
+
+
+@dataclass(config=_STRICT)
+class CheckpointConfig:
+    every: Whole = 20  # steps; 0: only after the warm start and after the last
+    keep: Count = 2
+
+
+@dataclass(config=_STRICT)
+class LoggingConfig:
+    tensorboard: bool = True
+    wandb: dict[str, Any] | None = None  # arguments of wandb.init; None: off
+
+
+_LossConfig = dataclass(PolicyLossConfig, frozen=True, config=_STRICT)
+
+
+@dataclass(config=_STRICT)
+class Config:
+    """A whole run. `python -m entcov train RECIPE key=value ...` overrides single keys."""
+
+    model: ModelConfig
+    data: DataConfig
+    run_dir: str
+    steps: Whole = 100
+    seed: Whole = 0
+    device: str = "auto"
+    threads: Whole = 0  # CPU threads of torch and of the kernels; 0: leave torch's choice
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
+    actor: ActorConfig = dataclasses.field(default_factory=ActorConfig)
+    loss: _LossConfig = dataclasses.field(default_factory=_LossConfig)  # type: ignore[valid-type]
+    advantage: str = "grpo"
+    control: list[str] = dataclasses.field(default_factory=list)  # entropy controls in force, in order
+    controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, in force or not
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+
+    def __post_init__(self):
+        if self.advantage not in ADVANTAGES:
+            raise ValueError(f"advantage: must be one of {', '.join(ADVANTAGES)}, got {self.advantage!r}")
+        for name in [*self.control, *self.controls]:
+            if name not in CONTROLS:
+                raise ValueError(f"control: must be among {', '.join(CONTROLS)}, got {name!r}")
+        for name in self.controls:
+            _build_control(name, self.controls[name])
+        if self.actor.updates_per_rollout > self.rollout.prompts_per_step:
+            raise ValueError(
+                "actor.updates_per_rollout: must not exceed rollout.prompts_per_step (a mini-batch holds whole "
+                f"groups), got {self.actor.updates_per_rollout} > {self.rollout.prompts_per_step}"
+            )
+
+    def build_controls(self) -> list[Control]:
+        """Fresh controls in force, in order."""
+        return [_build_control(name, self.controls.get(name, {})) for name in self.control]
+
+
+def _build_control(name: str, settings: dict[str, Any]) -> Control:
+    try:
+        return make_control(name, **settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"controls.{name}: {error}") from None
+
+
+def load_config(recipe: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML recipe, applies `a.b=value` overrides, and checks the whole.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, values out of range, unreadable YAML: one line for each offence.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        raise ConfigError(f"recipe: {path} is not a file")
+    try:
+        tree = OmegaConf.load(path)
+        for item in overrides or []:
+            key, separator, _ = item.partition("=")
+            if not separator or not key:
+                raise ConfigError(f"override {item!r}: must have the form key=value")
+            OmegaConf.update(tree, key, OmegaConf.select(OmegaConf.from_dotlist([item]), key), merge=True)
+        data = OmegaConf.to_container(tree, resolve=True)
+    except YAMLError as error:
+        raise ConfigError(f"recipe {path}: not valid YAML: {error}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"recipe {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"recipe {path}: must be a mapping of keys, got {type(data).__name__}")
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
+    """Checks a plain mapping and makes it a `Config`."""
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(data)
+    except pydantic.ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise ConfigError(f"{origin} cannot be run:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{key}: unknown key"
+    if error["type"] == "missing":
+        return f"{key}: must be given"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # from __post_init__: the message says the value itself
+        return f"{key}: {message}" if key and not message.startswith(key) else message
+    return f"{key}: {message}, got {error['input']!r}"
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved recipe, loadable by `load_config`."""
+    tree = dataclasses.asdict(config)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
+    temporary.replace(path)

@@ -1,0 +1,87 @@
+"""The policy: any transformers causal language model, from a path or from a configuration with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from entcov.rl.batch import IGNORE_INDEX, Batch
+from entcov.rl.config import ModelConfig
+from entcov.rl.tokenizer import load_tokenizer
+from entcov.vocab_parallel import TokenStats, token_stats
+
+
+def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model in training mode on `device`, and its tokenizer.
+
+    A model from `config.config` gets random weights from `seed`, and the tokenizer's vocabulary size and special
+    tokens.
+    """
+    tokenizer = load_tokenizer(config.tokenizer or config.path)
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    if config.path is not None:
+        model = AutoModelForCausalLM.from_pretrained(config.path, **options)
+    else:
+        arguments = dict(config.config)
+        if "model_type" not in arguments:
+            raise ValueError("model.config.model_type: must be given (for example qwen3)")
+        arguments.setdefault("vocab_size", len(tokenizer))
+        arguments |= {k: getattr(tokenizer, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**arguments), **options)
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
+        raise ValueError(
+            f"model: its vocabulary must hold the tokenizer's {len(tokenizer)} tokens, got "
+            f"{model.config.get_text_config().vocab_size}"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device).train(), tokenizer
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes weights (safetensors), configuration and tokenizer: a folder that `from_pretrained` loads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def batch_token_stats(model: nn.Module, batch: Batch, *, packing: bool, **stats_options) -> TokenStats:
+    """`token_stats` of the batch's K response tokens, in the batch's order ([K] = everything at `batch.loss_mask`).
+
+    Logits are computed for the positions that predict a response token (packed), or for the columns that hold one
+    (padded); the others are ignored rows, whose logits are never read.
+
+    Args:
+        packing: one row of N tokens whose positions start again at each sequence. Transformers' attention then keeps
+            the sequences apart: flash attention without a mask, sdpa by building an [N, N] one.
+        stats_options: passed to `token_stats`: temperature, clamp_p, top_k, moments.
+    """
+    if packing:
+        keep = batch.loss_mask.nonzero()[:, 0]
+        out = model(
+            input_ids=batch.tokens[None], position_ids=batch.position[None], logits_to_keep=keep, use_cache=False
+        )
+        return token_stats(out.logits[0], batch.target[keep], ignore_index=IGNORE_INDEX, **stats_options)
+    ids, mask, target = _pad(batch)
+    first = int((target != IGNORE_INDEX).any(0).nonzero()[0, 0])  # leftmost column that predicts a response token
+    out = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False)
+    target = target[:, first:]
+    stats = token_stats(out.logits, target.contiguous(), ignore_index=IGNORE_INDEX, **stats_options)
+    kept = target != IGNORE_INDEX
+    return TokenStats(*(None if value is None else value[kept] for value in stats))
+
+
+def _pad(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (batch.num_sequences, max(batch.lengths))
+    ids, mask = batch.tokens.new_zeros(shape), batch.tokens.new_zeros(shape)
+    target = batch.target.new_full(shape, IGNORE_INDEX)
+    start = 0
+    for s, n in enumerate(batch.lengths):
+        ids[s, :n], mask[s, :n] = batch.tokens[start : start + n], 1
+        target[s, :n] = batch.target[start : start + n]
+        start += n
+    return ids, mask, target

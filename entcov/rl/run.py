@@ -1,0 +1,269 @@
+"""A run from recipe to results: sets the parts up, resumes what is there, drives the loop, evaluates, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from entcov.rl.actor import TorchActor
+from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, save_checkpoint
+from entcov.rl.config import Config, ConfigError, load_config, save_config
+from entcov.rl.data import PromptStream
+from entcov.rl.durable import replace_file
+from entcov.rl.evaluation import evaluate
+from entcov.rl.loop import Loop, derived_seed
+from entcov.rl.metrics import RunLogger
+from entcov.rl.model import build_model, save_model
+from entcov.rl.progress import Progress
+from entcov.rl.rewards import load_reward
+from entcov.rl.sampler import InProcessSampler
+from entcov.rl.types import Rollout
+from entcov.rl.warm_start import warm_started
+
+# Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
+_FREE_KEYS = ("run_dir", "steps", "checkpoint", "logging", "eval")
+_EVAL_SEED = 1 << 40  # apart from every step's number
+
+
+def train(config: Config, *, resume: str = "auto", display: bool | str = "auto") -> dict[str, float]:
+    """Runs the recipe in `config.run_dir` to its last step, going on from the latest checkpoint if there is one.
+
+    Args:
+        resume: "auto" goes on where the run stopped; a checkpoint's path goes back to it; "never" refuses a folder that
+            holds a run already.
+        display: passed to `Progress`.
+
+    Returns:
+        The last step's metrics, evaluation included.
+
+    Raises:
+        ConfigError: the folder holds a run of another recipe; the message lists the keys that differ.
+    """
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _claim(run_dir, config, resume)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    device = _device(config.device)
+    checkpoints = run_dir / "checkpoints"
+    checkpoint = load_latest(checkpoints) if resume in ("auto", "never") else load_checkpoint(resume)
+
+    logger = RunLogger(
+        run_dir,
+        tensorboard=config.logging.tensorboard,
+        wandb=config.logging.wandb,
+        resume_step=-1 if checkpoint is None else checkpoint.step,  # -1: killed before the first checkpoint, start over
+    )
+    with logger, Progress(config.steps, run_dir.name, enabled=display) as progress:
+        return _train(config, checkpoint, run_dir, device, logger, progress)
+
+
+def _train(
+    config: Config,
+    checkpoint: Checkpoint | None,
+    run_dir: Path,
+    device: torch.device,
+    logger: RunLogger,
+    progress: Progress,
+) -> dict[str, float]:
+    model, tokenizer = _policy(config, checkpoint, device)
+    stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
+    controls = config.build_controls()
+    if checkpoint is None and config.warm_start.steps:
+        progress.phase("warm start")
+        steps = config.warm_start.steps
+        warm_started(
+            model, tokenizer, stream, config,
+            on_step=lambda done, loss: progress.sub_bar(done, steps, f"loss {loss:.3f} nats"),
+        )  # fmt: skip
+    reference = _reference(config, model, run_dir, device, fresh=checkpoint is None)
+    actor = TorchActor(
+        model, config.actor, config.loss, controls, temperature=config.rollout.temperature, reference=reference
+    )
+    sampler = InProcessSampler(model, tokenizer, batch_size=config.rollout.batch_size)
+    score = load_reward(config.data.reward)
+    loop = Loop(config, actor, sampler, stream, controls, score, phase=progress.phase)
+    # Reinforcement starts after the prompts that the warm start has shown the solutions of.
+    loop.position = config.warm_start.steps * config.warm_start.batch_size
+
+    if checkpoint is not None:
+        loop.load_state_dict(checkpoint.state)
+    run = _Run(config, loop, logger, progress, run_dir, lambda path: save_model(model, tokenizer, path))
+    return run.to_the_end(fresh=checkpoint is None)
+
+
+def evaluate_run(config: Config, *, checkpoint: str | None = None) -> tuple[int, dict[str, float]]:
+    """Held-out accuracy of the policy in `config.run_dir`, with the settings of `config.eval`.
+
+    Args:
+        checkpoint: path of one; default: the run's latest.
+
+    Returns:
+        The checkpoint's step and the metrics of `evaluate`; they and some responses are also kept under RUN/eval.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint.
+    """
+    run_dir = Path(config.run_dir)
+    found = load_checkpoint(checkpoint) if checkpoint else load_latest(run_dir / "checkpoints")
+    if found is None:
+        raise FileNotFoundError(f"{run_dir / 'checkpoints'}: the run has no checkpoint yet")
+    model, tokenizer = _policy(config, found, _device(config.device))
+    stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
+    metrics, rollouts = evaluate(
+        InProcessSampler(model, tokenizer, batch_size=config.rollout.batch_size),
+        stream.held_out(config.eval.prompts),
+        load_reward(config.data.reward),
+        samples=config.eval.samples,
+        temperature=config.eval.temperature,
+        max_response_length=config.rollout.max_response_length,
+        seed=derived_seed(config.seed, _EVAL_SEED),
+    )
+    _write_samples(run_dir / "eval" / f"step_{found.step}.jsonl", rollouts, limit=len(rollouts))
+    result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
+    replace_file(run_dir / "eval" / f"step_{found.step}.json", (json.dumps(result, indent=1) + "\n").encode())
+    return found.step, metrics
+
+
+@dataclasses.dataclass
+class _Run:
+    config: Config
+    loop: Loop
+    logger: RunLogger
+    progress: Progress
+    run_dir: Path
+    write_model: Callable[[Path], None]
+
+    def to_the_end(self, *, fresh: bool) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if fresh:
+            metrics = self.evaluation(step=0)
+            if metrics:
+                self.record(0, metrics)
+            self.save()
+        while self.loop.steps_done < self.config.steps:
+            metrics = self.loop.step()
+            step = self.loop.steps_done
+            last = step == self.config.steps
+            if last or (self.config.eval.every and step % self.config.eval.every == 0):
+                metrics |= self.evaluation(step)
+            self.record(step, metrics)
+            if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+                self.save()
+        return metrics
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        self.logger.log(step, metrics)
+        self.progress.update(step, metrics)
+
+    def save(self) -> None:
+        self.progress.phase("checkpoint")
+        save_checkpoint(
+            self.run_dir / "checkpoints",
+            self.loop.steps_done,
+            {"model": self.write_model},
+            self.loop.state_dict(),
+            self.config.checkpoint.keep,
+        )
+
+    def evaluation(self, step: int) -> dict[str, float]:
+        settings = self.config.eval
+        if not settings.prompts:
+            return {}
+        self.progress.phase("eval")
+        metrics, rollouts = evaluate(
+            self.loop.sampler,
+            self.loop.stream.held_out(settings.prompts),
+            self.loop.score,
+            samples=settings.samples,
+            temperature=settings.temperature,
+            max_response_length=self.config.rollout.max_response_length,
+            seed=derived_seed(self.config.seed, _EVAL_SEED),  # the same draws at every step: less noise in the curve
+        )
+        _write_samples(self.run_dir / "samples" / f"step_{step}.jsonl", rollouts)
+        return metrics
+
+
+def _claim(run_dir: Path, config: Config, resume: str) -> None:
+    """Makes the folder this run's, or checks that it already is."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        save_config(config, path)
+        return
+    if resume == "never":
+        raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
+    before, now = dataclasses.asdict(load_config(path)), dataclasses.asdict(config)
+    different = [
+        f"{key}: was {_shown(before[key])}, is {_shown(now[key])}"
+        for key in now
+        if key not in _FREE_KEYS and before[key] != now[key]
+    ]
+    if different:
+        lines = "\n".join(f"  {line}" for line in different)
+        raise ConfigError(
+            f"run_dir: {run_dir} holds a run of another recipe; choose another folder or restore these keys:\n{lines}"
+        )
+    save_config(config, path)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _policy(config: Config, checkpoint: Checkpoint | None, device: torch.device):
+    """The policy with the recipe's weights, or the checkpoint's."""
+    source = config.model
+    if checkpoint is not None:
+        path = str(checkpoint.path / "model")
+        source = dataclasses.replace(source, path=path, config=None, tokenizer=path)
+    return build_model(source, seed=config.seed, device=device)
+
+
+def _reference(config: Config, model: nn.Module, run_dir: Path, device: torch.device, fresh: bool) -> nn.Module | None:
+    """A frozen copy of the policy as reinforcement found it; kept on disk so that a resumed run uses the same one."""
+    if config.loss.kl_coef == 0:
+        return None
+    stored = run_dir / "reference.pt"
+    reference = copy.deepcopy(model)
+    if fresh:
+        temporary = stored.with_name(".reference.pt.tmp")
+        torch.save(reference.state_dict(), temporary)
+        temporary.replace(stored)
+    elif stored.exists():
+        reference.load_state_dict(torch.load(stored, map_location=device, weights_only=True))
+    else:
+        raise RuntimeError(
+            f"{stored} is missing: the reference policy of loss.kl_coef={config.loss.kl_coef} cannot be resumed"
+        )
+    return reference.requires_grad_(False).eval()
+
+
+def _write_samples(path: Path, rollouts: list[Rollout], limit: int = 64) -> None:
+    """A few scored responses to read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "prompt": [m["content"] for m in r.prompt.example.prompt],
+            "response": r.text,
+            "ground_truth": r.prompt.example.ground_truth,
+            "reward": r.reward,
+            "finished": r.finished,
+        }
+        for r in rollouts[:limit]
+    ]
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
