@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, float]]
 # Okabe and Ito's palette without its yellow: told apart with every kind of colour vision, and on white paper.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", ":")
-_EVALUATION = re.compile(r"val-core/.+/acc/(mean|best)@(\d+)")
+_EVALUATION = re.compile(r"val-core/.+/acc/(mean|best)@(\d+)(/mean)?")
 
 
 @dataclass(frozen=True)

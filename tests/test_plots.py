@@ -35,9 +35,8 @@ def lines(ax):
 
 
 def test_files_are_real_pictures(tmp_path):
-    paths = plot_runs(
-        {"none": [run(0), run(1)], "clip_cov": [run(2, 0.4), run(3, 0.4)], "aent": run(4)}, tmp_path, "Title"
-    )
+    runs = {"none": [run(i) for i in range(4)], "clip_cov": [run(i, 0.4) for i in range(4, 8)], "aent": run(8)}
+    paths = plot_runs(runs, tmp_path / "plots", "Title")
     names = ["entropy.png", "reward.png", "response_length.png", "covariance.png", "overview.png"]
     assert [path.name for path in paths] == names
     for path in paths:
@@ -79,7 +78,14 @@ def test_mean_band_and_markers_have_the_right_values():
     values = np.array([[1.0, 0.5, 0.2], [0.8, 0.7, 0.3], [0.9, 0.3, 0.1]])
     runs = [
         [{"step": s + 1, "actor/entropy": v, "critic/score/mean": v} for s, v in enumerate(one)]
-        + [{"step": 3, "val-core/a/acc/mean@4": 0.5, "val-core/b/acc/mean@4": 0.1 * seed, "val-core/a/acc/best@4": 0.9}]
+        + [
+            {
+                "step": 3,
+                "val-core/a/acc/mean@4": 0.5,
+                "val-core/b/acc/mean@4": 0.1 * seed,
+                "val-core/a/acc/best@4/mean": 0.9,
+            }
+        ]
         for seed, one in enumerate(values)
     ]
     figures = build_figures({"none": runs})
