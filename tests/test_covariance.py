@@ -1,0 +1,562 @@
+"""Token covariance and its selections: against plain-Python oracles, and the same for every split, order and rank."""
+
+import math
+import os
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from entcov import covariance as cov
+from entcov.controls import ClipCov, KLCov, select
+from entcov.losses import PolicyLossConfig, Tokens
+
+CONFIG = PolicyLossConfig()
+M64 = 2**64 - 1
+
+
+# --- oracles: Python numbers only ---------------------------------------------------------------------------------
+
+
+def mix(x):
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & M64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & M64
+    return x ^ (x >> 31)
+
+
+def hash64(seed, step, token_id):
+    golden = 0x9E3779B97F4A7C15
+    h = mix((token_id + 1) * golden & M64)
+    h = mix((h + (seed + 1) * golden) & M64)
+    return mix((h + (step + 1) * golden) & M64)
+
+
+def exact_covariance(logprob, advantage, mask):
+    """float32 covariances (nan outside the mask) from rational arithmetic."""
+    inside = [i for i, m in enumerate(mask.tolist()) if m]
+    x = [Fraction(v) for v in torch.where(mask, logprob, 0.0).tolist()]
+    a = [Fraction(v) for v in advantage.tolist()]
+    mean_x = sum(x[i] for i in inside) / len(inside)
+    mean_a = sum(a[i] for i in inside) / len(inside)
+    out = np.full(len(mask), np.nan, np.float32)
+    for i in inside:
+        out[i] = np.float32(float((x[i] - mean_x) * (a[i] - mean_a)))
+    return out
+
+
+def top_by_hash(ids, n, seed, step):
+    return set(sorted(ids, key=lambda i: hash64(seed, step, i), reverse=True)[:n])
+
+
+def clip_cov_oracle(value, mask, ids, ratio, low, high, seed, step):
+    rows = zip(value.tolist(), mask.tolist(), ids.tolist(), strict=True)
+    candidates = [i for v, m, i in rows if m and low <= v <= high]
+    return top_by_hash(candidates, int(ratio * int(mask.sum())), seed, step)
+
+
+def kl_cov_oracle(value, mask, ids, n, seed, step):
+    rows = zip(value.tolist(), mask.tolist(), ids.tolist(), strict=True)
+    ranked = sorted(((v, hash64(seed, step, i), i) for v, m, i in rows if m), reverse=True)
+    return {i for _, _, i in ranked[:n]}
+
+
+def make_batch(seed, sequences=24, longest=40):
+    """A rollout batch as the trainer has it: one advantage a sequence, some tokens masked and then NaN."""
+    g = torch.Generator().manual_seed(seed)
+    logprob, advantage, mask, sequence = [], [], [], []
+    for s in range(sequences):
+        length = int(torch.randint(1, longest + 1, (), generator=g))
+        logprob.append(-torch.empty(length).exponential_(generator=g) * 1.5)
+        advantage.append(torch.full((length,), float(torch.randn((), generator=g))))
+        mask.append(torch.rand(length, generator=g) < 0.9)
+        sequence.append(torch.full((length,), s))
+    logprob, advantage, mask, sequence = map(torch.cat, (logprob, advantage, mask, sequence))
+    old = logprob + 0.1 * torch.randn(len(logprob), generator=g)
+    logprob[~mask] = torch.nan
+    ids = torch.randperm(10 * len(mask), generator=g)[: len(mask)]
+    return Tokens(logprob, old, advantage, mask, token_id=ids), sequence
+
+
+def pick(tokens, index):
+    return Tokens(tokens.logprob[index], tokens.old_logprob[index], tokens.advantage[index], tokens.loss_mask[index],
+                  token_id=tokens.token_id[index])
+
+
+def chosen_ids(micro_batches, selections, k):
+    return sorted(i for t, s in zip(micro_batches, selections, strict=True) for i in t.token_id[s[k]].tolist())
+
+
+# --- the numbers ----------------------------------------------------------------------------------------------------
+
+
+def hand_example():
+    p = torch.tensor([0.9, 0.5, 0.1, 0.8, 0.2, 0.95, 0.6, 0.05])
+    advantage = torch.tensor([1.5] * 4 + [-0.5] * 4)
+    return p.log(), advantage, torch.tensor([True] * 3 + [False] + [True] * 4)
+
+
+def test_covariance_hand_values():
+    result = cov.token_covariance(*hand_example())
+    expected = [1.22953, 0.55777, -1.28159, 0.0, 0.36706, -0.96849, -0.57460, 1.55532]
+    assert result.value.tolist() == pytest.approx(expected, abs=6e-6)
+    assert int(result.num_tokens) == 7
+    assert float(result.mean_advantage) == pytest.approx(0.3571429, abs=1e-7)
+    assert float(result.mean_logprob) == pytest.approx(-1.1811974, abs=1e-7)
+    summary = cov.covariance_summary(result)
+    assert float(summary["actor/cov_mean"]) == pytest.approx(0.1264284, abs=1e-7)
+    assert float(summary["actor/cov_max"]) == pytest.approx(1.55532, abs=6e-6)
+
+
+def test_covariance_hand_selection():
+    result = cov.token_covariance(*hand_example())
+    ids = torch.arange(8)
+    both = cov.select_clip_cov(result, ids, ratio=0.5, low=1.0, high=5.0, seed=0, step=0)
+    assert both.mask.nonzero().flatten().tolist() == [0, 7]
+    top = cov.select_kl_cov(result, ids, ratio=2 / 7, seed=0, step=0)
+    assert top.mask.nonzero().flatten().tolist() == [0, 7]
+    assert float(top.threshold) == pytest.approx(1.22953, abs=6e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_covariance_equals_rational_arithmetic(seed):
+    """Bitwise. (Float64 errors could move a value that lies within 2^-50 of a rounding boundary; none here does.)"""
+    tokens, _ = make_batch(seed)
+    value = cov.token_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask).value
+    exact = exact_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask)
+    mask = tokens.loss_mask.numpy()
+    assert np.array_equal(value.numpy()[mask], exact[mask])
+    assert not value[~tokens.loss_mask].any()
+
+
+def adversarial_batch():
+    """Large advantages that cancel, beside tiny ones: a float64 sum loses bits by the order of its terms."""
+    rng = random.Random(3)
+    big = [rng.uniform(2.0**18, 2.0**20) for _ in range(150)]
+    advantage = np.array(big + [-b for b in big] + [rng.gauss(0, 1e-3) for _ in range(100)], np.float32)
+    logprob = np.array([-(10.0 ** rng.uniform(-8, 4)) for _ in range(400)], np.float32)
+    return torch.from_numpy(logprob), torch.from_numpy(advantage)
+
+
+def test_means_do_not_depend_on_order_where_float64_does():
+    logprob, advantage = adversarial_batch()
+    mask = torch.ones(400, dtype=torch.bool)
+    naive, ours = {}, set()
+    for trial in range(40):
+        order = torch.randperm(400, generator=torch.Generator().manual_seed(trial))
+        back = order.argsort()
+        x, a = logprob[order], advantage[order]
+        mean_x, mean_a = (np.add.accumulate(v.double().numpy())[-1] / 400 for v in (x, a))  # one after the other
+        plain = ((x.double() - mean_x) * (a.double() - mean_a)).float()[back]
+        naive.setdefault(tuple(plain.tolist()), plain)
+        result = cov.token_covariance(x, a, mask)
+        ours.add((*result.value[back].tolist(), float(result.mean_logprob), float(result.mean_advantage)))
+    assert len(naive) > 1, "the case must be one that a float64 sum gets wrong"
+    assert len(ours) == 1
+
+    # A borderline token: its float64 covariance moves with the order, so a threshold can be put between its values.
+    first, *rest = naive.values()
+    token = next(i for other in rest for i in range(400) if other[i] != first[i])
+    values = sorted({float(v[token]) for v in naive.values()})
+    low = values[-1]
+    assert {float(v[token]) >= low for v in naive.values()} == {True, False}
+    picks = set()
+    for trial in range(10):
+        order = torch.randperm(400, generator=torch.Generator().manual_seed(trial))
+        result = cov.token_covariance(logprob[order], advantage[order], mask)
+        chosen = cov.select_clip_cov(result, order, ratio=1.0, low=low, high=math.inf, seed=0, step=0).mask
+        picks.add(tuple(sorted(order[chosen].tolist())))
+    assert len(picks) == 1
+
+
+def test_mean_accuracy_over_its_whole_range():
+    logprob, advantage = adversarial_batch()
+    result = cov.token_covariance(logprob, advantage, torch.ones(400, dtype=torch.bool))
+    for values, mean in ((logprob, result.mean_logprob), (advantage, result.mean_advantage)):
+        exact = sum(Fraction(v) for v in values.double().tolist()) / 400
+        assert abs(Fraction(float(mean)) - exact) <= Fraction(1, 2**42) + abs(exact) * Fraction(1, 2**51)
+
+
+def test_denominator_eps_is_masked_means():
+    logprob, advantage, mask = hand_example()
+    result = cov.token_covariance(logprob, advantage, mask, denominator_eps=1.0)
+    assert float(result.mean_advantage) == pytest.approx(2.5 / 8)
+
+
+# --- hash and order statistics --------------------------------------------------------------------------------------
+
+
+def test_mix_is_splitmix64():
+    # First outputs of SplitMix64 with state 0, as published with its reference implementation.
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    golden = 0x9E3779B97F4A7C15
+    states = torch.tensor([((k + 1) * golden & M64) - (2**64 if (k + 1) * golden & 2**63 else 0) for k in range(3)])
+    assert [v & M64 for v in cov._mix(states).tolist()] == published
+
+
+@pytest.mark.parametrize("seed, step", [(0, 0), (1, 0), (0, 1), (7, 123456789), (2**40, 2**50)])
+def test_token_hash_matches_python(seed, step):
+    ids = [0, 1, 2, 1000, 2**31, 2**40 + 3, 2**62]
+    got = cov.token_hash(torch.tensor(ids), seed, step).tolist()
+    assert [v & M64 for v in got] == [hash64(seed, step, i) for i in ids]
+
+
+def test_float_key_sorts_as_numbers_do():
+    x = torch.tensor([-math.inf, -3.4e38, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1e-8, 1.0, 3.4e38, math.inf])
+    key = cov._float_key(x)
+    assert key[4] == key[5]
+    distinct = torch.cat([key[:4], key[5:]])
+    assert (distinct.diff() > 0).all() and distinct.min() >= 0 and distinct.max() < 2**32
+    assert torch.equal(cov._key_to_float(key), x)
+
+
+@pytest.mark.parametrize("bits", [11, 32, 64])
+def test_radix_select_matches_sorting(bits):
+    g = torch.Generator().manual_seed(bits)
+    wide = torch.randint(-(2**63), 2**63 - 1, (300,), generator=g)
+    key = torch.cat([wide, wide[:50], torch.tensor([-1, 0, -(2**63), 2**63 - 1])])
+    if bits < 64:
+        key = key & (2**bits - 1)
+    valid = torch.rand(len(key), generator=g) < 0.8
+    unsigned = sorted((k & M64 for k, v in zip(key.tolist(), valid.tolist(), strict=True) if v), reverse=True)
+    ranks = [1, 2, 17, len(unsigned) // 2, len(unsigned), len(unsigned) + 5]
+    got, of_equal, total = cov._radix_select(key, valid, torch.tensor(ranks), bits, None)
+    assert int(total) == len(unsigned)
+    for rank, value, share in zip(ranks, got.tolist(), of_equal.tolist(), strict=True):
+        rank = min(rank, len(unsigned))
+        assert value & M64 == unsigned[rank - 1]
+        assert share == rank - sum(u > unsigned[rank - 1] for u in unsigned)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_summary_matches_numpy(seed):
+    tokens, _ = make_batch(seed, sequences=150)
+    result = cov.token_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask)
+    values = result.value[tokens.loss_mask].numpy()
+    assert len(values) > 2000, "the quantile must differ from the largest value"
+    summary = cov.covariance_summary(result)
+    assert float(summary["actor/cov_max"]) == values.max()
+    assert float(summary["actor/cov_p999"]) == np.quantile(values, 0.999, method="inverted_cdf") < values.max()
+    assert float(summary["actor/cov_mean"]) == pytest.approx(values.astype(np.float64).mean(), rel=1e-12, abs=1e-14)
+
+
+# --- selection against the oracle -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.002, 0.05, 0.5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_selections_match_oracle(seed, ratio):
+    tokens, _ = make_batch(seed, sequences=60)
+    result = cov.token_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask)
+    value = exact_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask)
+    mask, ids = tokens.loss_mask, tokens.token_id
+    clip = cov.select_clip_cov(result, ids, ratio=ratio, low=0.25, high=2.0, seed=seed, step=3)
+    assert set(ids[clip.mask].tolist()) == clip_cov_oracle(value, mask, ids, ratio, 0.25, 2.0, seed, 3)
+    kl = cov.select_kl_cov(result, ids, ratio=ratio, seed=seed, step=3)
+    n = int(ratio * int(mask.sum()))
+    assert set(ids[kl.mask].tolist()) == kl_cov_oracle(value, mask, ids, n, seed, 3)
+    assert int(kl.count) == n
+    assert float(kl.threshold) == (min(value[kl.mask.numpy()]) if n else math.inf)
+
+
+def test_ties_are_settled_by_the_hash():
+    """All covariances are 0 (constant advantage): the top n must still be n tokens, the same in every order."""
+    ids = torch.arange(1000)
+    logprob, advantage, mask = -torch.rand(1000), torch.ones(1000), torch.ones(1000, dtype=torch.bool)
+    result = cov.token_covariance(logprob, advantage, mask)
+    assert not result.value.any()
+    expected = top_by_hash(range(1000), 100, 5, 9)
+    for trial in range(3):
+        order = torch.randperm(1000, generator=torch.Generator().manual_seed(trial))
+        shuffled = cov.token_covariance(logprob[order], advantage, mask)
+        got = cov.select_kl_cov(shuffled, ids[order], ratio=0.1, seed=5, step=9)
+        assert set(ids[order][got.mask].tolist()) == expected
+
+
+def test_interval_closed_and_open():
+    advantage = torch.tensor([2.0, -2.0, 2.0, -2.0])
+    logprob = torch.tensor([-1.0, -3.0, -1.0, -3.0])  # covariance 1 * 2 = 2, exactly, for all
+    result = cov.token_covariance(logprob, advantage, torch.ones(4, dtype=torch.bool))
+    assert result.value.tolist() == [2.0] * 4
+
+    def count(low, high, strict):
+        ids = torch.arange(4)
+        return int(cov.select_clip_cov(result, ids, ratio=1, low=low, high=high, strict=strict, seed=0, step=0).count)
+
+    assert count(2.0, 5.0, False) == 4 and count(1.0, 2.0, False) == 4
+    assert count(2.0, 5.0, True) == 0 and count(1.0, 2.0, True) == 0 and count(1.0, 5.0, True) == 4
+
+
+def test_draw_is_uniform_and_changes_with_seed_and_step():
+    """20 of 100 candidates over 2000 steps: each is drawn 400 +- 18 times, the worst of 100 within 4.5 deviations."""
+    advantage = torch.tensor([2.0, -2.0] * 50)
+    logprob = torch.tensor([-1.0, -3.0] * 50)
+    result = cov.token_covariance(logprob, advantage, torch.ones(100, dtype=torch.bool))
+    ids = torch.arange(100)
+
+    def draw(seed, step):
+        return cov.select_clip_cov(result, ids, ratio=0.2, low=1.0, high=5.0, seed=seed, step=step).mask
+
+    times = sum(draw(0, step).long() for step in range(2000))
+    assert times.sum() == 20 * 2000
+    assert (times - 400).abs().max() < 4.5 * math.sqrt(2000 * 0.2 * 0.8)
+    assert torch.equal(draw(0, 1), draw(0, 1))
+    assert not torch.equal(draw(0, 1), draw(1, 1)) and not torch.equal(draw(0, 1), draw(1, 0))
+
+
+def test_at_least_one_token():
+    tokens, _ = make_batch(0)
+    result = cov.token_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask)
+    assert int(cov.select_kl_cov(result, tokens.token_id, ratio=0.0, seed=0, step=0, at_least=1).count) == 1
+    assert int(cov.select_kl_cov(result, tokens.token_id, ratio=0.0, seed=0, step=0).count) == 0
+
+
+# --- any split, any order, any number of ranks ----------------------------------------------------------------------
+
+CONTROLS = [
+    ClipCov(clip_cov_ratio=0.02, clip_cov_lb=0.3, clip_cov_ub=3.0, seed=1),
+    KLCov(kl_cov_ratio=0.02, seed=1),
+    ClipCov(clip_cov_ratio=0.02, clip_cov_lb=0.3, clip_cov_ub=3.0, semantics="reference"),
+    KLCov(kl_cov_ratio=0.01, semantics="paper"),
+]
+
+
+def split_cases(world):
+    """(name, rank of each sequence, sequences a micro-batch, shuffle): what one mini-batch may look like."""
+    for data_seed in (0, 1):
+        for per_micro_batch in (1, 3, 24):
+            for layout in ("round-robin", "skewed", "one-rank"):
+                if world == 1 and layout != "round-robin":
+                    continue
+                yield data_seed, per_micro_batch, layout, per_micro_batch == 3
+
+
+def micro_batches_of(tokens, sequence, rank, world, per_micro_batch, layout, shuffle):
+    owner = {
+        "round-robin": lambda s: s % world,
+        "skewed": lambda s: min(s // 12, world - 1),
+        "one-rank": lambda s: world - 1,  # every other rank has nothing
+    }[layout]
+    mine = [s for s in range(int(sequence.max()) + 1) if owner(s) == rank]
+    groups = [mine[i : i + per_micro_batch] for i in range(0, len(mine), per_micro_batch)] or [[]]
+    out = []
+    for group in groups:
+        index = torch.isin(sequence, torch.tensor(group, dtype=torch.int64)).nonzero().flatten()
+        if shuffle:
+            index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(rank))]
+        out.append(pick(tokens, index))
+    return out
+
+
+def run_cases(rank, world, group):
+    results = []
+    for data_seed, per_micro_batch, layout, shuffle in split_cases(world):
+        tokens, sequence = make_batch(data_seed)
+        parts = micro_batches_of(tokens, sequence, rank, world, per_micro_batch, layout, shuffle)
+        selections, metrics = select(CONTROLS, parts, step=data_seed + 5, config=CONFIG, group=group)
+        picks = [chosen_ids(parts, selections, k) for k in range(len(CONTROLS))]
+        results.append((data_seed, picks, {k: float(v) for k, v in metrics.items()}))
+    return results
+
+
+def error_on_every_rank(rank, group, make):
+    """The message that this rank gets when only rank 0 has the problem."""
+    tokens, sequence = make_batch(0)
+    try:
+        select(CONTROLS[:1], [make(pick(tokens, sequence % 2 == rank % 2), rank)], step=0, config=CONFIG, group=group)
+    except ValueError as error:
+        return str(error)
+
+
+def nothing_anywhere(tokens, rank):
+    tokens.loss_mask = torch.zeros_like(tokens.loss_mask)
+    return tokens
+
+
+def nan_on_rank_0(tokens, rank):
+    if rank == 0:
+        tokens.advantage = tokens.advantage.clone()
+        tokens.advantage[tokens.loss_mask.nonzero()[0]] = torch.nan
+    return tokens
+
+
+def count_collectives(group):
+    """(all-reduces, bytes) of one select with one Clip-Cov, and with one KL-Cov."""
+    tokens, _ = make_batch(0)
+    out = []
+    real = dist.all_reduce
+    for control in CONTROLS[:2]:
+        sizes = []
+        dist.all_reduce = lambda t, **k: (sizes.append(t.numel() * t.element_size()), real(t, **k))  # noqa: B023
+        try:
+            # Every rank passes the same tokens under other ids: the counts are what is looked at.
+            tokens.token_id = torch.arange(len(tokens.loss_mask)) + 10**6 * dist.get_rank()
+            select([control], [tokens], step=0, config=CONFIG, group=group)
+        finally:
+            dist.all_reduce = real
+        out.append((len(sizes), sum(sizes)))
+    return out
+
+
+def worker(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    group = dist.group.WORLD
+    torch.save(
+        {
+            "cases": run_cases(rank, world, group),
+            "empty": error_on_every_rank(rank, group, nothing_anywhere),
+            "nan": error_on_every_rank(rank, group, nan_on_rank_0),
+            "collectives": count_collectives(group),
+        },
+        f"{folder}/{rank}.pt",
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """world size -> what each rank reports; one spawn a world size, all cases inside."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    reports = {}
+    for world in (2, 4):
+        folder = tmp_path_factory.mktemp(f"world{world}")
+        mp.spawn(worker, args=(world, str(folder)), nprocs=world, join=True)
+        reports[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    return reports
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Selections of the two data sets from the oracles, and the metrics of the unsplit batch."""
+    out = {}
+    for data_seed in (0, 1):
+        tokens, _ = make_batch(data_seed)
+        mask, ids, step = tokens.loss_mask, tokens.token_id, data_seed + 5
+        value = exact_covariance(tokens.logprob, tokens.advantage, mask)
+        n = int(mask.sum())
+        ratio = (tokens.logprob - tokens.old_logprob).exp()
+        clipped = ((tokens.advantage > 0) & (ratio > 1.2)) | ((tokens.advantage < 0) & (ratio < 0.8))
+        picks = [
+            clip_cov_oracle(value, mask, ids, 0.02, 0.3, 3.0, 1, step),
+            kl_cov_oracle(value, mask, ids, int(0.02 * n), 1, step),
+            clip_cov_oracle(np.where(clipped, np.nan, value), mask, ids, 0.02, 0.3, 3.0, 0, step),
+            kl_cov_oracle(value, mask, ids, int(0.01 * n), 0, step),
+        ]
+        assert all(picks)
+        _, metrics = select(CONTROLS, [tokens], step=step, config=CONFIG)
+        out[data_seed] = ([sorted(p) for p in picks], {k: float(v) for k, v in metrics.items()})
+    return out
+
+
+def test_one_process_any_split(expected):
+    for data_seed, picks, metrics in run_cases(0, 1, None):
+        assert (picks, metrics) == expected[data_seed]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_ranks(ranks, expected, world):
+    reports = [report["cases"] for report in ranks[world]]
+    assert len(reports[0]) == 18
+    for case in zip(*reports, strict=True):
+        data_seed = case[0][0]
+        joined = [sorted(i for _, picks, _ in case for i in picks[k]) for k in range(len(CONTROLS))]
+        assert joined == expected[data_seed][0]
+        for _, _, metrics in case:
+            assert metrics == expected[data_seed][1]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_problem_on_one_rank_is_an_error_on_all(ranks, world):
+    for report in ranks[world]:
+        assert "none in the whole mini-batch" in report["empty"]
+        assert "1 of" in report["nan"] and "over all ranks are not" in report["nan"]
+
+
+def test_documented_collectives(ranks):
+    """The docstrings of `select`, `token_covariance`, ... promise these counts, whatever the batch."""
+    (clip, clip_bytes), (kl, kl_bytes) = ranks[2][0]["collectives"]
+    assert (clip, kl) == (5 + 8, 5 + 11)
+    assert clip_bytes < 210_000 and kl_bytes < 260_000
+
+
+# --- degenerate batches, errors, host synchronisation ---------------------------------------------------------------
+
+
+def test_no_token_anywhere_is_an_error():
+    nothing = torch.zeros(5, dtype=torch.bool)
+    for length in (0, 5):
+        with pytest.raises(ValueError, match="mask must have a True token"):
+            cov.token_covariance(torch.zeros(length), torch.zeros(length), nothing[:length])
+    empty = cov.token_covariance(torch.zeros(5), torch.zeros(5), nothing, empty_ok=True)
+    assert not empty.value.any()
+    assert int(cov.select_kl_cov(empty, torch.arange(5), ratio=0.5, seed=0, step=0, at_least=1).count) == 0
+    chosen = cov.select_clip_cov(empty, torch.arange(5), ratio=0.5, low=-1.0, high=1.0, seed=0, step=0, at_least=1)
+    assert int(chosen.count) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**21])
+def test_bad_value_is_an_error_only_under_the_mask(bad):
+    mask = torch.tensor([True, True, False])
+    cov.token_covariance(torch.tensor([-1.0, -2.0, bad]), torch.ones(3), mask)
+    with pytest.raises(ValueError, match=r"1 of 4 values over all ranks are not, 0 in logprob and 1 in advantage"):
+        cov.token_covariance(-torch.ones(3), torch.tensor([1.0, bad, 1.0]), mask)
+
+
+def test_type_and_shape_errors():
+    logprob, mask = -torch.ones(3), torch.ones(3, dtype=torch.bool)
+    with pytest.raises(TypeError, match="logprob must be torch.float32 or torch.float64, got torch.bfloat16"):
+        cov.token_covariance(logprob.bfloat16(), logprob, mask)
+    with pytest.raises(TypeError, match="mask must be torch.bool, got torch.float32"):
+        cov.token_covariance(logprob, logprob, logprob)
+    with pytest.raises(ValueError, match=r"advantage must have shape \(3,\) as the others, got \(2,\)"):
+        cov.token_covariance(logprob, logprob[:2], mask)
+    result = cov.token_covariance(logprob, logprob, mask)
+    with pytest.raises(TypeError, match="token_id must be torch.int64"):
+        cov.select_kl_cov(result, torch.arange(3).int(), ratio=0.1, seed=0, step=0)
+    with pytest.raises(ValueError, match="ratio must be in .0, 1., got 2; it is a fraction, not a percent"):
+        cov.select_kl_cov(result, torch.arange(3), ratio=2, seed=0, step=0)
+
+
+def test_repeated_token_ids_are_an_error():
+    result = cov.token_covariance(-torch.rand(6), torch.randn(6), torch.ones(6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="token_id must be different for every unmasked token.*1 ids repeat"):
+        cov.select_kl_cov(result, torch.tensor([0, 1, 2, 3, 4, 4]), ratio=0.5, seed=0, step=0)
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails on operations that make the host wait for a device, or whose result's shape depends on values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "masked_select", "unique", "bincount", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        self.seen.add(name)
+        assert not any(name.startswith(bad) for bad in self.FORBIDDEN), f"host read: {name}"
+        assert name not in ("randperm", "sort") and not name.startswith("_unique"), name
+        if name == "index":
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1]), "boolean indexing is a nonzero"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_synchronisation_on_the_device_path():
+    """Runs the code that any accelerator runs, on the device without data: reading a value would be an error."""
+    t = 50
+    tokens = Tokens(
+        torch.empty(t, device="meta"), torch.empty(t, device="meta"), torch.empty(t, device="meta"),
+        torch.empty(t, dtype=torch.bool, device="meta"), token_id=torch.empty(t, dtype=torch.int64, device="meta"),
+    )
+    with NoHostRead() as mode:
+        selections, metrics = select(CONTROLS, [tokens, tokens], step=0, config=CONFIG)
+    assert "scatter_add_" in mode.seen
+    assert all(s.shape == (t,) and s.is_meta for row in selections for s in row)
+    assert set(metrics) == {"actor/cov_mean", "actor/cov_max", "actor/cov_p999", "actor/cov_threshold"}
