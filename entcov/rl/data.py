@@ -103,9 +103,7 @@ def _messages(row: dict) -> tuple[dict[str, str], ...]:
         if not isinstance(message, dict):
             raise ValueError(f"prompt[{i}] must be an object {{role, content}}, got {_kind(message)}")
         prefix = f"prompt[{i}]."
-        out.append(
-            {"role": _text(message, "role", prefix=prefix), "content": _text(message, "content", prefix=prefix)}
-        )
+        out.append({"role": _text(message, "role", prefix=prefix), "content": _text(message, "content", prefix=prefix)})
     return tuple(out)
 
 

@@ -1,21 +1,42 @@
 """Scoring a response: `score(example, response) -> 0.0 or 1.0`, by the example's style and data source.
 
-    style   data_source                         rule
-    rule    entcov/TASK                         the task's own `score`
-    exact   any                                 the text after the last "#" equals the ground truth
+    style   data_source                      rule
+    rule    entcov/TASK                      the task's own `score`
+    rule    reasoning_gym/DATASET            full score of reasoning-gym for the last <answer>...</answer>
+    rule    openai/gsm8k                     as style gsm8k
+    rule    MATH_SOURCES, aime*, amc*        as style math
+    exact   any                              the text after the last "#" equals the ground truth
+    gsm8k   any                              the number after the last "####", else in the last \\boxed{}, is equal
+    math    any                              the last \\boxed{}, else the last "Answer:" line, is equal by math-verify
 
 No response makes `score` raise; an example that cannot be scored at all (unknown source, unusable ground truth) does.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
+from decimal import Decimal
 
-from entcov.rl import tasks
-from entcov.rl.tasks.base import import_object, score_after_mark
+from entcov.rl.score_process import ScorePool
+from entcov.rl.tasks.base import TASKS, import_object, score_after_mark
 from entcov.rl.types import Example
 
 RewardFunction = Callable[[Example, str], float]
+
+MATH_SOURCES = (
+    "DigitalLearningGmbH/MATH-lighteval",
+    "HuggingFaceH4/MATH-500",
+    "lighteval/MATH",
+    "math",
+    "math_dapo",
+    "math_dapo_reasoning",
+)
+_TIME_LIMIT = 5.0  # seconds for one comparison by math-verify; a longer one scores 0
+_MAX_ANSWER = 1000  # characters of an answer that is looked at
+_NUMBER = re.compile(r"-?\$?\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
+_ANSWER_LINE = re.compile(r"answer\s*:([^\n]+)", re.IGNORECASE)
 
 
 def score(example: Example, response: str) -> float:
@@ -47,10 +68,79 @@ def _scorer(example: Example) -> RewardFunction:
         return STYLES[example.style]
     source = example.data_source
     family, _, name = source.partition("/")
-    if family == "entcov" and name in tasks.TASKS:
-        return tasks.TASKS[name].score
-    known = sorted(f"entcov/{name}" for name in tasks.TASKS)
-    raise ValueError(f"no reward for data_source {source!r}; known: {', '.join(known)}")
+    if family == "entcov" and name in TASKS:
+        return TASKS[name].score
+    if family == "reasoning_gym" and name:
+        return TASKS["reasoning_gym"].score
+    if source == "openai/gsm8k":
+        return _score_gsm8k
+    if source in MATH_SOURCES or source.lower().startswith(("aime", "amc")):
+        return _score_math
+    known = [*(f"entcov/{name}" for name in sorted(TASKS) if name != "reasoning_gym"), "reasoning_gym/DATASET"]
+    known += ["openai/gsm8k", *MATH_SOURCES, "aime*", "amc*"]
+    raise ValueError(
+        f"no reward for data_source {source!r}; known: {', '.join(known)}. Other data can set reward_model.style to "
+        f"{', '.join(STYLES)}, or bring a reward function of its own as 'module:function'"
+    )
 
 
-STYLES: dict[str, RewardFunction] = {"exact": score_after_mark}
+# ---- GSM8K ---------------------------------------------------------------------------------------------------------
+
+
+def _score_gsm8k(example: Example, response: str) -> float:
+    truth = _number(example.ground_truth.rpartition("####")[2])
+    if truth is None:
+        raise ValueError(f"gsm8k ground_truth must be a number, or end in '#### number', got {example.ground_truth!r}")
+    _, mark, tail = response.rpartition("####")
+    answer = tail if mark else last_boxed(response)
+    return 1.0 if answer is not None and _number(answer) == truth else 0.0
+
+
+def _number(text: str) -> Decimal | None:
+    """The number that `text` starts with: 1,234.50 and $5 and -3 are numbers, what follows them does not matter."""
+    match = _NUMBER.match(text[:_MAX_ANSWER].strip())
+    return Decimal(match[1].replace(",", "")) if match else None
+
+
+# ---- math-verify ---------------------------------------------------------------------------------------------------
+
+
+def _score_math(example: Example, response: str) -> float:
+    answer = last_boxed(response)
+    if answer is None:
+        lines = _ANSWER_LINE.findall(response)
+        answer = lines[-1] if lines else None
+    if answer is None or len(answer) > _MAX_ANSWER:
+        return 0.0
+    boxed_truth = last_boxed(example.ground_truth)
+    answer, truth = _bare(answer), _bare(example.ground_truth if boxed_truth is None else boxed_truth)
+    if not answer:
+        return 0.0
+    return 1.0 if answer == truth else _math_pool().score(gold=truth, answer=answer)
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last \\boxed{...} with balanced braces; None where there is none."""
+    mark = "\\boxed{"
+    start = text.rfind(mark)
+    if start < 0:
+        return None
+    depth = 0
+    for end in range(start + len(mark) - 1, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len(mark) : end]
+    return None
+
+
+def _bare(answer: str) -> str:
+    """Without surrounding white space, emphasis, dollar signs, and the full stop of a sentence."""
+    return answer.lstrip(" \t\r\n*$").rstrip(" \t\r\n*$.")
+
+
+@functools.cache
+def _math_pool() -> ScorePool:
+    return ScorePool("math", limit=_TIME_LIMIT, extra="train")
+
+
+STYLES: dict[str, RewardFunction] = {"exact": score_after_mark, "gsm8k": _score_gsm8k, "math": _score_math}
