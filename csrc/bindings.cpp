@@ -44,6 +44,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("row_stats", raw(cpu::row_stats));
   m.def("merge_row_stats", raw(cpu::merge_row_stats));
   m.def("logits_grad", raw(cpu::logits_grad));
+  m.def("covariance_stats", raw(cpu::covariance_stats));
+  m.def("merge_covariance_stats", raw(cpu::merge_covariance_stats));
+  m.def("logit_covariance_grad", raw(cpu::logit_covariance_grad));
+  m.def("advise_huge_pages", raw(cpu::advise_huge_pages));
   m.def("order_statistics", raw(cpu::order_statistics));
   m.def("clamp_bracket", raw(cpu::clamp_bracket));
   m.def("clamp_collect", raw(cpu::clamp_collect));

@@ -18,6 +18,16 @@ logits_grad(logits, target, stats, grad_logprob, grad_entropy, grad_clamped, cla
 logits_grad_(logits, ...) -> logits
     the same, written over the logits.
 
+covariance_stats(logits_old, logits_new, vocab_start, vocab_size, temperature, row_mask) -> [T, 8]
+    columns max_old, rest_old, sum_xexp_old, max_new, rest_new, sum_xexp_new, sum_d, sum_xd, defined in
+    csrc/covariance_stats.h with the formulas of covariance, KL and entropy change. row_mask [T] bool or None: rows
+    that are False are not read and get zeros.
+merge_covariance_stats(shards [R, T, 8], row_mask, temperature) -> [T, 8]
+    the statistics of the whole row; ValueError where a row has no finite logit on one of the two sides.
+logit_covariance_grad(logits_old, logits_new, stats, grad_covariance, grad_entropy_change, grad_kl, row_mask,
+                      vocab_start, vocab_size, temperature) -> like logits_new
+    d sum(grad_covariance * Cov + grad_entropy_change * (H_new - H_old) + grad_kl * KL(old || new)) / d logits_new.
+
 None of them mutates an argument except logits_grad_. Their results depend on the row alone: not on T, the other rows,
 the number of threads, strides or alignment. Errors: ValueError for shapes and values, TypeError for dtypes.
 """
@@ -43,6 +53,11 @@ ROW_FIELDS = ("max", "rest", "sum_xexp", "target", "rest2", "sum_xexp2", "sum_x2
 def isa() -> str:
     """The instruction set of the CPU kernels: "avx512", "avx2" or "baseline". ENTCOV_ISA forces a lesser one."""
     return _cpu.isa()
+
+
+def _with_huge_pages(fresh: Tensor) -> Tensor:
+    _cpu.advise_huge_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
 
 
 # ---- row_stats ------------------------------------------------------------------------------------------------------
@@ -170,7 +185,7 @@ def _write_logits_grad(
 
 
 def _logits_grad_cpu(logits, *args):
-    return _write_logits_grad(_logits_grad_fake(logits, *args), logits, *args)
+    return _write_logits_grad(_with_huge_pages(_logits_grad_fake(logits, *args)), logits, *args)
 
 
 def _logits_grad_inplace_fake(logits, *args):
@@ -200,4 +215,123 @@ logits_grad_ = register(
     f"(Tensor(a!) logits, {_LOGITS_GRAD_ARGUMENTS}) -> Tensor(a!)",
     _logits_grad_inplace_cpu,
     _logits_grad_inplace_fake,
+)
+
+
+# ---- covariance -----------------------------------------------------------------------------------------------------
+
+
+def _check_logit_pair(logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature):
+    check_logits(logits_old, "logits_old")
+    check_logits(logits_new, "logits_new")
+    if logits_old.dtype != logits_new.dtype:
+        raise TypeError(
+            f"logits_old must have the dtype of logits_new, got {logits_old.dtype} and {logits_new.dtype}"
+        )
+    if logits_old.shape != logits_new.shape:
+        raise ValueError(
+            "logits_old must have the shape of logits_new, got "
+            f"{tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
+        )
+    if logits_old.device != logits_new.device:
+        raise ValueError(f"logits_old must be on {logits_new.device} like logits_new, got {logits_old.device}")
+    check_rows(row_mask, "row_mask", torch.bool, logits_new.shape[:1], logits_new)
+    check_temperature(temperature)
+    check_shard(vocab_start, vocab_size)
+
+
+def _covariance_stats_fake(logits_old, logits_new, vocab_start, vocab_size, temperature, row_mask):
+    _check_logit_pair(logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature)
+    return logits_new.new_empty((logits_new.shape[0], 8), dtype=torch.float32)
+
+
+def _covariance_stats_cpu(logits_old, logits_new, vocab_start, vocab_size, temperature, row_mask):
+    stats = _covariance_stats_fake(logits_old, logits_new, vocab_start, vocab_size, temperature, row_mask)
+    _cpu.covariance_stats(
+        DTYPES[logits_new.dtype], logits_old.data_ptr(), logits_old.stride(0), logits_new.data_ptr(),
+        logits_new.stride(0), logits_new.shape[0], num_columns(logits_new, vocab_start, vocab_size),
+        pointer(row_mask), 1.0 / temperature, stats.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return stats
+
+
+covariance_stats = register(
+    "covariance_stats",
+    "(Tensor logits_old, Tensor logits_new, SymInt vocab_start, SymInt vocab_size, float temperature, "
+    "Tensor? row_mask) -> Tensor",
+    _covariance_stats_cpu,
+    _covariance_stats_fake,
+    derivative_error="covariance_stats is a building block without a derivative; entcov.logit_covariance has one",
+)
+
+
+def _merge_covariance_stats_fake(shards, row_mask, temperature):
+    check_shards(shards, (8,))
+    check_rows(row_mask, "row_mask", torch.bool, shards.shape[1:2], shards)
+    check_temperature(temperature)
+    return shards.new_empty(shards.shape[1:])
+
+
+def _merge_covariance_stats_cpu(shards, row_mask, temperature):
+    out = _merge_covariance_stats_fake(shards, row_mask, temperature)
+    R, T, _ = shards.shape
+    first_empty = _cpu.merge_covariance_stats(
+        shards.data_ptr(), shards.stride(0), R, T, pointer(row_mask), 1.0 / temperature, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if first_empty >= 0:
+        empty = ((out[:, [0, 3]] == -torch.inf) & (out[:, [1, 4]] == 0)).any(0).tolist()
+        sides = " and ".join(name for name, one in zip(("logits_old", "logits_new"), empty, strict=True) if one)
+        rows = int(((out[:, [0, 3]] == -torch.inf) & (out[:, [1, 4]] == 0)).any(1).sum())
+        raise ValueError(f"{sides}: {rows} rows have no finite logit (first: row {first_empty})")
+    return out
+
+
+merge_covariance_stats = register(
+    "merge_covariance_stats",
+    "(Tensor shards, Tensor? row_mask, float temperature) -> Tensor",
+    _merge_covariance_stats_cpu,
+    _merge_covariance_stats_fake,
+    derivative_error="merge_covariance_stats is a building block without a derivative; entcov.logit_covariance has one",
+)
+
+
+def _logit_covariance_grad_fake(
+    logits_old, logits_new, stats, grad_covariance, grad_entropy_change, grad_kl, row_mask, vocab_start, vocab_size,
+    temperature,
+):  # fmt: skip
+    _check_logit_pair(logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature)
+    T = logits_new.shape[0]
+    check_rows(stats, "stats", torch.float32, (T, 8), logits_new)
+    check_rows(grad_covariance, "grad_covariance", torch.float32, (T,), logits_new)
+    check_rows(grad_entropy_change, "grad_entropy_change", torch.float32, (T,), logits_new)
+    check_rows(grad_kl, "grad_kl", torch.float32, (T,), logits_new)
+    return logits_new.new_empty(logits_new.shape)
+
+
+def _logit_covariance_grad_cpu(
+    logits_old, logits_new, stats, grad_covariance, grad_entropy_change, grad_kl, row_mask, vocab_start, vocab_size,
+    temperature,
+):  # fmt: skip
+    out = _with_huge_pages(_logit_covariance_grad_fake(
+        logits_old, logits_new, stats, grad_covariance, grad_entropy_change, grad_kl, row_mask, vocab_start,
+        vocab_size, temperature,
+    ))  # fmt: skip
+    _cpu.logit_covariance_grad(
+        DTYPES[logits_new.dtype], logits_old.data_ptr(), logits_old.stride(0), logits_new.data_ptr(),
+        logits_new.stride(0), logits_new.shape[0], num_columns(logits_new, vocab_start, vocab_size),
+        logits_new.shape[1], pointer(row_mask), stats.data_ptr(), pointer(grad_covariance),
+        pointer(grad_entropy_change), pointer(grad_kl), 1.0 / temperature, out.data_ptr(), out.stride(0),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+logit_covariance_grad = register(
+    "logit_covariance_grad",
+    "(Tensor logits_old, Tensor logits_new, Tensor stats, Tensor? grad_covariance, Tensor? grad_entropy_change, "
+    "Tensor? grad_kl, Tensor? row_mask, SymInt vocab_start, SymInt vocab_size, float temperature) -> Tensor",
+    _logit_covariance_grad_cpu,
+    _logit_covariance_grad_fake,
+    derivative_error="logit_covariance has no second derivative; call backward without create_graph=True",
 )

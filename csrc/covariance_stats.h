@@ -1,0 +1,62 @@
+// CovarianceStats: what one row of two logit tensors becomes, before and after a step, and the merge of two parts.
+//
+// With x = (logit_old - max_old) / temperature, z = (logit_new - max_new) / temperature and d = z - x (the change of
+// the tempered logit up to a constant of the row), sums' leaving out one occurrence of their maximum as in row_stats.h:
+//
+//   max_old, rest_old, sum_xexp_old     as RowStats of logits_old:  sum' e^x, sum x e^x
+//   max_new, rest_new, sum_xexp_new     as RowStats of logits_new:  sum' e^z, sum z e^z
+//   sum_d                               sum e^x d                   E_old[d]   = sum_d  / (1 + rest_old)
+//   sum_xd                              sum e^x x d                 E_old[x d] = sum_xd / (1 + rest_old)
+//
+//   covariance  Cov_{a~old}(log p_old(a), dz_a) = E[x d] - E[x] E[d]; to first order the entropy changes by its negative
+//   KL(old || new) = L_new - L_old - E_old[d];  take L_new - L_old as log1p((rest_new - rest_old) / (1 + rest_old))
+//   entropy change = H_new - H_old
+//
+// d is formed from logit_new - logit_old, which is exact for a small step, and not from z - x.
+// A column with probability 0 before (-inf, or e^x = 0) is left out of sum_d and sum_xd, whatever it is afterwards. One
+// that only the new logits exclude makes sum_d = -inf, so the KL is +inf and the covariance need not be finite.
+// NaN or +inf on either side: rest is NaN on that side, sum_d and sum_xd are NaN.
+#pragma once
+
+#include "row_stats.h"
+
+namespace entcov {
+
+struct CovarianceStats {
+  float max_old = -INFINITY;
+  float rest_old = 0.0f;
+  float sum_xexp_old = 0.0f;
+  float max_new = -INFINITY;
+  float rest_new = 0.0f;
+  float sum_xexp_new = 0.0f;
+  float sum_d = 0.0f;
+  float sum_xd = 0.0f;
+};
+
+constexpr int kCovarianceFields = 8;
+
+// Joins two parts of a row. Associative and commutative up to rounding.
+ENTCOV_HD CovarianceStats merge(const CovarianceStats& a, const CovarianceStats& b, float inv_temperature) {
+  const RowStats before = merge(RowStats{a.max_old, a.rest_old, a.sum_xexp_old},
+                                RowStats{b.max_old, b.rest_old, b.sum_xexp_old}, inv_temperature);
+  const RowStats after = merge(RowStats{a.max_new, a.rest_new, a.sum_xexp_new},
+                               RowStats{b.max_new, b.rest_new, b.sum_xexp_new}, inv_temperature);
+  CovarianceStats r;
+  r.max_old = before.max, r.rest_old = before.rest, r.sum_xexp_old = before.sum_xexp;
+  r.max_new = after.max, r.rest_new = after.rest, r.sum_xexp_new = after.sum_xexp;
+  r.sum_d = r.sum_xd = 0.0f * (before.rest + after.rest);  // 0, or NaN where a side holds one
+  const CovarianceStats* parts[2] = {&a, &b};
+  for (const CovarianceStats* p : parts) {
+    const Shift s = shift_between(p->max_old, r.max_old, inv_temperature);
+    if (!(s.factor > 0.0f)) continue;
+    // What d gains by the new maxima. Both sides of the difference may be -inf.
+    const float moved = (p->max_new == r.max_new ? 0.0f : (p->max_new - r.max_new) * inv_temperature) - s.distance;
+    const float total = 1.0f + p->rest_old;
+    r.sum_d += (p->sum_d + moved * total) * s.factor;
+    r.sum_xd +=
+        (p->sum_xd + s.distance * p->sum_d + moved * p->sum_xexp_old + s.distance * moved * total) * s.factor;
+  }
+  return r;
+}
+
+}  // namespace entcov

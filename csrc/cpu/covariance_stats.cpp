@@ -1,0 +1,191 @@
+// Two logit tensors -> CovarianceStats of every row (covariance_stats.h): one read of each, two exponentials a column.
+//
+// Chunks, the optimistic sweep and the second, exact one are those of row_stats.cpp; a chunk is swept again when it holds
+// a new maximum on either side.
+#include "../covariance_stats.h"
+
+#include "dispatch.h"
+
+namespace entcov::cpu {
+namespace {
+
+constexpr int kChunk = 1024;
+
+struct Sums {
+  double rest_old = 0, sum_xexp_old = 0, rest_new = 0, sum_xexp_new = 0, sum_d = 0, sum_xd = 0;
+};
+
+// One side of a row: its running maximum, and the finite shift that stands for it.
+struct Side {
+  float max = -INFINITY;
+  float shift() const { return max == -INFINITY ? 0.0f : max; }
+};
+
+// Moves the sums to larger maxima (unequal to before on one side at least).
+inline void rescale(Sums& s, float old_from, float old_to, float new_from, float new_to, double inv_temperature) {
+  const auto factor = [&](float from, float to, double& d) {
+    d = from == -INFINITY ? -INFINITY : (double(from) - double(to)) * inv_temperature;
+    const double k = std::exp(d);
+    if (k == 0) d = 0;
+    return k;
+  };
+  double d_old, d_new;
+  const double k_old = factor(old_from, old_to, d_old), k_new = factor(new_from, new_to, d_new);
+  const double total_old = 1 + s.rest_old, total_new = 1 + s.rest_new;
+  if (k_old > 0) {
+    // d gains by the new maxima what it loses by the old ones. Both new ones may be -inf: they have not moved.
+    const double moved = (new_from == new_to ? 0 : (double(new_from) - double(new_to)) * inv_temperature) - d_old;
+    s.sum_xd = (s.sum_xd + d_old * s.sum_d + moved * s.sum_xexp_old + d_old * moved * total_old) * k_old;
+    s.sum_d = (s.sum_d + moved * total_old) * k_old;
+  } else {
+    s.sum_xd = s.sum_d = 0;
+  }
+  if (old_from != old_to) s.sum_xexp_old = (s.sum_xexp_old + d_old * total_old) * k_old, s.rest_old = total_old * k_old;
+  if (new_from != new_to) s.sum_xexp_new = (s.sum_xexp_new + d_new * total_new) * k_new, s.rest_new = total_new * k_new;
+}
+
+template <class D>
+struct CovarianceStatsOp {
+  using storage = typename D::storage;
+  struct Args {
+    const storage* logits_old;
+    int64_t old_row_stride;
+    const storage* logits_new;
+    int64_t new_row_stride, num_columns;
+    const uint8_t* row_mask;
+    float inv_temperature;
+    float* stats;
+  };
+
+  template <int W>
+  struct Lanes {
+    f32<W> e_old{}, xe_old{}, e_new{}, ze_new{}, ed{}, xed{};
+    i32<W> at_max_old{}, at_max_new{};
+
+    template <bool kLeaveMaxOut>
+    ENTCOV_INLINE void add(f32<W> u, f32<W> v, float shift_old, float shift_new, float shift_change,
+                           float inv_temperature) {
+      f32<W> x = (u - shift_old) * inv_temperature, z = (v - shift_new) * inv_temperature;
+      f32<W> p = exp_nonpositive<W>(x), q = exp_nonpositive<W>(z);
+      f32<W> d = ((v - u) - shift_change) * inv_temperature;
+      d = p == f32<W>{} ? f32<W>{} : d;
+      const f32<W> px = p * x;
+      xe_old += px, ze_new += q * z, ed += p * d, xed += px * d;
+      if constexpr (kLeaveMaxOut) {
+        const i32<W> old_max = u == splat<W>(shift_old), new_max = v == splat<W>(shift_new);
+        at_max_old -= old_max, at_max_new -= new_max;
+        p = old_max ? f32<W>{} : p, q = new_max ? f32<W>{} : q;
+      }
+      e_old += p, e_new += q;
+    }
+
+    ENTCOV_INLINE void add_to(Sums& s) const {
+      s.rest_old += reduce_add<W>(e_old), s.sum_xexp_old += reduce_add<W>(xe_old);
+      s.rest_new += reduce_add<W>(e_new), s.sum_xexp_new += reduce_add<W>(ze_new);
+      s.sum_d += reduce_add<W>(ed), s.sum_xd += reduce_add<W>(xed);
+      for (int k = 0; k < W; k++) s.rest_old += at_max_old[k], s.rest_new += at_max_new[k];
+    }
+  };
+
+  // Adds n columns to the sums. max_old, max_new: theirs.
+  template <int W, bool kLeaveMaxOut>
+  static ENTCOV_INLINE void sweep(const storage* old_row, const storage* new_row, int n, float shift_old,
+                                  float shift_new, float inv_temperature, Sums& s, float& max_old, float& max_new) {
+    Lanes<W> lanes;
+    f32<W> mo = splat<W>(-INFINITY), mn = mo;
+    const float shift_change = shift_new - shift_old;
+    for (int j = 0; j < n; j += 2 * W) {
+      f32<W> u0, u1, v0, v1;
+      load<D, W>(old_row + j, n - j, u0, u1);
+      load<D, W>(new_row + j, n - j, v0, v1);
+      mo = larger<W>(u0, mo), mn = larger<W>(v0, mn);
+      mo = larger<W>(u1, mo), mn = larger<W>(v1, mn);
+      lanes.template add<kLeaveMaxOut>(u0, v0, shift_old, shift_new, shift_change, inv_temperature);
+      lanes.template add<kLeaveMaxOut>(u1, v1, shift_old, shift_new, shift_change, inv_temperature);
+    }
+    lanes.add_to(s);
+    max_old = reduce_max<W>(mo), max_new = reduce_max<W>(mn);
+  }
+
+  template <int W>
+  static ENTCOV_INLINE void row(const Args& a, int64_t t) {
+    float* out = a.stats + t * kCovarianceFields;
+    if (a.row_mask && !a.row_mask[t]) {
+      memset(out, 0, kCovarianceFields * sizeof(float));
+      return;
+    }
+    const storage *old_row = a.logits_old + t * a.old_row_stride, *new_row = a.logits_new + t * a.new_row_stride;
+    Side before, after;
+    Sums total;
+    for (int64_t at = 0; at < a.num_columns; at += kChunk) {
+      const int n = a.num_columns - at < kChunk ? int(a.num_columns - at) : kChunk;
+      float max_old, max_new;
+      Sums s = total;
+      sweep<W, false>(old_row + at, new_row + at, n, before.shift(), after.shift(), a.inv_temperature, s, max_old,
+                      max_new);
+      const bool old_rises = max_old > before.max, new_rises = max_new > after.max;
+      if (!old_rises && !new_rises) {
+        total = s;
+        continue;
+      }
+      if (!old_rises) max_old = before.max;
+      if (!new_rises) max_new = after.max;
+      rescale(total, before.max, max_old, after.max, max_new, a.inv_temperature);
+      before.max = max_old, after.max = max_new;
+      float ignore_old, ignore_new;
+      sweep<W, true>(old_row + at, new_row + at, n, before.shift(), after.shift(), a.inv_temperature, total, ignore_old,
+                     ignore_new);
+      if (old_rises) total.rest_old -= 1;
+      if (new_rises) total.rest_new -= 1;
+    }
+    if (before.max == INFINITY) total.rest_old = NAN;
+    if (after.max == INFINITY) total.rest_new = NAN;
+    const double poison = 0 * (total.rest_old + total.rest_new);
+    out[0] = before.max;
+    out[1] = float(total.rest_old);
+    out[2] = float(total.sum_xexp_old);
+    out[3] = after.max;
+    out[4] = float(total.rest_new);
+    out[5] = float(total.sum_xexp_new);
+    out[6] = float(total.sum_d + poison);
+    out[7] = float(total.sum_xd + poison);
+  }
+};
+
+CovarianceStats read(const float* p) { return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
+
+}  // namespace
+
+void covariance_stats(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
+                      int64_t new_row_stride, int64_t T, int64_t num_columns, const uint8_t* row_mask,
+                      float inv_temperature, float* stats, int threads) {
+  with_dtype(dtype, [&](auto d) {
+    using D = decltype(d);
+    for_rows<CovarianceStatsOp<D>>({static_cast<const typename D::storage*>(logits_old), old_row_stride,
+                                    static_cast<const typename D::storage*>(logits_new), new_row_stride, num_columns,
+                                    row_mask, inv_temperature, stats},
+                                   T, T * num_columns, threads);
+  });
+}
+
+int64_t merge_covariance_stats(const float* shards, int64_t shard_stride, int64_t R, int64_t T,
+                               const uint8_t* row_mask, float inv_temperature, float* out, int threads) {
+  int64_t first_empty = T;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(min : first_empty) \
+    if (threads > 1 && R * T > 4096)
+  for (int64_t t = 0; t < T; t++) {
+    CovarianceStats s;
+    if (row_mask && !row_mask[t]) {
+      s.max_old = s.max_new = 0.0f;
+    } else {
+      for (int64_t r = 0; r < R; r++)
+        s = merge(s, read(shards + r * shard_stride + t * kCovarianceFields), inv_temperature);
+      const bool empty = (s.max_old == -INFINITY && s.rest_old == 0.0f) || (s.max_new == -INFINITY && s.rest_new == 0.0f);
+      if (empty && t < first_empty) first_empty = t;
+    }
+    memcpy(out + t * kCovarianceFields, &s, sizeof s);
+  }
+  return first_empty < T ? first_empty : -1;
+}
+
+}  // namespace entcov::cpu

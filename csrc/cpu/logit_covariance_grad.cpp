@@ -1,0 +1,96 @@
+// The gradient of covariance, entropy change and KL (covariance_stats.h) with respect to the new logits: one read of
+// both tensors, one write. With p, q the old and new policy, S = 1 + rest, Ex and Ez the means of x and z under them:
+//
+//   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_kl (q - p) } = e^x (a + b x) + e^z (a' + b' z)
+//
+// with four coefficients a row. Where a logit is -inf its exponential is exactly 0 and x (or z) finite.
+#include <algorithm>
+#include <cmath>
+
+#include "../covariance_stats.h"
+#include "dispatch.h"
+
+namespace entcov::cpu {
+namespace {
+
+template <class D>
+struct LogitCovarianceGradOp {
+  using storage = typename D::storage;
+  struct Args {
+    const storage* logits_old;
+    int64_t old_row_stride;
+    const storage* logits_new;
+    int64_t new_row_stride, num_columns, total_columns;
+    const uint8_t* row_mask;
+    const float *stats, *grad_covariance, *grad_entropy_change, *grad_kl;
+    float inv_temperature;
+    storage* grad;
+    int64_t grad_row_stride;
+  };
+
+  struct Coefficients {
+    float max_old, max_new, inv_temperature, a_old, b_old, a_new, b_new;
+  };
+
+  template <int W>
+  static ENTCOV_INLINE f32<W> element(f32<W> u, f32<W> v, const Coefficients& c) {
+    f32<W> x = (u - c.max_old) * c.inv_temperature, z = (v - c.max_new) * c.inv_temperature;
+    const f32<W> p = exp_nonpositive<W>(x), q = exp_nonpositive<W>(z);
+    return p * (x * c.b_old + c.a_old) + q * (z * c.b_new + c.a_new);
+  }
+
+  template <int W>
+  static ENTCOV_INLINE void row(const Args& a, int64_t t) {
+    storage* g = a.grad + t * a.grad_row_stride;
+    const double g_cov = a.grad_covariance ? a.grad_covariance[t] : 0.0;
+    const double g_h = a.grad_entropy_change ? a.grad_entropy_change[t] : 0.0;
+    const double g_kl = a.grad_kl ? a.grad_kl[t] : 0.0;
+    if ((a.row_mask && !a.row_mask[t]) || (g_cov == 0 && g_h == 0 && g_kl == 0)) {
+      memset(g, 0, a.total_columns * sizeof(storage));
+      return;
+    }
+    const float* s = a.stats + t * kCovarianceFields;
+    const double scale_old = a.inv_temperature / (1.0 + s[1]), mean_x = s[2] / (1.0 + s[1]);
+    const double scale_new = a.inv_temperature / (1.0 + s[4]), mean_z = s[5] / (1.0 + s[4]);
+    const Coefficients c{s[0],
+                         s[3],
+                         a.inv_temperature,
+                         float(scale_old * (-g_kl - g_cov * mean_x)),
+                         float(scale_old * g_cov),
+                         float(scale_new * (g_kl + g_h * mean_z)),
+                         float(-scale_new * g_h)};
+    const int64_t n = a.num_columns;
+    if (std::isnan(c.a_old + c.b_old + c.a_new + c.b_new)) {
+      std::fill_n(g, n, narrow_one<D>(NAN));
+    } else {
+      const storage *old_row = a.logits_old + t * a.old_row_stride, *new_row = a.logits_new + t * a.new_row_stride;
+      for (int64_t j = 0; j < n; j += 2 * W) {
+        f32<W> u0, u1, v0, v1;
+        load<D, W>(old_row + j, n - j, u0, u1);
+        load<D, W>(new_row + j, n - j, v0, v1);
+        store<D, W>(g + j, n - j, element<W>(u0, v0, c), element<W>(u1, v1, c));
+      }
+    }
+    memset(g + n, 0, (a.total_columns - n) * sizeof(storage));
+  }
+};
+
+}  // namespace
+
+void logit_covariance_grad(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
+                           int64_t new_row_stride, int64_t T, int64_t num_columns, int64_t total_columns,
+                           const uint8_t* row_mask, const float* stats, const float* grad_covariance,
+                           const float* grad_entropy_change, const float* grad_kl, float inv_temperature, void* grad,
+                           int64_t grad_row_stride, int threads) {
+  with_dtype(dtype, [&](auto d) {
+    using D = decltype(d);
+    using storage = typename D::storage;
+    for_rows<LogitCovarianceGradOp<D>>(
+        {static_cast<const storage*>(logits_old), old_row_stride, static_cast<const storage*>(logits_new),
+         new_row_stride, num_columns, total_columns, row_mask, stats, grad_covariance, grad_entropy_change, grad_kl,
+         inv_temperature, static_cast<storage*>(grad), grad_row_stride},
+        T, T * total_columns, threads);
+  });
+}
+
+}  // namespace entcov::cpu
