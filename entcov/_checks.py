@@ -61,15 +61,17 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def finite(name: str, tensor: Tensor, mask: Tensor) -> None:
-    """Every value under `mask` is finite. Values are looked at on the CPU only; elsewhere NaN runs into the loss."""
+def finite(name: str, tensor: Tensor, mask: Tensor | None = None) -> None:
+    """Every value (under `mask`) is finite. Looked at on the CPU only; elsewhere NaN runs into the result."""
     if not readable(tensor):
         return
-    bad = mask & ~torch.isfinite(tensor.detach())
+    bad = ~torch.isfinite(tensor.detach())
+    if mask is not None:
+        bad = bad & mask
     count = int(bad.sum())
     if count:
         first = int(bad.nonzero()[0])
+        where, of = ("", len(bad)) if mask is None else (" under the mask", int(mask.sum()))
         raise ValueError(
-            f"{name} must be finite under the mask: {count} of {int(mask.sum())} values are not "
-            f"(first: token {first} is {tensor[first].item()})"
+            f"{name} must be finite{where}: {count} of {of} values are not (first: [{first}] is {tensor[first].item()})"
         )

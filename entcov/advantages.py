@@ -79,7 +79,7 @@ def _groups(reward: Tensor, group_id: Tensor, response_length: Tensor) -> tuple[
     check.vector("response_length", response_length, (torch.int64,), reward)
     if reward.numel() == 0:
         raise ValueError("reward must hold at least one response, got none")
-    check.finite("reward", reward, torch.ones_like(reward, dtype=torch.bool))
+    check.finite("reward", reward)
     if check.readable(response_length) and bool((response_length < 0).any()):
         raise ValueError(f"response_length must be at least 0, got {int(response_length.min())}")
     _, index, count = group_id.unique(return_inverse=True, return_counts=True)

@@ -75,7 +75,9 @@ class Tokens:
             values = [getattr(part, field.name) for part in parts]
             missing = [i for i, value in enumerate(values) if value is None]
             if missing and len(missing) < len(values):
-                raise ValueError(f"{field.name} must be set in every micro-batch or in none, got None in {missing[0]}")
+                raise ValueError(
+                    f"{field.name} must be set in every micro-batch or in none, got None in number {missing[0]}"
+                )
             joined[field.name] = None if missing else torch.cat(values)
         return Tokens(**joined)
 
