@@ -34,15 +34,17 @@ int thread_index() {
 #endif
 }
 
-// Keys whose unsigned order is the order of the floats, -0 and +0 being one. NaNs land beyond the infinities.
+// Keys whose unsigned order is the order of the floats; NaNs land beyond the infinities. No branches: signs are noise.
+// Of fp32, -0 and +0 have one key; of 16-bit types the two zeros are neighbouring keys, joined after counting.
 inline uint32_t order_key(uint32_t bits) {
-  if (bits == 0x80000000u) bits = 0;
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
+  bits &= -static_cast<uint32_t>(bits != 0x80000000u);
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 inline uint32_t order_key(uint16_t bits) {
-  if (bits == 0x8000u) bits = 0;
-  return (bits >> 15 ? ~bits : bits | 0x8000u) & 0xffffu;
+  return (bits ^ (static_cast<uint32_t>(static_cast<int16_t>(bits) >> 15) | 0x8000u)) & 0xffffu;
 }
+constexpr int kMinusZero16 = 0x7fff, kPlusZero16 = 0x8000;
+
 inline uint32_t key_bits(uint32_t key) { return key >> 31 ? key & 0x7fffffffu : ~key; }
 inline uint16_t key_bits(uint16_t key) { return static_cast<uint16_t>(key >> 15 ? key & 0x7fffu : ~key); }
 
@@ -57,11 +59,15 @@ struct Wanted {
   int32_t rank;  // 1-based and descending within the bin
 };
 
-// `bin_of(j)`: the bin of element j. Fills count and where each rank lies.
+// `bin_of(j)`: the bin of element j.
 template <class F>
-void locate(F bin_of, int64_t n, const int64_t* ranks, int64_t num_ranks, int32_t* count, Wanted* wanted) {
+void count_bins(F bin_of, int64_t n, int32_t* count) {
   std::fill(count, count + kBins, 0);
   for (int64_t j = 0; j < n; j++) count[bin_of(j)]++;
+}
+
+// Where each of the ascending ranks lies, from the counts.
+void locate(const int32_t* count, const int64_t* ranks, int64_t num_ranks, Wanted* wanted) {
   int32_t bin = kBins - 1;
   int64_t above = 0;
   for (int64_t i = 0; i < num_ranks; i++) {
@@ -74,7 +80,11 @@ void locate(F bin_of, int64_t n, const int64_t* ranks, int64_t num_ranks, int32_
 template <class D>
 void select_row(D, const uint16_t* x, int64_t n, const int64_t* ranks, int64_t num_ranks, SelectScratch& scratch,
                 Wanted* wanted, float* out) {
-  locate([&](int64_t j) { return order_key(x[j]); }, n, ranks, num_ranks, scratch.count.get(), wanted);
+  int32_t* count = scratch.count.get();
+  count_bins([&](int64_t j) { return order_key(x[j]); }, n, count);
+  count[kPlusZero16] += count[kMinusZero16];
+  count[kMinusZero16] = 0;
+  locate(count, ranks, num_ranks, wanted);
   for (int64_t i = 0; i < num_ranks; i++) {
     const uint16_t bits = key_bits(static_cast<uint16_t>(wanted[i].bin));
     out[i] = widen_one<D>(&bits);
@@ -89,7 +99,8 @@ void select_row(Float32, const float* x, int64_t n, const int64_t* ranks, int64_
     return order_key(bits);
   };
   int32_t *count = scratch.count.get(), *cursor = scratch.cursor.get();
-  locate([&](int64_t j) { return key(j) >> 16; }, n, ranks, num_ranks, count, wanted);
+  count_bins([&](int64_t j) { return key(j) >> 16; }, n, count);
+  locate(count, ranks, num_ranks, wanted);
   std::fill(cursor, cursor + kBins, -1);
   int32_t next = 0;
   for (int64_t i = 0; i < num_ranks; i++)
@@ -177,16 +188,6 @@ Bracket bracket_row(const std::vector<Sketch>& shards, int64_t kept, std::vector
   return {lo, hi, static_cast<float>(bound)};
 }
 
-template <int W>
-ENTCOV_INLINE bool any(i32<W> mask) {
-  typedef int8_t i8 __attribute__((vector_size(W)));
-  const i8 narrow = __builtin_convertvector(mask, i8);
-  uint32_t words[W / 4], all = 0;
-  memcpy(words, &narrow, sizeof words);
-  for (int k = 0; k < W / 4; k++) all |= words[k];
-  return all != 0;
-}
-
 template <class D>
 struct CollectOp {
   struct Args {
@@ -204,52 +205,83 @@ struct CollectOp {
   };
 
   static constexpr int kChunk = 1024;  // lanes add in fp32 within a chunk, in double from chunk to chunk
+  static constexpr int kGroup = 64;    // so many logits are looked at together for values between lo and hi
+
+  // Comparisons become floats 0 and 1, each by one selection, and are combined by arithmetic: that GCC takes to mask
+  // registers, while a comparison used as an integer, or nested selections, fall apart into scalars. The counts are
+  // exact, a chunk being short; the weights are finite, rows with a NaN being skipped.
+  template <int W>
+  struct Lanes {
+    f32<W> e{}, xe{}, at_max{}, above_hi{}, equal_hi{}, above_lo{}, equal_lo{};
+
+    ENTCOV_INLINE void add(f32<W> v, float max, float lo, float hi, float inv_temperature) {
+      f32<W> y = (v - max) * inv_temperature;
+      f32<W> w = exp_nonpositive<W>(y);
+      const f32<W> one = splat<W>(1), zero{};
+      const f32<W> is_max = v == splat<W>(max) ? one : zero, is_above = v > splat<W>(hi) ? one : zero;
+      w *= is_above * (one - is_max);
+      e += w, xe += y * w;
+      at_max += is_max, above_hi += is_above;
+      equal_hi += v == splat<W>(hi) ? one : zero;
+      above_lo += v > splat<W>(lo) ? one : zero;
+      equal_lo += v == splat<W>(lo) ? one : zero;
+    }
+  };
+
+  template <int W>
+  static ENTCOV_INLINE int64_t count(f32<W> v) {
+    return static_cast<int64_t>(reduce_add<W>(v));
+  }
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     float* part = a.part + t * (kPartFields + a.capacity);
-    std::fill(part, part + kPartFields + a.capacity, 0.0f);
+    memset(part, 0, (kPartFields + a.capacity) * sizeof *part);
     const float *stats = a.stats + t * a.fields, *bracket = a.bracket + t * a.bracket_fields;
     if (a.target[t] == a.ignore_index || std::isnan(stats[1])) return;
     const typename D::storage* x = a.logits + t * a.row_stride;
     const float max = stats[0], lo = bracket[0], hi = bracket[1];
     double rest = 0, sum_xexp = 0;
-    i32<W> at_max{}, above{}, equal_hi{}, equal_lo{};
-    int64_t between = 0;
+    int64_t at_max = 0, above_hi = 0, equal_hi = 0, equal_lo = 0, between = 0;
+    const auto take = [&](f32<W> v) __attribute__((always_inline)) {
+      for (int k = 0; k < W; k++)
+        if (v[k] > lo && v[k] < hi) {
+          if (between < a.capacity) part[kPartFields + between] = v[k];
+          between++;
+        }
+    };
     for (int64_t at = 0; at < a.num_columns; at += kChunk) {
       const int n = a.num_columns - at < kChunk ? int(a.num_columns - at) : kChunk;
-      f32<W> e{}, xe{};
-      for (int j = 0; j < n; j += W) {
-        const int lanes = n - j < W ? n - j : W;
-        const f32<W> v = lanes < W ? widen_tail<D, W>(x + at + j, lanes) : D::template widen<W>(x + at + j);
-        const i32<W> is_above = v > hi, is_max = v == max;
-        f32<W> y = (v - max) * a.inv_temperature;
-        f32<W> w = exp_nonpositive<W>(y);
-        w = (is_above & ~is_max) ? w : f32<W>{};
-        e += w, xe += y * w;
-        i32<W> is_lo = v == lo, is_hi = v == hi;
-        if (lanes < W)  // the tail's filler reads as -inf, which may be lo or hi
-          for (int k = lanes; k < W; k++) is_lo[k] = is_hi[k] = 0;
-        at_max -= is_max, above -= is_above, equal_hi -= is_hi, equal_lo -= is_lo;
-        const i32<W> is_between = (v > lo) & (v < hi);
-        if (any<W>(is_between))
-          for (int k = 0; k < W; k++)
-            if (is_between[k]) {
-              if (between < a.capacity) part[kPartFields + between] = v[k];
-              between++;
-            }
+      Lanes<W> lanes;
+      int j = 0;
+      for (; j + kGroup <= n; j += kGroup) {
+        const f32<W> before = lanes.above_lo - lanes.above_hi - lanes.equal_hi;
+        for (int i = j; i < j + kGroup; i += W)
+          lanes.add(D::template widen<W>(x + at + i), max, lo, hi, a.inv_temperature);
+        // lo = hi makes the count negative where a logit equals both.
+        const f32<W> found = lanes.above_lo - lanes.above_hi - lanes.equal_hi - before;
+        if (lo < hi && count<W>(found) > 0)
+          for (int i = j; i < j + kGroup; i += W) take(D::template widen<W>(x + at + i));
       }
-      rest += reduce_add<W>(e), sum_xexp += reduce_add<W>(xe);
+      for (; j < n; j += W) {
+        const int real = n - j < W ? n - j : W;
+        const f32<W> v = real < W ? widen_tail<D, W>(x + at + j, real) : D::template widen<W>(x + at + j);
+        lanes.add(v, max, lo, hi, a.inv_temperature);
+        if (lo < hi) take(v);
+        // The filler of a partial vector reads as -inf, which may be the threshold.
+        if (lo == -INFINITY) equal_lo -= W - real;
+        if (hi == -INFINITY) equal_hi -= W - real;
+      }
+      rest += reduce_add<W>(lanes.e), sum_xexp += reduce_add<W>(lanes.xe);
+      at_max += count<W>(lanes.at_max), above_hi += count<W>(lanes.above_hi), equal_hi += count<W>(lanes.equal_hi);
+      equal_lo += count<W>(lanes.equal_lo);
     }
-    int64_t counts[4] = {};
-    for (int k = 0; k < W; k++)
-      counts[0] += at_max[k], counts[1] += above[k], counts[2] += equal_hi[k], counts[3] += equal_lo[k];
     part[kPartRest] = static_cast<float>(rest);
     part[kPartXExp] = static_cast<float>(sum_xexp);
-    part[kPartAtMax] = static_cast<float>(counts[0]);
-    part[kPartAboveHi] = static_cast<float>(counts[1]);
-    part[kPartEqualHi] = static_cast<float>(counts[2]);
-    part[kPartEqualLo] = static_cast<float>(counts[3]);
+    part[kPartAtMax] = static_cast<float>(at_max);
+    part[kPartAboveHi] = static_cast<float>(above_hi);
+    part[kPartEqualHi] = static_cast<float>(equal_hi);
+    part[kPartEqualLo] = static_cast<float>(equal_lo);
     part[kPartBetween] = static_cast<float>(between);
   }
 };
