@@ -15,8 +15,8 @@ logits_grad(logits, target, stats, grad_logprob, grad_entropy, grad_clamped, cla
     d sum(grad_logprob * logprob + grad_entropy * entropy + grad_clamped * clamped_entropy) / d logits. `stats` are the
     merged ones; the three gradients are [T] or None; `clamp` [T, 4] is (threshold as a raw logit, weight of its ties,
     L_k, H_k). Zeros in padding columns, ignored rows and rows whose gradients are all zero.
-logits_grad_(logits, ...) -> logits
-    the same, written over the logits.
+logits_grad_(logits, ...)
+    the same, written over the logits; returns nothing (PyTorch cannot functionalise an op that returns its argument).
 
 covariance_stats(logits_old, logits_new, vocab_start, vocab_size, temperature, row_mask) -> [T, 8]
     columns max_old, rest_old, sum_xexp_old, max_new, rest_new, sum_xexp_new, sum_d, sum_xd, defined in
@@ -192,11 +192,17 @@ def _logits_grad_inplace_fake(logits, *args):
     _check_logits_grad(logits, *args[:-1])
     if logits.shape[0] > 1 and abs(logits.stride(0)) < logits.shape[1]:
         raise ValueError(f"logits must not overlap themselves to be written, got strides {tuple(logits.stride())}")
-    return logits
 
 
 def _logits_grad_inplace_cpu(logits, *args):
-    return _write_logits_grad(_logits_grad_inplace_fake(logits, *args), logits, *args)
+    _logits_grad_inplace_fake(logits, *args)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        raise RuntimeError(
+            "logits_grad_ writes over its logits, which require grad: call it under torch.no_grad() or on logits.detach()"
+        )
+    _write_logits_grad(logits, logits, *args)
+    if not logits.is_inference():  # so that autograd notices if it had saved these logits
+        torch.autograd.graph.increment_version(logits)
 
 
 _LOGITS_GRAD_ARGUMENTS = (
@@ -212,7 +218,7 @@ logits_grad = register(
 )
 logits_grad_ = register(
     "logits_grad_",
-    f"(Tensor(a!) logits, {_LOGITS_GRAD_ARGUMENTS}) -> Tensor(a!)",
+    f"(Tensor(a!) logits, {_LOGITS_GRAD_ARGUMENTS}) -> ()",
     _logits_grad_inplace_cpu,
     _logits_grad_inplace_fake,
 )
