@@ -56,6 +56,8 @@ class ReasoningGym:
         known = _installed()["names"]
         if self.dataset not in known:
             raise ValueError(f"reasoning_gym: unknown dataset {self.dataset!r}; known: {', '.join(known)}")
+        if self.dataset == "codeio":
+            raise ValueError("reasoning_gym: codeio is refused: its snippets draw unseeded numbers")
         for key in ("seed", "size"):
             if key in self.settings:
                 raise ValueError(f"reasoning_gym: settings must not hold {key!r}, got {self.settings[key]!r}")
