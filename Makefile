@@ -1,0 +1,28 @@
+# One command each for what is done often. `make setup` first; the others use its .venv.
+PYTHON := .venv/bin/python
+
+.PHONY: setup lint format test bench tiny wheel clean
+
+setup:  ## .venv with entcov and the packages of constraints.txt
+	./scripts/setup.sh
+
+lint: setup  ## style and obvious mistakes
+	$(PYTHON) -m ruff check .
+
+format: setup  ## lay the Python files out
+	$(PYTHON) -m ruff format .
+
+test: setup  ## the CPU suite
+	./scripts/setup_and_test.sh
+
+bench: setup  ## speed of the ops against eager and compiled torch, with byte counts
+	$(PYTHON) -m benchmarks
+
+tiny: setup  ## train the tiny recipe: some minutes on two cores
+	./scripts/setup_and_train.sh
+
+wheel: setup  ## dist/entcov-*.whl for this machine's Python
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## build products; runs/ and .venv stay
+	rm -rf build dist *.egg-info entcov/*.so .pytest_cache .ruff_cache .venv/entcov_installed
