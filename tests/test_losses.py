@@ -215,7 +215,7 @@ def test_any_split_gives_equal_gradients(aggregation, split):
             leaves = [p.logprob.requires_grad_(), p.entropy.requires_grad_(), p.clamped_entropy.requires_grad_()]
             value, metrics = policy_loss(p, config, totals=totals, controls=controls, selections=s)
             value.backward()
-            loss += float(value)
+            loss += value.item()
             for i, token in enumerate(p.token_id.tolist()):
                 gradient[token] = [float(leaf.grad[i]) for leaf in leaves]
             for name, m in metrics.items():
@@ -326,7 +326,7 @@ def test_composition():
     ]
     expected = (-6 * 1.2 + 1.1 + 1.2 + 1.3) / 3  # ratio 2 is clipped at 1.2
     for order in (controls, controls[::-1]):
-        assert float(policy_loss(tokens, controls=order)[0]) == pytest.approx(expected)
+        assert policy_loss(tokens, controls=order)[0].item() == pytest.approx(expected)
     free, metrics = policy_loss(tokens, controls=[*controls, Fixed(unclipped=True)])
     assert free.item() == pytest.approx((-6 * 2.0 + 1.1 + 1.2 + 1.3) / 3)
     assert float(metrics["actor/pg_clipfrac"]) == 0
