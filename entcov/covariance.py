@@ -84,10 +84,12 @@ def token_covariance(
     check.vector("mask", mask, (torch.bool,), logprob)
     values = torch.where(mask, torch.stack([logprob, advantage]).double(), 0.0)
     bad = ~(values.abs() <= LARGEST)  # NaN too
-    sums = torch.cat([
-        _fixed_point(torch.where(bad, 0.0, values)).sum(-1).flatten(),
-        torch.stack([mask.sum(), bad.sum()]),
-    ])
+    sums = torch.cat(
+        [
+            _fixed_point(torch.where(bad, 0.0, values)).sum(-1).flatten(),
+            torch.stack([mask.sum(), bad.sum()]),
+        ]
+    )
     sums = _sum_over_ranks(sums, group)
     num_tokens, num_bad = sums[4], sums[5]
     if check.readable(sums):
@@ -303,7 +305,11 @@ def _draw(
 
 
 def _finish(
-    chosen: Tensor, expected: Tensor, token_id: Tensor, mask: Tensor, threshold: Tensor | None,
+    chosen: Tensor,
+    expected: Tensor,
+    token_id: Tensor,
+    mask: Tensor,
+    threshold: Tensor | None,
     group: dist.ProcessGroup | None,
 ) -> Selection:
     count = _sum_over_ranks(chosen.sum(), group)

@@ -42,8 +42,15 @@ def random_tokens(sequences, length, seed=0, on_policy=False):
     logprob = -torch.empty(t).exponential_(generator=g)
     old = logprob.clone() if on_policy else logprob + 0.2 * torch.randn(t, generator=g)
     advantage = torch.randn(sequences, generator=g).repeat_interleave(length)
-    return Tokens(logprob, old, advantage, torch.ones(t, dtype=torch.bool), entropy=torch.rand(t, generator=g),
-                  clamped_entropy=torch.rand(t, generator=g), token_id=torch.arange(t))
+    return Tokens(
+        logprob,
+        old,
+        advantage,
+        torch.ones(t, dtype=torch.bool),
+        entropy=torch.rand(t, generator=g),
+        clamped_entropy=torch.rand(t, generator=g),
+        token_id=torch.arange(t),
+    )
 
 
 def split(tokens, parts):
@@ -300,9 +307,15 @@ def test_aent_stays_in_its_box_and_fixed_when_not_adaptive():
     assert fixed.coef == 2e-3
 
 
-@pytest.mark.parametrize("control, key", [
-    (AEnt(), "clamped_entropy"), (AdaptiveBonus(), "sampled_entropy"), (AdaptiveBonus(rule="trl"), "entropy"),
-], ids=str)
+@pytest.mark.parametrize(
+    "control, key",
+    [
+        (AEnt(), "clamped_entropy"),
+        (AdaptiveBonus(), "sampled_entropy"),
+        (AdaptiveBonus(rule="trl"), "entropy"),
+    ],
+    ids=str,
+)
 def test_after_step_needs_its_mean(control, key):
     before = control.state_dict()
     with pytest.raises(ValueError, match=rf"totals must hold '{key}' for control {control.name}, got \['x'\]"):

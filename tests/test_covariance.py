@@ -83,8 +83,13 @@ def make_batch(seed, sequences=24, longest=40):
 
 
 def pick(tokens, index):
-    return Tokens(tokens.logprob[index], tokens.old_logprob[index], tokens.advantage[index], tokens.loss_mask[index],
-                  token_id=tokens.token_id[index])
+    return Tokens(
+        tokens.logprob[index],
+        tokens.old_logprob[index],
+        tokens.advantage[index],
+        tokens.loss_mask[index],
+        token_id=tokens.token_id[index],
+    )
 
 
 def chosen_ids(micro_batches, selections, k):
@@ -552,8 +557,11 @@ def test_no_host_synchronisation_on_the_device_path():
     """Runs the code that any accelerator runs, on the device without data: reading a value would be an error."""
     t = 50
     tokens = Tokens(
-        torch.empty(t, device="meta"), torch.empty(t, device="meta"), torch.empty(t, device="meta"),
-        torch.empty(t, dtype=torch.bool, device="meta"), token_id=torch.empty(t, dtype=torch.int64, device="meta"),
+        torch.empty(t, device="meta"),
+        torch.empty(t, device="meta"),
+        torch.empty(t, device="meta"),
+        torch.empty(t, dtype=torch.bool, device="meta"),
+        token_id=torch.empty(t, dtype=torch.int64, device="meta"),
     )
     with NoHostRead() as mode:
         selections, metrics = select(CONTROLS, [tokens, tokens], step=0, config=CONFIG)

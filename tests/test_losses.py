@@ -22,8 +22,13 @@ def make_tokens(seed=0, lengths=(5, 1, 7, 3, 4, 2), dtype=torch.float64):
     old = -torch.empty(t, dtype=dtype).exponential_(generator=g)
     noise = lambda scale: scale * torch.randn(t, generator=g, dtype=dtype)  # noqa: E731
     fields = dict(
-        logprob=old + noise(0.7), old_logprob=old, advantage=noise(1.0), entropy=noise(1.0).abs(),
-        clamped_entropy=noise(1.0).abs(), ref_logprob=old + noise(0.5), rollout_logprob=old + noise(0.3),
+        logprob=old + noise(0.7),
+        old_logprob=old,
+        advantage=noise(1.0),
+        entropy=noise(1.0).abs(),
+        clamped_entropy=noise(1.0).abs(),
+        ref_logprob=old + noise(0.5),
+        rollout_logprob=old + noise(0.3),
     )
     for value in fields.values():
         value[~mask] = torch.nan
@@ -60,15 +65,26 @@ def loop_loss(tokens, sequence, config):
         if config.tis_cap is not None:
             loss *= min(math.exp(at["old_logprob"][i] - at["rollout_logprob"][i]), config.tis_cap)
         d = at["ref_logprob"][i] - at["logprob"][i]
-        loss += config.kl_coef * {
-            "k1": -d, "abs": abs(d), "k2": d * d / 2, "k3": math.exp(d) - d - 1, "k1+": -d, "k3+": math.exp(d) - d - 1
-        }[config.kl_estimator]
-        total += loss * {
-            "token-mean": 1 / len(rows),
-            "seq-mean-token-sum": 1 / len(sequences),
-            "seq-mean-token-mean": 1 / (len(sequences) * per_sequence[int(sequence[i])]),
-            "seq-mean-token-sum-norm": 1 / (len(sequences) * (config.max_response_length or 1)),
-        }[config.aggregation]
+        loss += (
+            config.kl_coef
+            * {
+                "k1": -d,
+                "abs": abs(d),
+                "k2": d * d / 2,
+                "k3": math.exp(d) - d - 1,
+                "k1+": -d,
+                "k3+": math.exp(d) - d - 1,
+            }[config.kl_estimator]
+        )
+        total += (
+            loss
+            * {
+                "token-mean": 1 / len(rows),
+                "seq-mean-token-sum": 1 / len(sequences),
+                "seq-mean-token-mean": 1 / (len(sequences) * per_sequence[int(sequence[i])]),
+                "seq-mean-token-sum-norm": 1 / (len(sequences) * (config.max_response_length or 1)),
+            }[config.aggregation]
+        )
     return total
 
 
@@ -466,7 +482,9 @@ def test_sequence_length_zero_under_the_mask():
 )
 def test_token_errors(change, error, message):
     good = dict(
-        logprob=torch.zeros(3), old_logprob=torch.zeros(3), advantage=torch.zeros(3),
+        logprob=torch.zeros(3),
+        old_logprob=torch.zeros(3),
+        advantage=torch.zeros(3),
         loss_mask=torch.ones(3, dtype=torch.bool),
     )
     Tokens(**good)
@@ -501,8 +519,11 @@ def test_no_host_synchronisation_on_the_device_path(aggregation):
     with NoHostRead():
         for totals in (None, Totals(22, 6), Totals(torch.tensor(22).to("meta"), torch.tensor(6).to("meta"))):
             loss, metrics = policy_loss(
-                meta, config_for(aggregation, dual_clip=2.0, kl_coef=0.1, tis_cap=2.0), totals=totals,
-                controls=controls, selections=[None, None, meta.loss_mask, meta.loss_mask],
+                meta,
+                config_for(aggregation, dual_clip=2.0, kl_coef=0.1, tis_cap=2.0),
+                totals=totals,
+                controls=controls,
+                selections=[None, None, meta.loss_mask, meta.loss_mask],
             )
             loss.backward()
     assert loss.is_meta and all(m.is_meta for m in metrics.values())

@@ -64,13 +64,25 @@ class ClipCov(Control):
             raise ValueError("tokens.token_id must be given, control clip_cov draws by it; got None")
         reference = self.semantics == "reference"
         covariance = token_covariance(
-            tokens.logprob, tokens.advantage, tokens.loss_mask, group=group,
-            denominator_eps=1e-8 if reference else 0.0, empty_ok=self.scope == "micro_batch",
+            tokens.logprob,
+            tokens.advantage,
+            tokens.loss_mask,
+            group=group,
+            denominator_eps=1e-8 if reference else 0.0,
+            empty_ok=self.scope == "micro_batch",
         )
         selection = select_clip_cov(
-            covariance, tokens.token_id, ratio=self.clip_cov_ratio, low=self.clip_cov_lb, high=self.clip_cov_ub,
-            seed=self.seed, step=step, at_least=1 if reference else 0, strict=reference,
-            exclude=_ppo_clipped(tokens, config) if reference else None, group=group,
+            covariance,
+            tokens.token_id,
+            ratio=self.clip_cov_ratio,
+            low=self.clip_cov_lb,
+            high=self.clip_cov_ub,
+            seed=self.seed,
+            step=step,
+            at_least=1 if reference else 0,
+            strict=reference,
+            exclude=_ppo_clipped(tokens, config) if reference else None,
+            group=group,
         )
         return selection.mask, {}
 

@@ -64,8 +64,13 @@ class KLCov(Control):
             tokens.logprob, tokens.advantage, tokens.loss_mask, group=group, empty_ok=self.scope == "micro_batch"
         )
         selection = select_kl_cov(
-            covariance, tokens.token_id, ratio=self.kl_cov_ratio, seed=self.seed, step=step,
-            at_least=1 if self.semantics == "reference" else 0, group=group,
+            covariance,
+            tokens.token_id,
+            ratio=self.kl_cov_ratio,
+            seed=self.seed,
+            step=step,
+            at_least=1 if self.semantics == "reference" else 0,
+            group=group,
         )
         return selection.mask, {"actor/cov_threshold": selection.threshold}
 
