@@ -1,0 +1,161 @@
+"""Who holds which columns of the vocabulary, and the all-gather that every sharded statistic goes through.
+
+A shard's part of the statistics travels behind a few header rows that say what the shard is and how its rank was called.
+So ranks that were called differently find out from the collective they have to enter anyway, and all of them raise the
+same error, where a plain gather would return numbers that are wrong on every rank alike.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The columns of one rank: `width` of them, of which the first `columns` exist (the rest is padding)."""
+
+    start: int  # global id of column 0
+    width: int
+    vocab_size: int  # of the whole row
+
+    @property
+    def columns(self) -> int:
+        return min(max(self.vocab_size - self.start, 0), self.width)
+
+
+def resolve_shard(width: int, group, vocab_start: int | None, vocab_size: int | None) -> Shard:
+    """Fills in the defaults of `vocab_start` and `vocab_size`, and refuses what cannot be meant."""
+    if group is None:
+        if vocab_start not in (None, 0):
+            raise ValueError(f"vocab_start must be 0 or None without a group (all columns are here), got {vocab_start}")
+        if vocab_size is None:
+            vocab_size = width
+        elif not 1 <= vocab_size <= width:
+            raise ValueError(f"vocab_size must be in [1, {width}] (the columns of logits, no group), got {vocab_size}")
+        return Shard(0, width, vocab_size)
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError("group must contain the calling rank, and does not")
+    if vocab_start is None:
+        vocab_start = rank * width
+        vocab_size = world * width if vocab_size is None else vocab_size
+    elif vocab_size is None:
+        raise ValueError("vocab_size must be given with vocab_start: shards may be uneven, so it cannot be inferred")
+    if vocab_start < 0 or vocab_size < 1:
+        raise ValueError(f"vocab_start must be >= 0 and vocab_size >= 1, got {vocab_start} and {vocab_size}")
+    return Shard(vocab_start, width, vocab_size)
+
+
+def checksum(values: Tensor) -> int:
+    """A 64-bit hash of an integer vector that sees order, so that ranks can compare their targets by one number."""
+    mixed = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
+    mixed.mul_(-7046029254386353131).add_(values)  # wraps around: a position-dependent offset ...
+    mixed.bitwise_xor_(mixed >> 31).mul_(-4658895280553007687)  # ... and two rounds of mixing
+    mixed.bitwise_xor_(mixed >> 29).mul_(-7723592293110705685)
+    return int(mixed.sum())
+
+
+def gather(
+    op: str,
+    payload: Tensor,
+    group: dist.ProcessGroup,
+    shard: Shard,
+    call: dict[str, float | int | str],
+    checksums: dict[str, int],
+    failure: Exception | None,
+) -> tuple[Tensor, list[Shard]]:
+    """All-gathers `payload` [T, F] fp32: ([R, T, F] in rank order, the shards of all ranks). One collective.
+
+    Args:
+        op: public name of the caller, for messages.
+        payload: this rank's rows. Those of a failed rank are sent, but not looked at.
+        call: what every rank must agree on, by the argument's name. Strings: 8 ASCII characters at most.
+        checksums: the same for tensors, by `checksum`.
+        failure: the exception that this rank has to raise for its values. It enters the collective nevertheless, so
+            that the others do not wait for it, and raises afterwards.
+
+    Raises:
+        RuntimeError: the same on every rank: ranks differ in `call`, `checksums`, T, F or vocab_size; or their shards
+            overlap or leave a hole; or another rank failed. Also when the all-gather itself fails. Different T or F
+            are different message sizes, which a backend may not survive: gloo ends the process of a rank that gets
+            more than it expects, its peers get this error. TORCH_DISTRIBUTED_DEBUG=DETAIL makes torch compare the
+            sizes first, and every rank gets it.
+    """
+    T, F = payload.shape
+    world = dist.get_world_size(group)
+    call = {"tokens": T, "values a token": F, "vocab_size": shard.vocab_size, **call}
+    own = [failure is not None, shard.start, shard.width, *map(_to_word, call.values()), *checksums.values()]
+    rows = math.ceil(2 * len(own) / F)
+    local = payload.new_zeros((rows + T, F))
+    local[:rows].view(-1)[: 2 * len(own)] = torch.tensor(own, dtype=torch.int64).view(torch.float32)
+    local[rows:] = payload
+    shards = payload.new_empty((world, rows + T, F))
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+    try:
+        all_gather(shards.view(world * (rows + T), F), local, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{op}: the all-gather of [T = {T}, {F}] statistics failed. Every rank of the group must make the call, "
+            "with equally many tokens and the same outputs (moments, clamp). The backend says: " + str(error)
+        ) from error
+    words = shards[:, :rows].reshape(world, rows * F)[:, : 2 * len(own)].clone()
+    headers = words.view(torch.int64).tolist()  # reads values: on a GPU the host would wait here
+    for i, (name, value) in enumerate(call.items(), start=3):
+        for rank, header in enumerate(headers):
+            if header[i] != headers[0][i]:
+                raise RuntimeError(
+                    f"{op}: all ranks of the group must be called with the same {name}: rank 0 has "
+                    f"{_from_word(headers[0][i], value)}, rank {rank} has {_from_word(header[i], value)}"
+                ) from failure
+    for i, name in enumerate(checksums, start=3 + len(call)):
+        for rank, header in enumerate(headers):
+            if header[i] != headers[0][i]:
+                raise RuntimeError(
+                    f"{op}: all ranks of the group must be called with the same {name}: the values on rank {rank} "
+                    "are not those on rank 0"
+                ) from failure
+    layout = [Shard(start, width, shard.vocab_size) for _, start, width, *_ in headers]
+    _check_cover(op, layout)
+    if failure is not None:
+        raise failure
+    failed = [rank for rank, header in enumerate(headers) if header[0]]
+    if failed:
+        raise RuntimeError(f"{op}: rank {failed[0]} of the group refused its arguments; its own error says why")
+    return shards[:, rows:], layout
+
+
+def _to_word(value: float | int | str) -> int:
+    """64 bits that are equal exactly when the values are."""
+    if isinstance(value, str):
+        value = value.encode("ascii")
+        return int.from_bytes(value.ljust(8, b"\0"), "little", signed=True)
+    return struct.unpack("<q", struct.pack("<d", value))[0] if isinstance(value, float) else int(value)
+
+
+def _from_word(word: int, like: float | int | str) -> float | int | str:
+    if isinstance(like, str):
+        return word.to_bytes(8, "little", signed=True).rstrip(b"\0").decode("ascii", "replace")
+    return struct.unpack("<d", struct.pack("<q", word))[0] if isinstance(like, float) else word
+
+
+def _check_cover(op: str, layout: list[Shard]) -> None:
+    """The shards' existing columns must cover [0, vocab_size) exactly once, in any order of ranks."""
+    at = 0
+    for rank, shard in sorted(enumerate(layout), key=lambda item: item[1].start):
+        if shard.columns == 0:
+            continue
+        if shard.start != at:
+            raise RuntimeError(
+                f"{op}: the shards must cover the vocabulary exactly once; rank {rank} starts at {shard.start}, "
+                + (f"leaving a hole from {at}" if shard.start > at else f"overlapping what ends at {at}")
+            )
+        at += shard.columns
+    if at != layout[0].vocab_size:
+        raise RuntimeError(
+            f"{op}: the shards must cover the vocabulary exactly once; they end at {at}, vocab_size is "
+            f"{layout[0].vocab_size}"
+        )

@@ -1,0 +1,240 @@
+"""Statistics of a policy whose vocabulary may be split over ranks: token_stats and logit_covariance.
+
+Each is local op -> one all-gather -> merge -> a few [T] formulas, with an autograd.Function that keeps the caller's
+logits and the merged statistics, and whose backward is one local op. Formulas: docs/math.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entcov import clamp_ops, ops
+from entcov.shards import Shard, checksum, gather, resolve_shard
+
+SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
+
+
+class TokenStats(NamedTuple):
+    """What `token_stats` returns: fp32, the shape of `target`, in nats. None: not asked for."""
+
+    logprob: Tensor
+    entropy: Tensor
+    clamped_entropy: Tensor | None
+    collision: Tensor | None
+    varentropy: Tensor | None
+    entropy_drift: Tensor | None
+
+
+class LogitCovariance(NamedTuple):
+    """What `logit_covariance` returns: fp32, the leading shape of the logits, in nats."""
+
+    covariance: Tensor
+    predicted_entropy_change: Tensor
+    entropy_change: Tensor
+    kl: Tensor
+
+
+# ---- token_stats ----------------------------------------------------------------------------------------------------
+
+
+def token_stats(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    clamp_p: float | None = None,
+    top_k: int | None = None,
+    moments: bool = False,
+    ignore_index: int = -100,
+) -> TokenStats:
+    """Log-probability of each token and entropies of the distribution it was drawn from, with gradients to the logits.
+
+    Equivalent to, in float64 and with all columns on one rank (entcov/reference.py):
+
+        log_p = log_softmax(logits[..., :vocab_size].double() / temperature, -1);  p = log_p.exp()
+        logprob = log_p.gather(-1, target[..., None])[..., 0]
+        entropy = -(p * log_p).sum(-1)                                 # 0 * -inf is 0
+        clamped_entropy = entropy of softmax(topk(logits, k).values / temperature),
+                          k = top_k or vocab_size - int(vocab_size * clamp_p)
+        collision = (p * p).sum(-1);  varentropy = (p * (log_p + entropy) ** 2).sum(-1)
+        entropy_drift = d entropy / d alpha of the step  logits / temperature += alpha * (onehot(target) - p)
+
+    Args:
+        logits: [..., V_local] float32, bfloat16 or float16, stride 1 along the vocabulary. This rank's columns.
+            Leading dims that one stride can walk are read in place; others are copied (`logits[:, :-1]` is such a
+            case: shift `target` instead, and fill its end with ignore_index).
+        target: [...] int64, global token ids, the same on every rank.
+        group: process group over which the vocabulary is split. None: all of it is here.
+        vocab_start: global id of column 0. Default: rank * V_local. Shards may be uneven, empty, and in any order.
+        vocab_size: true size of the whole vocabulary; columns from there on are padding and do not exist. Default: all
+            columns (world * V_local). Required with vocab_start.
+        temperature: divides the logits, as the sampler's does.
+        clamp_p: fraction (not percent) of the vocabulary to leave out of clamped_entropy, lowest logits first; [0, 1).
+        top_k: or the number of logits to keep in it.
+        moments: also return collision, varentropy and entropy_drift.
+        ignore_index: rows with this target are not read: all their outputs and gradients are 0.
+
+    Returns:
+        TokenStats: fp32 [...], in nats (entropy_drift: nats per unit of step); bit-identical on all ranks of the group.
+
+    Differentiable: logprob, entropy, clamped_entropy, with respect to logits, in their dtype; once (a second derivative
+    is a RuntimeError). The kept set of the clamp is a constant; logits that tie at its threshold share one weight, so
+    the gradient is the mean over all ways to break the tie. The moments are detached. Outputs that the loss does not
+    use cost nothing in backward.
+
+    Mutated: nothing. Kept for backward: the caller's logits and target, and 16 bytes a token (28 with moments, 16 more
+    with a clamp); nothing of size V.
+
+    Collectives, in forward, which every rank of the group must enter: one all-gather of 16 bytes a token and rank (28
+    with moments) plus about 100 bytes. A clamp adds 512 bytes a token and rank to it (less if vocab_size < 128), and a
+    second all-gather of 28 + 4 C bytes, where C is the most logits that any rank has between the bounds of the
+    threshold that the first one yields: around (V_local / 128) * 2, at most (R + 1) times V_local / 127 unless logits
+    tie. Backward: none.
+
+    Error against float64 on the same rounded logits: 1e-5 absolute for logprob and entropies at V = 151,936; for peaked
+    rows 1e-5 relative as well (entropies down to 1e-6). -inf is a probability of 0. A NaN or +inf makes its own row NaN.
+
+    Raises:
+        ValueError: shapes, ranges, a target outside the vocabulary, rows without a finite logit.
+        TypeError: dtypes.
+        RuntimeError: ranks called differently (shards that do not cover the vocabulary once, another temperature,
+            target, ...): the same error on every rank. See `entcov.shards.gather` for different numbers of tokens.
+
+    Source: the one-pass merge is docs/math.md (4), (5); clamped entropy: Shen, arXiv 2509.03493, docs/math.md (10);
+    entropy drift: Wang et al., arXiv 2602.03392, theorem 3.3, docs/math.md (9).
+    """
+    shard = _check_call(logits, target.shape, "target", group, vocab_start, vocab_size)
+    kept = _kept_count(shard.vocab_size, clamp_p, top_k)
+    T = target.numel()
+    rows, tokens = logits.reshape(T, shard.width), target.reshape(T).contiguous()
+    with torch.no_grad():
+        args = (rows.detach(), tokens, shard, kept, float(temperature), moments, ignore_index)
+        stats, clamp = _row_statistics(*args) if group is None else _sharded_row_statistics(*args, group)
+        scaled = _moments(stats, tokens, temperature, ignore_index) if moments else (None, None, None)
+    outputs = _TokenStats.apply(
+        rows, tokens, stats, clamp, shard.start, shard.vocab_size, float(temperature), ignore_index
+    )
+    if clamp is None:
+        outputs = (*outputs, None)
+    return TokenStats(*(None if x is None else x.view(target.shape) for x in (*outputs, *scaled)))
+
+
+def _check_call(logits: Tensor, shape: torch.Size, name: str, group, vocab_start, vocab_size) -> Shard:
+    if logits.dim() < 1 or logits.shape[:-1] != shape:
+        raise ValueError(f"{name} must have the leading shape of logits, {tuple(logits.shape[:-1])}, got {tuple(shape)}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(f"logits must have stride 1 along the vocabulary, got strides {tuple(logits.stride())}")
+    return resolve_shard(logits.shape[-1], group, vocab_start, vocab_size)
+
+
+def _kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int | None:
+    """How many logits the clamp keeps; None: no clamp."""
+    if clamp_p is not None and top_k is not None:
+        raise ValueError(f"clamp_p and top_k exclude each other, got {clamp_p} and {top_k}")
+    if clamp_p is not None:
+        if not 0 <= clamp_p < 1:
+            raise ValueError(f"clamp_p must be in [0, 1), a fraction, not percent, got {clamp_p}")
+        return vocab_size - int(vocab_size * clamp_p)
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must be in [1, vocab_size = {vocab_size}], got {top_k}")
+    return top_k
+
+
+def _row_statistics(logits, target, shard, kept, temperature, moments, ignore_index):
+    """(merged row statistics [T, 4 | 7], clamp [T, 4] or None) when all columns are here."""
+    place = (shard.start, shard.vocab_size)
+    stats = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
+    stats = ops.merge_row_stats(stats[None], target, temperature, ignore_index)
+    if kept is None:
+        return stats, None
+    ranks = torch.full((2,), kept, dtype=torch.int64, device=logits.device)  # both ends of the bracket
+    bracket = clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)
+    part = clamp_ops.clamp_collect(logits, target, stats, bracket, 0, *place, temperature, ignore_index)
+    return stats, clamp_ops.clamp_finish(part[None], target, stats, bracket, kept, temperature, ignore_index)
+
+
+@torch.compiler.disable  # the collectives and the checks of their values stay eager
+def _sharded_row_statistics(logits, target, shard, kept, temperature, moments, ignore_index, group):
+    """The same over the ranks of `group`: one all-gather, and one more with a clamp."""
+    place = (shard.start, shard.vocab_size)
+    fields = 7 if moments else 4
+    sketch_size = 0 if kept is None else min(SKETCH_SIZE, shard.vocab_size)
+    payload = logits.new_zeros((logits.shape[0], fields + sketch_size), dtype=torch.float32)
+    failure = None
+    try:
+        payload[:, :fields] = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
+        if kept is not None:
+            ranks = _sketch_ranks(shard, sketch_size).to(logits.device)
+            payload[:, fields:] = clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)
+        tokens = checksum(target)
+    except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
+        failure, tokens = error, 0
+    call = {
+        "dtype": str(logits.dtype).removeprefix("torch."),
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "number of logits kept (clamp_p, top_k)": kept or 0,
+    }
+    parts, layout = gather("token_stats", payload, group, shard, call, {"target": tokens}, failure)
+    stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
+    if kept is None:
+        return stats, None
+    ranks = torch.stack([_sketch_ranks(s, sketch_size) for s in layout]).to(logits.device)
+    bracket = clamp_ops.clamp_bracket(parts[..., fields:], ranks, target, stats, kept, ignore_index)
+    capacity = int(bracket[:, 2].max()) if len(bracket) else 0
+    part = clamp_ops.clamp_collect(logits, target, stats, bracket, capacity, *place, temperature, ignore_index)
+    parts, _ = gather("token_stats", part, group, shard, {}, {}, None)
+    return stats, clamp_ops.clamp_finish(
+        parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index
+    )
+
+
+def _sketch_ranks(shard: Shard, size: int) -> Tensor:
+    """Evenly spaced ranks of a shard's columns, both ends included; all ranks if there are few; 0s if there are none."""
+    n = shard.columns
+    if size == 1 or n == 0:
+        return torch.full((size,), min(n, 1), dtype=torch.int64)
+    return 1 + torch.arange(size) * (n - 1) // (size - 1)
+
+
+def _moments(stats: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(7) collision, (8) varentropy, (9) entropy drift of merged statistics [T, 7]."""
+    top, rest, sum_xexp, picked, rest2, sum_xexp2, sum_x2exp = stats.unbind(-1)
+    total, log_total = 1 + rest, rest.log1p()
+    mean = sum_xexp / total
+    entropy = log_total - mean
+    collision = (1 + rest2) / total**2
+    varentropy = sum_x2exp / total - mean**2
+    # E_p[S] = H sum p^2 + sum p^2 log p;  S_target = p_target (H + log p_target)
+    mean_s = entropy * collision + (sum_xexp2 - log_total * (1 + rest2)) / total**2
+    logprob = (picked - top) / temperature - log_total
+    p = logprob.exp()
+    s_target = torch.where(p == 0, p, p * (entropy + logprob))  # logprob may be -inf; a NaN stays
+    # The zeroed statistics of an ignored row read as a certain token: everything 0 but the collision.
+    return collision.masked_fill(target == ignore_index, 0.0), varentropy, mean_s - s_target
+
+
+class _TokenStats(torch.autograd.Function):
+    """Merged statistics -> (logprob, entropy[, clamped_entropy]), linked to the logits they came from."""
+
+    @staticmethod
+    def forward(ctx, logits, target, stats, clamp, vocab_start, vocab_size, temperature, ignore_index):
+        ctx.save_for_backward(logits, target, stats, clamp)
+        ctx.place = (vocab_start, vocab_size, temperature, ignore_index)
+        ctx.set_materialize_grads(False)
+        top, rest, sum_xexp, picked = stats[:, :4].unbind(-1)
+        log_total = rest.log1p()
+        outputs = ((picked - top) / temperature - log_total, log_total - sum_xexp / (1 + rest))
+        return outputs if clamp is None else (*outputs, clamp[:, 3].clone())
+
+    @staticmethod
+    def backward(ctx, grad_logprob, grad_entropy, grad_clamped=None):
+        logits, target, stats, clamp = ctx.saved_tensors
+        grads = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_clamped)]
+        grad = ops.logits_grad(logits, target, stats, *grads, clamp, *ctx.place)
+        return grad, None, None, None, None, None, None, None
