@@ -1,8 +1,8 @@
 """Who holds which columns of the vocabulary, and the all-gather that every sharded statistic goes through.
 
-A shard's part of the statistics travels behind a few header rows that say what the shard is and how its rank was called.
-So ranks that were called differently find out from the collective they have to enter anyway, and all of them raise the
-same error, where a plain gather would return numbers that are wrong on every rank alike.
+A shard's part of the statistics travels behind a few header rows that say what the shard is and how its rank was
+called. So ranks that were called differently find out from the collective they have to enter anyway, and all of them
+raise the same error, where a plain gather would return numbers that are wrong on every rank alike.
 """
 
 import math

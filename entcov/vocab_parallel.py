@@ -97,7 +97,7 @@ def token_stats(
     tie. Backward: none.
 
     Error against float64 on the same rounded logits: 1e-5 absolute for logprob and entropies at V = 151,936; for peaked
-    rows 1e-5 relative as well (entropies down to 1e-6). -inf is a probability of 0. A NaN or +inf makes its own row NaN.
+    rows 1e-5 relative as well (entropies down to 1e-6). -inf is a probability of 0; a NaN or +inf makes its row NaN.
 
     Raises:
         ValueError: shapes, ranges, a target outside the vocabulary, rows without a finite logit.
@@ -108,7 +108,8 @@ def token_stats(
     Source: the one-pass merge is docs/math.md (4), (5); clamped entropy: Shen, arXiv 2509.03493, docs/math.md (10);
     entropy drift: Wang et al., arXiv 2602.03392, theorem 3.3, docs/math.md (9).
     """
-    shard = _check_call(logits, target.shape, "target", group, vocab_start, vocab_size)
+    _check_rows("logits", logits, "target", target.shape)
+    shard = resolve_shard(logits.shape[-1], group, vocab_start, vocab_size)
     kept = _kept_count(shard.vocab_size, clamp_p, top_k)
     T = target.numel()
     rows, tokens = logits.reshape(T, shard.width), target.reshape(T).contiguous()
@@ -124,12 +125,14 @@ def token_stats(
     return TokenStats(*(None if x is None else x.view(target.shape) for x in (*outputs, *scaled)))
 
 
-def _check_call(logits: Tensor, shape: torch.Size, name: str, group, vocab_start, vocab_size) -> Shard:
+def _check_rows(name: str, logits: Tensor, per_row: str, shape: torch.Size) -> None:
+    """Before the reshape, which would hide it: one entry of `per_row` a row, and unit stride along the vocabulary."""
     if logits.dim() < 1 or logits.shape[:-1] != shape:
-        raise ValueError(f"{name} must have the leading shape of logits, {tuple(logits.shape[:-1])}, got {tuple(shape)}")
+        raise ValueError(
+            f"{per_row} must have the leading shape of {name}, {tuple(logits.shape[:-1])}, got {tuple(shape)}"
+        )
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        raise ValueError(f"logits must have stride 1 along the vocabulary, got strides {tuple(logits.stride())}")
-    return resolve_shard(logits.shape[-1], group, vocab_start, vocab_size)
+        raise ValueError(f"{name} must have stride 1 along the vocabulary, got strides {tuple(logits.stride())}")
 
 
 def _kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int | None:
@@ -189,13 +192,11 @@ def _sharded_row_statistics(logits, target, shard, kept, temperature, moments, i
     capacity = int(bracket[:, 2].max()) if len(bracket) else 0
     part = clamp_ops.clamp_collect(logits, target, stats, bracket, capacity, *place, temperature, ignore_index)
     parts, _ = gather("token_stats", part, group, shard, {}, {}, None)
-    return stats, clamp_ops.clamp_finish(
-        parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index
-    )
+    return stats, clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
 
 
 def _sketch_ranks(shard: Shard, size: int) -> Tensor:
-    """Evenly spaced ranks of a shard's columns, both ends included; all ranks if there are few; 0s if there are none."""
+    """Evenly spaced ranks of a shard's columns, both ends included; all of them if few; zeros if there are none."""
     n = shard.columns
     if size == 1 or n == 0:
         return torch.full((size,), min(n, 1), dtype=torch.int64)
@@ -238,3 +239,110 @@ class _TokenStats(torch.autograd.Function):
         grads = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_clamped)]
         grad = ops.logits_grad(logits, target, stats, *grads, clamp, *ctx.place)
         return grad, None, None, None, None, None, None, None
+
+
+# ---- logit_covariance -----------------------------------------------------------------------------------------------
+
+
+def logit_covariance(
+    logits_old: Tensor,
+    logits_new: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    loss_mask: Tensor | None = None,
+) -> LogitCovariance:
+    """What a change of the logits does to the entropy of each row: predicted by the covariance, and truly.
+
+    Equivalent to, in float64 and with all columns on one rank (entcov/reference.py):
+
+        old, new = (log_softmax(z[..., :vocab_size].double() / temperature, -1) for z in (logits_old, logits_new))
+        p = old.exp();  change = (logits_new - logits_old)[..., :vocab_size].double() / temperature
+        covariance = (p * old * change).sum(-1) - (p * old).sum(-1) * (p * change).sum(-1)     # Cov_{a~p}(log p, dz)
+        predicted_entropy_change = -covariance                                                # to first order in dz
+        entropy_change = entropy(new) - entropy(old)
+        kl = (p * (old - new)).sum(-1)                                                        # KL(old || new)
+
+    Args:
+        logits_old, logits_new: [..., V_local] of one shape and dtype: float32, bfloat16 or float16, stride 1 along the
+            vocabulary. This rank's columns, before and after. logits_old is a constant.
+        group, vocab_start, vocab_size, temperature: as for `token_stats`.
+        loss_mask: [...] bool. Rows that are False are not read: all their outputs and gradients are 0.
+
+    Returns:
+        LogitCovariance: fp32 [...], in nats; bit-identical on all ranks of the group.
+
+    Differentiable: all outputs, with respect to logits_new, once.
+    Mutated: nothing. Kept for backward: the two logits, the mask, and 32 bytes a token.
+    Collectives: one all-gather of 32 bytes a token and rank plus about 100 bytes in forward, none in backward.
+
+    Error against float64: 2e-5 absolute where the logits change by a few units. A logit that becomes -inf makes the kl
+    +inf (and the covariance need not be finite); one that was -inf does not count. A NaN or +inf on either side makes
+    its row NaN.
+
+    Raises: as `token_stats`.
+
+    Source: docs/math.md (13) to (16); Cui et al., arXiv 2505.22617, theorems 1 and 2.
+    """
+    if logits_old.shape != logits_new.shape:
+        raise ValueError(
+            "logits_old must have the shape of logits_new, got "
+            f"{tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
+        )
+    leading = logits_new.shape[:-1]
+    _check_rows("logits_old", logits_old, "logits_new", leading)
+    _check_rows("logits_new", logits_new, "loss_mask", leading if loss_mask is None else loss_mask.shape)
+    shard = resolve_shard(logits_new.shape[-1], group, vocab_start, vocab_size)
+    T = leading.numel()
+    old, new = logits_old.detach().reshape(T, shard.width), logits_new.reshape(T, shard.width)
+    mask = None if loss_mask is None else loss_mask.reshape(T).contiguous()
+    with torch.no_grad():
+        args = (old, new.detach(), shard, float(temperature), mask)
+        parts = _covariance_parts(*args) if group is None else _sharded_covariance_parts(*args, group)
+        stats = ops.merge_covariance_stats(parts, mask, float(temperature))
+    covariance, entropy_change, kl = _LogitCovariance.apply(
+        old, new, stats, mask, shard.start, shard.vocab_size, float(temperature)
+    )
+    return LogitCovariance(*(x.view(leading) for x in (covariance, -covariance, entropy_change, kl)))
+
+
+def _covariance_parts(old, new, shard, temperature, mask):
+    return ops.covariance_stats(old, new, shard.start, shard.vocab_size, temperature, mask)[None]
+
+
+@torch.compiler.disable
+def _sharded_covariance_parts(old, new, shard, temperature, mask, group):
+    failure, rows = None, 0
+    payload = new.new_zeros((new.shape[0], 8), dtype=torch.float32)
+    try:
+        payload = _covariance_parts(old, new, shard, temperature, mask)[0]
+        rows = -1 if mask is None else checksum(mask.long())
+    except (ValueError, TypeError) as error:
+        failure = error
+    call = {"dtype": str(new.dtype).removeprefix("torch."), "temperature": temperature}
+    return gather("logit_covariance", payload, group, shard, call, {"loss_mask": rows}, failure)[0]
+
+
+class _LogitCovariance(torch.autograd.Function):
+    """Merged statistics -> (covariance, entropy change, kl), linked to the new logits."""
+
+    @staticmethod
+    def forward(ctx, old, new, stats, mask, vocab_start, vocab_size, temperature):
+        ctx.save_for_backward(old, new, stats, mask)
+        ctx.place = (vocab_start, vocab_size, temperature)
+        ctx.set_materialize_grads(False)
+        _, rest_old, sum_old, _, rest_new, sum_new, sum_d, sum_xd = stats.unbind(-1)
+        total = 1 + rest_old
+        mean_x, mean_d = sum_old / total, sum_d / total
+        log_ratio = ((rest_new - rest_old) / total).log1p()  # L_new - L_old
+        entropy_change = log_ratio - sum_new / (1 + rest_new) + mean_x
+        return sum_xd / total - mean_x * mean_d, entropy_change, log_ratio - mean_d
+
+    @staticmethod
+    def backward(ctx, grad_covariance, grad_entropy_change, grad_kl):
+        old, new, stats, mask = ctx.saved_tensors
+        grads = [None if g is None else g.contiguous() for g in (grad_covariance, grad_entropy_change, grad_kl)]
+        grad = ops.logit_covariance_grad(old, new, stats, *grads, mask, *ctx.place)
+        return None, grad, None, None, None, None, None
