@@ -1,4 +1,4 @@
-"""The PEP 517 build backend: setuptools', which asks for a CUDA compiler from PyPI where one is wanted and none is found.
+"""The PEP 517 build backend: setuptools', asking PyPI for a CUDA compiler where one is wanted and none is found.
 
 It also holds what setup.py needs to know about CUDA, so that both decide alike.
 """
@@ -9,9 +9,14 @@ import sys
 from pathlib import Path
 
 from setuptools import build_meta
-from setuptools.build_meta import build_sdist, get_requires_for_build_sdist  # noqa: F401
-from setuptools.build_meta import build_editable, build_wheel  # noqa: F401
-from setuptools.build_meta import prepare_metadata_for_build_editable, prepare_metadata_for_build_wheel  # noqa: F401
+from setuptools.build_meta import (  # noqa: F401  (hooks of this backend too)
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 
 ROOT = Path(__file__).resolve().parent
 # One release of the toolkit: nvcc, its optimiser, its headers, the static runtime and libcu++. About 300 MB.

@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 from build_backend import CUDA_COMPILER, cuda_sources, find_nvcc, wants_cuda  # noqa: E402
 
-INCLUDES = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+HEADERS = {"pybind11": pybind11.get_include(), "python": sysconfig.get_path("include")}
+INCLUDES = [f"-I{path}" for path in HEADERS.values()]
 # Paths of the building machine must not reach the binary.
-PORTABLE = ["-g0", f"-ffile-prefix-map={ROOT}=.", f"-ffile-prefix-map={pybind11.get_include()}=pybind11"]
+PORTABLE = ["-g0", f"-ffile-prefix-map={ROOT}=.", *(f"-ffile-prefix-map={p}={name}" for name, p in HEADERS.items())]
 HOST = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *PORTABLE]
 
 
@@ -46,30 +47,45 @@ def find_cxx() -> list[str]:
     )
 
 
-def cpu_commands() -> tuple[list[str], list[str]]:
-    """How to compile one source and how to link, without file names."""
+def cpu_commands() -> tuple[list[str], list[str], list[str]]:
+    """How to compile one source, how to link, and with which libraries; without file names."""
     cxx = find_cxx()
     compile_ = [*cxx, "-std=c++17", "-O3", "-ffp-contract=fast", "-fopenmp", *HOST, *INCLUDES]
-    return compile_, [*cxx, "-shared", "-fopenmp", "-s"]
+    return compile_, [*cxx, "-shared", "-fopenmp", "-s"], []
 
 
-def cuda_commands() -> tuple[list[str], list[str]]:
+def cuda_commands() -> tuple[list[str], list[str], list[str]]:
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit(
-            "entcov wants to build its CUDA kernels (ENTCOV_CUDA=1, or an NVIDIA driver is visible) and found no nvcc. "
+            "entcov is to build its CUDA kernels (ENTCOV_CUDA=1, or an NVIDIA driver is visible) and found no nvcc. "
             "Build without --no-build-isolation, or install the compiler first:\n    pip install "
             + " ".join(CUDA_COMPILER)
             + "\nor set CUDA_HOME to a toolkit, or ENTCOV_CUDA=0 to do without."
         )
+    cxx = find_cxx()
     archs = os.environ.get("ENTCOV_CUDA_ARCHS", "80;90;100").split(";")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    base = [str(nvcc), "-ccbin", find_cxx()[0], "-std=c++17"]
     host = [f"-Xcompiler={flag}" for flag in HOST]
-    # The wheels of the compiler keep the static runtime in lib, toolkits in lib64; nvcc looks into the latter only.
-    libraries = [f"-L{nvcc.resolve().parent.parent / 'lib'}"]
-    return [*base, "-O3", *targets, *host, *INCLUDES], [*base, "-shared", "-cudart=static", *libraries, "-Xlinker=-s"]
+    # Linked by the host compiler: nvcc would write its own paths into the binary. No kernel needs a device link.
+    runtime = [f"-L{cuda_library_folder(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return (
+        [str(nvcc), "-ccbin", cxx[0], "-std=c++17", "-O3", *targets, *host, *INCLUDES],
+        [*cxx, "-shared", "-s"],
+        runtime,
+    )
+
+
+def cuda_library_folder(nvcc: Path) -> Path:
+    """Where the toolkit of this nvcc, which may be a wrapper script, keeps libcudart_static.a."""
+    dry = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    tops = [line.split("TOP=", 1)[1].strip() for line in dry.stderr.splitlines() if "TOP=" in line]
+    folders = [Path(top) / sub for top in tops for sub in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    for folder in folders:
+        if (folder / "libcudart_static.a").exists():
+            return folder.resolve()
+    raise SystemExit(f"entcov: no libcudart_static.a beside {nvcc}; looked in {', '.join(map(str, folders))}")
 
 
 def stale(obj: Path, command: str) -> bool:
@@ -91,7 +107,7 @@ def run(command: list[str], what: str) -> None:
 
 class Build(build_ext):
     def build_extension(self, ext):
-        compile_, link = cuda_commands() if ext.name == "entcov._cuda" else cpu_commands()
+        compile_, link, libraries = cuda_commands() if ext.name == "entcov._cuda" else cpu_commands()
         folder = ROOT / "build" / "objects" / ext.name
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -108,7 +124,7 @@ class Build(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_suffix(".partial")  # a process that has the old one open keeps it
-        run([*link, *objects, "-o", str(partial)], f"linking {ext.name}")
+        run([*link, *objects, *libraries, "-o", str(partial)], f"linking {ext.name}")
         partial.replace(output)
 
 

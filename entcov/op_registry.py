@@ -99,4 +99,3 @@ def num_columns(logits: Tensor, vocab_start: int, vocab_size: int) -> int:
 
 def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-

@@ -198,7 +198,8 @@ def _logits_grad_inplace_cpu(logits, *args):
     _logits_grad_inplace_fake(logits, *args)
     if torch.is_grad_enabled() and logits.requires_grad:
         raise RuntimeError(
-            "logits_grad_ writes over its logits, which require grad: call it under torch.no_grad() or on logits.detach()"
+            "logits_grad_ writes over its logits, and these require grad; call it under torch.no_grad() or on "
+            "logits.detach()"
         )
     _write_logits_grad(logits, logits, *args)
     if not logits.is_inference():  # so that autograd notices if it had saved these logits
@@ -231,13 +232,10 @@ def _check_logit_pair(logits_old, logits_new, row_mask, vocab_start, vocab_size,
     check_logits(logits_old, "logits_old")
     check_logits(logits_new, "logits_new")
     if logits_old.dtype != logits_new.dtype:
-        raise TypeError(
-            f"logits_old must have the dtype of logits_new, got {logits_old.dtype} and {logits_new.dtype}"
-        )
+        raise TypeError(f"logits_old must have the dtype of logits_new, got {logits_old.dtype} and {logits_new.dtype}")
     if logits_old.shape != logits_new.shape:
         raise ValueError(
-            "logits_old must have the shape of logits_new, got "
-            f"{tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
+            f"logits_old must have the shape of logits_new, got {tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
         )
     if logits_old.device != logits_new.device:
         raise ValueError(f"logits_old must be on {logits_new.device} like logits_new, got {logits_old.device}")
