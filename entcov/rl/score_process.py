@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -49,25 +50,33 @@ class ScorePool:
             RuntimeError: the child does not start.
             ValueError: the request itself is wrong, whatever the response in it.
         """
+        line = json.dumps({"limit": self.limit, **request}) + "\n"
         with self._slots:
-            with self._lock:
-                child = self._idle.pop() if self._idle else None
-            child = child or self._start()
-            try:
-                child.stdin.write(json.dumps({"limit": self.limit, **request}) + "\n")
-                child.stdin.flush()
-                line = child.stdout.readline()
-            except OSError:  # broken pipe: the child is gone
-                line = ""
-            if not line:
-                _end(child)
-                return None
-            with self._lock:
-                self._idle.append(child)
-        reply = json.loads(line)
-        if "error" in reply:
+            # A child that ended without the timer may have been ended by anyone: another one gets the request once.
+            reply, code = self._exchange(line)
+            if reply is None and code != -signal.SIGALRM:
+                reply, _ = self._exchange(line)
+        if reply is not None and "error" in reply:
             raise ValueError(reply["error"])
         return reply
+
+    def _exchange(self, line: str) -> tuple[dict[str, Any] | None, int]:
+        """One request and its reply by an idle or a new child; without a reply, the exit code of the child."""
+        with self._lock:
+            child = self._idle.pop() if self._idle else None
+        child = child or self._start()
+        try:
+            child.stdin.write(line)
+            child.stdin.flush()
+            reply = child.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
+        if not reply:
+            child.wait()  # its end of the pipe is closed: it is ending
+            return None, _end(child)
+        with self._lock:
+            self._idle.append(child)
+        return json.loads(reply), 0
 
     def _start(self) -> subprocess.Popen[str]:
         # -P keeps the script's folder off sys.path, where types.py would stand in for the standard library's.

@@ -24,7 +24,7 @@ import sys
 from typing import Any
 
 _START_LIMIT = 120.0  # seconds to import or to build a dataset, which is no fault of the response
-_MEMORY_LIMIT = 8 << 30  # bytes of address space; "9**9**9" fails instead of eating the machine
+_MEMORY_LIMIT = 4 << 30  # bytes of address space; "9**9**9" fails instead of eating the machine
 
 
 def main(kind: str) -> None:
@@ -41,8 +41,9 @@ def main(kind: str) -> None:
     arm(0)
     _send(reply, {"ready": True})
     for line in sys.stdin:
-        _send(reply, handle(json.loads(line)))
+        answer = handle(json.loads(line))
         arm(0)
+        _send(reply, answer)
 
 
 def arm(seconds: float) -> None:
