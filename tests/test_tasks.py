@@ -490,7 +490,8 @@ def test_reasoning_gym_composite_takes_plain_settings():
     ("settings", "message"),
     [
         ({"dataset": "no_such"}, "unknown dataset 'no_such'; known: ab, "),
-        ({"dataset": "codeio"}, "codeio is refused"),
+        ({"dataset": "codeio"}, "codeio is refused: its snippets draw unseeded numbers"),
+        ({"dataset": "game_of_life_halting"}, "refused: its scorer gives every answer the full score"),
         ({"dataset": "chain_sum", "settings": {"seed": 1}}, "settings must not hold 'seed', got 1"),
         ({"dataset": "chain_sum", "settings": {"terms": 1}}, "chain_sum with settings .*'terms': 1.*unexpected"),
         ({"dataset": "chain_sum", "settings": {"min_terms": -1}}, "min_terms must be positive"),

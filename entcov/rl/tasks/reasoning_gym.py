@@ -15,6 +15,10 @@ from entcov.rl.types import Example
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _INSTRUCTION = f"\n\nGive your final answer between {_OPEN} and {_CLOSE}."
 _NO_ANSWER = "(none recorded: reasoning-gym's scorer decides)"
+_REFUSED = {
+    "codeio": "its snippets draw unseeded numbers, so the same index is another question every time",
+    "game_of_life_halting": "its scorer gives every answer the full score",
+}
 _TIME_LIMIT = 5.0  # seconds for one response
 
 _BLOCK = 64  # consecutive indices that share one dataset object: some are slow to build
@@ -56,8 +60,8 @@ class ReasoningGym:
         known = _installed()["names"]
         if self.dataset not in known:
             raise ValueError(f"reasoning_gym: unknown dataset {self.dataset!r}; known: {', '.join(known)}")
-        if self.dataset == "codeio":
-            raise ValueError("reasoning_gym: codeio is refused: its snippets draw unseeded numbers")
+        if self.dataset in _REFUSED:
+            raise ValueError(f"reasoning_gym: {self.dataset} is refused: {_REFUSED[self.dataset]}")
         for key in ("seed", "size"):
             if key in self.settings:
                 raise ValueError(f"reasoning_gym: settings must not hold {key!r}, got {self.settings[key]!r}")
