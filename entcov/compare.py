@@ -133,10 +133,11 @@ def compare(
     console = Console()
     for table in tables(comparison):
         console.print(_rich(*table))
+    as_is = {"markup": False, "highlight": False, "soft_wrap": True}  # paths and logs stay whole, for copying
     for failure in failures:
-        console.print(f"\n{failure.label} failed ({failure.reason}), end of {failure.log}:", style="red", markup=False)
-        console.print(failure.tail, markup=False, highlight=False)
-    console.print(f"\n{out_dir / 'comparison.md'}", markup=False, highlight=False)
+        console.print(f"\n{failure.label} failed ({failure.reason}), end of {failure.log}:", style="red", **as_is)
+        console.print(failure.tail, **as_is)
+    console.print(f"\n{out_dir / 'comparison.md'}", **as_is)
     return 1 if failures else 0
 
 
