@@ -180,4 +180,4 @@ def test_documented_collectives(ranks):
     assert ranks[1][0]["collectives"] == [(0, 0), (0, 0)]
     (clip, clip_bytes), (kl, kl_bytes) = ranks[2][0]["collectives"]
     assert (clip, kl) == (5 + 8, 5 + 11)
-    assert clip_bytes < 210_000 and kl_bytes < 260_000
+    assert clip_bytes < 170_000 and kl_bytes < 210_000
