@@ -9,7 +9,7 @@
 namespace entcov::cpu {
 namespace {
 
-constexpr int kChunk = 1024;
+constexpr int kChunk = 2048;
 
 struct Sums {
   double rest_old = 0, sum_xexp_old = 0, rest_new = 0, sum_xexp_new = 0, sum_d = 0, sum_xd = 0;

@@ -3,6 +3,9 @@
 #include "dispatch.h"
 
 namespace entcov::cpu {
+
+extern const float kExpCutoff = -88.0f;
+
 namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};

@@ -14,7 +14,7 @@
 namespace entcov::cpu {
 namespace {
 
-constexpr int kChunk = 1024;
+constexpr int kChunk = 2048;
 
 struct Sums {
   double rest = 0, sum_xexp = 0, rest2 = 0, sum_xexp2 = 0, sum_x2exp = 0;

@@ -54,11 +54,14 @@ ENTCOV_INLINE double reduce_add(f32<W> v) {  // pairwise, in a fixed order
   return v[0];
 }
 
+// -88, defined in isa.cpp: GCC 12 makes one vmaxps of larger() with an opaque value, two instructions with a constant.
+extern const float kExpCutoff;
+
 // e^y for y <= 0. Relative error <= 1.3e-7 down to e^-87.3; below -87.7, and at -inf, exactly 0. e^0 is exactly 1.
 // NaN gives NaN. `y` is raised to -88 in place where it is lower, so that y e^y is 0 there and not -inf * 0.
 template <int W>
 ENTCOV_INLINE f32<W> exp_nonpositive(f32<W>& y) {
-  y = larger<W>(splat<W>(-88.0f), y);
+  y = larger<W>(splat<W>(kExpCutoff), y);
   // Adding 1.5 * 2^23 rounds to an integer in the low bits; 127 more makes those bits the exponent of 2^n.
   const f32<W> shifted = y * 1.44269504f + 12583039.0f;
   const f32<W> n = shifted - 12583039.0f;
