@@ -7,7 +7,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from objective_oracle import (
+
+from entcov import covariance as cov
+from entcov.controls import ClipCov, KLCov, select
+from entcov.losses import PolicyLossConfig, Tokens
+from tests.objective_oracle import (
     M64,
     NoHostRead,
     clip_cov_oracle,
@@ -17,10 +21,6 @@ from objective_oracle import (
     make_batch,
     top_by_hash,
 )
-
-from entcov import covariance as cov
-from entcov.controls import ClipCov, KLCov, select
-from entcov.losses import PolicyLossConfig, Tokens
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from objective_oracle import make_tokens
 
 from entcov.controls import AEnt, ClipCov, EntropyBonus
 from entcov.losses import PolicyLossConfig, Tokens, Totals, policy_loss
+from tests.objective_oracle import make_tokens
 
 INF = math.inf
 

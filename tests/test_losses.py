@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from objective_oracle import NoHostRead, make_tokens, part
 
 from entcov.controls import AEnt, ClipCov, Control, Effect, EntropyBonus, KLCov, select
 from entcov.losses import AGGREGATIONS, KL_ESTIMATORS, PolicyLossConfig, Tokens, Totals, kl_estimate, policy_loss
+from tests.objective_oracle import NoHostRead, make_tokens, part
 
 INF = math.inf
 

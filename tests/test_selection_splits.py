@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from objective_oracle import chosen_ids, clip_cov_oracle, exact_covariance, kl_cov_oracle, make_batch, part
 
 from entcov.controls import ClipCov, KLCov, select
 from entcov.losses import PolicyLossConfig
+from tests.objective_oracle import chosen_ids, clip_cov_oracle, exact_covariance, kl_cov_oracle, make_batch, part
 
 CONFIG = PolicyLossConfig()
 WORLDS = (1, 2, 4)
