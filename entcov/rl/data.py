@@ -273,6 +273,7 @@ class PromptStream:
         self._task = source if isinstance(source, Task) else None
         self._rows = [] if self._task is not None else self._fitting(source, "source")
         self._held_out = None if held_out is None else self._fitting(held_out, "held_out")
+        self._drawn_held_out: list[Prompt] = []
         self._order: tuple[int, list[int]] = (-1, [])
 
     @classmethod
@@ -310,7 +311,9 @@ class PromptStream:
         if self._held_out is None:
             if n is None:
                 raise ValueError("held_out: n must be given for a task, whose held-out split has no end")
-            return [self._drawn("held_out", index) for index in range(n)]
+            known = self._drawn_held_out  # evaluations ask again and again, and some tasks take long to draw
+            known += [self._drawn("held_out", index) for index in range(len(known), n)]
+            return known[:n]
         return [Prompt(i, example, tuple(self._encode(example))) for i, example in enumerate(self._held_out[:n])]
 
     def _at(self, position: int) -> Prompt:
