@@ -45,10 +45,10 @@ def needs(controls: Sequence[Control]) -> frozenset[str]:
 
 def clamp_arguments(controls: Sequence[Control]) -> dict[str, Any]:
     """Arguments of `token_stats` for the clamped entropy. Controls that want different ones cannot go together."""
-    wanted = {control.name: control.clamp for control in controls if control.clamp}
-    if len({tuple(sorted(clamp.items())) for clamp in wanted.values()}) > 1:
+    wanted = [(control.name, control.clamp) for control in controls if control.clamp]
+    if any(clamp != wanted[0][1] for _, clamp in wanted):
         raise ValueError(f"controls must agree on the clamped entropy, got {wanted}")
-    return dict(next(iter(wanted.values()), {}))
+    return dict(wanted[0][1]) if wanted else {}
 
 
 @torch.no_grad()
