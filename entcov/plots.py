@@ -22,6 +22,7 @@ Rows = Sequence[Mapping[str, float]]
 # Okabe and Ito's palette without its yellow: told apart with every kind of colour vision, and on white paper.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", ":")
+_BAND_SEEDS = 3
 _EVALUATION = re.compile(r"val-core/.+/acc/(mean|best)@(\d+)(/mean)?")
 
 
@@ -49,8 +50,9 @@ def plot_runs(runs: Mapping[str, Rows | Sequence[Rows]], out_dir: str | Path, ti
     """Write entropy.png, reward.png, response_length.png, covariance.png and overview.png (the four together).
 
     A label with several seeds gets the mean line and the 95 % interval of the mean (Student t) at every step that all
-    its seeds have. Series are smoothed by a centred moving average; behind that of a single run every step stays
-    visible. Points are held-out evaluations, averaged over data sources. A plot whose metric no run logged is left out.
+    its seeds have; with two seeds their own lines, faint, because the interval of two (t = 12.7) covers everything else.
+    Series are smoothed by a centred moving average; behind that of a single run every step stays visible. Points are
+    held-out evaluations, averaged over data sources. A plot whose metric no run logged is left out.
 
     Args:
         runs: label -> the rows of one run as `read_metrics` gives them, or a list of such rows, one per seed.
@@ -177,7 +179,10 @@ def _draw(ax: Axes, panel: _Panel, seeds: Mapping[str, list[Rows]]) -> int:
         if own > 1 and len(values) == 1:
             ax.plot(steps, values[0], color=colour, alpha=0.25, linewidth=0.8, gid=f"every step:{label}")
         ax.plot(steps, mean, style, color=colour, linewidth=1.8, gid=label, marker="." if len(steps) == 1 else None)
-        if len(values) > 1:
+        if len(values) == 2:
+            for number, one in enumerate(smoothed):
+                ax.plot(steps, one, color=colour, alpha=0.35, linewidth=0.8, gid=f"seed {number}:{label}")
+        if len(values) >= _BAND_SEEDS:
             half = student_t(len(values) - 1) * smoothed.std(axis=0, ddof=1) / math.sqrt(len(values))
             ax.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         shown.append(values.mean(axis=0))
@@ -228,12 +233,13 @@ def _new_figure(width: float, height: float) -> Figure:
 
 def _caption(figure: Figure, seeds: Mapping[str, list[Rows]], windows: Sequence[int]) -> None:
     """What was done to the data, below the plot."""
-    several = any(len(per_seed) > 1 for per_seed in seeds.values())
-    single = any(len(per_seed) == 1 for per_seed in seeds.values())
+    counts = {len(per_seed) for per_seed in seeds.values()}
     parts = []
     if max(windows) > 1:
-        parts.append(f"moving average over {max(windows)} steps" + (", faint: every step" if single else ""))
-    if several:
+        parts.append(f"moving average over {max(windows)} steps" + (", faint: every step" if 1 in counts else ""))
+    if 2 in counts:
+        parts.append("faint: the two seeds")
+    if max(counts) >= _BAND_SEEDS:
         parts.append("band: 95 % interval of the mean over seeds (Student t)")
     if parts:
         figure.supxlabel("; ".join(parts), fontsize=8, color="#555555", x=0.99, ha="right")

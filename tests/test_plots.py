@@ -50,7 +50,7 @@ def test_files_are_real_pictures(tmp_path):
 
 
 def test_labels_and_units():
-    figures = build_figures({"none": [run(0), run(1)], "clip_cov": run(2)}, title="Tiny recipe")
+    figures = build_figures({"none": [run(0), run(1), run(2)], "clip_cov": run(3)}, title="Tiny recipe")
     labels = {
         name: [(ax.get_title(loc="left"), ax.get_ylabel()) for ax in figure.axes] for name, figure in figures.items()
     }
@@ -66,7 +66,7 @@ def test_labels_and_units():
     for figure in figures.values():
         assert figure.axes[-1].get_xlabel() == "step"
         texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-        assert texts[:2] == ["none (2 seeds)", "clip_cov"]
+        assert texts[:2] == ["none (3 seeds)", "clip_cov"]
         assert "95 % interval" in figure.get_supxlabel() and "faint: every step" in figure.get_supxlabel()
     assert figures["overview"].get_suptitle() == "Tiny recipe"
     reward = [text.get_text() for text in figures["reward"].axes[0].get_legend().get_texts()]
@@ -112,6 +112,17 @@ def test_a_single_noisy_run_is_smoothed_and_stays_visible():
     smoothed = lines(ax)["tiny"].get_ydata()
     assert np.isclose(smoothed[50], np.mean(raw[48:53])) and np.isclose(smoothed[-1], np.mean(raw[-3:]))
     assert not ax.collections  # one run has no interval
+
+
+def test_two_seeds_are_shown_as_they_are():
+    """The interval of two values is 12.7 standard errors wide: as a band it would hide the curves."""
+    figure = build_figures({"none": [run(0, steps=10), run(1, steps=10)]})["entropy"]
+    ax = figure.axes[0]
+    own = [[row["actor/entropy"] for row in run(seed, steps=10)[1:]] for seed in (0, 1)]
+    assert np.allclose(lines(ax)["seed 0:none"].get_ydata(), own[0])
+    assert np.allclose(lines(ax)["seed 1:none"].get_ydata(), own[1])
+    assert np.allclose(lines(ax)["none"].get_ydata(), np.mean(own, axis=0))
+    assert not ax.collections and figure.get_supxlabel() == "faint: the two seeds"
 
 
 def test_steps_that_only_some_seeds_have_are_not_averaged():
