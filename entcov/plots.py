@@ -50,7 +50,7 @@ def plot_runs(runs: Mapping[str, Rows | Sequence[Rows]], out_dir: str | Path, ti
     """Write entropy.png, reward.png, response_length.png, covariance.png and overview.png (the four together).
 
     A label with several seeds gets the mean line and the 95 % interval of the mean (Student t) at every step that all
-    its seeds have; with two seeds their own lines, faint, because the interval of two (t = 12.7) covers everything else.
+    its seeds have; two seeds get their own lines, faint, because an interval of two (t = 12.7) hides everything else.
     Series are smoothed by a centred moving average; behind that of a single run every step stays visible. Points are
     held-out evaluations, averaged over data sources. A plot whose metric no run logged is left out.
 
