@@ -124,6 +124,12 @@ class Loop:
         batch.old_logprob, batch.ref_logprob = scored["logprob"], scored.get("ref_logprob")
         batch.scored_version = self.actor.weight_version
         at = batch.loss_mask
+        bad = int((~scored["logprob"].isfinite() & at).sum())
+        if bad:
+            raise RuntimeError(
+                f"step {self.steps_done + 1}: the policy's log-probabilities must be finite, {bad} of {int(at.sum())} "
+                "are not: its weights or logits hold NaN or infinities. Nothing was updated; go back to a checkpoint"
+            )
         means = {name: float(scored[name][at].mean()) for name in scored if name.endswith("entropy")}
         means["sampled_entropy"] = -float(scored["logprob"][at].mean())
         covariance = token_covariance(scored["logprob"], batch.advantage, at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
     A model from `config.config` gets random weights from `seed`, and the tokenizer's vocabulary size and special
     tokens.
     """
+    transformers.logging.disable_progress_bar()  # its bars would cut through the run's own display
     tokenizer = load_tokenizer(config.tokenizer or config.path)
     options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
     if config.path is not None:

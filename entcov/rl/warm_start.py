@@ -19,6 +19,7 @@ from entcov.rl.batch import Batch, micro_batches, pack
 from entcov.rl.config import ActorConfig, Config, WarmStartConfig
 from entcov.rl.data import PromptStream
 from entcov.rl.model import batch_token_stats
+from entcov.rl.tokenizer import encode
 from entcov.rl.types import Prompt, Rollout
 
 
@@ -94,7 +95,7 @@ def _backward(model: nn.Module, part: Batch, batch: Batch, actor: ActorConfig) -
     stats = batch_token_stats(model, part, packing=actor.packing)
     loss = -stats.logprob.sum() / batch.num_loss_tokens
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 def _solved(prompt: Prompt, tokenizer) -> Rollout:
@@ -104,5 +105,5 @@ def _solved(prompt: Prompt, tokenizer) -> Rollout:
             f"warm_start.steps: needs worked solutions, but prompt {prompt.uid} ({prompt.example.data_source}) has "
             "none; set warm_start.steps=0 or add a solution column"
         )
-    ids = tokenizer.encode(prompt.example.solution, add_special_tokens=False) + [tokenizer.eos_token_id]
+    ids = encode(tokenizer, prompt.example.solution) + [tokenizer.eos_token_id]
     return Rollout(prompt, sample=0, tokens=ids, logprob=[0.0] * len(ids), finished=True, weight_version=0)

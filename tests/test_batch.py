@@ -1,0 +1,76 @@
+"""Packing rollouts and dividing the batch: what each token predicts, its id, and what no division may change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from entcov.rl.batch import IGNORE_INDEX, micro_batches, mini_batches, pack
+from entcov.rl.types import Example, Prompt, Rollout
+
+EXAMPLE = Example("test", (), "")
+
+
+def rollout(uid: int, prompt: list[int], response: list[int], advantage: float = 1.0) -> Rollout:
+    logprob = [-0.1 * (i + 1) for i in range(len(response))]
+    return Rollout(Prompt(uid, EXAMPLE, tuple(prompt)), 0, response, logprob, True, 0, advantage=advantage)
+
+
+def test_pack_by_hand():
+    batch = pack([rollout(0, [5, 6], [7, 8, 9], 2.0), rollout(1, [3], [4], -1.0)])
+    assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 3, 4]
+    assert batch.position.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    x = IGNORE_INDEX
+    assert batch.target.tolist() == [x, 7, 8, 9, x, 4, x]
+    assert batch.loss_mask.tolist() == [False, True, True, True, False, True, False]
+    assert batch.advantage.tolist() == [0, 2, 2, 2, 0, -1, 0]
+    assert batch.rollout_logprob.tolist() == pytest.approx([0, -0.1, -0.2, -0.3, 0, -0.1, 0])
+    assert batch.sequence_length.tolist() == [3, 3, 3, 3, 3, 1, 1]
+    assert (batch.num_sequences, batch.num_loss_tokens) == (2, 4)
+    assert len(set(batch.token_id.tolist())) == 7
+
+
+def test_subset_keeps_every_field_of_every_token():
+    batch = pack([rollout(i, [1] * (i + 1), list(range(10 * i + 2, 10 * i + 4 + i)), i) for i in range(5)])
+    batch.old_logprob = torch.arange(len(batch.tokens)).float()
+    batch.scored_version = 3
+    part = batch.subset([4, 1])
+    assert part.lengths == (batch.lengths[4], batch.lengths[1]) and part.scored_version == 3
+    where = [batch.token_id.tolist().index(i) for i in part.token_id.tolist()]
+    for name in ("tokens", "position", "target", "advantage", "old_logprob", "sequence_length"):
+        assert torch.equal(getattr(part, name), getattr(batch, name)[where]), name
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_micro_batches_hold_every_sequence_once_within_the_budget(padded):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        lengths = torch.randint(1, 40, (int(torch.randint(1, 30, (1,), generator=generator)),), generator=generator)
+        lengths = lengths.tolist()
+        groups = micro_batches(lengths, 60, padded)
+        assert sorted(s for g in groups for s in g) == list(range(len(lengths)))
+        for g in groups:
+            own = [lengths[s] for s in g]
+            assert (len(g) * max(own) if padded else sum(own)) <= 60
+
+
+def test_micro_batches_refuse_a_sequence_beyond_the_budget():
+    with pytest.raises(ValueError, match="micro_batch_tokens.*got 8 for a sequence of 9"):
+        micro_batches([3, 9], 8, padded=False)
+
+
+def test_mini_batches_keep_groups_whole():
+    groups = [7, 7, 3, 3, 9, 9, 1, 1, 2, 2]
+    parts = mini_batches(groups, 3)
+    assert sorted(s for p in parts for s in p) == list(range(10)) and len(parts) == 3
+    for part in parts:
+        for s in part:
+            assert all(t in part for t in range(10) if groups[t] == groups[s])
+    assert len(mini_batches(groups, 8)) == 5  # no more mini-batches than groups
+
+
+def test_pack_refuses_what_cannot_be_trained_on():
+    with pytest.raises(ValueError, match="at least one"):
+        pack([])
+    with pytest.raises(ValueError, match=r"rollouts\[1\].*0 response tokens"):
+        pack([rollout(0, [1], [2]), rollout(1, [1], [])])
