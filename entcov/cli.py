@@ -54,7 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="matched runs of several entropy controls, a table and plots")
     compare.add_argument("recipe")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
-    compare.add_argument("--controls", default="none,clip_cov,kl_cov,aent", help="comma-separated; default %(default)s")
+    compare.add_argument(
+        "--controls",
+        default="none,clip_cov,kl_cov,aent",
+        help="comma-separated; default %(default)s; each is held against its zero-strength twin",
+    )
     compare.add_argument("--seeds", default="0,1,2", help="comma-separated; default %(default)s")
     compare.add_argument("--out", default="runs/compare", help="directory; default %(default)s")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
@@ -98,22 +102,33 @@ def _compare(args: argparse.Namespace) -> int:
     from entcov.compare import compare
     from entcov.rl.config import load_config
 
-    controls, seeds = args.controls.split(","), [int(s) for s in args.seeds.split(",")]
     out = Path(args.out)
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds: must be integers parted by commas, got {args.seeds!r}") from None
+    arms = {name: [f"control=[{name}]"] for name in args.controls.split(",")}
+    configs = {name: load_config(args.recipe, [*args.overrides, *arms[name]]) for name in arms}
 
-    def arguments(control: str, seed: int, run_dir: Path) -> list[str]:
+    twins = {}
+    for name, config in configs.items():
+        knobs = config.build_controls()[0].twin_knobs
+        if knobs is not None:
+            twins[name] = f"{name}@0"
+            arms[f"{name}@0"] = arms[name] + [f"controls.{name}.{knob}={value}" for knob, value in knobs.items()]
+        elif name != "none" and "none" in arms:
+            twins[name] = "none"
+
+    def arguments(arm: str, seed: int, run_dir: Path) -> list[str]:
         """The command line of one run; runs of the same seed share their warm start."""
-        in_force = "[]" if control == "none" else f"[{control}]"
         return [
-            "train", args.recipe, *args.overrides, f"seed={seed}", f"run_dir={run_dir}", f"control={in_force}",
+            "train", args.recipe, *args.overrides, *arms[arm], f"seed={seed}", f"run_dir={run_dir}",
             "threads=1", f"warm_start.cache_dir={out / 'warm_start'}",
         ]  # fmt: skip
 
-    for control in controls:  # every mistake in the recipe or the names comes out before the first run
-        load_config(args.recipe, arguments(control, seeds[0], out)[2:])
     return compare(
-        arguments, controls=controls, seeds=seeds, out_dir=out, jobs=args.jobs,
-        command="python -m entcov " + shlex.join(sys.argv[1:]),
+        arguments, controls=list(arms), seeds=seeds, out_dir=out, jobs=args.jobs, twins=twins,
+        total_steps=next(iter(configs.values())).steps, command="python -m entcov " + shlex.join(sys.argv[1:]),
     )  # fmt: skip
 
 

@@ -42,6 +42,11 @@ class Control:
     scope: str = "global"  # what `select` is shown: "global" mini-batch, or each "micro_batch" alone
 
     @property
+    def twin_knobs(self) -> dict[str, Any] | None:
+        """Knobs of the zero-strength twin, where that is not the plain loss; a comparison's honest baseline."""
+        return None
+
+    @property
     def clamp(self) -> dict[str, Any]:
         """Arguments of `token_stats` that "clamped_entropy" needs, for example {"clamp_p": 0.33}."""
         return {}

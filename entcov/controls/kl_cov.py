@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,11 @@ class KLCov(Control):
         check.one_of("semantics", self.semantics, SEMANTICS)
         check.one_of("scope", self.scope, SCOPES)
         check.integer("seed", self.seed, 0)
+
+    @property
+    def twin_knobs(self) -> dict[str, Any] | None:
+        """Without its penalty, the reference form still drops the PPO clip."""
+        return {"ppo_kl_coef": 0.0} if self.semantics == "reference" else None
 
     @torch.no_grad()
     def select(
