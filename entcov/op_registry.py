@@ -10,7 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from entcov import _cpu  # after torch: the extension shares torch's OpenMP runtime
+try:
+    from entcov import _cpu  # after torch: the extension shares torch's OpenMP runtime
+except ImportError as error:
+    raise ImportError(
+        "entcov's C++ core cannot be loaded; in a source tree, build it with `pip install -e .`"
+    ) from error
 
 LIBRARY = torch.library.Library("entcov", "DEF")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the values of DType in csrc/entcov.h

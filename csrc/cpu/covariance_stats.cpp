@@ -1,7 +1,7 @@
 // Two logit tensors -> CovarianceStats of every row (covariance_stats.h): one read of each, two exponentials a column.
 //
-// Chunks, the optimistic sweep and the second, exact one are those of row_stats.cpp; a chunk is swept again when it holds
-// a new maximum on either side.
+// Chunks, the sweep against the maxima so far, the second and exact one, and the order of additions are those of
+// row_stats.cpp; a chunk is swept again when it holds a new maximum on either side.
 #include "../covariance_stats.h"
 
 #include "dispatch.h"
@@ -10,6 +10,7 @@ namespace entcov::cpu {
 namespace {
 
 constexpr int kChunk = 2048;
+constexpr int kLaneAdditions = 16;
 
 struct Sums {
   double rest_old = 0, sum_xexp_old = 0, rest_new = 0, sum_xexp_new = 0, sum_d = 0, sum_xd = 0;
@@ -79,6 +80,11 @@ struct CovarianceStatsOp {
       e_old += p, e_new += q;
     }
 
+    ENTCOV_INLINE void add(const Lanes& b) {
+      e_old += b.e_old, xe_old += b.xe_old, e_new += b.e_new, ze_new += b.ze_new, ed += b.ed, xed += b.xed;
+      at_max_old += b.at_max_old, at_max_new += b.at_max_new;
+    }
+
     ENTCOV_INLINE void add_to(Sums& s) const {
       s.rest_old += reduce_add<W>(e_old), s.sum_xexp_old += reduce_add<W>(xe_old);
       s.rest_new += reduce_add<W>(e_new), s.sum_xexp_new += reduce_add<W>(ze_new);
@@ -94,14 +100,19 @@ struct CovarianceStatsOp {
     Lanes<W> lanes;
     f32<W> mo = splat<W>(-INFINITY), mn = mo;
     const float shift_change = shift_new - shift_old;
-    for (int j = 0; j < n; j += 2 * W) {
-      f32<W> u0, u1, v0, v1;
-      load<D, W>(old_row + j, n - j, u0, u1);
-      load<D, W>(new_row + j, n - j, v0, v1);
-      mo = larger<W>(u0, mo), mn = larger<W>(v0, mn);
-      mo = larger<W>(u1, mo), mn = larger<W>(v1, mn);
-      lanes.template add<kLeaveMaxOut>(u0, v0, shift_old, shift_new, shift_change, inv_temperature);
-      lanes.template add<kLeaveMaxOut>(u1, v1, shift_old, shift_new, shift_change, inv_temperature);
+    for (int block = 0; block < n; block += kLaneAdditions * W) {
+      const int end = n - block < kLaneAdditions * W ? n : block + kLaneAdditions * W;
+      Lanes<W> a;
+      for (int j = block; j < end; j += 2 * W) {
+        f32<W> u0, u1, v0, v1;
+        load<D, W>(old_row + j, n - j, u0, u1);
+        load<D, W>(new_row + j, n - j, v0, v1);
+        mo = larger<W>(u0, mo), mn = larger<W>(v0, mn);
+        mo = larger<W>(u1, mo), mn = larger<W>(v1, mn);
+        a.template add<kLeaveMaxOut>(u0, v0, shift_old, shift_new, shift_change, inv_temperature);
+        a.template add<kLeaveMaxOut>(u1, v1, shift_old, shift_new, shift_change, inv_temperature);
+      }
+      lanes.add(a);
     }
     lanes.add_to(s);
     max_old = reduce_max<W>(mo), max_new = reduce_max<W>(mn);

@@ -5,8 +5,8 @@
 // chunk summed again (its data is in L1), against its own maximum and leaving out one occurrence of it; the sums before
 // are rescaled. About log(chunks) chunks of a row in random order need that.
 //
-// Lanes add in fp32 inside a chunk and in double from chunk to chunk: at most kChunk / W / 2 additions meet the
-// rounding of fp32, whatever the size of the vocabulary.
+// Sums of many equal terms round the same way every time, so fp32 additions are kept few: 16 in a lane, then the block
+// is added to the lanes of the chunk, and the chunk to a double. The error does not grow with the vocabulary.
 #include "../row_stats.h"
 
 #include "dispatch.h"
@@ -15,6 +15,7 @@ namespace entcov::cpu {
 namespace {
 
 constexpr int kChunk = 2048;
+constexpr int kLaneAdditions = 16;
 
 struct Sums {
   double rest = 0, sum_xexp = 0, rest2 = 0, sum_xexp2 = 0, sum_x2exp = 0;
@@ -45,9 +46,16 @@ struct RowStatsOp {
         at_max -= is_max;
         w = is_max ? f32<W>{} : w;
       }
-      const f32<W> yw = y * w;
-      e += w, xe += yw;
-      if constexpr (kMoments) e2 += w * w, xe2 += yw * w, x2e += yw * y;
+      e += w, xe += y * w;
+      if constexpr (kMoments) {  // y * w is not shared, so xe has the same bits with and without moments
+        const f32<W> w2 = w * w;
+        e2 += w2, xe2 += y * w2, x2e += (y * y) * w;
+      }
+    }
+
+    ENTCOV_INLINE void add(const Lanes& b) {
+      e += b.e, xe += b.xe;
+      if constexpr (kMoments) e2 += b.e2, xe2 += b.xe2, x2e += b.x2e;
     }
 
     ENTCOV_INLINE void add_to(Sums& s) const {
@@ -61,17 +69,23 @@ struct RowStatsOp {
   template <int W, bool kLeaveMaxOut>
   static ENTCOV_INLINE float sweep(const typename D::storage* x, int n, float shift, float inv_temperature, Sums& s,
                                    double& at_max) {
-    Lanes<W> a, b;
+    Lanes<W> lanes;
     f32<W> max_a = splat<W>(-INFINITY), max_b = max_a;
     i32<W> count{};
-    for (int j = 0; j < n; j += 2 * W) {
-      f32<W> u, v;
-      load<D, W>(x + j, n - j, u, v);
-      if constexpr (!kLeaveMaxOut) max_a = larger<W>(u, max_a), max_b = larger<W>(v, max_b);
-      a.template add<kLeaveMaxOut>(u, shift, inv_temperature, count);
-      b.template add<kLeaveMaxOut>(v, shift, inv_temperature, count);
+    for (int block = 0; block < n; block += kLaneAdditions * 2 * W) {
+      const int end = n - block < kLaneAdditions * 2 * W ? n : block + kLaneAdditions * 2 * W;
+      Lanes<W> a, b;
+      for (int j = block; j < end; j += 2 * W) {
+        f32<W> u, v;
+        load<D, W>(x + j, n - j, u, v);
+        if constexpr (!kLeaveMaxOut) max_a = larger<W>(u, max_a), max_b = larger<W>(v, max_b);
+        a.template add<kLeaveMaxOut>(u, shift, inv_temperature, count);
+        b.template add<kLeaveMaxOut>(v, shift, inv_temperature, count);
+      }
+      a.add(b);
+      lanes.add(a);
     }
-    a.add_to(s), b.add_to(s);
+    lanes.add_to(s);
     if constexpr (kLeaveMaxOut)
       for (int k = 0; k < W; k++) at_max += count[k];
     return reduce_max<W>(larger<W>(max_a, max_b));
