@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
+from entcov.rl.batch import pack
 from entcov.rl.config import ModelConfig
-from entcov.rl.model import build_model
+from entcov.rl.model import batch_token_stats, build_model, forward
 from entcov.rl.sampler import InProcessSampler, draw
 from entcov.rl.types import Example, Prompt
 from tests.tiny_run import RECIPE
@@ -93,3 +94,21 @@ def test_a_model_with_random_weights_comes_from_the_seed_alone():
     b, _ = build_model(config, seed=7, device=torch.device("cpu"))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert isinstance(a, transformers.Qwen3ForCausalLM)
+
+
+def test_bfloat16_computes_low_and_keeps_float32_weights(policy):
+    config = ModelConfig(config=RECIPE["model"]["config"], tokenizer="char", compute_dtype="bfloat16")
+    model, tokenizer = build_model(config, seed=0, device=torch.device("cpu"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    out = forward(model, input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+    assert out.logits.dtype == torch.bfloat16
+    rollouts = InProcessSampler(model, tokenizer, batch_size=8).generate(
+        prompts(4), group_size=2, temperature=1.0, max_response_length=6, seed=0
+    )
+    for rollout in rollouts:
+        rollout.advantage = 1.0
+    batch = pack(rollouts)
+    stats = batch_token_stats(model, batch, packing=False)
+    assert (stats.logprob - batch.rollout_logprob[batch.loss_mask]).abs().max() < 0.05  # two paths, rounded to 8 bits
+    stats.logprob.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())

@@ -35,7 +35,8 @@ class ModelConfig:
     path: str | None = None  # a folder or hub name that transformers' from_pretrained takes
     config: dict[str, Any] | None = None  # a transformers configuration with model_type: random weights from the seed
     tokenizer: str | None = None  # "char" or a path; default: the model's path
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Weights and optimizer are float32: at this trade's learning rates bfloat16 weights would round a step away.
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: forward and backward under autocast
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
 

@@ -23,7 +23,7 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
     """
     transformers.logging.disable_progress_bar()  # its bars would cut through the run's own display
     tokenizer = load_tokenizer(config.tokenizer or config.path)
-    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    options = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.path is not None:
         model = AutoModelForCausalLM.from_pretrained(config.path, **options)
     else:
@@ -42,7 +42,15 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
         )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.compute_dtype = getattr(torch, config.compute_dtype)
     return model.to(device).train(), tokenizer
+
+
+def forward(model: nn.Module, **inputs):
+    """The model's output, computed in its `compute_dtype`; the trainer and its sampler both go through here."""
+    lower = model.compute_dtype is not torch.float32
+    with torch.autocast(model.device.type, dtype=model.compute_dtype if lower else None, enabled=lower):
+        return model(**inputs, return_dict=True)
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -64,13 +72,13 @@ def batch_token_stats(model: nn.Module, batch: Batch, *, packing: bool, **stats_
     """
     if packing:
         keep = batch.loss_mask.nonzero()[:, 0]
-        out = model(
-            input_ids=batch.tokens[None], position_ids=batch.position[None], logits_to_keep=keep, use_cache=False
+        out = forward(
+            model, input_ids=batch.tokens[None], position_ids=batch.position[None], logits_to_keep=keep, use_cache=False
         )
         return token_stats(out.logits[0], batch.target[keep], ignore_index=IGNORE_INDEX, **stats_options)
     ids, mask, target = _pad(batch)
     first = int((target != IGNORE_INDEX).any(0).nonzero()[0, 0])  # leftmost column that predicts a response token
-    out = model(input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False)
+    out = forward(model, input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False)
     target = target[:, first:]
     stats = token_stats(out.logits, target.contiguous(), ignore_index=IGNORE_INDEX, **stats_options)
     kept = target != IGNORE_INDEX

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from entcov.rl.model import forward
 from entcov.rl.types import Prompt, Rollout
 
 
@@ -118,7 +119,8 @@ class InProcessSampler:
         return [(tokens[r][:n], logprob[r][:n]) for r, n in enumerate(length)]
 
     def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
-        out = self.model(
+        out = forward(
+            self.model,
             input_ids=ids,
             attention_mask=mask,
             position_ids=position,
