@@ -102,8 +102,9 @@ def gather(
             f"{op}: the all-gather of [T = {T}, {F}] statistics failed. Every rank of the group must make the call, "
             "with equally many tokens and the same outputs (moments, clamp). The backend says: " + str(error)
         ) from error
-    words = shards[:, :rows].reshape(world, rows * F)[:, : 2 * len(own)].clone()
-    headers = words.view(torch.int64).tolist()  # reads values: on a GPU the host would wait here
+    words = shards[:, :rows].reshape(world, rows * F)[:, : 2 * len(own)].flatten()
+    # Reads values: on a GPU the host would wait here.
+    headers = words.view(torch.int64).view(world, len(own)).tolist()
     for i, (name, value) in enumerate(call.items(), start=3):
         for rank, header in enumerate(headers):
             if header[i] != headers[0][i]:

@@ -1,0 +1,223 @@
+"""The clamped entropy is exact: any data, any number kept, any sharding, ties shared. Judge: a full sort in float64."""
+
+import pytest
+import torch
+
+from entcov import clamp_ops, ops, reference
+from entcov.row_kinds import gradient_bound, value_bound
+from entcov.vocab_parallel import SKETCH_SIZE, token_stats
+from tests.thread_ranks import ThreadRanks
+
+
+def even_split(V, world):
+    return [V * i // world for i in range(world + 1)]
+
+
+def assert_exact(logits, kept, *, monkeypatch, splits=(), temperature=0.8):
+    """Value and gradient on one rank, and for every list of shard boundaries in `splits`; all ranks bit-identical."""
+    T, V = logits.shape
+    target = torch.zeros(T, dtype=torch.int64)
+    leaf = logits.double().requires_grad_()
+    # Fractional weights for the gradient; the value is also that of any top-k, ties broken by the sort.
+    expected = reference.tied_clamped_entropy(leaf, kept, temperature)
+    torch.testing.assert_close(expected, reference.clamped_entropy(logits, kept, temperature), rtol=1e-9, atol=1e-12)
+    weight = torch.linspace(0.5, 1.5, T)
+    (grad,) = torch.autograd.grad(expected, leaf, weight.double())
+    kept_log_p = reference.log_probs(logits, temperature).masked_fill(
+        reference.clamp_weights(logits, kept) == 0, -torch.inf
+    ).log_softmax(-1)  # fmt: skip
+    size = reference.where_possible(kept_log_p, kept_log_p).abs() + reference.entropy_of(kept_log_p)[:, None]
+    terms = kept_log_p.exp() * size * weight[:, None] / temperature
+
+    def check(value, got, where):
+        error = (value.double() - expected.detach()).abs()
+        assert (error <= value_bound("clamped_entropy", expected.detach())).all(), (where, value, expected)
+        bound = gradient_bound(grad, terms, logits.dtype)
+        assert ((got.double() - grad).abs() <= bound).all(), where
+
+    def local(columns, **arguments):
+        columns = columns.clone().requires_grad_()
+        value = token_stats(columns, target, top_k=kept, temperature=temperature, **arguments).clamped_entropy
+        return value.detach(), torch.autograd.grad(value, columns, weight)[0]
+
+    check(*local(logits), "one rank")
+    for bounds in splits:
+        ranks = ThreadRanks(len(bounds) - 1, monkeypatch)
+        results = ranks.run(
+            lambda r, bounds=bounds, ranks=ranks: local(
+                logits[:, bounds[r] : bounds[r + 1]], group=ranks, vocab_start=bounds[r], vocab_size=V
+            )
+        )
+        assert ranks.collectives == 2
+        assert all(torch.equal(value, results[0][0]) for value, _ in results), bounds
+        check(results[0][0], torch.cat([got for _, got in results], dim=1), bounds)
+
+
+def test_by_hand():
+    logits = torch.tensor([[2.0, 4.0, 0.0, 3.0, 1.0]], requires_grad=True)
+    for clamp_p, entropy in {0.0: 0.9999728, 0.2: 0.9475370, 0.4: 0.8323956, 0.6: 0.5822031}.items():
+        value = token_stats(logits, torch.tensor([0]), clamp_p=clamp_p).clamped_entropy
+        assert value.item() == pytest.approx(entropy, abs=3e-7)
+        if clamp_p == 0.4:
+            (grad,) = torch.autograd.grad(value.sum(), logits)
+            expected = torch.tensor([[0.1418171, -0.2825875, 0.0, 0.1407704, 0.0]])
+            torch.testing.assert_close(grad, expected, rtol=0, atol=2e-7)
+
+
+def test_the_fraction_counts_the_true_vocabulary():
+    """int(V * p) with V = vocab_size, padding not counted, -inf columns counted."""
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, -torch.inf, 9.0, 9.0]])
+    value = token_stats(logits, torch.tensor([0]), vocab_size=5, clamp_p=0.39).clamped_entropy  # removes int(1.95) = 1
+    expected = reference.clamped_entropy(logits[:, :5], 4)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+
+
+# The rows are shuffled unless the order is the point.
+def _adversarial(V, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+
+    def shuffled(values):
+        return torch.stack([values[torch.randperm(len(values), generator=rng)] for _ in range(3)])
+
+    spread = torch.linspace(-8, 8, V)
+    tied = spread.clone()
+    tied[V // 4 : V // 4 + int(0.47 * V)] = spread[V // 4]
+    masked = spread.masked_fill(torch.arange(V) % 3 == 1, -torch.inf)
+    masked[0] = 0.5
+    return {
+        "all equal": torch.full((3, V), 1.25),
+        "two values": shuffled(torch.where(torch.arange(V) < V // 3, 2.0, -1.0)),
+        "ties at the threshold": shuffled(tied),
+        "denormals": shuffled(1e-42 * torch.arange(-(V // 2), V - V // 2)),
+        "signed zeros": shuffled(torch.where(torch.arange(V) % 2 == 0, 0.0, -0.0)),
+        "zeros among others": shuffled(torch.where(torch.arange(V) % 5 == 0, spread, spread * 0.0)),
+        "-inf columns": shuffled(masked),
+        "one finite": shuffled(torch.where(torch.arange(V) == 0, 3.0, -torch.inf)),
+        "descending ids": spread.flip(0).repeat(3, 1),  # the first shard holds the whole top set
+        "ascending ids": spread.repeat(3, 1),
+        "gaussian": 3 * torch.randn(3, V, generator=rng),
+        "nearly equal": 1 + 1e-7 * torch.randn(3, V, generator=rng),
+        "far below": -1e4 + 3 * torch.randn(3, V, generator=rng),
+    }
+
+
+@pytest.mark.parametrize("kind", _adversarial(8))
+@pytest.mark.parametrize("V", [7, 3000])
+def test_adversarial_rows(kind, V, monkeypatch):
+    uneven = [0, V // 7, V // 7, V // 2, V]  # with an empty shard
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = _adversarial(V)[kind].to(dtype)
+        for kept in sorted({1, 2, V // 3, int(0.67 * V), V - 1, V}):
+            assert_exact(logits, kept, monkeypatch=monkeypatch, splits=[even_split(V, 2), uneven])
+
+
+def test_1400_ties_at_the_threshold_of_a_sharded_row(monkeypatch):
+    """bf16 rows of a real vocabulary have this many: 1,400 equal logits across the shards, of which 1, 700, 1,399 and
+    1,400 are kept."""
+    V = 20000
+    values = torch.linspace(4, -4, V).masked_fill((torch.arange(V) >= 9000) & (torch.arange(V) < 10400), 0.3)
+    logits = values[torch.randperm(V, generator=torch.Generator().manual_seed(0))][None].bfloat16()
+    above, tied = int((logits.float() > 0.2998).sum()), int((logits == torch.tensor(0.3).bfloat16()).sum())
+    above -= tied
+    assert tied >= 1400
+    for kept in (above + 1, above + 700, above + 1399, above + tied):
+        assert_exact(logits, kept, monkeypatch=monkeypatch, splits=[even_split(V, 4)])
+
+
+def test_thousands_of_random_small_rows(monkeypatch, isa):
+    """Few distinct values, so that ties, brackets of one value and empty brackets all occur; 1 to 5 shards anywhere."""
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=rng))
+
+    for case in range(60):
+        V = draw(1, 40) if case % 3 else draw(150, 700)
+        T, levels = 60, draw(1, 3 * V)
+        logits = 0.37 * torch.randint(-levels, levels + 1, (T, V), generator=rng) / max(1, levels // 9)
+        if case % 4 == 0:
+            logits[torch.rand(T, V, generator=rng) < 0.3] = -torch.inf
+            logits[:, draw(0, V)] = 0.37
+        bounds = [0, *sorted(draw(0, V + 1) for _ in range(draw(0, 5))), V]
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[case % 3]
+        assert_exact(logits.to(dtype), draw(1, V + 1), monkeypatch=monkeypatch, splits=[bounds])
+
+
+def test_order_statistics_are_those_of_a_sort():
+    rng = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = (3 * torch.randn(4, 5000, generator=rng)).to(dtype)
+        logits[1] = logits[1].round()
+        logits[2, ::3] = -torch.inf
+        logits[3] *= 1e-3
+        target = torch.zeros(4, dtype=torch.int64)
+        in_order = logits.float().sort(-1, descending=True).values
+        every = torch.arange(1, 5001)
+        got = clamp_ops.order_statistics(logits, target, every, 0, 5000, -100)
+        assert torch.equal(got, in_order + 0.0)
+        some = torch.tensor([1, 1, 17, 18, 19, 2500, 2500, 4999, 5000])
+        assert torch.equal(clamp_ops.order_statistics(logits, target, some, 0, 5000, -100), in_order[:, some - 1])
+
+
+def test_nan_rows_do_not_disturb_the_selection(monkeypatch):
+    """NaN for that row only, on one rank and across shards, with NaNs of both signs and a +inf."""
+    V = 600
+    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros(6, dtype=torch.int64)
+    clean = token_stats(logits, target, clamp_p=0.3).clamped_entropy
+    logits[1, 400], logits[2, 3] = torch.nan, -torch.tensor(torch.nan)
+    logits[3] = torch.nan
+    logits[4, 599] = torch.inf
+    one = token_stats(logits, target, clamp_p=0.3).clamped_entropy
+    ranks = ThreadRanks(3, monkeypatch)
+    sharded = ranks.run(
+        lambda r: token_stats(logits[:, 200 * r : 200 * r + 200].contiguous(), target, clamp_p=0.3, group=ranks)
+    )
+    for value in (one, *(s.clamped_entropy for s in sharded)):
+        assert value[1:5].isnan().all()
+        torch.testing.assert_close(value[[0, 5]], clean[[0, 5]], rtol=1e-6, atol=0)
+
+
+def test_bytes_between_ranks(monkeypatch):
+    """What the docstring of token_stats states: 16 + 4 * 128 bytes a token, then 28 + 4 C, and C is small."""
+    T, V, world = 16, 40000, 4
+    logits = torch.randn(T, V, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    ranks = ThreadRanks(world, monkeypatch)
+    sent, original = [], ranks.all_gather_single
+    ranks.all_gather_single = lambda out, x, group: (sent.append(x.shape), original(out, x, group))
+    target = torch.zeros(T, dtype=torch.int64)
+    ranks.run(lambda r: token_stats(logits[:, r * V // 4 : (r + 1) * V // 4], target, clamp_p=0.3, group=ranks))
+    first, second = sorted(set(sent), key=lambda shape: (shape[1] != 4 + SKETCH_SIZE))
+    assert len(sent) == 2 * world
+    assert first[1] == 4 + SKETCH_SIZE and first[0] == T + 1  # one header row is enough at this width
+    capacity = second[1] - clamp_ops.PART_FIELDS
+    assert 0 < capacity <= (world + 1) * (V // world) / (SKETCH_SIZE - 1)
+    assert ranks.bytes_sent < 0.2 * T * V / world * 2  # against the shard itself in bf16
+
+
+def test_ops_reject_bad_ranks_and_kept():
+    logits, target = torch.randn(2, 9), torch.zeros(2, dtype=torch.int64)
+    for ranks in ([0], [10], [3, 2]):
+        with pytest.raises(ValueError, match=r"ranks must ascend within \[1, 9\]"):
+            clamp_ops.order_statistics(logits, target, torch.tensor(ranks), 0, 9, -100)
+    stats = ops.row_stats(logits, target, 0, 9, 1.0, False, -100)
+    with pytest.raises(ValueError, match=r"kept must be in \[1, 9\].*got 12"):
+        clamp_ops.clamp_bracket(torch.zeros(1, 2, 1), torch.tensor([[9]]), target, stats, 12, -100)
+
+
+def test_opcheck():
+    logits, target = torch.randn(5, 13), torch.tensor([0, 3, -100, 12, 5])
+    place = (0, 13)
+    stats = ops.merge_row_stats(ops.row_stats(logits, target, *place, 0.7, False, -100)[None], target, 0.7, -100)
+    ranks = torch.tensor([1, 4, 13])
+    sketch = clamp_ops.order_statistics(logits, target, ranks, *place, -100)
+    bracket = clamp_ops.clamp_bracket(sketch[None], ranks[None], target, stats, 6, -100)
+    capacity = int(bracket[:, 2].max())
+    part = clamp_ops.clamp_collect(logits, target, stats, bracket, capacity, *place, 0.7, -100)
+    for op, arguments in [
+        ("order_statistics", (logits, target, ranks, *place, -100)),
+        ("clamp_bracket", (sketch[None], ranks[None], target, stats, 6, -100)),
+        ("clamp_collect", (logits, target, stats, bracket, capacity, *place, 0.7, -100)),
+        ("clamp_finish", (part[None], target, stats, bracket, 6, 0.7, -100)),
+    ]:
+        torch.library.opcheck(getattr(torch.ops.entcov, op).default, arguments)
