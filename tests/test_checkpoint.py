@@ -224,7 +224,7 @@ def test_damage_is_named_and_the_way_back_is_told(tmp_path, file, damage, messag
     damage(tmp_path / "step_30" / file)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_latest(tmp_path)
-    assert f"Step 20 is intact: to go back to it, resume={tmp_path / 'step_20'}" in str(caught.value)
+    assert f"Step 20 is intact: to go back to it, --resume {tmp_path / 'step_20'}" in str(caught.value)
     assert_is(load_checkpoint(tmp_path / "step_20"), 20)
 
     _flip_bit(tmp_path / "step_20" / "state.pt")

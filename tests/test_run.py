@@ -79,8 +79,12 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, name):
 
 def test_going_back_to_an_earlier_checkpoint(tmp_path):
     first = run(tmp_path, steps=4)
-    again = run(tmp_path, resume=str(tmp_path / "checkpoints" / "step_3"), steps=4)
-    assert again == first
+    back = str(tmp_path / "checkpoints" / "step_3")
+    assert run(tmp_path, resume=back, steps=3) == first[:4]  # stops before it saves anything again
+    assert load_latest(tmp_path / "checkpoints").step == 3
+    assert run(tmp_path, steps=4) == first
+    with pytest.raises(ValueError, match="must be one of this run's checkpoints"):
+        run(tmp_path / "other", resume=back)
 
 
 def test_another_recipe_may_not_take_over_a_folder(tmp_path):

@@ -170,6 +170,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, int(match[1]))
 
 
+def make_latest(checkpoint: Checkpoint) -> None:
+    """Let `latest` name this one: a run that goes back must not be taken up from a later step if it dies at once."""
+    replace_file(checkpoint.path.parent / "latest", f"{checkpoint.path.name}\n".encode())
+
+
 def list_steps(directory: str | Path) -> list[int]:
     """Steps of the checkpoints stored in `directory`, ascending, unchecked."""
     names = (_STEP.fullmatch(path.name) for path in Path(directory).iterdir() if path.is_dir())
@@ -184,7 +189,7 @@ def _load(directory: Path, step: int) -> Checkpoint:
     for earlier in reversed([n for n in list_steps(directory) if n < step]):
         if _verify(directory / f"step_{earlier}", earlier) is None:
             raise CheckpointError(
-                f"{problem}. Step {earlier} is intact: to go back to it, resume={directory / f'step_{earlier}'}"
+                f"{problem}. Step {earlier} is intact: to go back to it, --resume {directory / f'step_{earlier}'}"
             )
     raise CheckpointError(f"{problem}. No earlier step in {directory} is intact")
 

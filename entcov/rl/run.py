@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from entcov.rl.actor import TorchActor
-from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, save_checkpoint
+from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest, save_checkpoint
 from entcov.rl.config import Config, ConfigError, load_config, save_config
 from entcov.rl.data import PromptStream
 from entcov.rl.durable import replace_file
@@ -54,7 +54,12 @@ def train(config: Config, *, resume: str = "auto", display: bool | str = "auto")
     torch.manual_seed(config.seed)
     device = _device(config.device)
     checkpoints = run_dir / "checkpoints"
-    checkpoint = load_latest(checkpoints) if resume in ("auto", "never") else load_checkpoint(resume)
+    if resume in ("auto", "never"):
+        checkpoint = load_latest(checkpoints)
+    else:
+        checkpoint = load_checkpoint(resume)
+        if checkpoint.path.resolve().parent != checkpoints.resolve():
+            raise ValueError(f"resume: must be one of this run's checkpoints in {checkpoints}, got {resume}")
 
     logger = RunLogger(
         run_dir,
@@ -62,6 +67,8 @@ def train(config: Config, *, resume: str = "auto", display: bool | str = "auto")
         wandb=config.logging.wandb,
         resume_step=-1 if checkpoint is None else checkpoint.step,  # -1: killed before the first checkpoint, start over
     )
+    if checkpoint is not None:
+        make_latest(checkpoint)
     with logger, Progress(config.steps, run_dir.name, enabled=display) as progress:
         return _train(config, checkpoint, run_dir, device, logger, progress)
 
