@@ -91,10 +91,9 @@ def token_stats(
     with a clamp); nothing of size V.
 
     Collectives, in forward, which every rank of the group must enter: one all-gather of 16 bytes a token and rank (28
-    with moments) plus about 100 bytes. A clamp adds 512 bytes a token and rank to it (less if vocab_size < 128), and a
-    second all-gather of 28 + 4 C bytes, where C is the most logits that any rank has between the bounds of the
-    threshold that the first one yields: around (V_local / 128) * 2, at most (R + 1) times V_local / 127 unless logits
-    tie. Backward: none.
+    with moments) plus about 100 bytes. A clamp adds 512 bytes a token and rank to it, and a second all-gather of
+    28 + 4 C bytes, where C is the most logits that any rank has between the bounds of the threshold that the first one
+    yields: around (V_local / 128) * 2, at most (R + 1) times V_local / 127 unless logits tie. Backward: none.
 
     Error against float64 on the same rounded logits: 1e-5 absolute for logprob and entropies at V = 151,936; for peaked
     rows 1e-5 relative as well (entropies down to 1e-6). -inf is a probability of 0; a NaN or +inf makes its row NaN.
@@ -166,13 +165,13 @@ def _sharded_row_statistics(logits, target, shard, kept, temperature, moments, i
     """The same over the ranks of `group`: one all-gather, and one more with a clamp."""
     place = (shard.start, shard.vocab_size)
     fields = 7 if moments else 4
-    sketch_size = 0 if kept is None else min(SKETCH_SIZE, shard.vocab_size)
-    payload = logits.new_zeros((logits.shape[0], fields + sketch_size), dtype=torch.float32)
+    # The sketch has one size whatever the vocabulary: ranks may not agree on that, and must find out here.
+    payload = logits.new_zeros((logits.shape[0], fields + (SKETCH_SIZE if kept else 0)), dtype=torch.float32)
     failure = None
     try:
         payload[:, :fields] = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
         if kept is not None:
-            ranks = _sketch_ranks(shard, sketch_size).to(logits.device)
+            ranks = _sketch_ranks(shard).to(logits.device)
             payload[:, fields:] = clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)
         tokens = checksum(target)
     except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
@@ -187,7 +186,7 @@ def _sharded_row_statistics(logits, target, shard, kept, temperature, moments, i
     stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
     if kept is None:
         return stats, None
-    ranks = torch.stack([_sketch_ranks(s, sketch_size) for s in layout]).to(logits.device)
+    ranks = torch.stack([_sketch_ranks(s) for s in layout]).to(logits.device)
     bracket = clamp_ops.clamp_bracket(parts[..., fields:], ranks, target, stats, kept, ignore_index)
     capacity = int(bracket[:, 2].max()) if len(bracket) else 0
     part = clamp_ops.clamp_collect(logits, target, stats, bracket, capacity, *place, temperature, ignore_index)
@@ -195,12 +194,10 @@ def _sharded_row_statistics(logits, target, shard, kept, temperature, moments, i
     return stats, clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
 
 
-def _sketch_ranks(shard: Shard, size: int) -> Tensor:
+def _sketch_ranks(shard: Shard) -> Tensor:
     """Evenly spaced ranks of a shard's columns, both ends included; all of them if few; zeros if there are none."""
-    n = shard.columns
-    if size == 1 or n == 0:
-        return torch.full((size,), min(n, 1), dtype=torch.int64)
-    return 1 + torch.arange(size) * (n - 1) // (size - 1)
+    steps = torch.arange(SKETCH_SIZE)
+    return steps * 0 if shard.columns == 0 else 1 + steps * (shard.columns - 1) // (SKETCH_SIZE - 1)
 
 
 def _moments(stats: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
