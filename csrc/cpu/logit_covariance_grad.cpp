@@ -46,7 +46,7 @@ struct LogitCovarianceGradOp {
     const double g_h = a.grad_entropy_change ? a.grad_entropy_change[t] : 0.0;
     const double g_kl = a.grad_kl ? a.grad_kl[t] : 0.0;
     if ((a.row_mask && !a.row_mask[t]) || (g_cov == 0 && g_h == 0 && g_kl == 0)) {
-      memset(g, 0, a.total_columns * sizeof(storage));
+      std::fill_n(g, a.total_columns, storage(0));
       return;
     }
     const float* s = a.stats + t * kCovarianceFields;
@@ -71,7 +71,7 @@ struct LogitCovarianceGradOp {
         store<D, W>(g + j, n - j, element<W>(u0, v0, c), element<W>(u1, v1, c));
       }
     }
-    memset(g + n, 0, (a.total_columns - n) * sizeof(storage));
+    std::fill_n(g + n, a.total_columns - n, storage(0));
   }
 };
 

@@ -60,7 +60,7 @@ struct LogitsGradOp {
     const double g_h = kEntropy ? a.grad_entropy[t] : 0.0;
     const double g_k = kClamped ? a.grad_clamped[t] : 0.0;
     if (a.target[t] == a.ignore_index || (g_lp == 0 && g_h == 0 && g_k == 0)) {
-      memset(g, 0, a.total_columns * sizeof(storage));
+      std::fill_n(g, a.total_columns, storage(0));
       return;
     }
     const storage* x = a.logits + t * a.row_stride;
@@ -105,7 +105,7 @@ struct LogitsGradOp {
       }
       if (mine) g[local] = narrow_one<D>(float(at_target));
     }
-    memset(g + n, 0, (a.total_columns - n) * sizeof(storage));
+    std::fill_n(g + n, a.total_columns - n, storage(0));
   }
 };
 
