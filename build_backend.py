@@ -12,7 +12,6 @@ from setuptools import build_meta
 from setuptools.build_meta import (  # noqa: F401  (hooks of this backend too)
     build_editable,
     build_sdist,
-    build_wheel,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
@@ -69,3 +68,10 @@ def get_requires_for_build_wheel(config_settings=None):
 
 def get_requires_for_build_editable(config_settings=None):
     return _with_compiler(build_meta.get_requires_for_build_editable(config_settings))
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    """A wheel of this tree. Modules that an earlier build left in build/lib* do not get into it."""
+    for leftover in (ROOT / "build").glob("lib*"):
+        shutil.rmtree(leftover)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

@@ -13,13 +13,14 @@ enum class Isa : int { baseline, avx2, avx512 };
 Isa current_isa();
 
 #if defined(__x86_64__)
+#define ENTCOV_AVX2 "avx2,fma,bmi,bmi2"
+#define ENTCOV_AVX512 ENTCOV_AVX2 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512"
 template <class Op>
-__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void row_avx512(const typename Op::Args& a,
-                                                                                 int64_t t) {
+__attribute__((target(ENTCOV_AVX512))) void row_avx512(const typename Op::Args& a, int64_t t) {
   Op::template row<16>(a, t);
 }
 template <class Op>
-__attribute__((target("arch=x86-64-v3"))) void row_avx2(const typename Op::Args& a, int64_t t) {
+__attribute__((target(ENTCOV_AVX2))) void row_avx2(const typename Op::Args& a, int64_t t) {
   Op::template row<8>(a, t);
 }
 #endif

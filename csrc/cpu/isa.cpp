@@ -11,14 +11,14 @@ namespace {
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
 bool supported(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::avx512)  // x86-64-v4
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  if (isa == Isa::avx2)  // x86-64-v3
+#if defined(__x86_64__)  // what ENTCOV_AVX2 and ENTCOV_AVX512 (dispatch.h) let the compiler use
+  if (isa == Isa::avx2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
            __builtin_cpu_supports("bmi2");
+  if (isa == Isa::avx512)
+    return supported(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
 #endif
   return isa == Isa::baseline;
 }
