@@ -1,0 +1,237 @@
+"""token_stats against the formula written the usual way in torch, eager and compiled: time, bytes, memory, error.
+
+All run in one process on the same logits, in turn, repetition by repetition. Memory is measured in processes of their
+own.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import (
+    interleaved_seconds,
+    machine,
+    peak_allocated_bytes,
+    peak_resident_bytes,
+    ratio,
+)
+from entcov import ops, reference
+from entcov.vocab_parallel import token_stats
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ENTROPY_COEF = 0.01
+CHECKED_ROWS = 16  # of each result are compared with float64
+MANY_TOKENS = (2**18, 64)  # where resident memory is measured: so many that pages and fixed buffers do not count
+
+
+def usual(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """What people write. Bytes moved a logit for 2-byte logits, op by op: float 2+4, log_softmax 4+4, exp 4+4,
+    mul 8+4, sum 4: 38. Backward: two muls 24, exp 12, adding the two 12, gather 4+12, log_softmax 12, cast 6: 82."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    logprob = log_p.gather(-1, target[:, None])[:, 0]
+    return logprob, -(log_p.exp() * log_p).sum(-1)
+
+
+def ours(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    stats = token_stats(logits, target)
+    return stats.logprob, stats.entropy
+
+
+def usual_clamped(logits: Tensor, target: Tensor, clamp_p: float) -> tuple[Tensor, Tensor]:
+    """logprob and clamped entropy, through topk."""
+    z = logits.float()
+    logprob = torch.log_softmax(z, dim=-1).gather(-1, target[:, None])[:, 0]
+    kept = z.topk(z.shape[-1] - int(z.shape[-1] * clamp_p), dim=-1, sorted=False).values
+    log_p = torch.log_softmax(kept, dim=-1)
+    return logprob, -(log_p.exp() * log_p).sum(-1)
+
+
+def ours_clamped(logits: Tensor, target: Tensor, clamp_p: float) -> tuple[Tensor, Tensor]:
+    stats = token_stats(logits, target, clamp_p=clamp_p)
+    return stats.logprob, stats.clamped_entropy
+
+
+def backward_of(function):
+    def call(logits: Tensor, target: Tensor, *rest) -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        logprob, entropy = function(leaf, target, *rest)
+        (-logprob.sum() - ENTROPY_COEF * entropy.sum()).backward()
+        return leaf.grad
+
+    return call
+
+
+def bytes_per_logit(dtype: torch.dtype, name: str, backward: bool) -> int | None:
+    size = dtype.itemsize
+    if name == "entcov":
+        return 3 * size if backward else size  # read once; then read once and write once
+    if name == "eager":  # the docstring of `usual`; a cast of fp32 to itself moves nothing
+        cast = size + 4 if size < 4 else 0
+        return 32 + cast + (76 + cast if backward else 0)
+    return None  # fused by the compiler
+
+
+def make_input(args) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    logits = torch.empty(args.tokens, args.vocab, dtype=DTYPES[args.dtype])
+    for row in logits:  # row by row, so that making the input leaves no large blocks behind
+        row.copy_(2.5 * torch.randn(args.vocab))
+    return logits, torch.randint(0, args.vocab, (args.tokens,))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
+    parser.add_argument("--repeats", type=int, default=7, help="turns; the median is reported")
+    parser.add_argument("--clamp-p", type=float, default=None, help="also time the clamped entropy (eager only: topk)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", type=Path, default=None, help="also write the results there")
+    parser.add_argument("--memory-of", choices=("entcov", "eager"), default=None, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(json.dumps(_memory(args)))
+        return 0
+    logits, target = make_input(args)
+    report = {
+        "machine": {**machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
+        "shape": {"tokens": args.tokens, "vocab": args.vocab, "dtype": args.dtype},
+        "times": _time_all(args, logits, target),
+    }
+    report["errors"] = _errors(args, logits, target)
+    del logits, target
+    report["memory"] = {name: _memory_in_process(args, name) for name in ("entcov", "eager")}
+    _print(report)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _functions(args) -> dict[str, object]:
+    functions = {"entcov": ours, "eager": usual}
+    if not args.no_compile:
+        functions["torch.compile"] = torch.compile(usual)
+    return functions
+
+
+def _time_all(args, logits, target) -> list[dict]:
+    functions = _functions(args)
+    passes = {
+        "forward": {n: partial(f, logits, target) for n, f in functions.items()},
+        "forward+backward": {n: partial(backward_of(f), logits, target) for n, f in functions.items()},
+    }
+    if args.clamp_p is not None:
+        clamped = {"entcov": ours_clamped, "eager": usual_clamped}
+        passes["clamped forward"] = {n: partial(f, logits, target, args.clamp_p) for n, f in clamped.items()}
+        passes["clamped forward+backward"] = {
+            n: partial(backward_of(f), logits, target, args.clamp_p) for n, f in clamped.items()
+        }
+    rows = []
+    for label, calls in passes.items():
+        with torch.set_grad_enabled("backward" in label):
+            seconds = interleaved_seconds(calls, args.repeats)
+        for name, times in seconds.items():
+            moved = None
+            if "clamped" not in label:
+                moved = bytes_per_logit(logits.dtype, name, "backward" in label)
+            rows.append({
+                "pass": label,
+                "name": name,
+                "median_ms": 1e3 * statistics.median(times),
+                "min_ms": 1e3 * min(times),
+                "max_ms": 1e3 * max(times),
+                "ratio": ratio(times, seconds["entcov"]),
+                "bytes_per_logit": moved,
+                "gb_per_s": moved and moved * logits.numel() / statistics.median(times) / 1e9,
+            })  # fmt: skip
+    return rows
+
+
+def _errors(args, logits, target) -> dict[str, dict[str, float]]:
+    """Largest error of each implementation against float64 on the first rows, in this run."""
+    rows, tokens = logits[:CHECKED_ROWS].clone(), target[:CHECKED_ROWS]
+    leaf = rows.double().requires_grad_()
+    expected = reference.token_stats(leaf, tokens)
+    loss = -expected["logprob"].sum() - ENTROPY_COEF * expected["entropy"].sum()
+    (wanted,) = torch.autograd.grad(loss, leaf)
+    errors = {}
+    for name, function in _functions(args).items():
+        grad = backward_of(function)(rows, tokens)
+        with torch.no_grad():
+            logprob, entropy = function(rows, tokens)
+            errors[name] = {
+                "logprob": float((logprob.double() - expected["logprob"]).abs().max()),
+                "entropy": float((entropy.double() - expected["entropy"]).abs().max()),
+                "gradient": float((grad.double() - wanted).abs().max()),
+            }
+    return errors
+
+
+def _memory(args) -> dict[str, float]:
+    """Bytes a token beyond the gradient, forward and backward, of one implementation in this fresh process."""
+    call = backward_of({"entcov": ours, "eager": usual}[args.memory_of])
+    logits, target = make_input(args)
+    call(logits[:1, :MANY_TOKENS[1]], target[:1] % MANY_TOKENS[1])  # what the first call ever allocates
+    many = torch.randn(MANY_TOKENS, dtype=torch.float32).to(logits.dtype)
+    zeros = torch.zeros(len(many), dtype=torch.int64)
+    resident = peak_resident_bytes(lambda: call(many, zeros)) - many.nbytes
+    allocated = peak_allocated_bytes(lambda: call(logits, target)) - logits.nbytes
+    return {"allocated": allocated / len(logits), "resident": resident / len(many)}
+
+
+def _memory_in_process(args, name: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks", "ops", "--memory-of", name, "--tokens", str(args.tokens)]
+    command += ["--vocab", str(args.vocab), "--dtype", args.dtype, "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the memory measurement failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _print(report: dict) -> None:
+    about, shape = report["machine"], report["shape"]
+    print(f"{shape['tokens']} x {shape['vocab']} {shape['dtype']}, {about['threads']} threads, {about['cpu']}, "
+          f"{about['isa']} kernels, torch {about['torch']}")  # fmt: skip
+    header = ["pass", "", "median ms", "min-max ms", "x entcov", "range", "B/logit", "GB/s"]
+    lines = []
+    for row in report["times"]:
+        r = row["ratio"]
+        known = row["bytes_per_logit"] is not None
+        lines.append([
+            row["pass"],
+            row["name"],
+            f"{row['median_ms']:.1f}",
+            f"{row['min_ms']:.1f}-{row['max_ms']:.1f}",
+            f"{r['median']:.1f}",
+            f"{r['min']:.1f}-{r['max']:.1f}",
+            str(row["bytes_per_logit"]) if known else "-",
+            f"{row['gb_per_s']:.1f}" if known else "-",
+        ])  # fmt: skip
+    _table(header, lines)
+    print(f"\nlargest error against float64 in this run ({CHECKED_ROWS} rows)")
+    _table(["", "logprob", "entropy", "gradient"],
+           [[name, *(f"{x:.1e}" for x in errors.values())] for name, errors in report["errors"].items()])  # fmt: skip
+    T, V = MANY_TOKENS
+    print("\nmemory of forward+backward beyond the gradient, bytes a token (a fresh process each)")
+    _table(
+        ["", f"torch's allocator, {shape['tokens']} x {shape['vocab']}", f"resident (VmHWM), {T} x {V}"],
+        [[name, f"{m['allocated']:,.1f}", f"{m['resident']:,.1f}"] for name, m in report["memory"].items()],
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for cells in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
