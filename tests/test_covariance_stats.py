@@ -114,6 +114,20 @@ def test_a_column_impossible_only_afterwards_makes_the_kl_infinite(isa):
         assert derived(merged(order))["kl"][1] == torch.inf
 
 
+@pytest.mark.parametrize("V", [300, 9000])  # 9000: the same between the chunks of one row, whose old maximum rises
+def test_parts_impossible_afterwards_join_a_possible_one(V, isa):
+    """The new maxima of the first two parts are both -inf, whose difference is NaN."""
+    old, new = pair("ascending", 3, V)
+    third = V // 3
+    new[:, : 2 * third] = -torch.inf
+    cut = [statistics(old[:, a : a + third], new[:, a : a + third], start=a, size=V) for a in (0, third, 2 * third)]
+    expected = reference.logit_covariance(old, new)["entropy_change"]
+    for stats in (statistics(old, new), merged(cut), merged(cut[::-1])):
+        values = derived(stats)
+        assert (values["kl"] == torch.inf).all()
+        assert_close(values["entropy_change"], expected, absolute=3e-6, relative=0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("side", [0, 1])
 def test_nan_stays_in_its_row(bad, side, isa):
