@@ -8,7 +8,7 @@
 //   sum_d                               sum e^x d                   E_old[d]   = sum_d  / (1 + rest_old)
 //   sum_xd                              sum e^x x d                 E_old[x d] = sum_xd / (1 + rest_old)
 //
-//   covariance  Cov_{a~old}(log p_old(a), dz_a) = E[x d] - E[x] E[d]; to first order the entropy changes by its negative
+//   covariance  Cov_{a~old}(log p_old(a), dz_a) = E[x d] - E[x] E[d]; the entropy change to first order, negated
 //   KL(old || new) = L_new - L_old - E_old[d];  take L_new - L_old as log1p((rest_new - rest_old) / (1 + rest_old))
 //   entropy change = H_new - H_old
 //

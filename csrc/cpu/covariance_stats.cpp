@@ -191,8 +191,9 @@ int64_t merge_covariance_stats(const float* shards, int64_t shard_stride, int64_
     } else {
       for (int64_t r = 0; r < R; r++)
         s = merge(s, read(shards + r * shard_stride + t * kCovarianceFields), inv_temperature);
-      const bool empty = (s.max_old == -INFINITY && s.rest_old == 0.0f) || (s.max_new == -INFINITY && s.rest_new == 0.0f);
-      if (empty && t < first_empty) first_empty = t;
+      const bool empty_old = s.max_old == -INFINITY && s.rest_old == 0.0f;
+      const bool empty_new = s.max_new == -INFINITY && s.rest_new == 0.0f;
+      if ((empty_old || empty_new) && t < first_empty) first_empty = t;
     }
     memcpy(out + t * kCovarianceFields, &s, sizeof s);
   }

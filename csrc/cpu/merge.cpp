@@ -30,7 +30,8 @@ int64_t merge_row_stats(const float* shards, int64_t shard_stride, int64_t R, in
     if (target[t] == ignore_index) {
       s.max = s.target = 0.0f;
     } else {
-      for (int64_t r = 0; r < R; r++) s = merge(s, read(shards + r * shard_stride + t * fields, fields), inv_temperature);
+      for (int64_t r = 0; r < R; r++)
+        s = merge(s, read(shards + r * shard_stride + t * fields, fields), inv_temperature);
       if (s.max == -INFINITY && s.rest == 0.0f && t < first_empty) first_empty = t;
     }
     write(out + t * fields, fields, s);

@@ -1,9 +1,9 @@
 // logits -> RowStats of every row (row_stats.h), one read of memory and one exponential a logit.
 //
-// A row is walked in chunks. The running maximum settles within the first few of them, so a chunk is summed in one sweep
-// against the maximum known so far, and its own maximum is found on the way. Only where that turns out larger is the
-// chunk summed again (its data is in L1), against its own maximum and leaving out one occurrence of it; the sums before
-// are rescaled. About log(chunks) chunks of a row in random order need that.
+// A row is walked in chunks. The running maximum settles within the first few of them, so a chunk is summed in one
+// sweep against the maximum known so far, and its own maximum is found on the way. Only where that turns out larger is
+// the chunk summed again (its data is in L1), against its own maximum and leaving out one occurrence of it; the sums
+// before are rescaled. About log(chunks) chunks of a row in random order need that.
 //
 // Sums of many equal terms round the same way every time, so fp32 additions are kept few: 16 in a lane, then the block
 // is added to the lanes of the chunk, and the chunk to a double. The error does not grow with the vocabulary.

@@ -57,7 +57,7 @@ ENTCOV_INLINE double reduce_add(f32<W> v) {  // pairwise, in a fixed order
 // -88, defined in isa.cpp: GCC 12 makes one vmaxps of larger() with an opaque value, two instructions with a constant.
 extern const float kExpCutoff;
 
-// e^y for y <= 0. Relative error <= 1.3e-7 down to e^-87.3; below -87.7, and at -inf, exactly 0. e^0 is exactly 1.
+// e^y for y <= 0. Relative error <= 1e-7 down to e^-87.3; below -87.7, and at -inf, exactly 0. e^0 is exactly 1.
 // NaN gives NaN. `y` is raised to -88 in place where it is lower, so that y e^y is 0 there and not -inf * 0.
 template <int W>
 ENTCOV_INLINE f32<W> exp_nonpositive(f32<W>& y) {
@@ -78,8 +78,8 @@ ENTCOV_INLINE f32<W> exp_nonpositive(f32<W>& y) {
   return p * scale;
 }
 
-// Storage types. The unit of work is 2W elements, read as two vectors and written back the same way. Which element goes to
-// which lane is the type's own affair, as long as narrow() undoes widen(): 16-bit types take the even columns in one
+// Storage types. The unit of work is 2W elements, read as two vectors and written back the same way. Which element goes
+// to which lane is the type's own affair, as long as narrow() undoes widen(): 16-bit types take the even columns in one
 // vector and the odd ones in the other, which costs a shift and a mask where ordered lanes would cost shuffles.
 
 struct Float32 {
