@@ -92,8 +92,8 @@ def token_stats(
 
     Collectives, in forward, which every rank of the group must enter: one all-gather of 16 bytes a token and rank (28
     with moments) plus about 100 bytes. A clamp adds 512 bytes a token and rank to it, and a second all-gather of
-    28 + 4 C bytes, where C is the most logits that any rank has between the bounds of the threshold that the first one
-    yields: around (V_local / 128) * 2, at most (R + 1) times V_local / 127 unless logits tie. Backward: none.
+    28 + 4 C bytes, where C bounds how many logits any rank has between the bounds of the threshold that the first one
+    yields: two or three times V_local / 127, at most (R + 1) times unless logits tie. Backward: none.
 
     Error against float64 on the same rounded logits: 1e-5 absolute for logprob and entropies at V = 151,936; for peaked
     rows 1e-5 relative as well (entropies down to 1e-6). -inf is a probability of 0; a NaN or +inf makes its row NaN.
