@@ -7,6 +7,7 @@ raise the same error, where a plain gather would return numbers that are wrong o
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,14 @@ def resolve_shard(width: int, group, vocab_start: int | None, vocab_size: int | 
     if vocab_start < 0 or vocab_size < 1:
         raise ValueError(f"vocab_start must be >= 0 and vocab_size >= 1, got {vocab_start} and {vocab_size}")
     return Shard(vocab_start, width, vocab_size)
+
+
+def eager(function: Callable) -> Callable:
+    """`function` under torch.compiler.disable: collectives, and checks of what they bring, are not traced.
+
+    Decided at the call and not by a decorator, which would import the compiler, and double the time to import entcov.
+    """
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def checksum(values: Tensor) -> int:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import clamp_ops, ops
-from entcov.shards import Shard, checksum, gather, resolve_shard
+from entcov.shards import Shard, checksum, eager, gather, resolve_shard
 
 SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
 
@@ -114,7 +114,7 @@ def token_stats(
     rows, tokens = logits.reshape(T, shard.width), target.reshape(T).contiguous()
     with torch.no_grad():
         args = (rows.detach(), tokens, shard, kept, float(temperature), moments, ignore_index)
-        stats, clamp = _row_statistics(*args) if group is None else _sharded_row_statistics(*args, group)
+        stats, clamp = _row_statistics(*args) if group is None else eager(_sharded_row_statistics)(*args, group)
         scaled = _moments(stats, tokens, temperature, ignore_index) if moments else (None, None, None)
     outputs = _TokenStats.apply(
         rows, tokens, stats, clamp, shard.start, shard.vocab_size, float(temperature), ignore_index
@@ -160,7 +160,6 @@ def _row_statistics(logits, target, shard, kept, temperature, moments, ignore_in
     return stats, clamp_ops.clamp_finish(part[None], target, stats, bracket, kept, temperature, ignore_index)
 
 
-@torch.compiler.disable  # the collectives and the checks of their values stay eager
 def _sharded_row_statistics(logits, target, shard, kept, temperature, moments, ignore_index, group):
     """The same over the ranks of `group`: one all-gather, and one more with a clamp."""
     place = (shard.start, shard.vocab_size)
@@ -297,7 +296,7 @@ def logit_covariance(
     mask = None if loss_mask is None else loss_mask.reshape(T).contiguous()
     with torch.no_grad():
         args = (old, new.detach(), shard, float(temperature), mask)
-        parts = _covariance_parts(*args) if group is None else _sharded_covariance_parts(*args, group)
+        parts = _covariance_parts(*args) if group is None else eager(_sharded_covariance_parts)(*args, group)
         stats = ops.merge_covariance_stats(parts, mask, float(temperature))
     covariance, entropy_change, kl = _LogitCovariance.apply(
         old, new, stats, mask, shard.start, shard.vocab_size, float(temperature)
@@ -309,7 +308,6 @@ def _covariance_parts(old, new, shard, temperature, mask):
     return ops.covariance_stats(old, new, shard.start, shard.vocab_size, temperature, mask)[None]
 
 
-@torch.compiler.disable
 def _sharded_covariance_parts(old, new, shard, temperature, mask, group):
     failure, rows = None, 0
     payload = new.new_zeros((new.shape[0], 8), dtype=torch.float32)

@@ -194,6 +194,22 @@ def a_subgroup(rank, world):
         assert isinstance(error, ValueError) and "group must contain the calling rank" in str(error)
 
 
+@case
+def compiled_around_a_group(rank, world):
+    """The collectives break the graph and stay eager; values and gradients are the eager ones."""
+    if world > 2:
+        return  # compiling takes seconds, and the number of ranks does not matter to it
+    logits, target = batch(4, 60)
+    shard = logits[:, 30 * rank : 30 * rank + 30].clone().requires_grad_()
+
+    def loss(x):
+        stats = token_stats(x * 1.5, target, group=dist.group.WORLD, top_k=7)
+        return stats.logprob.sum() - stats.clamped_entropy.sum()
+
+    expected = torch.autograd.grad(loss(shard), shard)
+    torch.testing.assert_close(torch.autograd.grad(torch.compile(loss, backend="aot_eager")(shard), shard), expected)
+
+
 def raised(call):
     try:
         call()

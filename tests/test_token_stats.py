@@ -1,6 +1,8 @@
 """token_stats on one process: values and gradients against float64, and every promise of its docstring."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -306,6 +308,12 @@ def test_fullgraph_compile_inside_a_model(dynamic):
             results.append((loss.detach(), drift, *(p.grad.clone() for p in model.parameters())))
         for eager, traced in zip(*results, strict=True):
             torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-7)
+
+
+def test_importing_entcov_does_not_import_the_compiler():
+    """It would double the time: a second on a fast machine."""
+    program = "import sys, entcov.vocab_parallel; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
