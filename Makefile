@@ -16,7 +16,7 @@ test: setup  ## the CPU suite
 	./scripts/setup_and_test.sh
 
 bench: setup  ## speed of the ops against eager and compiled torch, with byte counts
-	$(PYTHON) -m benchmarks
+	$(PYTHON) -m benchmarks ops
 
 tiny: setup  ## train the tiny recipe: some minutes on two cores
 	./scripts/setup_and_train.sh
