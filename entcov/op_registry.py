@@ -30,16 +30,24 @@ def _select_isa() -> None:
 _select_isa()
 
 
-def register(name: str, schema: str, cpu: Callable, fake: Callable, *, derivative_error: str | None = None) -> Callable:
+def register(
+    name: str,
+    schema: str,
+    cpu: Callable,
+    fake: Callable,
+    *,
+    cuda: Callable | None = None,
+    derivative_error: str | None = None,
+) -> Callable:
     """Defines entcov::`name` and returns it as a callable.
 
-    `cpu` and `fake` take the schema's arguments. `derivative_error`: the message of the RuntimeError that a backward
-    pass through the op raises (every entcov op is a leaf of some autograd formula or a constant; none is
+    `cpu`, `cuda` and `fake` take the schema's arguments. `derivative_error`: the message of the RuntimeError that a
+    backward pass through the op raises (every entcov op is a leaf of some autograd formula or a constant; none is
     differentiated by itself). None: the op writes into an argument, which autograd refuses by itself.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, _no_cuda(name), "CUDA")
+    LIBRARY.impl(name, cuda or _no_cuda(name), "CUDA")
     torch.library.register_fake(f"entcov::{name}", fake, lib=LIBRARY)
     if derivative_error is not None:
 
@@ -53,8 +61,8 @@ def register(name: str, schema: str, cpu: Callable, fake: Callable, *, derivativ
 def _no_cuda(name: str) -> Callable:
     def unavailable(*args, **kwargs):
         raise RuntimeError(
-            f"entcov::{name}: the tensors are on a GPU, but entcov was built without CUDA kernels; "
-            "rebuild it with ENTCOV_CUDA=1"
+            f"entcov::{name} has no CUDA kernel yet, so its tensors must be on the CPU. Only the clamped entropy "
+            "(clamp_p, top_k) uses such an op"
         )
 
     return unavailable

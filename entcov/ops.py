@@ -30,12 +30,18 @@ logit_covariance_grad(logits_old, logits_new, stats, grad_covariance, grad_entro
 
 None of them mutates an argument except logits_grad_. Their results depend on the row alone: not on T, the other rows,
 the number of threads, strides or alignment. Errors: ValueError for shapes and values, TypeError for dtypes.
+
+On CUDA they run on the current stream of the tensors' device and never wait for it, so they can be captured in a
+graph. Values are not looked at from the host there. What the CPU raises for becomes NaN in every output of its row
+instead, and in its gradient: a target outside [0, vocab_size), and a row without a finite logit.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from entcov import _cpu
+from entcov import _cpu, cuda_ops
 from entcov.op_registry import (
     DTYPES,
     check_logits,
@@ -53,6 +59,17 @@ ROW_FIELDS = ("max", "rest", "sum_xexp", "target", "rest2", "sum_xexp2", "sum_x2
 def isa() -> str:
     """The instruction set of the CPU kernels: "avx512", "avx2" or "baseline". ENTCOV_ISA forces a lesser one."""
     return _cpu.isa()
+
+
+def _on_cuda(check, launch):
+    """The CUDA side of an op: check the arguments, make the result, have it filled."""
+
+    def run(*args):
+        out = check(*args)
+        launch(out, *args)
+        return out
+
+    return run
 
 
 def _with_huge_pages(fresh: Tensor) -> Tensor:
@@ -99,6 +116,7 @@ row_stats = register(
     "int ignore_index) -> Tensor",
     _row_stats_cpu,
     _row_stats_fake,
+    cuda=_on_cuda(_row_stats_fake, cuda_ops.row_stats),
     derivative_error="row_stats is a building block without a derivative; entcov.token_stats has one",
 )
 
@@ -140,6 +158,7 @@ merge_row_stats = register(
     "(Tensor shards, Tensor target, float temperature, int ignore_index) -> Tensor",
     _merge_row_stats_cpu,
     _merge_row_stats_fake,
+    cuda=_on_cuda(_merge_row_stats_fake, cuda_ops.merge_row_stats),
     derivative_error="merge_row_stats is a building block without a derivative; entcov.token_stats has one",
 )
 
@@ -194,16 +213,20 @@ def _logits_grad_inplace_fake(logits, *args):
         raise ValueError(f"logits must not overlap themselves to be written, got strides {tuple(logits.stride())}")
 
 
-def _logits_grad_inplace_cpu(logits, *args):
+def _logits_grad_inplace(write, logits, *args):
     _logits_grad_inplace_fake(logits, *args)
     if torch.is_grad_enabled() and logits.requires_grad:
         raise RuntimeError(
             "logits_grad_ writes over its logits, and these require grad; call it under torch.no_grad() or on "
             "logits.detach()"
         )
-    _write_logits_grad(logits, logits, *args)
+    write(logits, logits, *args)
     if not logits.is_inference():  # so that autograd notices if it had saved these logits
         torch.autograd.graph.increment_version(logits)
+
+
+_logits_grad_inplace_cpu = partial(_logits_grad_inplace, _write_logits_grad)
+_logits_grad_inplace_cuda = partial(_logits_grad_inplace, cuda_ops.logits_grad)
 
 
 _LOGITS_GRAD_ARGUMENTS = (
@@ -215,6 +238,7 @@ logits_grad = register(
     f"(Tensor logits, {_LOGITS_GRAD_ARGUMENTS}) -> Tensor",
     _logits_grad_cpu,
     _logits_grad_fake,
+    cuda=_on_cuda(_logits_grad_fake, cuda_ops.logits_grad),
     derivative_error="token_stats has no second derivative; call backward without create_graph=True",
 )
 logits_grad_ = register(
@@ -222,6 +246,7 @@ logits_grad_ = register(
     f"(Tensor(a!) logits, {_LOGITS_GRAD_ARGUMENTS}) -> ()",
     _logits_grad_inplace_cpu,
     _logits_grad_inplace_fake,
+    cuda=_logits_grad_inplace_cuda,
 )
 
 
@@ -265,6 +290,7 @@ covariance_stats = register(
     "Tensor? row_mask) -> Tensor",
     _covariance_stats_cpu,
     _covariance_stats_fake,
+    cuda=_on_cuda(_covariance_stats_fake, cuda_ops.covariance_stats),
     derivative_error="covariance_stats is a building block without a derivative; entcov.logit_covariance has one",
 )
 
@@ -296,6 +322,7 @@ merge_covariance_stats = register(
     "(Tensor shards, Tensor? row_mask, float temperature) -> Tensor",
     _merge_covariance_stats_cpu,
     _merge_covariance_stats_fake,
+    cuda=_on_cuda(_merge_covariance_stats_fake, cuda_ops.merge_covariance_stats),
     derivative_error="merge_covariance_stats is a building block without a derivative; entcov.logit_covariance has one",
 )
 
@@ -337,5 +364,6 @@ logit_covariance_grad = register(
     "Tensor? grad_kl, Tensor? row_mask, SymInt vocab_start, SymInt vocab_size, float temperature) -> Tensor",
     _logit_covariance_grad_cpu,
     _logit_covariance_grad_fake,
+    cuda=_on_cuda(_logit_covariance_grad_fake, cuda_ops.logit_covariance_grad),
     derivative_error="logit_covariance has no second derivative; call backward without create_graph=True",
 )

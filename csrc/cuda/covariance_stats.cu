@@ -1,0 +1,236 @@
+// Two logit tensors -> CovarianceStats of every row (../covariance_stats.h): one read of each, two exponentials a column.
+//
+// Segments, tiles and the two paths are those of row_stats.cu; a group takes the slow path when it reaches the reference
+// of either side. The change d of a logit is summed raw, relative to the change of the references, and scaled at the end.
+// A column of probability 0 before is left out of the sums of d, whatever it is afterwards.
+//
+// Memory: 2 sizeof(T) bytes a column in, 32 bytes a row out (as much per segment where rows are cut).
+#include "../covariance_stats.h"
+#include "sums.cuh"
+#include "team.cuh"
+
+namespace entcov::cuda {
+namespace {
+
+constexpr int kVectors = 2;  // of each tensor in flight a thread
+
+struct CovarianceStatsArgs {
+  const void *logits_old, *logits_new;  // [T, num_columns]
+  int64_t old_row_stride, new_row_stride, T, num_columns;
+  const uint8_t* row_mask;  // [T] or null
+  float inv_temperature, scale;  // scale: log2(e) / temperature
+  float* stats;                  // [segments, T, 8]
+  int segments, segment_length;
+};
+
+struct PairSums {
+  static constexpr int kCount = 8;
+  Sums before, after;
+  float d = 0.0f, td = 0.0f;  // sum 2^t d, sum t 2^t d over all elements, with t of the old logits
+
+  // What d is relative to. A side without a finite element stands at 0.
+  __device__ __forceinline__ float reference_change() const {
+    return (after.max == -INFINITY ? 0.0f : after.max) - (before.max == -INFINITY ? 0.0f : before.max);
+  }
+
+  __device__ __forceinline__ void refer_to(float old_max, float new_max, float c) {
+    before.refer_to(old_max, c), after.refer_to(new_max, c);
+  }
+
+  __device__ __forceinline__ void move_before(float dt) {
+    td = (td + dt * d) * exp2_fast(dt), d *= exp2_fast(dt);
+    before.move(dt);
+  }
+
+  __device__ __forceinline__ void make_exact(float c) {
+    const float b = before.deficit(c), a = after.deficit(c);
+    if (b != 0.0f) move_before(b);
+    if (a != 0.0f) after.move(a);
+  }
+
+  __device__ __forceinline__ void make_rounded(float c) {
+    const float b = before.deficit(c), a = after.deficit(c);
+    if (b != 0.0f) move_before(-b);
+    if (a != 0.0f) after.move(-a);
+  }
+
+  // From exact sums to exact ones relative to maxima as large or larger.
+  __device__ __forceinline__ void raise(float old_max, float new_max, float c) {
+    PairSums next;
+    next.refer_to(old_max, new_max, c);
+    const float moved = reference_change() - next.reference_change();
+    if (moved != 0.0f) {  // every d gains it
+      td += moved * before.te;
+      d += moved * (before.e + before.at_max);
+    }
+    if (before.max < old_max) {
+      before.release_max();
+      const float dt = before.distance(old_max, c);
+      if (dt > kExp2Floor) {
+        move_before(dt);
+      } else {
+        d = td = 0.0f;  // they may be infinite
+        before.move(kExp2Floor);
+      }
+    }
+    if (after.max < new_max) {
+      after.release_max();
+      const float dt = after.distance(new_max, c);
+      after.move(dt > kExp2Floor ? dt : kExp2Floor);
+    }
+  }
+
+  template <bool kSlow, int N>
+  __device__ __forceinline__ void add(const float (&u)[N], const float (&v)[N], float change, float c) {
+    float sp = 0.0f, stp = 0.0f, sq = 0.0f, szq = 0.0f, sum_pd = 0.0f, sum_tpd = 0.0f;
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      const float t = kSlow ? before.slow_t(u[k], c) : before.fast_t(u[k], c);
+      const float z = kSlow ? after.slow_t(v[k], c) : after.fast_t(v[k], c);
+      float p = exp2_fast(t), q = exp2_fast(z);
+      const float pd = p == 0.0f ? 0.0f : p * ((v[k] - u[k]) - change);
+      sum_pd += pd, sum_tpd = fmaf(t, pd, sum_tpd);
+      if (kSlow) {
+        const bool old_max = u[k] == before.max, new_max = v[k] == after.max;
+        before.at_max += old_max ? 1.0f : 0.0f, after.at_max += new_max ? 1.0f : 0.0f;
+        p = old_max ? 0.0f : p, q = new_max ? 0.0f : q;
+      }
+      sp += p, stp = fmaf(t, p, stp), sq += q, szq = fmaf(z, q, szq);
+    }
+    before.e += sp, before.te += stp, after.e += sq, after.te += szq, d += sum_pd, td += sum_tpd;
+  }
+
+  // Where a side has nothing finite yet, its elements are -inf or NaN. As -inf they are told from the other side's
+  // reference by any finite stand-in for theirs.
+  template <int N>
+  __device__ __forceinline__ void add_slowly(const float (&u)[N], const float (&v)[N], float c) {
+    PairSums finite = *this;
+    if (before.max == -INFINITY) finite.before.refer_to(0.0f, c);
+    if (after.max == -INFINITY) finite.after.refer_to(0.0f, c);
+    finite.template add<true>(u, v, reference_change(), c);
+    const Sums old_before = before, old_after = after;
+    *this = finite;
+    before.max = old_before.max, before.limit = old_before.limit, before.mc = old_before.mc;
+    after.max = old_after.max, after.limit = old_after.limit, after.mc = old_after.mc;
+  }
+};
+
+template <class T, bool kAligned, int kTeamWarps>
+__global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stats_kernel(const CovarianceStatsArgs a) {
+  using TheTeam = Team<kTeamWarps, PairSums::kCount>;
+  constexpr int kTile = kVectors * TheTeam::kSize;
+  __shared__ typename TheTeam::Shared shared, shared_new;
+
+  const Unit unit = this_unit<kTeamWarps>(a.segments);
+  if (unit.row >= a.T) return;
+  const TheTeam team{static_cast<int>(threadIdx.x) % TheTeam::kSize};
+  float* out = a.stats + (unit.segment * a.T + unit.row) * kCovarianceFields;
+  if (a.row_mask && !a.row_mask[unit.row]) {
+    if (team.rank < kCovarianceFields) out[team.rank] = 0.0f;
+    return;
+  }
+
+  const int64_t begin = static_cast<int64_t>(unit.segment) * a.segment_length;
+  const int64_t rest_of_row = a.num_columns - begin;
+  const int count = static_cast<int>(rest_of_row < a.segment_length ? rest_of_row : a.segment_length);
+  const T* old_row = static_cast<const T*>(a.logits_old) + unit.row * a.old_row_stride + begin;
+  const T* new_row = static_cast<const T*>(a.logits_new) + unit.row * a.new_row_stride + begin;
+  const Reader<T, kAligned> old_reader(old_row, count, begin, rest_of_row - count);
+  const Reader<T, kAligned> new_reader(new_row, count, begin, rest_of_row - count);
+  const int from = old_reader.begin() > new_reader.begin() ? old_reader.begin() : new_reader.begin();
+  const int to = old_reader.end() < new_reader.end() ? old_reader.end() : new_reader.end();
+
+  PairSums s;
+  s.refer_to(-INFINITY, -INFINITY, a.scale);
+  const int vectors = old_reader.vectors();
+  for (int tile = 0; tile < vectors; tile += kTile) {
+    uint4 u[kVectors], v[kVectors];
+    const int first = tile + team.rank;
+    if (tile >= from && tile + kTile <= to) {
+#pragma unroll
+      for (int k = 0; k < kVectors; k++) {
+        u[k] = old_reader.whole(first + k * TheTeam::kSize);
+        v[k] = new_reader.whole(first + k * TheTeam::kSize);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVectors; k++) {
+        u[k] = old_reader.any(first + k * TheTeam::kSize);
+        v[k] = new_reader.any(first + k * TheTeam::kSize);
+      }
+    }
+    if (tile == 0) {
+      const float old_max = team.max(largest<T>(u), shared, 0), new_max = team.max(largest<T>(v), shared_new, 0);
+      s.refer_to(old_max, new_max, a.scale);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectors; k++) {
+      const uint4 one_old[1] = {u[k]}, one_new[1] = {v[k]};
+      const float old_top = largest<T>(one_old), new_top = largest<T>(one_new);
+      float x[kVector<T>], z[kVector<T>];
+      unpack<T>(u[k], x), unpack<T>(v[k], z);
+      if (old_top < s.before.limit && new_top < s.after.limit) {
+        s.template add<false>(x, z, s.reference_change(), a.scale);
+      } else {
+        if (old_top > s.before.max || new_top > s.after.max) {
+          const float old_max = fmaxf(old_top, s.before.max), new_max = fmaxf(new_top, s.after.max);
+          s.make_exact(a.scale);
+          s.raise(old_max, new_max, a.scale);
+          s.refer_to(old_max, new_max, a.scale);
+          s.make_rounded(a.scale);
+        }
+        s.add_slowly(x, z, a.scale);
+      }
+    }
+  }
+
+  const float old_max = team.max(s.before.max, shared, 1), new_max = team.max(s.after.max, shared_new, 1);
+  s.make_exact(a.scale);
+  s.raise(old_max, new_max, a.scale);
+  float v[PairSums::kCount] = {s.before.at_max, s.before.e, s.before.te, s.after.at_max,
+                               s.after.e,       s.after.te, s.d,         s.td};
+  team.sum(v, shared);
+  if (team.rank != 0) return;
+  const float rest_old = old_max == INFINITY ? NAN : v[1] + (old_max == -INFINITY ? 0.0f : v[0] - 1.0f);
+  const float rest_new = new_max == INFINITY ? NAN : v[4] + (new_max == -INFINITY ? 0.0f : v[3] - 1.0f);
+  const float poison = 0.0f * (rest_old + rest_new);
+  out[0] = old_max, out[1] = rest_old, out[2] = v[2] * kLn2;
+  out[3] = new_max, out[4] = rest_new, out[5] = v[5] * kLn2;
+  out[6] = v[6] * a.inv_temperature + poison, out[7] = v[7] * (kLn2 * a.inv_temperature) + poison;
+}
+
+}  // namespace
+
+cudaError_t covariance_stats(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
+                             int64_t new_row_stride, int64_t T, int64_t num_columns, const uint8_t* row_mask,
+                             float inv_temperature, float* stats, float* workspace, cudaStream_t stream) {
+  const Cut c = cut(num_columns);
+  const CovarianceStatsArgs args{logits_old,
+                                 logits_new,
+                                 old_row_stride,
+                                 new_row_stride,
+                                 T,
+                                 num_columns,
+                                 row_mask,
+                                 inv_temperature,
+                                 inv_temperature * kLog2E,
+                                 c.segments > 1 ? workspace : stats,
+                                 c.segments,
+                                 static_cast<int>(c.length)};
+  const cudaError_t error = with_dtype(dtype, [&](auto t) {
+    using Type = decltype(t);
+    const auto run = [&](auto aligned) {
+      constexpr bool kAligned = decltype(aligned)::value;
+      const auto kernel =
+          c.one_warp ? covariance_stats_kernel<Type, kAligned, 1> : covariance_stats_kernel<Type, kAligned, kWarps>;
+      return launch("covariance_stats", kernel, c.blocks(T), stream, args);
+    };
+    const bool aligned =
+        aligned_rows<Type>(logits_old, old_row_stride, T) && aligned_rows<Type>(logits_new, new_row_stride, T);
+    return aligned ? run(Bool<true>{}) : run(Bool<false>{});
+  });
+  if (error != cudaSuccess || c.segments == 1) return error;
+  return merge_covariance_segments(workspace, c.segments, T, row_mask, inv_temperature, stats, stream);
+}
+
+}  // namespace entcov::cuda

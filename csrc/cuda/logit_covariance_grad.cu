@@ -1,0 +1,134 @@
+// The gradient of covariance, entropy change and KL (../covariance_stats.h) with respect to the new logits: one read of
+// both tensors, one write, two exponentials a column. With p, q the old and new policy, Ex and Ez the means of x and z:
+//
+//   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_kl (q - p) } = 2^t (a + b t) + 2^s (a' + b' s)
+//
+// with t = x log2(e), s = z log2(e) and four coefficients a row. A logit of -inf has 2^t = 0 and a finite t.
+//
+// Memory: 2 sizeof(T) bytes a column in, sizeof(T) out. Rows without a gradient are not read.
+#include "../covariance_stats.h"
+#include "elementwise.cuh"
+
+namespace entcov::cuda {
+namespace {
+
+struct LogitCovarianceGradArgs {
+  const void *logits_old, *logits_new;  // [T, num_columns]
+  int64_t old_row_stride, new_row_stride, T, num_columns, total_columns;
+  const uint8_t* row_mask;  // [T] or null
+  const float *stats, *grad_covariance, *grad_entropy_change, *grad_kl;  // [T, 8]; [T] or null
+  float inv_temperature;
+  void* grad;  // [T, total_columns], rows grad_row_stride apart
+  int64_t grad_row_stride;
+  int segments, segment_length;
+};
+
+struct Side {
+  float max, a, b;
+  __device__ __forceinline__ float term(float x, float scale) const {
+    const float t = at_least((x - max) * scale, kExp2Floor);
+    return exp2_fast(t) * fmaf(t, b, a);
+  }
+};
+
+struct Pair {
+  uint4 before, after;
+};
+
+template <class T, bool kAlike, int kTeamWarps>
+__global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logit_covariance_grad_kernel(const LogitCovarianceGradArgs a) {
+  constexpr int kSize = kTeamWarps * kWarp;
+  const Unit unit = this_unit<kTeamWarps>(a.segments);
+  const int64_t t = unit.row;
+  if (t >= a.T) return;
+  const int rank = static_cast<int>(threadIdx.x) % kSize;
+  const Stretch at = stretch(unit.segment, a.segment_length, a.num_columns, a.total_columns);
+  T* grad = static_cast<T*>(a.grad) + t * a.grad_row_stride + at.begin;
+
+  const float g_cov = a.grad_covariance ? a.grad_covariance[t] : 0.0f;
+  const float g_h = a.grad_entropy_change ? a.grad_entropy_change[t] : 0.0f;
+  const float g_kl = a.grad_kl ? a.grad_kl[t] : 0.0f;
+  if ((a.row_mask && !a.row_mask[t]) || (g_cov == 0.0f && g_h == 0.0f && g_kl == 0.0f)) {
+    Columns<T>(grad, at.live + at.padding).fill(0.0f, rank, kSize);
+    return;
+  }
+
+  const float* s = a.stats + t * kCovarianceFields;
+  const float per_p = a.inv_temperature / (1.0f + s[1]), mean_x = s[2] / (1.0f + s[1]);
+  const float per_q = a.inv_temperature / (1.0f + s[4]), mean_z = s[5] / (1.0f + s[4]);
+  const float scale = a.inv_temperature * kLog2E;
+  const Side before{s[0], per_p * (-g_kl - g_cov * mean_x), per_p * g_cov * kLn2};
+  const Side after{s[3], per_q * (g_kl + g_h * mean_z), -per_q * g_h * kLn2};
+
+  const Columns<T> columns(grad, at.live);
+  if (at.padding > 0) Columns<T>(grad + at.live, at.padding).fill(0.0f, rank, kSize);
+  const float check = before.a + before.b + after.a + after.b;
+  if (check != check) {
+    columns.fill(NAN, rank, kSize);
+    return;
+  }
+
+  const T* old_row = static_cast<const T*>(a.logits_old) + t * a.old_row_stride + at.begin;
+  const T* new_row = static_cast<const T*>(a.logits_new) + t * a.new_row_stride + at.begin;
+  const int head = columns.head, count = at.live - head;
+  const int64_t in_front = at.begin + head, behind = a.num_columns - at.begin - at.live;
+  const Reader<T, kAlike, Use::kOnce> old_reader(old_row + head, count, in_front, behind);
+  const Reader<T, kAlike, Use::kOnce> new_reader(new_row + head, count, in_front, behind);
+  columns.template write<kTeamWarps>(
+      rank,
+      [&](int i) {
+        return kAlike ? Pair{old_reader.whole(i), new_reader.whole(i)} : Pair{old_reader.any(i), new_reader.any(i)};
+      },
+      [&](const Pair& in) {
+        float u[kVector<T>], v[kVector<T>];
+        unpack<T>(in.before, u), unpack<T>(in.after, v);
+#pragma unroll
+        for (int k = 0; k < kVector<T>; k++) u[k] = before.term(u[k], scale) + after.term(v[k], scale);
+        return pack<T>(u);
+      },
+      [&](int j) {
+        return before.term(Element<T>::widen(old_row[j]), scale) + after.term(Element<T>::widen(new_row[j]), scale);
+      });
+}
+
+}  // namespace
+
+cudaError_t logit_covariance_grad(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
+                                  int64_t new_row_stride, int64_t T, int64_t num_columns, int64_t total_columns,
+                                  const uint8_t* row_mask, const float* stats, const float* grad_covariance,
+                                  const float* grad_entropy_change, const float* grad_kl, float inv_temperature,
+                                  void* grad, int64_t grad_row_stride, cudaStream_t stream) {
+  if (total_columns == 0) return cudaSuccess;
+  const Cut c = cut(total_columns);
+  const LogitCovarianceGradArgs args{logits_old,
+                                     logits_new,
+                                     old_row_stride,
+                                     new_row_stride,
+                                     T,
+                                     num_columns,
+                                     total_columns,
+                                     row_mask,
+                                     stats,
+                                     grad_covariance,
+                                     grad_entropy_change,
+                                     grad_kl,
+                                     inv_temperature,
+                                     grad,
+                                     grad_row_stride,
+                                     c.segments,
+                                     static_cast<int>(c.length)};
+  return with_dtype(dtype, [&](auto t) {
+    using Type = decltype(t);
+    const auto run = [&](auto alike) {
+      constexpr bool kAlike = decltype(alike)::value;
+      const auto kernel =
+          c.one_warp ? logit_covariance_grad_kernel<Type, kAlike, 1> : logit_covariance_grad_kernel<Type, kAlike, kWarps>;
+      return launch("logit_covariance_grad", kernel, c.blocks(T), stream, args);
+    };
+    const bool alike = aligned_alike<Type>(logits_old, old_row_stride, grad, grad_row_stride, T) &&
+                       aligned_alike<Type>(logits_new, new_row_stride, grad, grad_row_stride, T);
+    return alike ? run(Bool<true>{}) : run(Bool<false>{});
+  });
+}
+
+}  // namespace entcov::cuda

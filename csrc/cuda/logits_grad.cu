@@ -1,0 +1,168 @@
+// The gradient of logprob, entropy and clamped entropy with respect to the logits: one read, one write, one exponential
+// a logit, in the logits' dtype. With y = (x - max) / T, S = 1 + rest, Ey = sum_xexp / S (so log p + H = y - Ey):
+//
+//   dz = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_k + H_k) },   p = e^y / S,  p_k = e^{y - L_k}
+//      = 2^t { (a + b t) + w (a_k + b_k t) }  + the target's own 1/T g_lp,            t = y log2(e)
+//
+// with four coefficients a row; w is 1 above the clamp's threshold, `frac` on it, 0 below. y - Ey instead of log p + H
+// spares a cancellation: in a peaked row both of those are small differences of L. The subtraction x - max comes before
+// the scaling, so an offset of 1e4 costs nothing; t stops at -127, where 2^t is 0, so a logit of -inf gets 0 and no NaN.
+//
+// Memory: sizeof(T) bytes a logit in and as many out, 44 bytes a row. Rows without a gradient are not read.
+// Parallelisation: a team of threads (launch.h) a segment; no communication.
+//
+// The target's column is done once more: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1.
+#include "../row_stats.h"
+#include "elementwise.cuh"
+
+namespace entcov::cuda {
+namespace {
+
+struct LogitsGradArgs {
+  const void* logits;  // [T, num_columns], rows row_stride apart
+  int64_t row_stride, T, num_columns, total_columns;
+  const int64_t* target;  // [T]
+  int64_t vocab_start, ignore_index;
+  const float* stats;  // [T, fields]
+  int fields;
+  const float *grad_logprob, *grad_entropy, *grad_clamped;  // [T] or null
+  const float* clamp;                                       // [T, 4] or null
+  float inv_temperature;
+  void* grad;  // [T, total_columns], rows grad_row_stride apart
+  int64_t grad_row_stride;
+  int segments, segment_length;
+};
+
+template <bool kClamped>
+struct Coefficients {
+  float max, scale, a, b;                 // of 2^t and t 2^t
+  float threshold, tie_weight, a_k, b_k;  // the same over the kept tokens
+
+  __device__ __forceinline__ float weight(float x) const {
+    return x > threshold ? 1.0f : x == threshold ? tie_weight : 0.0f;
+  }
+
+  __device__ __forceinline__ float column(float x) const {
+    const float t = at_least((x - max) * scale, kExp2Floor);
+    float factor = fmaf(t, b, a);
+    if (kClamped) factor = fmaf(weight(x), fmaf(t, b_k, a_k), factor);
+    return exp2_fast(t) * factor;
+  }
+};
+
+template <class T, bool kClamped, bool kAlike, int kTeamWarps>
+__global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_kernel(const LogitsGradArgs a) {
+  constexpr int kSize = kTeamWarps * kWarp;
+  const Unit unit = this_unit<kTeamWarps>(a.segments);
+  const int64_t t = unit.row;
+  if (t >= a.T) return;
+  const int rank = static_cast<int>(threadIdx.x) % kSize;
+  const Stretch at = stretch(unit.segment, a.segment_length, a.num_columns, a.total_columns);
+  T* grad = static_cast<T*>(a.grad) + t * a.grad_row_stride + at.begin;
+
+  const float g_lp = a.grad_logprob ? a.grad_logprob[t] : 0.0f;
+  const float g_h = a.grad_entropy ? a.grad_entropy[t] : 0.0f;
+  const float g_k = kClamped ? a.grad_clamped[t] : 0.0f;
+  const int64_t target = a.target[t];
+  if (target == a.ignore_index || (g_lp == 0.0f && g_h == 0.0f && g_k == 0.0f)) {
+    Columns<T>(grad, at.live + at.padding).fill(0.0f, rank, kSize);
+    return;
+  }
+
+  const float* s = a.stats + t * a.fields;
+  const float inv_t = a.inv_temperature, max = s[0], rest = s[1], sum_xexp = s[2], target_logit = s[3];
+  const float mean_y = sum_xexp / (1.0f + rest), per_p = inv_t / (1.0f + rest);
+  Coefficients<kClamped> c;
+  c.max = max, c.scale = inv_t * kLog2E;
+  c.a = (g_h * mean_y - g_lp) * per_p, c.b = -g_h * per_p * kLn2;
+  float clamp_scale = 0.0f, clamp_offset = 0.0f;
+  if (kClamped) {
+    const float* k = a.clamp + t * 4;
+    c.threshold = k[0], c.tie_weight = k[1];
+    clamp_scale = -g_k * inv_t * expf(-k[2]), clamp_offset = k[3] - k[2];
+    c.a_k = clamp_scale * clamp_offset, c.b_k = clamp_scale * kLn2;
+  }
+
+  const Columns<T> columns(grad, at.live);
+  if (at.padding > 0) Columns<T>(grad + at.live, at.padding).fill(0.0f, rank, kSize);
+  float check = c.a + c.b + max + target_logit;  // -inf where the target's logit is; a NaN stays one
+  if (kClamped) check += c.a_k + c.b_k;
+  if (check != check) {
+    columns.fill(NAN, rank, kSize);
+    return;
+  }
+
+  const T* x = static_cast<const T*>(a.logits) + t * a.row_stride + at.begin;
+  const int64_t local = target - a.vocab_start - at.begin;
+  const bool mine = local >= 0 && local < at.live && columns.owner(static_cast<int>(local), kSize) == rank;
+  float at_target = 0.0f;
+  if (mine) {  // read before this thread writes over it
+    const float xt = Element<T>::widen(x[local]);
+    const float y = (xt - max) * inv_t, log_p = y - log1pf(rest), p = expf(log_p);
+    at_target = -g_lp * expm1f(log_p) * inv_t;
+    if (p > 0.0f) {
+      at_target -= g_h * p * (y - mean_y) * inv_t;
+      if (kClamped) at_target += c.weight(xt) * clamp_scale * expf(y) * (y + clamp_offset);
+    }
+  }
+
+  const Reader<T, kAlike, Use::kOnce> reader(x + columns.head, at.live - columns.head, at.begin + columns.head,
+                                             a.num_columns - at.begin - at.live);
+  columns.template write<kTeamWarps>(
+      rank, [&](int i) { return kAlike ? reader.whole(i) : reader.any(i); },
+      [&](const uint4& u) {
+        float v[kVector<T>];
+        unpack<T>(u, v);
+#pragma unroll
+        for (int k = 0; k < kVector<T>; k++) v[k] = c.column(v[k]);
+        return pack<T>(v);
+      },
+      [&](int j) { return c.column(Element<T>::widen(x[j])); });
+  if (mine) grad[local] = Element<T>::narrow(at_target);
+}
+
+}  // namespace
+
+cudaError_t logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                        int64_t total_columns, const int64_t* target, int64_t vocab_start, int64_t ignore_index,
+                        const float* stats, int fields, const float* grad_logprob, const float* grad_entropy,
+                        const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
+                        int64_t grad_row_stride, cudaStream_t stream) {
+  if (total_columns == 0) return cudaSuccess;
+  const Cut c = cut(total_columns);
+  const LogitsGradArgs args{logits,
+                            row_stride,
+                            T,
+                            num_columns,
+                            total_columns,
+                            target,
+                            vocab_start,
+                            ignore_index,
+                            stats,
+                            fields,
+                            grad_logprob,
+                            grad_entropy,
+                            grad_clamped,
+                            clamp,
+                            inv_temperature,
+                            grad,
+                            grad_row_stride,
+                            c.segments,
+                            static_cast<int>(c.length)};
+  return with_dtype(dtype, [&](auto t) {
+    using Type = decltype(t);
+    const auto run = [&](auto clamped, auto alike) {
+      constexpr bool kClamped = decltype(clamped)::value, kAlike = decltype(alike)::value;
+      const auto kernel = c.one_warp ? logits_grad_kernel<Type, kClamped, kAlike, 1>
+                                     : logits_grad_kernel<Type, kClamped, kAlike, kWarps>;
+      return launch("logits_grad", kernel, c.blocks(T), stream, args);
+    };
+    const auto run_alike = [&](auto clamped) {
+      return aligned_alike<Type>(logits, row_stride, grad, grad_row_stride, T) ? run(clamped, Bool<true>{})
+                                                                               : run(clamped, Bool<false>{});
+    };
+    return grad_clamped ? run_alike(Bool<true>{}) : run_alike(Bool<false>{});
+  });
+}
+
+}  // namespace entcov::cuda

@@ -1,0 +1,229 @@
+// logits -> RowStats of every row (../row_stats.h): one read of memory, one exponential a logit.
+//
+// Memory: sizeof(T) bytes a logit in, 16 bytes a row out (28 with moments); as much per segment where rows are cut.
+//
+// Parallelisation. A team of threads (a warp, or a block of 256: launch.h) does a segment in tiles; in a tile every
+// thread loads kVectors 16-byte vectors before it looks at any of them. Four blocks a multiprocessor, half of the threads
+// that it can hold, then ask for 64 KB at once; 3 TB/s need about 16.
+//
+// Numerics. Sums relative to a reference, as told in sums.cuh. The team starts from the largest element of its first
+// tile. A group of vectors below that (nearly all are) is added by one FFMA, one EX2, one FADD and one FFMA an element;
+// only a group that reaches the reference or exceeds it takes the slow path, which moves the reference and compares
+// elements. On random rows that is about one group of one thread in a tile.
+//
+// Sums of many equal terms round the same way every time, so fp32 additions are kept few: 4 or 8 in a vector, then at
+// most 160 vectors in a thread, then pairs.
+#include "../row_stats.h"
+#include "sums.cuh"
+#include "team.cuh"
+
+namespace entcov::cuda {
+namespace {
+
+constexpr int kVectors = 4;  // in flight a thread
+constexpr int kGroup = 2;    // vectors that are added after one comparison with the reference
+
+struct RowStatsArgs {
+  const void* logits;     // [T, num_columns], rows row_stride apart
+  int64_t row_stride, T, num_columns;
+  const int64_t* target;  // [T]
+  int64_t vocab_start, vocab_size, ignore_index;
+  float scale;            // log2(e) / temperature
+  float* stats;           // [segments, T, fields]
+  int segments, segment_length;
+};
+
+template <bool kMoments>
+struct RowSums : Sums {
+  static constexpr int kCount = kMoments ? 6 : 3;
+  float e2 = 0.0f, te2 = 0.0f, t2e = 0.0f;  // of 2^{2t}, t 2^{2t}, t^2 2^t; unused without moments
+
+  __device__ __forceinline__ void move(float d) {
+    if (kMoments) {
+      const float k = exp2_fast(d), k2 = k * k;
+      t2e = (t2e + 2.0f * d * te + d * d * e) * k;
+      te2 = (te2 + d * e2) * k2;
+      e2 *= k2;
+    }
+    Sums::move(d);
+  }
+
+  // From sums relative to the rounded max c to exact ones.
+  __device__ __forceinline__ void make_exact(float c) {
+    const float d = deficit(c);
+    if (d != 0.0f) move(d);
+  }
+
+  // From exact sums to exact ones relative to a larger max.
+  __device__ __forceinline__ void raise(float new_max, float c) {
+    if (kMoments) e2 += at_max;
+    release_max();
+    const float d = distance(new_max, c);
+    move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; keeps a NaN
+  }
+
+  template <bool kSlow, int N>
+  __device__ __forceinline__ void add(const float (&x)[N], float c) {
+    float se = 0.0f, ste = 0.0f, se2 = 0.0f, ste2 = 0.0f, st2e = 0.0f;
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      const float t = kSlow ? slow_t(x[k], c) : fast_t(x[k], c);
+      float w = exp2_fast(t);
+      if (kSlow) {
+        const bool is_max = x[k] == max;
+        at_max += is_max ? 1.0f : 0.0f;
+        w = is_max ? 0.0f : w;
+      }
+      se += w, ste = fmaf(t, w, ste);
+      if (kMoments) {
+        const float w2 = w * w;
+        se2 += w2, ste2 = fmaf(t, w2, ste2), st2e = fmaf(t * t, w, st2e);
+      }
+    }
+    e += se, te += ste;
+    if (kMoments) e2 += se2, te2 += ste2, t2e += st2e;
+  }
+
+  // A group that reaches its thread's reference or exceeds it; or without anything finite.
+  template <class T>
+  __device__ __forceinline__ void add_slowly(const uint4 (&u)[kGroup], float largest, float c) {
+    if (largest > max) {
+      make_exact(c);
+      raise(largest, c);
+      refer_to(largest, c);
+      const float d = deficit(c);
+      if (d != 0.0f) move(-d);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; g++) {
+      float x[kVector<T>];
+      unpack<T>(u[g], x);
+      if (max == -INFINITY) {  // -inf and NaN, nothing else
+#pragma unroll
+        for (int k = 0; k < kVector<T>; k++) e += x[k] == x[k] ? 0.0f : x[k];
+      } else {
+        add<true>(x, c);
+      }
+    }
+  }
+};
+
+template <class T, bool kMoments, bool kAligned, int kTeamWarps>
+__global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kernel(const RowStatsArgs a) {
+  using Sum = RowSums<kMoments>;
+  using TheTeam = Team<kTeamWarps, Sum::kCount>;
+  constexpr int kFields = kMoments ? kRowStatsMomentsFields : kRowStatsFields;
+  constexpr int kTile = kVectors * TheTeam::kSize;
+  __shared__ typename TheTeam::Shared shared;
+
+  const Unit unit = this_unit<kTeamWarps>(a.segments);
+  if (unit.row >= a.T) return;
+  const TheTeam team{static_cast<int>(threadIdx.x) % TheTeam::kSize};
+  float* out = a.stats + (unit.segment * a.T + unit.row) * kFields;
+  const int64_t target = a.target[unit.row];
+  if (target == a.ignore_index) {
+    if (team.rank < kFields) out[team.rank] = 0.0f;
+    return;
+  }
+
+  const int64_t begin = static_cast<int64_t>(unit.segment) * a.segment_length;
+  const int64_t rest_of_row = a.num_columns - begin;
+  const int count = static_cast<int>(rest_of_row < a.segment_length ? rest_of_row : a.segment_length);
+  const T* row = static_cast<const T*>(a.logits) + unit.row * a.row_stride + begin;
+  const Reader<T, kAligned> reader(row, count, begin, rest_of_row - count);
+
+  // The target's own logit, asked for early.
+  float target_logit = -INFINITY;
+  if (team.rank == 0) {
+    const int64_t local = target - a.vocab_start - begin;
+    if (local >= 0 && local < count) target_logit = Element<T>::widen(row[local]);
+    if (target < 0 || target >= a.vocab_size) target_logit = NAN;
+  }
+
+  Sum s;
+  s.refer_to(-INFINITY, a.scale);
+  const int vectors = reader.vectors();
+  for (int tile = 0; tile < vectors; tile += kTile) {
+    uint4 u[kVectors];
+    const int first = tile + team.rank;
+    if (tile >= reader.begin() && tile + kTile <= reader.end()) {
+#pragma unroll
+      for (int k = 0; k < kVectors; k++) u[k] = reader.whole(first + k * TheTeam::kSize);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVectors; k++) u[k] = reader.any(first + k * TheTeam::kSize);
+    }
+    if (tile == 0) s.refer_to(team.max(largest<T>(u), shared, 0), a.scale);
+#pragma unroll
+    for (int k = 0; k < kVectors; k += kGroup) {
+      const uint4(&group)[kGroup] = *reinterpret_cast<const uint4(*)[kGroup]>(&u[k]);
+      const float top = largest<T>(group);
+      if (top < s.limit) {
+#pragma unroll
+        for (int g = 0; g < kGroup; g++) {
+          float x[kVector<T>];
+          unpack<T>(group[g], x);
+          s.template add<false>(x, a.scale);
+        }
+      } else {
+        s.template add_slowly<T>(group, top, a.scale);
+      }
+    }
+  }
+
+  // All threads move to the team's max; then it is plain addition.
+  const float max = team.max(s.max, shared, 1);
+  s.make_exact(a.scale);
+  if (s.max < max) s.raise(max, a.scale);
+  float v[Sum::kCount] = {s.at_max, s.e, s.te};
+  if constexpr (kMoments) v[3] = s.e2, v[4] = s.te2, v[5] = s.t2e;
+  team.sum(v, shared);
+  if (team.rank != 0) return;
+  const float others = max == -INFINITY ? 0.0f : v[0] - 1.0f;  // that equal max, without the one left out
+  out[0] = max;
+  out[1] = max == INFINITY ? NAN : v[1] + others;
+  out[2] = max == INFINITY ? NAN : v[2] * kLn2;
+  out[3] = target_logit;
+  if constexpr (kMoments) {
+    out[4] = v[3] + others;
+    out[5] = v[4] * kLn2;
+    out[6] = v[5] * (kLn2 * kLn2);
+  }
+}
+
+}  // namespace
+
+cudaError_t row_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                      const int64_t* target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
+                      float inv_temperature, float* stats, int fields, float* workspace, cudaStream_t stream) {
+  const Cut c = cut(num_columns);
+  const RowStatsArgs args{logits,
+                          row_stride,
+                          T,
+                          num_columns,
+                          target,
+                          vocab_start,
+                          vocab_size,
+                          ignore_index,
+                          inv_temperature * kLog2E,
+                          c.segments > 1 ? workspace : stats,
+                          c.segments,
+                          static_cast<int>(c.length)};
+  const cudaError_t error = with_dtype(dtype, [&](auto t) {
+    using Type = decltype(t);
+    const auto run = [&](auto moments, auto aligned) {
+      constexpr bool kMoments = decltype(moments)::value, kAligned = decltype(aligned)::value;
+      const auto kernel = c.one_warp ? row_stats_kernel<Type, kMoments, kAligned, 1>
+                                     : row_stats_kernel<Type, kMoments, kAligned, kWarps>;
+      return launch("row_stats", kernel, c.blocks(T), stream, args);
+    };
+    const auto run_aligned = [&](auto moments) {
+      return aligned_rows<Type>(logits, row_stride, T) ? run(moments, Bool<true>{}) : run(moments, Bool<false>{});
+    };
+    return fields == kRowStatsMomentsFields ? run_aligned(Bool<true>{}) : run_aligned(Bool<false>{});
+  });
+  if (error != cudaSuccess || c.segments == 1) return error;
+  return merge_segments(workspace, c.segments, T, fields, target, ignore_index, inv_temperature, stats, stream);
+}
+
+}  // namespace entcov::cuda

@@ -1,0 +1,61 @@
+// What a thread knows of its elements of one row of logits: sums relative to a reference.
+//
+// Numerics. The reference is a raw logit `max`; e = 2^t, t = (x - max) c with c = log2(e) / temperature, is summed over
+// the elements below max, and those equal to max are counted instead: one of them is left out when all is known, so the
+// sums become those of row_stats.h and a peaked row keeps its digits.
+//
+// t is one FFMA, x c - mc, with mc = max c rounded. That is off by the rounding of mc, the same for every element, known
+// exactly (another FFMA), and put right when the sums are used. So an offset of 1e4 costs no digit. Where max c
+// overflows, `limit` sends every element to the slow path, which then subtracts before it multiplies.
+#pragma once
+
+#include "vec.cuh"
+
+namespace entcov::cuda {
+
+struct Sums {
+  float max;            // the reference, raw; -inf: nothing finite yet
+  float limit;          // elements below it take the fast path: max, or -inf where max c overflows
+  float mc;             // max c rounded; 0 where it overflows
+  float at_max = 0.0f;  // how many elements equal max
+  float e = 0.0f, te = 0.0f;
+
+  __device__ __forceinline__ void refer_to(float new_max, float c) {
+    const float product = new_max * c;
+    const bool fits = fabsf(product) < 1e37f;  // false for an infinite max too
+    max = new_max;
+    limit = fits ? new_max : -INFINITY;
+    mc = fits ? product : 0.0f;
+  }
+
+  // What t lacks: mc - max c.
+  __device__ __forceinline__ float deficit(float c) const { return mc == 0.0f ? 0.0f : fmaf(-max, c, mc); }
+
+  // The exact distance of max from a larger one, <= 0; kExp2Floor or less: out of sight.
+  __device__ __forceinline__ float distance(float new_max, float c) const {
+    return max == -INFINITY ? -INFINITY : (max - new_max) * c;
+  }
+
+  // t and 2^t of one element, x < max. -inf becomes the floor, where 2^t = 0; a NaN stays.
+  __device__ __forceinline__ float fast_t(float x, float c) const { return at_least(fmaf(x, c, -mc), kExp2Floor); }
+
+  // The same for any element and any finite max.
+  __device__ __forceinline__ float slow_t(float x, float c) const {
+    return at_least(fmaf(x - (limit == max ? 0.0f : max), c, -mc), kExp2Floor);
+  }
+
+  // Every t gains d.
+  __device__ __forceinline__ void move(float d) {
+    const float k = exp2_fast(d);
+    te = (te + d * e) * k;
+    e *= k;
+  }
+
+  // The elements that equalled max become ordinary ones.
+  __device__ __forceinline__ void release_max() {
+    e += at_max;  // their t is 0
+    at_max = 0.0f;
+  }
+};
+
+}  // namespace entcov::cuda

@@ -1,0 +1,251 @@
+// 16-byte vectors of logits: how they are read at any alignment, unpacked and packed; and the two instructions that the
+// kernels name themselves.
+//
+// A row may start at any address its dtype allows. Its vectors are counted from the row's own start all the same, so
+// that element j is always in the same place of the same sum. Where they are not aligned, a vector is cut out of the two
+// aligned words that it lies in (the second is the next lane's first, so it comes from the L1 cache): two 16-byte loads
+// and about 15 integer instructions instead of 8 narrow loads. Words that reach over the ends of the row are never read;
+// the vectors there are read element by element.
+//
+// Inline PTX has a portable twin beside it, which is what runs on a CPU in the tests.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "entcov_cuda.h"
+
+namespace entcov::cuda {
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kExp2Floor = -127.0f;  // 2^t is 0 from here on down: fp32 without denormals
+
+// 2^t for t <= 0, one MUFU instruction; relative error 2^-22, 0 below 2^-126.
+__device__ __forceinline__ float exp2_fast(float t) {
+#ifdef __CUDA_ARCH__
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
+  return e;
+#else
+  return t < -126.0f ? 0.0f : exp2f(t);
+#endif
+}
+
+// The larger of the two; NaN if t is NaN. (fmaxf would drop the NaN.)
+__device__ __forceinline__ float at_least(float t, float floor) {
+#ifdef __CUDA_ARCH__
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(t), "f"(floor));
+  return r;
+#else
+  return t < floor ? floor : t;
+#endif
+}
+
+template <class To, class From>
+__device__ __forceinline__ To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(static_cast<void*>(&to), &from, sizeof to);
+  return to;
+}
+
+// ---- elements -------------------------------------------------------------------------------------------------------
+
+// Two 16-bit elements in a word, or one 32-bit element: how they become fp32, and the larger of each (NaN is dropped).
+template <class T>
+struct Element;
+
+template <>
+struct Element<float> {
+  static constexpr int kPerWord = 1;
+  static constexpr uint32_t kMinusInfinity = 0xff800000u;
+  static __device__ __forceinline__ void unpack(uint32_t w, float* x) { x[0] = bits<float>(w); }
+  static __device__ __forceinline__ uint32_t pack(const float* x) { return bits<uint32_t>(x[0]); }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    return bits<uint32_t>(fmaxf(bits<float>(a), bits<float>(b)));
+  }
+  static __device__ __forceinline__ float widen(float x) { return x; }
+  static __device__ __forceinline__ float narrow(float x) { return x; }
+};
+
+template <>
+struct Element<__nv_bfloat16> {
+  static constexpr int kPerWord = 2;
+  static constexpr uint32_t kMinusInfinity = 0xff80ff80u;
+  static __device__ __forceinline__ void unpack(uint32_t w, float* x) {
+    x[0] = bits<float>(w << 16), x[1] = bits<float>(w & 0xffff0000u);
+  }
+  static __device__ __forceinline__ uint32_t pack(const float* x) {
+    return bits<uint32_t>(__floats2bfloat162_rn(x[0], x[1]));
+  }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    return bits<uint32_t>(__hmax2(bits<__nv_bfloat162>(a), bits<__nv_bfloat162>(b)));
+#else
+    float x[2], y[2];
+    unpack(a, x), unpack(b, y);
+    x[0] = fmaxf(x[0], y[0]), x[1] = fmaxf(x[1], y[1]);
+    return pack(x);
+#endif
+  }
+  static __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
+};
+
+template <>
+struct Element<__half> {
+  static constexpr int kPerWord = 2;
+  static constexpr uint32_t kMinusInfinity = 0xfc00fc00u;
+  static __device__ __forceinline__ void unpack(uint32_t w, float* x) {
+    const float2 f = __half22float2(bits<__half2>(w));
+    x[0] = f.x, x[1] = f.y;
+  }
+  static __device__ __forceinline__ uint32_t pack(const float* x) {
+    return bits<uint32_t>(__floats2half2_rn(x[0], x[1]));
+  }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    return bits<uint32_t>(__hmax2(bits<__half2>(a), bits<__half2>(b)));
+#else
+    float x[2], y[2];
+    unpack(a, x), unpack(b, y);
+    x[0] = fmaxf(x[0], y[0]), x[1] = fmaxf(x[1], y[1]);
+    return pack(x);
+#endif
+  }
+  static __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+  static __device__ __forceinline__ __half narrow(float x) { return __float2half_rn(x); }
+};
+
+// ---- vectors --------------------------------------------------------------------------------------------------------
+
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements
+
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& u, float (&x)[kVector<T>]) {
+  constexpr int n = Element<T>::kPerWord;
+  Element<T>::unpack(u.x, x), Element<T>::unpack(u.y, x + n);
+  Element<T>::unpack(u.z, x + 2 * n), Element<T>::unpack(u.w, x + 3 * n);
+}
+
+template <class T>
+__device__ __forceinline__ uint4 pack(const float (&x)[kVector<T>]) {
+  constexpr int n = Element<T>::kPerWord;
+  return {Element<T>::pack(x), Element<T>::pack(x + n), Element<T>::pack(x + 2 * n), Element<T>::pack(x + 3 * n)};
+}
+
+// The largest element of some vectors; NaN does not count.
+template <class T, int N>
+__device__ __forceinline__ float largest(const uint4 (&u)[N]) {
+  uint32_t m = Element<T>::kMinusInfinity;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const uint32_t lo = Element<T>::larger(u[i].x, u[i].y), hi = Element<T>::larger(u[i].z, u[i].w);
+    m = i == 0 ? Element<T>::larger(lo, hi) : Element<T>::larger(m, Element<T>::larger(lo, hi));
+  }
+  float x[Element<T>::kPerWord];
+  Element<T>::unpack(m, x);
+  return fmaxf(x[0], x[Element<T>::kPerWord - 1]);
+}
+
+// The 16 bytes that start `shift` bytes into the words a, b.
+template <class T>
+__device__ __forceinline__ uint4 shifted(const uint4& a, const uint4& b, int shift) {
+  uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 6; i++) w[i] = shift & 8 ? w[i + 2] : w[i];
+#pragma unroll
+  for (int i = 0; i < 5; i++) w[i] = shift & 4 ? w[i + 1] : w[i];
+  if (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = shift & 2 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
+  }
+  return {w[0], w[1], w[2], w[3]};
+}
+
+// How often a logit is read: kOnce leaves the caches to others, and is the one to use where the row is written too.
+enum class Use { kAgain, kOnce };
+
+// Reads the vectors of a stretch of a row, counted from its element 0. Of the memory around it, `before` elements in
+// front and `after` behind belong to the same row and may be read.
+template <class T, bool kAligned, Use kUse = Use::kAgain>
+class Reader {
+ public:
+  __device__ __forceinline__ Reader(const T* origin, int count, int64_t before, int64_t after)
+      : origin_(origin), count_(count) {
+    const auto address = reinterpret_cast<uintptr_t>(origin);
+    shift_ = kAligned ? 0 : static_cast<int>(address & 15);
+    words_ = reinterpret_cast<const uint4*>(address - shift_);
+    const int whole = count / kVector<T>;
+    if (shift_ == 0) {
+      begin_ = 0, end_ = whole;
+    } else {
+      begin_ = before * static_cast<int64_t>(sizeof(T)) >= shift_ ? 0 : 1;
+      const int64_t words = ((count + after) * static_cast<int64_t>(sizeof(T)) + shift_) / 16;  // whole ones
+      end_ = static_cast<int>(words - 1 < whole ? (words > 0 ? words - 1 : 0) : whole);
+    }
+  }
+
+  __device__ __forceinline__ int vectors() const { return (count_ + kVector<T> - 1) / kVector<T>; }
+  // Vectors in [begin, end) can be read by whole().
+  __device__ __forceinline__ int begin() const { return begin_; }
+  __device__ __forceinline__ int end() const { return end_; }
+
+  __device__ __forceinline__ uint4 whole(int i) const {
+    const uint4 a = word(i);
+    return kAligned || shift_ == 0 ? a : shifted<T>(a, word(i + 1), shift_);
+  }
+
+  // Any vector at all; what is not in the stretch is -inf.
+  __device__ __forceinline__ uint4 any(int i) const {
+    if (i >= begin_ && i < end_) return whole(i);
+    constexpr uint32_t fill = Element<T>::kMinusInfinity;
+    uint4 u = {fill, fill, fill, fill};
+    if (i >= vectors()) return u;
+    // At most three vectors of a row come here, so a loop that needs few registers is better than a fast one.
+#pragma unroll 1
+    for (int word = 0; word < 4; word++) {
+      float x[Element<T>::kPerWord];
+#pragma unroll
+      for (int k = 0; k < Element<T>::kPerWord; k++) {
+        const int j = i * kVector<T> + word * Element<T>::kPerWord + k;
+        x[k] = j < count_ ? Element<T>::widen(origin_[j]) : -INFINITY;
+      }
+      u.x = u.y, u.y = u.z, u.z = u.w, u.w = Element<T>::pack(x);
+    }
+    return u;
+  }
+
+ private:
+  // A shifted word is wanted by two lanes, so it has to stay in the cache.
+  __device__ __forceinline__ uint4 word(int i) const {
+    return kAligned && kUse == Use::kOnce ? __ldcs(words_ + i) : __ldg(words_ + i);
+  }
+
+  const T* origin_;
+  const uint4* words_;
+  int count_, shift_, begin_, end_;
+};
+
+template <class T>
+inline bool aligned_rows(const void* data, int64_t row_stride, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+         (rows <= 1 || row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
+}
+
+// Calls run(T{}) with the storage type of a DType.
+template <class F>
+auto with_dtype(int dtype, F run) {
+  if (dtype == kBFloat16) return run(__nv_bfloat16{});
+  if (dtype == kFloat16) return run(__half{});
+  return run(float{});
+}
+
+}  // namespace entcov::cuda
