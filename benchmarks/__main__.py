@@ -3,17 +3,20 @@
 import argparse
 import sys
 
-from benchmarks import ops_benchmark
+from benchmarks import ops_benchmark, static_evidence
 
-BENCHMARKS = {"ops": ops_benchmark}
+BENCHMARKS = {"ops": ops_benchmark, "static": static_evidence}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = parser.add_subparsers(dest="name", required=True)
+    names = parser.add_subparsers(dest="name")
     for name, module in BENCHMARKS.items():
         module.add_arguments(names.add_parser(name, help=module.__doc__.splitlines()[0]))
     args = parser.parse_args(argv)
+    if args.name is None:
+        parser.print_help()
+        return 2
     return BENCHMARKS[args.name].run(args)
 
 

@@ -1,4 +1,5 @@
-"""Timing by interleaved repetitions, and memory by the allocator's own events and by the kernel's high-water mark."""
+"""Timing by interleaved repetitions, and memory by the allocator's own events and by the kernel's high-water mark; and
+the tables in which benchmarks print what they found."""
 
 import json
 import platform
@@ -80,3 +81,16 @@ def machine() -> dict[str, str]:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
     return {"cpu": model, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Left-aligned columns, two spaces apart."""
+    print("\n".join(table_lines(header, rows)))
+
+
+def table_lines(header: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in (header, *rows)
+    ]

@@ -20,6 +20,7 @@ from benchmarks.measure import (
     machine,
     peak_allocated_bytes,
     peak_resident_bytes,
+    print_table,
     ratio,
 )
 from entcov import ops, reference
@@ -219,19 +220,13 @@ def _print(report: dict) -> None:
             str(row["bytes_per_logit"]) if known else "-",
             f"{row['gb_per_s']:.1f}" if known else "-",
         ])  # fmt: skip
-    _table(header, lines)
+    print_table(header, lines)
     print(f"\nlargest error against float64 in this run ({CHECKED_ROWS} rows)")
-    _table(["", "logprob", "entropy", "gradient"],
+    print_table(["", "logprob", "entropy", "gradient"],
            [[name, *(f"{x:.1e}" for x in errors.values())] for name, errors in report["errors"].items()])  # fmt: skip
     T, V = MANY_TOKENS
     print("\nmemory of forward+backward beyond the gradient, bytes a token (a fresh process each)")
-    _table(
+    print_table(
         ["", f"torch's allocator, {shape['tokens']} x {shape['vocab']}", f"resident (VmHWM), {T} x {V}"],
         [[name, f"{m['allocated']:,.1f}", f"{m['resident']:,.1f}"] for name, m in report["memory"].items()],
     )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for cells in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
