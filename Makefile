@@ -1,7 +1,7 @@
 # One command each for what is done often. `make setup` first; the others use its .venv.
 PYTHON := .venv/bin/python
 
-.PHONY: setup lint format test bench tiny wheel clean
+.PHONY: setup lint format test bench static gpu rivals tiny wheel clean
 
 setup:  ## .venv with entcov and the packages of constraints.txt
 	./scripts/setup.sh
@@ -17,6 +17,9 @@ test: setup  ## the CPU suite
 
 bench: setup  ## speed of the ops against eager and compiled torch, with byte counts
 	$(PYTHON) -m benchmarks ops
+
+static: setup  ## registers, spills, load widths and hot loops of the CUDA kernels, from their machine code; no GPU
+	$(PYTHON) -m benchmarks static
 
 tiny: setup  ## train the tiny recipe: some minutes on two cores
 	./scripts/setup_and_train.sh

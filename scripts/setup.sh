@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv in this clone and installs entcov with its [train,tasks,dev] extras into it. Runs again in a second when
+# Makes .venv in this clone and installs entcov with its [train,tasks,dev,cuda-static] extras into it. Runs again in a second when
 # nothing that the installation depends on has changed. PYTHON=python3.12 picks another interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -51,5 +51,5 @@ if [ "$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && ! comman
         "${install[@]}" --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
 fi
 echo "setup: installing entcov and what it needs"
-"${install[@]}" -e ".[train,tasks,dev]"
+"${install[@]}" -e ".[train,tasks,dev,cuda-static]"
 echo "$state" >"$stamp"
