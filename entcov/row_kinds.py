@@ -35,6 +35,14 @@ def _ties(T, V, rng):
     return 0.5 * torch.randint(-3, 4, (T, V), generator=rng)
 
 
+def _one_finite(T, V, rng):
+    return _set_one(torch.full((T, V), -torch.inf), 3.0, rng)
+
+
+def _ascending(T, V, rng):  # the maximum is new in every chunk
+    return 0.01 * torch.randn(T, V, generator=rng) + torch.linspace(-30, 30, V)
+
+
 def _signed_zeros(T, V, rng):
     return torch.where(torch.rand(T, V, generator=rng) < 0.5, 0.0, -0.0)
 
@@ -51,7 +59,10 @@ KINDS = {
     "offset 1e4": lambda T, V, rng: 1e4 + 8 * _gaussian(T, V, rng),
     "offset -1e4": lambda T, V, rng: -1e4 + 8 * _gaussian(T, V, rng),
     "+-1e4": lambda T, V, rng: torch.where(torch.rand(T, V, generator=rng) < 0.5, 1e4, -1e4),
+    "offset -3e4": lambda T, V, rng: -3e4 + torch.randn(T, V, generator=rng),
     "-inf columns": _minus_infinity,
+    "one finite": _one_finite,
+    "ascending": _ascending,
     "ties": _ties,
     "signed zeros": _signed_zeros,
     "denormals": _denormals,

@@ -83,8 +83,9 @@ def test_equal_logits_change_nothing(isa):
     old = rows("gaussian", 3, 3000)
     values = derived(statistics(old, old + 0.5 - 0.5))
     values_shifted = derived(statistics(old, old.clone()))
-    for name in NAMES:
-        assert (values_shifted[name] == 0).all()
+    assert (values_shifted["covariance"] == 0).all()
+    for name in NAMES:  # the entropies of both sides are summed apart, and may round apart
+        assert (values_shifted[name].abs() < 1e-6).all()
         assert (values[name].abs() < 1e-5).all()
 
 
