@@ -1,14 +1,23 @@
 import pytest
 
 from entcov import _cpu
+from tests import on_device
 
 SUPPORTED_ISAS = [name for name in ("avx512", "avx2", "baseline") if _cpu.set_isa(name)]
 _cpu.set_isa(SUPPORTED_ISAS[0])
+on_device.install()
 
 
-@pytest.fixture(params=SUPPORTED_ISAS)
+def pytest_collection_modifyitems(items):
+    on_device.skip_what_only_the_cpu_does(items)
+
+
+@pytest.fixture(params=SUPPORTED_ISAS if on_device.DEVICE is None else [on_device.DEVICE])
 def isa(request):
-    """Runs the test once on every instruction set that this CPU has."""
+    """Runs the test once on every instruction set that this CPU has, or once on the device of ENTCOV_TEST_DEVICE."""
+    if on_device.DEVICE is not None:
+        yield request.param
+        return
     before = _cpu.isa()
     assert _cpu.set_isa(request.param)
     yield request.param
