@@ -84,6 +84,16 @@ def test_draw_follows_the_distribution_and_never_takes_an_impossible_token():
     assert edge.tolist() == [1, 4]
 
 
+def test_dropout_is_off():
+    """GPT-2's configuration asks for 0.1 everywhere; the scores of two passes would differ."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    config = ModelConfig(config={"model_type": "gpt2", **sizes}, tokenizer="char")
+    model, _ = build_model(config, seed=0, device=torch.device("cpu"))
+    assert model.training and type(model).__name__ == "GPT2LMHeadModel"
+    ids = torch.randint(4, 40, (4, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_a_model_with_random_weights_comes_from_the_seed_alone():
     config = ModelConfig(config=RECIPE["model"]["config"], tokenizer="char")
     torch.manual_seed(123)

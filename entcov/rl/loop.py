@@ -160,7 +160,7 @@ class Loop:
             "position": self.position,
             "actor": self.actor.state_dict(),
             "controls": [control.state_dict() for control in self.controls],
-            "torch_rng": torch.get_rng_state(),  # for models with dropout
+            "torch_rng": torch.get_rng_state(),  # for models and rewards that draw from the global generator
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from entcov.rl.batch import IGNORE_INDEX, Batch
 from entcov.rl.config import ModelConfig
@@ -18,6 +18,7 @@ from entcov.vocab_parallel import TokenStats, token_stats
 def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model in training mode on `device`, and its tokenizer.
 
+    Dropout is off: the policy that is trained must be the one that was sampled and scored.
     A model from `config.config` gets random weights from `seed`, and the tokenizer's vocabulary size and special
     tokens.
     """
@@ -25,7 +26,8 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
     tokenizer = load_tokenizer(config.tokenizer or config.path)
     options = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.path is not None:
-        model = AutoModelForCausalLM.from_pretrained(config.path, **options)
+        settings = _without_dropout(AutoConfig.from_pretrained(config.path))
+        model = AutoModelForCausalLM.from_pretrained(config.path, config=settings, **options)
     else:
         arguments = dict(config.config)
         if "model_type" not in arguments:
@@ -34,7 +36,8 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
         arguments |= {k: getattr(tokenizer, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**arguments), **options)
+            settings = _without_dropout(AutoConfig.for_model(**arguments))
+            model = AutoModelForCausalLM.from_config(settings, **options)
     if len(tokenizer) > model.config.get_text_config().vocab_size:
         raise ValueError(
             f"model: its vocabulary must hold the tokenizer's {len(tokenizer)} tokens, got "
@@ -44,6 +47,13 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.compute_dtype = getattr(torch, config.compute_dtype)
     return model.to(device).train(), tokenizer
+
+
+def _without_dropout(settings: PretrainedConfig) -> PretrainedConfig:
+    for name, value in settings.to_dict().items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+            setattr(settings, name, 0.0)
+    return settings
 
 
 def forward(model: nn.Module, **inputs):
