@@ -1,0 +1,159 @@
+"""Runs every kernel of one emulated build on fixed data and prints what it got, as {case: digest of all outputs}.
+
+    python replay.py <extension> <seed of the schedule> [part of the cases' names]
+
+For a process of its own, with a sanitizer preloaded: it needs numpy only. Every array is a heap block of its exact
+size, so that AddressSanitizer sees the first byte past its end; what lies between the rows is NaN. That the numbers are
+right is tested elsewhere (test_cuda_emulated.py, on the plain build); here they must be the same in every build and
+schedule.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import sys
+
+import numpy as np
+
+IGNORE = -100
+BF16, FP16, FP32 = 1, 2, 0
+malloc = ctypes.CDLL(None).malloc
+malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+free = ctypes.CDLL(None).free
+free.argtypes = [ctypes.c_void_p]
+poison = getattr(ctypes.CDLL(None), "__asan_poison_memory_region", None)  # there under AddressSanitizer
+
+
+class Block:
+    """A copy of an array on the heap, `offset` bytes behind a 16-byte boundary; the heap's own alignment is 16."""
+
+    def __init__(self, values: np.ndarray, offset: int = 0):
+        self.shape, self.dtype, self.nbytes = values.shape, values.dtype, values.nbytes
+        self.base = malloc(values.nbytes + offset)
+        self.pointer = self.base + offset
+        if poison is not None:
+            poison(ctypes.c_void_p(self.base), ctypes.c_size_t(offset // 8 * 8))  # its grain is 8 bytes
+        ctypes.memmove(self.pointer, np.ascontiguousarray(values).ctypes.data, values.nbytes)
+
+    def read(self) -> np.ndarray:
+        raw = ctypes.string_at(self.pointer, self.nbytes)
+        return np.frombuffer(raw, self.dtype).reshape(self.shape)
+
+    def __del__(self):
+        free(self.base)
+
+
+def narrow(x: np.ndarray, dtype: int) -> np.ndarray:
+    if dtype == FP32:
+        return x.astype(np.float32)
+    if dtype == FP16:
+        return x.astype(np.float16)
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def logits(rng, T, V, gap, dtype, offset) -> tuple[Block, int]:
+    """[T, V] with `gap` columns of NaN between the rows, and awkward values within: -inf, ties, a NaN row, a peak."""
+    x = 3 * rng.standard_normal((T, V + gap)) + 5
+    x[:, ::7] = -np.inf
+    if T > 1:
+        x[1] = np.round(x[1])
+        x[1, V // 2] = 60.0
+    if T > 2:
+        x[2, V - 1] = np.nan
+    x[:, V:] = np.nan
+    flat = narrow(x, dtype).reshape(-1)
+    return Block(flat[: len(flat) - gap], offset), V + gap
+
+
+def floats(*shape) -> Block:
+    return Block(np.full(shape, np.nan, np.float32))
+
+
+def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: int) -> str:
+    rng = np.random.default_rng(V + T)
+    size = 4 if dtype == FP32 else 2
+    old, stride = logits(rng, T, V, gap, dtype, offset * size)
+    new, _ = logits(rng, T, V, gap, dtype, offset * size)
+    target = rng.integers(0, max(columns, 1), T)
+    target[3:4] = IGNORE
+    target, mask = Block(target), Block((target != IGNORE).astype(np.uint8))
+    digest = hashlib.sha256()
+
+    def keep(*blocks):
+        for block in blocks:
+            digest.update(block.read().tobytes())
+
+    parts = cuda.segments(columns)
+    for fields in (4, 7):
+        stats, work, merged = floats(T, fields), floats(parts, T, fields), floats(T, fields)
+        cuda.row_stats(
+            dtype, old.pointer, stride, T, columns, target.pointer, 0, columns, IGNORE, 1.25, stats.pointer, fields,
+            work.pointer if parts > 1 else 0, 0,
+        )  # fmt: skip
+        shards = Block(np.stack([stats.read(), stats.read()]))
+        cuda.merge_row_stats(shards.pointer, T * fields, 2, T, fields, target.pointer, IGNORE, 1.25, merged.pointer, 0)
+        keep(stats, merged)
+    gradients = [Block(rng.standard_normal(T).astype(np.float32)) for _ in range(3)]
+    clamp = Block(np.tile(np.float32([4.0, 0.5, 1.0, 0.7]), (T, 1)))
+    storage = old.read().dtype
+    for with_clamp in (False, True):
+        grad = Block(np.zeros((T, V), storage))
+        written, _ = logits(np.random.default_rng(V + T), T, V, gap, dtype, offset * size)
+        for out, out_stride in ((grad, V), (written, stride)):
+            cuda.logits_grad(
+                dtype, (old if out is grad else out).pointer, stride, T, columns, V, target.pointer, 0, IGNORE,
+                stats.pointer, 7, gradients[0].pointer, gradients[1].pointer,
+                gradients[2].pointer if with_clamp else 0, clamp.pointer if with_clamp else 0, 1.25, out.pointer,
+                out_stride, 0,
+            )  # fmt: skip
+        keep(grad, written)
+    pair, work, merged = floats(T, 8), floats(parts, T, 8), floats(T, 8)
+    cuda.covariance_stats(
+        dtype, old.pointer, stride, new.pointer, stride, T, columns, mask.pointer, 1.25, pair.pointer,
+        work.pointer if parts > 1 else 0, 0,
+    )  # fmt: skip
+    shards = Block(np.stack([pair.read(), pair.read()]))
+    cuda.merge_covariance_stats(shards.pointer, T * 8, 2, T, mask.pointer, 1.25, merged.pointer, 0)
+    grad = Block(np.zeros((T, V), storage))
+    cuda.logit_covariance_grad(
+        dtype, old.pointer, stride, new.pointer, stride, T, columns, V, mask.pointer, pair.pointer,
+        *(g.pointer for g in gradients), 1.25, grad.pointer, V, 0,
+    )  # fmt: skip
+    keep(pair, merged, grad)
+    return digest.hexdigest()[:16]
+
+
+# name: T, V, columns that exist, columns between the rows, dtype, elements past a 16-byte boundary
+CASES = {
+    "no rows": (0, 8, 8, 0, BF16, 0),
+    "one column": (5, 1, 1, 0, BF16, 0),
+    "all padding": (5, 40, 0, 0, BF16, 0),
+    "7 fp32": (5, 7, 7, 0, FP32, 0),
+    "8 fp16": (1, 8, 8, 0, FP16, 0),
+    "1000 bf16": (5, 1000, 1000, 0, BF16, 0),
+    "1000 bf16, unaligned": (5, 1000, 1000, 0, BF16, 3),
+    "1000 bf16, padding, odd stride, unaligned": (5, 1000, 991, 3, BF16, 1),
+    "1001 fp32, odd stride": (5, 1001, 1001, 0, FP32, 3),
+    "2049 fp16, a block a row": (5, 2049, 2049, 0, FP16, 5),
+    "5008 bf16, aligned": (5, 5008, 5000, 8, BF16, 0),
+    "5003 bf16, unaligned": (5, 5003, 5003, 2, BF16, 7),
+    "5001 fp32, unaligned": (5, 5001, 4999, 1, FP32, 1),
+    "41003 bf16, segments, unaligned": (2, 41003, 41003, 0, BF16, 3),
+    "82000 fp32, segments": (1, 82000, 81999, 0, FP32, 0),
+}
+
+
+def main(extension: str, seed: str, wanted: str = "") -> None:
+    spec = importlib.util.spec_from_file_location("_cuda", extension)
+    cuda = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cuda)
+    ctypes.CDLL(extension).cuda_emu_set_seed(int(seed))
+    with np.errstate(all="ignore"):
+        results = {name: run_case(cuda, *case) for name, case in CASES.items() if wanted in name}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
