@@ -79,7 +79,9 @@ def _train(args: argparse.Namespace) -> int:
     from entcov.rl.run import train
 
     config = load_config(args.recipe, args.overrides)
-    train(config, resume=args.resume, display=False if args.no_display else "auto")
+    metrics = train(config, resume=args.resume, display=False if args.no_display else "auto")
+    if not metrics:
+        print(f"{config.run_dir} is complete at step {config.steps}; a larger steps= goes on with it")
     if config.steps:
         for path in _plot_runs({Path(config.run_dir).name: config.run_dir}, Path(config.run_dir) / "plots"):
             print(path)

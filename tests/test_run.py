@@ -89,7 +89,7 @@ def test_going_back_to_an_earlier_checkpoint(tmp_path):
 
 def test_another_recipe_may_not_take_over_a_folder(tmp_path):
     run(tmp_path, steps=1)
-    with pytest.raises(ConfigError, match=r'another recipe.*(?s:.*)actor: was .*"lr": 0.001.*is .*"lr": 0.002'):
+    with pytest.raises(ConfigError, match=r"another recipe.*:\n  actor.lr: was 0.001, is 0.002$"):
         run(tmp_path, **{"actor.lr": 2e-3})
     with pytest.raises(ConfigError, match="holds a run already"):
         run(tmp_path, resume="never")

@@ -28,7 +28,7 @@ from entcov.rl.types import Rollout
 from entcov.rl.warm_start import warm_started
 
 # Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
-_FREE_KEYS = ("run_dir", "steps", "checkpoint", "logging", "eval")
+_FREE_KEYS = ("run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir")
 _EVAL_SEED = 1 << 40  # apart from every step's number
 
 
@@ -207,23 +207,22 @@ def _claim(run_dir: Path, config: Config, resume: str) -> None:
         return
     if resume == "never":
         raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
-    before, now = dataclasses.asdict(load_config(path)), dataclasses.asdict(config)
-    different = [
-        f"{key}: was {_shown(before[key])}, is {_shown(now[key])}"
-        for key in now
-        if key not in _FREE_KEYS and before[key] != now[key]
-    ]
+    before, now = (_leaves(dataclasses.asdict(c)) for c in (load_config(path), config))
+    different = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)]
     if different:
-        lines = "\n".join(f"  {line}" for line in different)
+        lines = "\n".join(f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in different)
         raise ConfigError(
             f"run_dir: {run_dir} holds a run of another recipe; choose another folder or restore these keys:\n{lines}"
         )
     save_config(config, path)
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 200 else text[:200] + "…"
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The tree's values under dotted keys."""
+    found = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def _device(name: str) -> torch.device:
