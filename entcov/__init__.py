@@ -1,7 +1,7 @@
 """Exact, fast entropy control for reinforcement learning of large language models.
 
 Statistics of the policy at every token, exact on vocabulary shards (`token_stats`, `logit_covariance`), and the policy
-loss with its entropy controls (`policy_loss`, entcov.controls). The trainer is entcov.rl, used through `python -m entcov`.
+loss with its entropy controls (`policy_loss`, entcov.controls). The trainer is entcov.rl; `python -m entcov` runs it.
 """
 
 from entcov.losses import PolicyLossConfig, Tokens, Totals, policy_loss
