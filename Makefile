@@ -1,5 +1,7 @@
 # One command each for what is done often. `make setup` first; the others use its .venv.
 PYTHON := .venv/bin/python
+# One that has torch with CUDA; `make gpu` installs nothing.
+GPU_PYTHON ?= python3
 
 .PHONY: setup lint format test bench static gpu rivals tiny wheel clean
 
@@ -20,6 +22,12 @@ bench: setup  ## speed of the ops against eager and compiled torch, with byte co
 
 static: setup  ## registers, spills, load widths and hot loops of the CUDA kernels, from their machine code; no GPU
 	$(PYTHON) -m benchmarks static
+
+gpu:  ## on a machine with a GPU, torch and nvcc, offline: build, tests, sanitizer, benchmarks. RIVALS=folder, GPU_PYTHON=...
+	$(GPU_PYTHON) -m benchmarks gpu $(if $(RIVALS),--rivals $(RIVALS))
+
+rivals:  ## download what `make gpu RIVALS=rivals` compares with into rivals/ (17 MB)
+	$(GPU_PYTHON) -m benchmarks rivals rivals
 
 tiny: setup  ## train the tiny recipe: some minutes on two cores
 	./scripts/setup_and_train.sh

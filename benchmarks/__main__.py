@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from benchmarks import ops_benchmark, static_evidence
+from benchmarks import fetch_rivals, gpu, ops_benchmark, static_evidence
 
-BENCHMARKS = {"ops": ops_benchmark, "static": static_evidence}
+BENCHMARKS = {"ops": ops_benchmark, "static": static_evidence, "gpu": gpu, "rivals": fetch_rivals}
 
 
 def main(argv: list[str] | None = None) -> int:

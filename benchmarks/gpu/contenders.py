@@ -1,0 +1,85 @@
+"""Who computes the workloads: entcov, the usual formulas in torch, and these compiled. Rivals are in rivals.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import ops_benchmark
+from benchmarks.gpu.workloads import Function
+from entcov import logit_covariance, token_stats
+
+
+@dataclass(frozen=True)
+class Contender:
+    """functions: workload -> (inputs) -> outputs, a dict of [T] tensors that may lack some of the workload's."""
+
+    name: str
+    source: str
+    functions: dict[str, Function]
+    # Bytes that the algorithm has to move for a logit of this size: (workload, backward, size); None: not counted.
+    traffic: Callable[[str, bool, int], float | None] = lambda workload, backward, size: None
+    note: str = ""
+    # Whether it writes over its inputs: (dtype, backward). It then gets a fresh copy, untimed, for each repetition.
+    overwrites: Callable[[torch.dtype, bool], bool] = lambda dtype, backward: False
+
+
+def _entcov(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    stats = token_stats(logits, target)
+    return {"logprob": stats.logprob, "entropy": stats.entropy}
+
+
+def _entcov_covariance(old: Tensor, new: Tensor) -> dict[str, Tensor]:
+    change = logit_covariance(old, new)
+    return {"covariance": change.covariance, "kl": change.kl}
+
+
+def _usual(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    logprob, entropy = ops_benchmark.usual(logits, target)
+    return {"logprob": logprob, "entropy": entropy}
+
+
+def _usual_covariance(old: Tensor, new: Tensor) -> dict[str, Tensor]:
+    log_old, log_new = (torch.log_softmax(z.float(), dim=-1) for z in (old, new))
+    p, change = log_old.exp(), new.float() - old.float()
+    covariance = (p * log_old * change).sum(-1) - (p * log_old).sum(-1) * (p * change).sum(-1)
+    return {"covariance": covariance, "kl": (p * (log_old - log_new)).sum(-1)}
+
+
+def behind_a_head(function: Function) -> Function:
+    """The same of the logits that an LM head makes: hidden [T, H], weight [V, H]."""
+    return lambda hidden, weight, target: function(hidden @ weight.T, target)
+
+
+def _entcov_traffic(workload: str, backward: bool, size: int) -> float | None:
+    if workload == "token_stats":
+        return 3 * size if backward else size  # read; then read and write
+    if workload == "logit_covariance":
+        return 5 * size if backward else 2 * size  # read both; then read both and write
+    return None
+
+
+def _eager_traffic(workload: str, backward: bool, size: int) -> float | None:
+    if workload != "token_stats":
+        return None
+    cast = size + 4 if size < 4 else 0  # operator by operator, as ops_benchmark.usual lists them
+    return 32 + cast + (76 + cast if backward else 0)
+
+
+def entcov() -> Contender:
+    functions = {"token_stats": _entcov, "logit_covariance": _entcov_covariance, "lm_head": behind_a_head(_entcov)}
+    return Contender("entcov", "this repository", functions, _entcov_traffic)
+
+
+def eager() -> Contender:
+    functions = {"token_stats": _usual, "logit_covariance": _usual_covariance, "lm_head": behind_a_head(_usual)}
+    return Contender("eager torch", f"torch {torch.__version__}", functions, _eager_traffic)
+
+
+def compiled() -> Contender:
+    functions = {name: torch.compile(f, dynamic=False) for name, f in eager().functions.items()}
+    return Contender("torch.compile", f"torch {torch.__version__}", functions)
+
+
+OWN = {"entcov": entcov, "eager torch": eager, "torch.compile": compiled}

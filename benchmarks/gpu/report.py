@@ -1,0 +1,145 @@
+"""What a run found, as a document, as tables, and as the newest entry of benchmarks/RESULTS.md for its device."""
+
+import datetime
+import re
+
+from benchmarks.gpu.stages import Context
+from benchmarks.measure import table_lines
+
+HEADER = ["", "gives", "fwd us", "TB/s", "of read", "x entcov", "fwd+bwd us", "TB/s", "of copy", "x entcov", "peak MiB",
+          "error", "gradient error", "-inf logits"]  # fmt: skip
+VISIBLE = {"logprob": 0.2, "entropy": 0.2, "gradient": 0.05}  # errors beyond any rounding, bf16's included
+BLOCK = "<!-- device: {} -->\n{}\n<!-- end -->"
+
+
+def document(context: Context) -> dict:
+    environment = context.results.get("environment", {})
+    return {"rehearsal": context.rehearsal, "date": today(), "environment": environment, "stages": context.results}
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+
+
+def ceilings(context: Context) -> dict[str, float]:
+    """{"read": TB/s, "copy": TB/s}: the fastest way that was measured of each."""
+    best: dict[str, float] = {}
+    for record in context.results.get("benchmarks", {}).get("ceilings", []):
+        best[record["ceiling"]] = max(best.get(record["ceiling"], 0.0), record["tb_per_s"])
+    return best
+
+
+def measurements(context: Context) -> list[dict]:
+    stages = (context.results.get(name, {}) for name in ("benchmarks", "rivals"))
+    return [record for found in stages for record in found.get("measurements", [])]
+
+
+def text(context: Context) -> list[str]:
+    """The whole report in plain text."""
+    e, lines = context.results.get("environment", {}), []
+    about = [f"{name} {e[name]}" for name in ("driver", "nvcc", "torch", "triton", "python", "commit") if e.get(name)]
+    lines.append(f"{e.get('device', 'unknown device')}; {', '.join(about)}; {today()}")
+    if context.rehearsal:
+        lines.append("REHEARSAL on a CPU with tiny shapes: nothing here is a measurement of a GPU.")
+    rows = [[name, f["status"], f"{f['seconds']:.0f} s", counts(f)] for name, f in context.results.items()]
+    lines += ["", *table_lines(["stage", "", "took", ""], rows)]
+    for name, found in context.results.items():
+        if found.get("reason"):
+            lines.append(f"{name}: {found['reason']}")
+    top = ceilings(context)
+    if top:
+        lines += ["", "; ".join(f"{kind} ceiling {rate:.3g} TB/s" for kind, rate in top.items())
+                  + " (bytes read plus bytes written; the fastest of those measured in this run)"]  # fmt: skip
+    return lines + tables(context, top)
+
+
+def counts(found: dict) -> str:
+    if "passed" in found:
+        return f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"
+    if "tools" in found:
+        return ", ".join(f"{tool} {t['status']} ({t['errors']} errors)" for tool, t in found["tools"].items())
+    if "measurements" in found:
+        names = {r["contender"] for r in found["measurements"]}
+        measured = {r["contender"] for r in found["measurements"] if "median_us" in r}
+        return f"{len(measured)} of {len(names)} contenders measured"
+    return ""
+
+
+def tables(context: Context, top: dict[str, float]) -> list[str]:
+    records = measurements(context)
+    shapes = dict.fromkeys((r["workload"], r["dtype"], r["tokens"], r["columns"]) for r in records if "pass" in r)
+    lines = kernel_table([r for r in records if "kernel" in r], top)
+    for shape in shapes:
+        workload, dtype, tokens, columns = shape
+        mine = [r for r in records if (r.get("workload"), r.get("dtype"), r.get("tokens"), r.get("columns")) == shape]
+        names = dict.fromkeys(r["contender"] for r in mine if "pass" in r)
+        rows = [row(name, [r for r in mine if r["contender"] == name and "pass" in r], top) for name in names]
+        lines += ["", f"{workload}, {tokens} x {columns} {dtype}", *table_lines(HEADER, rows)]
+    failures = dict.fromkeys(f"{r['contender']}{_where(r)}: {r['failure']}" for r in records if "failure" in r)
+    notes = dict.fromkeys(f"{r['contender']} ({r['source']}): {r['note']}" for r in records if r.get("note"))
+    if failures:
+        lines += ["", "Not measured:", *failures]
+    if notes:
+        lines += ["", "Notes:", *notes]
+    return lines
+
+
+def kernel_table(records: list[dict], top: dict[str, float]) -> list[str]:
+    """entcov's kernels alone, and their share of the ceiling: the copy's for those that write, else the read's."""
+    rows = [
+        [r["kernel"], f"{r['tokens']} x {r['columns']} {r['dtype']}", f"{r['median_us']:.0f}",
+         f"{r['min_us']:.0f}-{r['max_us']:.0f}", f"{r['tb_per_s']:.2f}",
+         f"{r['tb_per_s'] / top['copy' if r['writes'] else 'read']:.0%}" if top else "-"]
+        for r in records
+    ]  # fmt: skip
+    header = ["kernels alone", "", "us", "min-max", "TB/s", "of ceiling"]
+    return ["", *table_lines(header, rows)] if rows else []
+
+
+def _where(record: dict) -> str:
+    return f" ({record['workload']}, {record['columns']} {record['dtype']})" if "workload" in record else ""
+
+
+def row(name: str, records: list[dict], top: dict[str, float]) -> list[str]:
+    by_pass = {record["pass"]: record for record in records}
+    cells = [name, " ".join(records[0]["outputs"])]
+    for label, kind in (("forward", "read"), ("forward+backward", "copy")):
+        r = by_pass.get(label)
+        if r is None:
+            cells += ["-"] * 4
+            continue
+        rate = r.get("tb_per_s")
+        share = f"{rate / top[kind]:.0%}" if rate and kind in top else "-"
+        slower = r["slower_than_entcov"]["median"]
+        cells += [f"{r['median_us']:.0f}", f"{rate:.2f}" if rate else "-", share, f"{slower:.2f}"]
+    peaks = [r["peak_bytes"] for r in records if r.get("peak_bytes") is not None]
+    errors = records[0]["errors"]
+    values = [errors[output] for output in records[0]["outputs"]]
+    worst = "nan" if any(isinstance(v, str) for v in values) else f"{max(values):.0e}"
+    gradient = errors["gradient"] if isinstance(errors["gradient"], str) else f"{errors['gradient']:.0e}"
+    return [*cells, f"{max(peaks) / 2**20:,.0f}" if peaks else "-", worst, gradient, infinity(records[0])]
+
+
+def infinity(record: dict) -> str:
+    """What becomes of -inf logits: "ok", or which outputs are NaN or wrong."""
+    found = record.get("errors_minus_infinity")
+    if found is None:
+        return "-"
+    if isinstance(found, str):
+        return found
+    bad = [
+        name for name, value in found.items() if isinstance(value, str) or value > (0.05 if name == "gradient" else 0.2)
+    ]
+    return f"wrong: {', '.join(bad)}" if bad else "ok"
+
+
+def renew(results: str, context: Context) -> str:
+    """RESULTS.md with this run as the only entry of its device; the others stay."""
+    device = context.results.get("environment", {}).get("device", "unknown device")
+    body = "\n".join([f"## {device}", "", "```", *text(context), "```"])
+    block = BLOCK.format(device, body)
+    old = re.compile(re.escape(f"<!-- device: {device} -->") + r".*?<!-- end -->", re.DOTALL)
+    if old.search(results):
+        return old.sub(lambda _: block, results)
+    without_none = re.sub(r"<!-- none -->.*?<!-- end none -->\n*", "", results, flags=re.DOTALL)
+    return without_none.rstrip() + "\n\n" + block + "\n"

@@ -1,0 +1,285 @@
+"""Other people's implementations, taken from their published wheels without installing them.
+
+A wheel is unpacked, and its packages are entered as bare folders, so that a submodule is imported without the __init__
+files above it, which ask for half an ecosystem. What a submodule imports from outside is stood in for by a few lines.
+Nothing of theirs is changed. On one GPU their collectives run in a group of one rank: a launch that moves nothing.
+"""
+
+import contextlib
+import sys
+import tarfile
+import types
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.gpu.contenders import Contender
+
+
+@dataclass(frozen=True)
+class Rival:
+    """requirements: what `python -m benchmarks rivals` downloads for it, its own first. files: what of it is used.
+
+    load(source) -> Contender, in a process of its own with the archives unpacked and on sys.path.
+    """
+
+    requirements: tuple[str, ...]
+    files: str
+    load: Callable[[str], Contender]
+
+
+def find(requirement: str, folder: Path) -> Path | None:
+    """The wheel or sdist of that requirement in the folder."""
+    name = requirement.split("==")[0].replace("-", "_") + "-"
+    return next((p for p in sorted(folder.iterdir()) if p.name.startswith(name)), None)
+
+
+def missing(rival: Rival, folder: Path | None) -> str | None:
+    """Why this rival cannot run with what the folder has; None: it can."""
+    if folder is None:
+        return "no --rivals folder"
+    absent = [requirement for requirement in rival.requirements if find(requirement, folder) is None]
+    return f"not in the folder: {', '.join(absent)}" if absent else None
+
+
+def prepare(name: str, folder: Path, scratch: Path, device: str) -> Contender:
+    """Unpacks the rival's archives and loads it. For a process that does nothing else."""
+    rival = RIVALS[name]
+    if reason := missing(rival, folder):
+        raise FileNotFoundError(reason)
+    for requirement in rival.requirements:
+        archive, place = find(requirement, folder), scratch / requirement.split("==")[0]
+        if archive.suffix == ".whl":
+            zipfile.ZipFile(archive).extractall(place)
+            sys.path.insert(0, str(place))
+        else:
+            with tarfile.open(archive) as tar:
+                tar.extractall(place, filter="data")
+            sys.path.insert(0, str(next(place.iterdir())))  # an sdist's one folder
+    if device == "cpu":  # Triton's interpreter stands in for a GPU, and needs no device to be made current
+        torch.cuda.device = lambda *_: contextlib.nullcontext()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return rival.load(find(rival.requirements[0], folder).name)
+
+
+def bare(*packages: str) -> None:
+    """Enters packages of the unpacked archives whose __init__ files shall not run."""
+    for package in packages:
+        module = types.ModuleType(package)
+        folders = [Path(entry, *package.split(".")) for entry in sys.path]
+        module.__path__ = [str(folder) for folder in folders if folder.is_dir()]
+        enter(package, module)
+
+
+def enter(name: str, module: types.ModuleType) -> None:
+    sys.modules[name] = module
+    parent, _, last = name.rpartition(".")
+    if parent in sys.modules:
+        setattr(sys.modules[parent], last, module)
+
+
+def stand_in(name: str, **members: object) -> None:
+    """A module that is not in the archives, or would ask for too much."""
+    module = types.ModuleType(name)
+    vars(module).update(members)
+    enter(name, module)
+
+
+def only_logprob(cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    return lambda logits, target: {"logprob": -cross_entropy(logits, target)}
+
+
+def trl(source: str) -> Contender:
+    bare("trl", "trl.kernels")
+    kernel = import_module("trl.kernels.logprob_entropy").selective_log_softmax_and_entropy
+
+    def function(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logprob, entropy = kernel(logits, target)
+        return {"logprob": logprob, "entropy": entropy}
+
+    traffic = lambda workload, backward, size: 3 * size if backward else size  # noqa: E731
+    return Contender("TRL", source, {"token_stats": function}, traffic)
+
+
+def liger_vocab_parallel(source: str) -> Contender:
+    bare("liger_kernel", "liger_kernel.ops")
+    op = import_module("liger_kernel.ops.vocab_parallel_cross_entropy").LigerVocabParallelCEFunction
+
+    def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        return op.apply(logits[None], target[None], None, -100, 0.0, "pytorch", "global")[0]
+
+    def traffic(workload: str, backward: bool, size: int) -> float:
+        cast = size + 4 if size < 4 else 0
+        return 2 * size + 4 + (8 + cast if backward else 0)  # maximum, exponentials; in place, and the cast
+
+    return Contender("Liger vocab-parallel CE", source, {"token_stats": only_logprob(cross_entropy)}, traffic)
+
+
+def liger_cross_entropy(source: str) -> Contender:
+    bare("liger_kernel", "liger_kernel.ops")
+    op = import_module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
+
+    def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        return op.apply(logits, target, None, -100, 0.0, 0.0, "none", None, False, False, False)[0]
+
+    note = "computes the gradient in the forward pass, over the logits"
+    functions = {"token_stats": only_logprob(cross_entropy)}
+    return Contender("Liger CE", source, functions, note=note, overwrites=lambda dtype, backward: backward)
+
+
+def flash_attention(source: str) -> Contender:
+    bare("flash_attn", "flash_attn.ops", "flash_attn.ops.triton")
+    loss = import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss
+    functions = {"token_stats": only_logprob(lambda logits, target: loss(logits, target)[0])}
+    return Contender(
+        "flash-attention CE", source, functions, lambda workload, backward, size: 3 * size if backward else size
+    )
+
+
+def transformer_engine(source: str) -> Contender:
+    bare("transformer_engine", "transformer_engine.common", "transformer_engine.common.triton",
+         "transformer_engine.pytorch", "transformer_engine.pytorch.triton")  # fmt: skip
+    stand_in("transformer_engine.pytorch.jit", no_torch_dynamo=lambda *_, **__: lambda function: function)
+    op = import_module("transformer_engine.pytorch.cross_entropy").CrossEntropyFunction
+
+    def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        return op.apply(logits[None], target[None], 0.0, False, None, -100, False)[0]
+
+    return Contender(
+        "Transformer Engine CE", source, {"token_stats": only_logprob(cross_entropy)},
+        lambda workload, backward, size: 4 * size if backward else 2 * size, "copies the logits in the forward pass",
+    )  # fmt: skip
+
+
+def _megatron() -> Callable[[Tensor, Tensor], Tensor]:
+    """Megatron-Core's cross-entropy over a tensor-parallel group of one rank."""
+    bare("megatron", "megatron.core", "megatron.core.tensor_parallel", "megatron.core.fusions")
+    stand_in(
+        "megatron.core.parallel_state",
+        get_tensor_model_parallel_group=lambda *_, **__: dist.group.WORLD,
+        get_tensor_model_parallel_rank=lambda: 0,
+        get_tensor_model_parallel_world_size=lambda: 1,
+    )
+    stand_in(
+        "megatron.core.utils",
+        divide=lambda a, b: a // b,
+        get_tensor_model_parallel_group_if_none=lambda group, **_: group,
+        is_torch_min_version=lambda *_, **__: True,
+    )
+    loss = import_module("megatron.core.tensor_parallel.cross_entropy").vocab_parallel_cross_entropy
+    sys.modules["megatron.core.tensor_parallel"].vocab_parallel_cross_entropy = loss
+    return loss
+
+
+def megatron(source: str) -> Contender:
+    loss = _megatron()
+    functions = {"token_stats": only_logprob(lambda logits, target: loss(logits[:, None], target[:, None])[:, 0])}
+    note = "writes over fp32 logits"
+    return Contender("Megatron-Core CE", source, functions, note=note, overwrites=is_fp32)
+
+
+def megatron_fused(source: str) -> Contender:
+    _megatron()
+    loss = import_module("megatron.core.fusions.fused_cross_entropy").fused_vocab_parallel_cross_entropy
+
+    def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        return loss(logits[:, None], target[:, None], dist.group.WORLD)[:, 0]
+
+    functions = {"token_stats": only_logprob(cross_entropy)}
+    note = "writes over fp32 logits; its gradient is bf16 for every dtype"
+    return Contender("Megatron-Core fused CE", source, functions, note=note, overwrites=is_fp32)
+
+
+def is_fp32(dtype: torch.dtype, backward: bool) -> bool:
+    return dtype == torch.float32
+
+
+def verl(source: str) -> Contender:
+    """What its Megatron actor does: entropy of the logits, log-probability of a copy of them."""
+    _megatron()
+    bare("verl", "verl.utils", "verl.utils.megatron")
+    module = import_module("verl.utils.megatron.tensor_parallel")
+
+    def function(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logits = logits.float()[:, None]  # Megatron's Float16Module hands fp32 logits on
+        copy = logits.clone()
+        entropy = module.vocab_parallel_entropy(logits)[:, 0]
+        logprob = module.vocab_parallel_log_probs_from_logits(copy, target[:, None])[:, 0]
+        return {"logprob": logprob, "entropy": entropy}
+
+    note = (
+        "with Megatron-Core's cross-entropy, on fp32 logits as its Megatron actor has them; restores them in backward"
+    )
+    return Contender("verl", source, {"token_stats": function}, note=note, overwrites=is_fp32)
+
+
+def areal(source: str) -> Contender:
+    bare("areal", "areal.utils", "areal.utils.functional", "areal.infra")
+    stand_in("areal.infra.platforms", is_npu_available=False)
+    op = import_module("areal.utils.functional.vocab_parallel")._VocabParallelLogProbsEntropy
+
+    def function(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logprob, entropy = op.apply(logits.float(), target, dist.group.WORLD)
+        return {"logprob": logprob, "entropy": entropy}
+
+    return Contender("AReaL", source, {"token_stats": function}, note="casts the logits to fp32, as it does itself")
+
+
+def cut_cross_entropy(source: str) -> Contender:
+    loss = import_module("cut_cross_entropy").linear_cross_entropy
+
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"logprob": -loss(hidden, weight, target, reduction="none")}
+
+    note = "never makes the logits; leaves small gradients out, by its default"
+    return Contender("cut-cross-entropy", source, {"lm_head": function}, note=note)
+
+
+def verl_linear(source: str) -> Contender:
+    bare("verl", "verl.utils", "verl.utils.kernel")
+    stand_in(
+        "verl.utils.device",
+        get_device_capability=lambda device_id=0: torch.cuda.get_device_capability(device_id),
+        get_device_name=lambda: "cuda",
+        get_torch_device=lambda: torch.cuda,
+        is_cuda_available=torch.cuda.is_available(),
+    )
+    op = import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logprob, entropy = op(hidden, weight, target, 1.0, "none")
+        return {"logprob": logprob, "entropy": entropy}
+
+    return Contender("verl linear CE", source, {"lm_head": function}, note="never makes the logits")
+
+
+LIGER, MEGATRON, VERL = "liger-kernel==0.8.5", "megatron-core==0.16.1", "verl==0.9.1"
+# In the order in which they run, the most telling first.
+RIVALS = {
+    "TRL": Rival(("trl==1.16.0",), "trl/kernels/logprob_entropy.py", trl),
+    "verl": Rival((VERL, MEGATRON), "verl/utils/megatron/tensor_parallel.py", verl),
+    "Liger vocab-parallel CE": Rival(
+        (LIGER,), "liger_kernel/ops/vocab_parallel_cross_entropy.py", liger_vocab_parallel
+    ),
+    "Megatron-Core CE": Rival((MEGATRON,), "megatron/core/tensor_parallel/cross_entropy.py", megatron),
+    "flash-attention CE": Rival(
+        ("flash-attn==2.8.3.post2",), "flash_attn/ops/triton/cross_entropy.py", flash_attention
+    ),
+    "Transformer Engine CE": Rival(
+        ("transformer-engine==2.20.2",), "transformer_engine/pytorch/cross_entropy.py", transformer_engine
+    ),
+    "cut-cross-entropy": Rival(
+        ("cut-cross-entropy==25.1.1",), "cut_cross_entropy/linear_cross_entropy.py", cut_cross_entropy
+    ),
+    "verl linear CE": Rival((VERL,), "verl/utils/kernel/linear_cross_entropy.py", verl_linear),
+    "AReaL": Rival(("areal==1.0.4",), "areal/utils/functional/vocab_parallel.py", areal),
+    "Liger CE": Rival((LIGER,), "liger_kernel/ops/cross_entropy.py", liger_cross_entropy),
+    "Megatron-Core fused CE": Rival((MEGATRON,), "megatron/core/fusions/fused_cross_entropy.py", megatron_fused),
+}

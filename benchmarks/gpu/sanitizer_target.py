@@ -1,0 +1,69 @@
+"""Runs every op with GPU kernels once for each dtype, path and alignment at small shapes: a program for the sanitizer.
+
+Inputs are made on the CPU and copied, so that next to no kernel but ours runs.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from entcov import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One column, a short row for one warp, one for a block, and one that is cut into segments; odd ends throughout.
+COLUMNS = (1, 7, 1003, 9001, 40005)
+OFFSETS = (0, 1)  # of the first row from a 16-byte boundary, in elements
+
+
+def place(rows: torch.Tensor, offset: int, device: str) -> torch.Tensor:
+    """The rows on the device, 3 elements of other memory between them, the first one `offset` elements in."""
+    T, V = rows.shape
+    memory = torch.full((offset + T * (V + 3),), torch.nan, dtype=rows.dtype)
+    memory.as_strided((T, V), (V + 3, 1), offset).copy_(rows)
+    return memory.to(device).as_strided((T, V), (V + 3, 1), offset)
+
+
+def run_all(device: str) -> int:
+    calls = 0
+    for dtype in DTYPES:
+        for V in COLUMNS:
+            for offset in OFFSETS:
+                calls += run_ops(dtype, V, offset, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return calls
+
+
+def run_ops(dtype: torch.dtype, V: int, offset: int, device: str) -> int:
+    generator = torch.Generator().manual_seed(V)
+    T, size = 5, V + 2  # two columns that this shard has not got, and one of padding
+    rows = 3 * torch.randn(T, V + 1, generator=generator)
+    rows[1, : V // 2] = -torch.inf
+    rows = rows.to(dtype)
+    old, new = place(rows, offset, device), place((rows.float() + 0.1).to(dtype), offset, device)
+    target = torch.tensor([2, V + 1, -100, V // 2 + 2, 2]).to(device)
+    weight, mask = torch.linspace(0.5, 1.5, T).to(device), torch.tensor([True, True, False, True, True]).to(device)
+    shard, ignored = (2, size), -100
+    calls = 0
+    for moments in (False, True):
+        stats = ops.row_stats(old, target, *shard, 0.7, moments, ignored)
+        stats = ops.merge_row_stats(stats[None], target, 0.7, ignored)
+        calls += 2
+    clamp = torch.tensor([[0.5, 0.25, 1.0, 0.5]]).repeat(T, 1).to(device)
+    for clamped in (None, clamp):
+        given = (stats, weight, weight, None if clamped is None else weight, clamped)
+        ops.logits_grad(old, target, *given, *shard, 0.7, ignored)
+        ops.logits_grad_(old.clone(), target, *given, *shard, 0.7, ignored)
+        calls += 2
+    pair = ops.covariance_stats(old, new, *shard, 0.7, mask)
+    pair = ops.merge_covariance_stats(pair[None], mask, 0.7)
+    ops.logit_covariance_grad(old, new, pair, weight, weight, weight, mask, *shard, 0.7)
+    return calls + 3
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    print(f"sanitizer target: all ops ran, {run_all(parser.parse_args().device)} calls")
+    sys.stdout.flush()
