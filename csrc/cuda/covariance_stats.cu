@@ -12,7 +12,7 @@
 namespace entcov::cuda {
 namespace {
 
-constexpr int kVectors = 2;  // of each tensor in flight a thread
+constexpr int kVectors = 2;  // of each tensor in flight a thread, and added after one comparison with the references
 
 struct CovarianceStatsArgs {
   const void *logits_old, *logits_new;  // [T, num_columns]
@@ -26,15 +26,12 @@ struct CovarianceStatsArgs {
 struct PairSums {
   static constexpr int kCount = 8;
   Sums before, after;
+  float change;               // of the references, which d is relative to. A side without a finite element stands at 0
   float d = 0.0f, td = 0.0f;  // sum 2^t d, sum t 2^t d over all elements, with t of the old logits
-
-  // What d is relative to. A side without a finite element stands at 0.
-  __device__ __forceinline__ float reference_change() const {
-    return (after.max == -INFINITY ? 0.0f : after.max) - (before.max == -INFINITY ? 0.0f : before.max);
-  }
 
   __device__ __forceinline__ void refer_to(float old_max, float new_max, float c) {
     before.refer_to(old_max, c), after.refer_to(new_max, c);
+    change = (new_max == -INFINITY ? 0.0f : new_max) - (old_max == -INFINITY ? 0.0f : old_max);
   }
 
   __device__ __forceinline__ void move_before(float dt) {
@@ -58,7 +55,7 @@ struct PairSums {
   __device__ __forceinline__ void raise(float old_max, float new_max, float c) {
     PairSums next;
     next.refer_to(old_max, new_max, c);
-    const float moved = reference_change() - next.reference_change();
+    const float moved = change - next.change;
     if (moved != 0.0f) {  // every d gains it
       td += moved * before.te;
       d += moved * (before.e + before.at_max);
@@ -80,38 +77,49 @@ struct PairSums {
     }
   }
 
-  template <bool kSlow, int N>
-  __device__ __forceinline__ void add(const float (&u)[N], const float (&v)[N], float change, float c) {
-    float sp = 0.0f, stp = 0.0f, sq = 0.0f, szq = 0.0f, sum_pd = 0.0f, sum_tpd = 0.0f;
+  template <class T, bool kSlow>
+  __device__ __forceinline__ void add(const uint4 (&u)[kVectors], const uint4 (&v)[kVectors], float c) {
+    float2 sp, stp, sq, szq, spd, stpd;  // of the even and of the odd columns
 #pragma unroll
-    for (int k = 0; k < N; k++) {
-      const float t = kSlow ? before.slow_t(u[k], c) : before.fast_t(u[k], c);
-      const float z = kSlow ? after.slow_t(v[k], c) : after.fast_t(v[k], c);
-      float p = exp2_fast(t), q = exp2_fast(z);
-      const float pd = p == 0.0f ? 0.0f : p * ((v[k] - u[k]) - change);
-      sum_pd += pd, sum_tpd = fmaf(t, pd, sum_tpd);
-      if (kSlow) {
-        const bool old_max = u[k] == before.max, new_max = v[k] == after.max;
-        before.at_max += old_max ? 1.0f : 0.0f, after.at_max += new_max ? 1.0f : 0.0f;
-        p = old_max ? 0.0f : p, q = new_max ? 0.0f : q;
+    for (int g = 0; g < kVectors; g++) {
+      float2 x[kVector<T> / 2], y[kVector<T> / 2];
+      unpack<T>(u[g], x), unpack<T>(v[g], y);
+#pragma unroll
+      for (int k = 0; k < kVector<T> / 2; k++) {
+        const bool first = g == 0 && k == 0;
+        const float2 t = kSlow ? before.slow_t(x[k], c) : before.fast_t(x[k], c);
+        const float2 z = kSlow ? after.slow_t(y[k], c) : after.fast_t(y[k], c);
+        float2 p = exp2_fast(t), q = exp2_fast(z);
+        float2 pd = mul2(p, add2(sub2(y[k], x[k]), both(-change)));
+        pd.x = p.x == 0.0f ? 0.0f : pd.x, pd.y = p.y == 0.0f ? 0.0f : pd.y;
+        if (kSlow) before.count_max(x[k], p), after.count_max(y[k], q);
+        sp = first ? p : add2(sp, p), stp = first ? mul2(t, p) : fma2(t, p, stp);
+        sq = first ? q : add2(sq, q), szq = first ? mul2(z, q) : fma2(z, q, szq);
+        spd = first ? pd : add2(spd, pd), stpd = first ? mul2(t, pd) : fma2(t, pd, stpd);
       }
-      sp += p, stp = fmaf(t, p, stp), sq += q, szq = fmaf(z, q, szq);
     }
-    before.e += sp, before.te += stp, after.e += sq, after.te += szq, d += sum_pd, td += sum_tpd;
+    before.e += sp.x + sp.y, before.te += stp.x + stp.y, after.e += sq.x + sq.y, after.te += szq.x + szq.y;
+    d += spd.x + spd.y, td += stpd.x + stpd.y;
   }
 
-  // Where a side has nothing finite yet, its elements are -inf or NaN. As -inf they are told from the other side's
-  // reference by any finite stand-in for theirs.
-  template <int N>
-  __device__ __forceinline__ void add_slowly(const float (&u)[N], const float (&v)[N], float c) {
-    PairSums finite = *this;
-    if (before.max == -INFINITY) finite.before.refer_to(0.0f, c);
-    if (after.max == -INFINITY) finite.after.refer_to(0.0f, c);
-    finite.template add<true>(u, v, reference_change(), c);
-    const Sums old_before = before, old_after = after;
-    *this = finite;
-    before.max = old_before.max, before.limit = old_before.limit, before.mc = old_before.mc;
-    after.max = old_after.max, after.limit = old_after.limit, after.mc = old_after.mc;
+  // A group that reaches a reference or exceeds it; or without anything finite on one side.
+  template <class T>
+  __device__ __forceinline__ void add_slowly(const uint4 (&u)[kVectors], const uint4 (&v)[kVectors], float old_top,
+                                             float new_top, float c) {
+    if (old_top > before.max || new_top > after.max) {
+      const float old_max = fmaxf(old_top, before.max), new_max = fmaxf(new_top, after.max);
+      make_exact(c);
+      raise(old_max, new_max, c);
+      refer_to(old_max, new_max, c);
+      make_rounded(c);
+    }
+    // -inf and NaN, nothing else on that side: any finite reference tells them apart.
+    const bool no_old = before.max == -INFINITY, no_new = after.max == -INFINITY;
+    if (no_old) before.limit = before.max = 0.0f;
+    if (no_new) after.limit = after.max = 0.0f;
+    add<T, true>(u, v, c);
+    if (no_old) before.limit = before.max = -INFINITY;
+    if (no_new) after.limit = after.max = -INFINITY;
   }
 };
 
@@ -160,28 +168,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stat
       }
     }
     if (tile == 0) {
-      const float old_max = team.max(largest<T>(u), shared, 0), new_max = team.max(largest<T>(v), shared_new, 0);
-      s.refer_to(old_max, new_max, a.scale);
+      const float old_max = team.max(largest<T>(u), shared, 0);
+      s.refer_to(old_max, team.max(largest<T>(v), shared_new, 0), a.scale);
     }
-#pragma unroll
-    for (int k = 0; k < kVectors; k++) {
-      const uint4 one_old[1] = {u[k]}, one_new[1] = {v[k]};
-      const float old_top = largest<T>(one_old), new_top = largest<T>(one_new);
-      float x[kVector<T>], z[kVector<T>];
-      unpack<T>(u[k], x), unpack<T>(v[k], z);
-      if (old_top < s.before.limit && new_top < s.after.limit) {
-        s.template add<false>(x, z, s.reference_change(), a.scale);
-      } else {
-        if (old_top > s.before.max || new_top > s.after.max) {
-          const float old_max = fmaxf(old_top, s.before.max), new_max = fmaxf(new_top, s.after.max);
-          s.make_exact(a.scale);
-          s.raise(old_max, new_max, a.scale);
-          s.refer_to(old_max, new_max, a.scale);
-          s.make_rounded(a.scale);
-        }
-        s.add_slowly(x, z, a.scale);
-      }
-    }
+    const float old_top = largest<T>(u), new_top = largest<T>(v);
+    if (old_top < s.before.limit && new_top < s.after.limit)
+      s.template add<T, false>(u, v, a.scale);
+    else
+      s.template add_slowly<T>(u, v, old_top, new_top, a.scale);
   }
 
   const float old_max = team.max(s.before.max, shared, 1), new_max = team.max(s.after.max, shared_new, 1);

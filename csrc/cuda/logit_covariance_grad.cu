@@ -25,9 +25,9 @@ struct LogitCovarianceGradArgs {
 
 struct Side {
   float max, a, b;
-  __device__ __forceinline__ float term(float x, float scale) const {
-    const float t = at_least((x - max) * scale, kExp2Floor);
-    return exp2_fast(t) * fmaf(t, b, a);
+  __device__ __forceinline__ float2 terms(float2 x, float scale) const {
+    const float2 t = at_least(mul2(add2(x, both(-max)), both(scale)), kExp2Floor);
+    return mul2(exp2_fast(t), fma2(t, both(b), both(a)));
   }
 };
 
@@ -80,14 +80,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logit_covarianc
         return kAlike ? Pair{old_reader.whole(i), new_reader.whole(i)} : Pair{old_reader.any(i), new_reader.any(i)};
       },
       [&](const Pair& in) {
-        float u[kVector<T>], v[kVector<T>];
+        float2 u[kVector<T> / 2], v[kVector<T> / 2];
         unpack<T>(in.before, u), unpack<T>(in.after, v);
 #pragma unroll
-        for (int k = 0; k < kVector<T>; k++) u[k] = before.term(u[k], scale) + after.term(v[k], scale);
+        for (int k = 0; k < kVector<T> / 2; k++) u[k] = add2(before.terms(u[k], scale), after.terms(v[k], scale));
         return pack<T>(u);
       },
       [&](int j) {
-        return before.term(Element<T>::widen(old_row[j]), scale) + after.term(Element<T>::widen(new_row[j]), scale);
+        return add2(before.terms(both(Element<T>::widen(old_row[j])), scale),
+                    after.terms(both(Element<T>::widen(new_row[j])), scale)).x;
       });
 }
 

@@ -42,11 +42,11 @@ struct Coefficients {
     return x > threshold ? 1.0f : x == threshold ? tie_weight : 0.0f;
   }
 
-  __device__ __forceinline__ float column(float x) const {
-    const float t = at_least((x - max) * scale, kExp2Floor);
-    float factor = fmaf(t, b, a);
-    if (kClamped) factor = fmaf(weight(x), fmaf(t, b_k, a_k), factor);
-    return exp2_fast(t) * factor;
+  __device__ __forceinline__ float2 columns(float2 x) const {
+    const float2 t = at_least(mul2(add2(x, both(-max)), both(scale)), kExp2Floor);
+    float2 factor = fma2(t, both(b), both(a));
+    if (kClamped) factor = fma2({weight(x.x), weight(x.y)}, fma2(t, both(b_k), both(a_k)), factor);
+    return mul2(exp2_fast(t), factor);
   }
 };
 
@@ -111,13 +111,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
   columns.template write<kTeamWarps>(
       rank, [&](int i) { return kAlike ? reader.whole(i) : reader.any(i); },
       [&](const uint4& u) {
-        float v[kVector<T>];
+        float2 v[kVector<T> / 2];
         unpack<T>(u, v);
 #pragma unroll
-        for (int k = 0; k < kVector<T>; k++) v[k] = c.column(v[k]);
+        for (int k = 0; k < kVector<T> / 2; k++) v[k] = c.columns(v[k]);
         return pack<T>(v);
       },
-      [&](int j) { return c.column(Element<T>::widen(x[j])); });
+      [&](int j) { return c.columns(both(Element<T>::widen(x[j]))).x; });
   if (mine) grad[local] = Element<T>::narrow(at_target);
 }
 

@@ -11,8 +11,8 @@
 // only a group that reaches the reference or exceeds it takes the slow path, which moves the reference and compares
 // elements. On random rows that is about one group of one thread in a tile.
 //
-// Sums of many equal terms round the same way every time, so fp32 additions are kept few: 4 or 8 in a vector, then at
-// most 160 vectors in a thread, then pairs.
+// Sums of many equal terms round the same way every time, so fp32 additions are kept few: 4 or 8 in a group of two
+// vectors, then at most 80 groups in a thread, then pairs.
 #include "../row_stats.h"
 #include "sums.cuh"
 #include "team.cuh"
@@ -62,26 +62,30 @@ struct RowSums : Sums {
     move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; keeps a NaN
   }
 
-  template <bool kSlow, int N>
-  __device__ __forceinline__ void add(const float (&x)[N], float c) {
-    float se = 0.0f, ste = 0.0f, se2 = 0.0f, ste2 = 0.0f, st2e = 0.0f;
+  template <class T, bool kSlow>
+  __device__ __forceinline__ void add(const uint4 (&u)[kGroup], float c) {
+    float2 se, ste, se2, ste2, st2e;  // of the even and of the odd elements
 #pragma unroll
-    for (int k = 0; k < N; k++) {
-      const float t = kSlow ? slow_t(x[k], c) : fast_t(x[k], c);
-      float w = exp2_fast(t);
-      if (kSlow) {
-        const bool is_max = x[k] == max;
-        at_max += is_max ? 1.0f : 0.0f;
-        w = is_max ? 0.0f : w;
-      }
-      se += w, ste = fmaf(t, w, ste);
-      if (kMoments) {
-        const float w2 = w * w;
-        se2 += w2, ste2 = fmaf(t, w2, ste2), st2e = fmaf(t * t, w, st2e);
+    for (int g = 0; g < kGroup; g++) {
+      float2 x[kVector<T> / 2];
+      unpack<T>(u[g], x);
+#pragma unroll
+      for (int k = 0; k < kVector<T> / 2; k++) {
+        const bool first = g == 0 && k == 0;
+        const float2 t = kSlow ? slow_t(x[k], c) : fast_t(x[k], c);
+        float2 w = exp2_fast(t);
+        if (kSlow) count_max(x[k], w);
+        se = first ? w : add2(se, w), ste = first ? mul2(t, w) : fma2(t, w, ste);
+        if (kMoments) {  // te has the same bits as without
+          const float2 tw = mul2(t, w);
+          se2 = first ? mul2(w, w) : fma2(w, w, se2);
+          ste2 = first ? mul2(tw, w) : fma2(tw, w, ste2);
+          st2e = first ? mul2(t, tw) : fma2(t, tw, st2e);
+        }
       }
     }
-    e += se, te += ste;
-    if (kMoments) e2 += se2, te2 += ste2, t2e += st2e;
+    e += se.x + se.y, te += ste.x + ste.y;
+    if (kMoments) e2 += se2.x + se2.y, te2 += ste2.x + ste2.y, t2e += st2e.x + st2e.y;
   }
 
   // A group that reaches its thread's reference or exceeds it; or without anything finite.
@@ -94,16 +98,12 @@ struct RowSums : Sums {
       const float d = deficit(c);
       if (d != 0.0f) move(-d);
     }
-#pragma unroll
-    for (int g = 0; g < kGroup; g++) {
-      float x[kVector<T>];
-      unpack<T>(u[g], x);
-      if (max == -INFINITY) {  // -inf and NaN, nothing else
-#pragma unroll
-        for (int k = 0; k < kVector<T>; k++) e += x[k] == x[k] ? 0.0f : x[k];
-      } else {
-        add<true>(x, c);
-      }
+    if (max == -INFINITY) {  // -inf and NaN, nothing else: any finite reference tells them apart
+      limit = max = 0.0f;
+      add<T, true>(u, c);
+      limit = max = -INFINITY;
+    } else {
+      add<T, true>(u, c);
     }
   }
 };
@@ -158,16 +158,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
     for (int k = 0; k < kVectors; k += kGroup) {
       const uint4(&group)[kGroup] = *reinterpret_cast<const uint4(*)[kGroup]>(&u[k]);
       const float top = largest<T>(group);
-      if (top < s.limit) {
-#pragma unroll
-        for (int g = 0; g < kGroup; g++) {
-          float x[kVector<T>];
-          unpack<T>(group[g], x);
-          s.template add<false>(x, a.scale);
-        }
-      } else {
+      if (top < s.limit)
+        s.template add<T, false>(group, a.scale);
+      else
         s.template add_slowly<T>(group, top, a.scale);
-      }
     }
   }
 

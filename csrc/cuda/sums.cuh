@@ -36,12 +36,21 @@ struct Sums {
     return max == -INFINITY ? -INFINITY : (max - new_max) * c;
   }
 
-  // t and 2^t of one element, x < max. -inf becomes the floor, where 2^t = 0; a NaN stays.
-  __device__ __forceinline__ float fast_t(float x, float c) const { return at_least(fmaf(x, c, -mc), kExp2Floor); }
+  // t of two elements below max. -inf becomes the floor, where 2^t = 0; a NaN stays.
+  __device__ __forceinline__ float2 fast_t(float2 x, float c) const {
+    return at_least(fma2(x, both(c), both(-mc)), kExp2Floor);
+  }
 
-  // The same for any element and any finite max.
-  __device__ __forceinline__ float slow_t(float x, float c) const {
-    return at_least(fmaf(x - (limit == max ? 0.0f : max), c, -mc), kExp2Floor);
+  // The same of any two elements and any finite max.
+  __device__ __forceinline__ float2 slow_t(float2 x, float c) const {
+    return fast_t(sub2(x, both(limit == max ? 0.0f : max)), c);
+  }
+
+  // Counts those of two elements that equal max, and takes them out of w.
+  __device__ __forceinline__ void count_max(float2 x, float2& w) {
+    const bool first = x.x == max, second = x.y == max;
+    at_max += (first ? 1.0f : 0.0f) + (second ? 1.0f : 0.0f);
+    w.x = first ? 0.0f : w.x, w.y = second ? 0.0f : w.y;
   }
 
   // Every t gains d.

@@ -47,6 +47,34 @@ __device__ __forceinline__ float at_least(float t, float floor) {
 #endif
 }
 
+// Two fp32 at once: one instruction each from sm_100 on, where issue slots are what runs out first. The rounding is that of
+// two single ones.
+__device__ __forceinline__ float2 both(float x) { return {x, x}; }
+__device__ __forceinline__ float2 fma2(float2 a, float2 b, float2 c) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return __ffma2_rn(a, b, c);
+#else
+  return {fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y)};
+#endif
+}
+__device__ __forceinline__ float2 mul2(float2 a, float2 b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return __fmul2_rn(a, b);
+#else
+  return {a.x * b.x, a.y * b.y};
+#endif
+}
+__device__ __forceinline__ float2 add2(float2 a, float2 b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return __fadd2_rn(a, b);
+#else
+  return {a.x + b.x, a.y + b.y};
+#endif
+}
+__device__ __forceinline__ float2 sub2(float2 a, float2 b) { return fma2(b, both(-1.0f), a); }
+__device__ __forceinline__ float2 at_least(float2 t, float floor) { return {at_least(t.x, floor), at_least(t.y, floor)}; }
+__device__ __forceinline__ float2 exp2_fast(float2 t) { return {exp2_fast(t.x), exp2_fast(t.y)}; }
+
 template <class To, class From>
 __device__ __forceinline__ To bits(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "");
@@ -135,10 +163,27 @@ __device__ __forceinline__ void unpack(const uint4& u, float (&x)[kVector<T>]) {
   Element<T>::unpack(u.z, x + 2 * n), Element<T>::unpack(u.w, x + 3 * n);
 }
 
+// The same in pairs of neighbours.
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& u, float2 (&x)[kVector<T> / 2]) {
+  float flat[kVector<T>];
+  unpack<T>(u, flat);
+#pragma unroll
+  for (int k = 0; k < kVector<T> / 2; k++) x[k] = {flat[2 * k], flat[2 * k + 1]};
+}
+
 template <class T>
 __device__ __forceinline__ uint4 pack(const float (&x)[kVector<T>]) {
   constexpr int n = Element<T>::kPerWord;
   return {Element<T>::pack(x), Element<T>::pack(x + n), Element<T>::pack(x + 2 * n), Element<T>::pack(x + 3 * n)};
+}
+
+template <class T>
+__device__ __forceinline__ uint4 pack(const float2 (&x)[kVector<T> / 2]) {
+  float flat[kVector<T>];
+#pragma unroll
+  for (int k = 0; k < kVector<T> / 2; k++) flat[2 * k] = x[k].x, flat[2 * k + 1] = x[k].y;
+  return pack<T>(flat);
 }
 
 // The largest element of some vectors; NaN does not count.
