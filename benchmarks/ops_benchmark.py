@@ -184,7 +184,7 @@ def _memory(args) -> dict[str, float]:
     """Bytes a token beyond the gradient, forward and backward, of one implementation in this fresh process."""
     call = backward_of({"entcov": ours, "eager": usual}[args.memory_of])
     logits, target = make_input(args)
-    call(logits[:1, :MANY_TOKENS[1]], target[:1] % MANY_TOKENS[1])  # what the first call ever allocates
+    call(logits[:1, : MANY_TOKENS[1]], target[:1] % MANY_TOKENS[1])  # what the first call ever allocates
     many = torch.randn(MANY_TOKENS, dtype=torch.float32).to(logits.dtype)
     zeros = torch.zeros(len(many), dtype=torch.int64)
     resident = peak_resident_bytes(lambda: call(many, zeros)) - many.nbytes

@@ -80,6 +80,23 @@ def test_without_a_gpu_the_real_run_says_so(tmp_path, capsys):
     assert "usage: python -m benchmarks" in capsys.readouterr().out
 
 
+def test_the_run_starts_where_entcov_is_not_built(tmp_path):
+    """It has to: its own build stage builds it. What needs entcov fails then, and nothing else."""
+    without = (
+        "import sys; sys.modules['entcov'] = None; from benchmarks.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    for stage, code in (("environment", 0), ("benchmarks", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", without, "gpu", "--rehearse", "--only", stage, "--out", str(tmp_path)],
+            cwd=ROOT, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+    assert (
+        "import of entcov halted"
+        in json.loads((tmp_path / "results.json").read_text())["stages"]["benchmarks"]["reason"]
+    )
+
+
 # ---- stages ---------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +264,8 @@ def test_results_keep_the_newest_run_of_each_device(tmp_path):
 
 def test_a_row_of_the_table():
     record = {"contender": "x", "outputs": ["logprob", "entropy"], "median_us": 104.0, "tb_per_s": 3.0,
-              "peak_bytes": 2**21, "slower_than_entcov": {"median": 1.25}, "errors": {"logprob": 1e-6, "entropy": 3e-6, "gradient": "nan"},
+              "peak_bytes": 2**21, "slower_than_entcov": {"median": 1.25},
+              "errors": {"logprob": 1e-6, "entropy": 3e-6, "gradient": "nan"},
               "errors_minus_infinity": {"logprob": 1e-6, "entropy": "nan", "gradient": 0.001}}  # fmt: skip
     cells = report.row("x", [{**record, "pass": "forward"}], {"read": 3.2, "copy": 3.0})
     assert cells == ["x", "logprob entropy", "104", "3.00", "94%", "1.25", "-", "-", "-", "-", "2", "3e-06", "nan",

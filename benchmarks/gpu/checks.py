@@ -22,7 +22,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 def environment(context: Context, seconds: float) -> dict:
-    """What machine this is. Fails without a compiler or a driver."""
+    """What machine this is, and which tools it has."""
     found = {
         "device": platform.processor() or platform.machine(),
         "python": platform.python_version(),
@@ -36,10 +36,10 @@ def environment(context: Context, seconds: float) -> dict:
         return {**found, "status": PASSED, "device": "CPU rehearsal"}
     properties = torch.cuda.get_device_properties(0)
     query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
-    smi = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    nvcc = cuda_toolchain.nvcc()
+    smi = ""
+    if shutil.which("nvidia-smi"):
+        asked = ["nvidia-smi", "-i", "0", f"--query-gpu={query}", "--format=csv,noheader"]
+        smi = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return {
         **found,
         "status": PASSED,
@@ -48,11 +48,11 @@ def environment(context: Context, seconds: float) -> dict:
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "l2_mib": round(properties.L2_cache_size / 2**20, 1),
-        "driver": smi.stdout.split(",")[0].strip() or "unknown",
-        "limits": smi.stdout.strip(),
+        "driver": smi.split(",")[0].strip() or "unknown",
+        "limits": smi,
         "cuda_of_torch": torch.version.cuda,
-        "nvcc": cuda_toolchain.version(nvcc),
-        "sanitizer": bool(shutil.which("compute-sanitizer")),
+        "nvcc": next(map(cuda_toolchain.version, cuda_toolchain.candidates("nvcc")), None),
+        "sanitizer": bool(cuda_toolchain.candidates("compute-sanitizer")),
     }
 
 

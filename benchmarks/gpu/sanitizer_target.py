@@ -54,7 +54,7 @@ def run_ops(dtype: torch.dtype, V: int, offset: int, device: str) -> int:
     for clamped in (None, clamp):
         given = (stats, weight, weight, None if clamped is None else weight, clamped)
         ops.logits_grad(old, target, *given, *shard, 0.7, ignored)
-        ops.logits_grad_(old.clone(), target, *given, *shard, 0.7, ignored)
+        ops.logits_grad_(place(rows, offset, device), target, *given, *shard, 0.7, ignored)
         calls += 2
     pair = ops.covariance_stats(old, new, *shard, 0.7, mask)
     pair = ops.merge_covariance_stats(pair[None], mask, 0.7)
