@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--controls",
         default="none,clip_cov,kl_cov,aent",
-        help="comma-separated; default %(default)s; each is held against its zero-strength twin",
+        help="comma-separated; default %(default)s; each is held against its zero-strength twin. kl_cov:ppo_kl_coef=2 "
+        "is kl_cov with a knob set otherwise than in the recipe",
     )
     compare.add_argument("--seeds", default="0,1,2", help="comma-separated; default %(default)s")
     compare.add_argument("--out", default="runs/compare", help="directory; default %(default)s")
@@ -109,17 +110,21 @@ def _compare(args: argparse.Namespace) -> int:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds: must be integers parted by commas, got {args.seeds!r}") from None
-    arms = {name: [f"control=[{name}]"] for name in args.controls.split(",")}
-    configs = {name: load_config(args.recipe, [*args.overrides, *arms[name]]) for name in arms}
+    arms = {}  # label -> overrides
+    for label in args.controls.split(","):
+        name, *knobs = label.split(":")
+        arms[label] = [f"control=[{name}]", *(f"controls.{name}.{knob}" for knob in knobs)]
+    configs = {label: load_config(args.recipe, [*args.overrides, *arms[label]]) for label in arms}
 
     twins = {}
-    for name, config in configs.items():
-        knobs = config.build_controls()[0].twin_knobs
-        if knobs is not None:
-            twins[name] = f"{name}@0"
-            arms[f"{name}@0"] = arms[name] + [f"controls.{name}.{knob}={value}" for knob, value in knobs.items()]
-        elif name != "none" and "none" in arms:
-            twins[name] = "none"
+    for label, config in configs.items():
+        (control,) = config.build_controls()
+        if control.twin_knobs is not None:
+            twins[label] = f"{control.name}@0"
+            zero = [f"controls.{control.name}.{knob}={value}" for knob, value in control.twin_knobs.items()]
+            arms[twins[label]] = [f"control=[{control.name}]", *zero]
+        elif label != "none" and "none" in arms:
+            twins[label] = "none"
 
     def arguments(arm: str, seed: int, run_dir: Path) -> list[str]:
         """The command line of one run; runs of the same seed share their warm start."""

@@ -1,0 +1,64 @@
+"""The commands as a user types them: exit codes, what they print, what they leave."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from entcov.cli import main
+from tests.tiny_run import recipe
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(tmp_path / "run", steps=2)))
+    return str(path)
+
+
+def test_train_eval_plot(recipe_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", recipe_file, "eval.samples=1"]) == 0
+    assert (run / "plots" / "overview.png").stat().st_size > 10_000
+    assert "step 2/2" in capsys.readouterr().out
+    assert main(["train", recipe_file, "eval.samples=1"]) == 0
+    assert "is complete at step 2" in capsys.readouterr().out
+    assert main(["eval", str(run), "eval.samples=3", "eval.temperature=0.6"]) == 0
+    shown = capsys.readouterr().out
+    assert "step 2, 8 prompts, temperature 0.6" in shown and "acc/best@3/mean" in shown
+    assert json.loads((run / "eval" / "step_2.json").read_text())["settings"]["samples"] == 3
+    assert main(["plot", str(run), "--out", str(tmp_path / "plots")]) == 0
+    assert (tmp_path / "plots" / "entropy.png").exists()
+
+
+def test_mistakes_are_one_line_of_stderr_and_exit_code_2(recipe_file, tmp_path, capsys):
+    for arguments, message in (
+        (["train", recipe_file, "actor.lr=-1"], "actor.lr: Input should be greater than 0, got -1"),
+        (["train", str(tmp_path / "no.yaml")], "no.yaml is not a file"),
+        (["train", recipe_file, "data.task=chess"], "unknown task 'chess'; known: carry_arithmetic"),
+        (["eval", str(tmp_path / "no_run")], "is not a file"),
+        (["plot", str(tmp_path / "no_run")], "metrics.jsonl does not exist"),
+        (["compare", recipe_file, "--controls", "none,clip_cow"], "got 'clip_cow'"),
+        (["compare", recipe_file, "--controls", "kl_cov:ppo_kl=2"], "no knob 'ppo_kl'"),
+        (["compare", recipe_file, "--seeds", "a"], "--seeds: must be integers parted by commas, got 'a'"),
+    ):
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_compare_holds_each_control_against_its_twin(recipe_file, tmp_path, capsys):
+    out = tmp_path / "comparison"
+    arms = "none,kl_cov:kl_cov_ratio=0.2"
+    assert main(["compare", recipe_file, "--controls", arms, "--seeds", "0", "--out", str(out), "--jobs", "2"]) == 0
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert comparison["twins"] == {"kl_cov:kl_cov_ratio=0.2": "kl_cov@0"}
+    assert set(comparison["estimates"]) == {"none", "kl_cov:kl_cov_ratio=0.2", "kl_cov@0"}
+    first = {
+        arm: json.loads((out / arm / "seed_0" / "metrics.jsonl").read_text().splitlines()[0])
+        for arm in ("none", "kl_cov@0")
+    }
+    assert first["none"] == first["kl_cov@0"]  # the shared warm start, evaluated with the same draws
+    assert "kl_cov@0" in (out / "comparison.md").read_text()
