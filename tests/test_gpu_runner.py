@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import cuda_toolchain, static_evidence
-from benchmarks.gpu import checks, measurements, report, rivals, runner, timing, workloads
+from benchmarks.gpu import ceilings, checks, measurements, report, rivals, runner, timing, workloads
 from benchmarks.gpu.contenders import Contender
 from benchmarks.gpu.stages import Context, Stage, command, execute
 from benchmarks.gpu.worker import Worker
@@ -296,9 +296,11 @@ def test_tensors_move_with_their_strides_and_shared_memory():
 
 
 @pytest.mark.skipif(not cuda_toolchain.candidates("nvcc"), reason="no nvcc")
-def test_the_ceilings_are_memory_bound_by_construction():
+def test_the_ceilings_are_memory_bound_by_construction(tmp_path):
     found = {(e.kernel, e.arch): e for e in static_evidence.gather([ROOT / "benchmarks" / "gpu" / "ceilings.cu"])}
     assert {kernel for kernel, _ in found} == {"read_kernel", "copy_kernel"}
     for (kernel, _), e in found.items():
         assert e.load_widths == [16] * 4 and e.store_widths == ([16] * 4 if kernel == "copy_kernel" else [])
         assert e.busy < 0.5 and e.spill_bytes == 0 and e.occupancy == 1.0
+    library = ceilings.compile_library(tmp_path, "sm_90")
+    assert library.entcov_read and library.entcov_copy  # links, and loads without a driver

@@ -16,9 +16,10 @@ BLOCKS_A_MULTIPROCESSOR = (2, 4, 8)  # of 512 threads; 4 fill one
 
 def compile_library(folder: Path, architecture: str) -> ctypes.CDLL:
     """Builds ceilings.cu as a shared library in `folder`."""
-    library = folder / "ceilings.so"
-    command = [cuda_toolchain.nvcc(), "-shared", "-std=c++17", "-O3", f"-arch={architecture}", "-Xcompiler=-fPIC"]
-    command += [SOURCE, "-o", library]
+    library, nvcc = folder / "ceilings.so", cuda_toolchain.nvcc()
+    command = [nvcc, "-shared", "-std=c++17", "-O3", f"-arch={architecture}", "-Xcompiler=-fPIC", SOURCE, "-o", library]
+    # A toolkit's nvcc knows where its libraries are; that of PyPI's package does not.
+    command += [f"-L{nvcc.parent.parent / name}" for name in ("lib64", "lib") if (nvcc.parent.parent / name).is_dir()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"ceilings.cu does not compile: {done.stderr}")
