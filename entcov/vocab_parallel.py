@@ -99,7 +99,8 @@ def token_stats(
     rows 1e-5 relative as well (entropies down to 1e-6). -inf is a probability of 0; a NaN or +inf makes its row NaN.
 
     Raises:
-        ValueError: shapes, ranges, a target outside the vocabulary, rows without a finite logit.
+        ValueError: shapes, ranges, a target outside the vocabulary, rows without a finite logit. On CUDA the last two
+            are not looked for, since that would wait for the GPU: all outputs of such a row and its gradient are NaN.
         TypeError: dtypes.
         RuntimeError: ranks called differently (shards that do not cover the vocabulary once, another temperature,
             target, ...): the same error on every rank. See `entcov.shards.gather` for different numbers of tokens.
@@ -278,7 +279,7 @@ def logit_covariance(
     +inf (and the covariance need not be finite); one that was -inf does not count. A NaN or +inf on either side makes
     its row NaN.
 
-    Raises: as `token_stats`.
+    Raises: as `token_stats`; on CUDA a row without a finite logit is NaN.
 
     Source: docs/math.md (13) to (16); Cui et al., arXiv 2505.22617, theorems 1 and 2.
     """

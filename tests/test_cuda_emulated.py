@@ -122,9 +122,9 @@ def test_a_target_outside_the_vocabulary_makes_its_row_nan(bad):
     good = token_stats(logits, target)
     target[1] = bad
     stats = token_stats(logits, target)
-    assert stats.logprob[1].isnan()
+    assert stats.logprob[1].isnan() and stats.entropy[1].isnan()
     assert torch.equal(stats.logprob[[0, 2]], good.logprob[[0, 2]])
-    (grad,) = torch.autograd.grad(stats.logprob.sum(), logits)
+    (grad,) = torch.autograd.grad(stats.logprob.sum() + stats.entropy.sum(), logits)
     assert grad[1].isnan().all() and not grad[[0, 2]].isnan().any()
 
 

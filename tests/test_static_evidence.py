@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="NVIDIA's c
 SCRATCH = Path(__file__).parent / "scratch_kernels.cu"
 
 # Broken promises: issue slots, not the memory, limit these kernels of 2-byte logits. `busy` as compiled now, which must
-# not grow; all others must stay below 1. Both are for rows off the 16-byte boundaries (<..., 0, 8>), whose vectors are cut
-# out of two words; row_stats with moments.
+# not grow; all others must stay below 1. Both are for rows off the 16-byte boundaries (<..., 0, 8>), whose vectors are
+# cut out of two words; row_stats with moments.
 NOT_MEMORY_BOUND = {
     ("covariance_stats_kernel<*,0,8>", "sm_100a"): 1.37,
     ("covariance_stats_kernel<*,0,1>", "sm_100a"): 1.38,

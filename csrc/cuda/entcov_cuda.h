@@ -5,8 +5,8 @@
 // allocate nor synchronise, so they can be captured in a CUDA graph. They return the error of the launch, and
 // launch_error() then says what was launched.
 //
-// Nothing can be raised from inside a kernel. A target outside [0, vocab_size) makes `target` of its row NaN, and a row
-// without a finite logit gets rest = NaN in the merge: every output of such a row is NaN, and so is its gradient.
+// Nothing can be raised from inside a kernel. A row whose target lies outside [0, vocab_size) gets rest = NaN, and so does a
+// row without a finite logit in the merge: every output of such a row is NaN, and so is its gradient.
 //
 // A row's result depends on that row and on num_columns alone: not on T, the other rows, strides, alignment or the GPU's
 // size. Long rows are cut into segments (of a length that num_columns decides) that go to different blocks and are merged

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   if (team.rank == 0) {
     const int64_t local = target - a.vocab_start - begin;
     if (local >= 0 && local < count) target_logit = Element<T>::widen(row[local]);
-    if (target < 0 || target >= a.vocab_size) target_logit = NAN;
+    if (target < 0 || target >= a.vocab_size) target_logit = NAN;  // the whole row is wrong then
   }
 
   Sum s;
@@ -174,9 +174,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   team.sum(v, shared);
   if (team.rank != 0) return;
   const float others = max == -INFINITY ? 0.0f : v[0] - 1.0f;  // that equal max, without the one left out
+  const bool poisoned = max == INFINITY || target_logit != target_logit;
   out[0] = max;
-  out[1] = max == INFINITY ? NAN : v[1] + others;
-  out[2] = max == INFINITY ? NAN : v[2] * kLn2;
+  out[1] = poisoned ? NAN : v[1] + others;
+  out[2] = poisoned ? NAN : v[2] * kLn2;
   out[3] = target_logit;
   if constexpr (kMoments) {
     out[4] = v[3] + others;

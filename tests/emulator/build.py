@@ -26,8 +26,8 @@ INSTALL = "pip install -c constraints.txt -e '.[dev,cuda-static]'"
 COMMON = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native".split()
 COMMON += "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-attributes".split()
 MODES = {
-    "plain": ["-O2"],
-    "asan": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split(),
+    "plain": ["-O1"],
+    "asan": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split(),
     "tsan": "-O1 -g1 -fsanitize=thread -fno-omit-frame-pointer".split(),
 }
 RUNTIME = {"asan": "libasan.so", "tsan": "libtsan.so"}
