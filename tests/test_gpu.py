@@ -84,7 +84,7 @@ def test_rows_that_the_cpu_refuses_are_nan_and_leave_the_others_alone():
     logits[1] = -torch.inf  # nothing finite
     target[3] = 3000  # no such token
     stats = token_stats(logits, target)
-    assert stats.logprob[[1, 3]].isnan().all() and stats.entropy[1].isnan()
+    assert stats.logprob[[1, 3]].isnan().all() and stats.entropy[[1, 3]].isnan().all()
     assert torch.equal(stats.logprob[[0, 2, 4]], clean[0][[0, 2, 4]])
     assert torch.equal(stats.entropy[[0, 2, 4]], clean[1][[0, 2, 4]])
 
