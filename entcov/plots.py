@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, float]]
 # Okabe and Ito's palette without its yellow: told apart with every kind of colour vision, and on white paper.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", ":")
-_BAND_SEEDS = 3
+_BAND_SEEDS = 5
 _EVALUATION = re.compile(r"val-core/.+/acc/(mean|best)@(\d+)(/mean)?")
 
 
@@ -50,7 +50,8 @@ def plot_runs(runs: Mapping[str, Rows | Sequence[Rows]], out_dir: str | Path, ti
     """Write entropy.png, reward.png, response_length.png, covariance.png and overview.png (the four together).
 
     A label with several seeds gets the mean line and the 95 % interval of the mean (Student t) at every step that all
-    its seeds have; two seeds get their own lines, faint, because an interval of two (t = 12.7) hides everything else.
+    its seeds have; fewer than five get their own lines, faint: the interval of so few (t = 12.7 for two, 4.3 for three)
+    is wider than everything there is to see.
     Series are smoothed by a centred moving average; behind that of a single run every step stays visible. Points are
     held-out evaluations, averaged over data sources. A plot whose metric no run logged is left out.
 
@@ -179,7 +180,7 @@ def _draw(ax: Axes, panel: _Panel, seeds: Mapping[str, list[Rows]]) -> int:
         if own > 1 and len(values) == 1:
             ax.plot(steps, values[0], color=colour, alpha=0.25, linewidth=0.8, gid=f"every step:{label}")
         ax.plot(steps, mean, style, color=colour, linewidth=1.8, gid=label, marker="." if len(steps) == 1 else None)
-        if len(values) == 2:
+        if 1 < len(values) < _BAND_SEEDS:
             for number, one in enumerate(smoothed):
                 ax.plot(steps, one, color=colour, alpha=0.35, linewidth=0.8, gid=f"seed {number}:{label}")
         if len(values) >= _BAND_SEEDS:
@@ -237,8 +238,8 @@ def _caption(figure: Figure, seeds: Mapping[str, list[Rows]], windows: Sequence[
     parts = []
     if max(windows) > 1:
         parts.append(f"moving average over {max(windows)} steps" + (", faint: every step" if 1 in counts else ""))
-    if 2 in counts:
-        parts.append("faint: the two seeds")
+    if any(1 < count < _BAND_SEEDS for count in counts):
+        parts.append("faint: the seeds")
     if max(counts) >= _BAND_SEEDS:
         parts.append("band: 95 % interval of the mean over seeds (Student t)")
     if parts:

@@ -140,8 +140,10 @@ def test_twins_can_be_named(tmp_path, trainer):
 
 def test_an_interrupt_ends_the_runs_in_progress(tmp_path, trainer):
     program = f"""
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test started in the background inherits a deaf ear
 from entcov.run_matrix import Job, run_matrix
 out = Path({str(tmp_path)!r})
 argv = [({trainer[0]!r}, {trainer[1]!r}, "r", str(out / str(i)), "0", "0", "wait") for i in range(3)]
