@@ -47,7 +47,9 @@ def test_killed_runs_end_like_the_one_that_was_left_alone(tmp_path, slow_checkpo
     done = False
     while kills < KILLS // 2 and not done:
         # Some die before the first checkpoint; most after a few steps, so that there is always something left to kill.
-        done = finish(context, killed, slow_checkpoints, after=rng.uniform(0.0, 0.45 * whole))
+        # Of slow checkpoints every second kill waits until one is being written.
+        aimed = slow_checkpoints and kills % 2 == 1
+        done = finish(context, killed, slow_checkpoints, after=rng.uniform(0.0, 0.45 * whole), in_checkpoint=aimed)
         kills += not done
         interrupted_checkpoints += bool(list((killed / "checkpoints").glob(".tmp_*")))
         if done and kills < KILLS // 2:  # finished early: start another one
@@ -61,11 +63,13 @@ def test_killed_runs_end_like_the_one_that_was_left_alone(tmp_path, slow_checkpo
     assert not slow_checkpoints or interrupted_checkpoints > 0
 
 
-def finish(context, run_dir: Path, slow_checkpoints: bool, after: float | None) -> bool:
-    """Runs a child, kills it after so many seconds; whether it came to its end."""
+def finish(context, run_dir: Path, slow_checkpoints: bool, after: float | None, in_checkpoint: bool = False) -> bool:
+    """Runs a child, kills it after so many seconds (and inside the next checkpoint); whether it came to its end."""
     child = context.Process(target=go_on, args=(str(run_dir), slow_checkpoints))
     child.start()
     child.join(after)
+    while in_checkpoint and child.exitcode is None and not list((run_dir / "checkpoints").glob(".tmp_*/*")):
+        child.join(0.002)
     if child.exitcode is None:
         os.kill(child.pid, signal.SIGKILL)
         child.join()
