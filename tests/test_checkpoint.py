@@ -144,32 +144,45 @@ def test_kill_before_every_file_operation(tmp_path, step):
 
 
 def test_kill_9_at_random_moments(tmp_path):
-    """A process that does nothing but checkpoint is killed 40 times; each time the next one continues where it was."""
-    draw, last = random.Random(0), -1
+    """A process that does nothing but checkpoint is killed 40 times; each time the next one continues where it was.
 
-    def loop():
+    It is killed some way into a checkpoint, after 0 to 2 whole ones: the moment follows the machine's own pace.
+    """
+    draw, last, kept = random.Random(0), -1, 0
+    began = time.monotonic()
+    save(tmp_path / "pace", 0)
+    pace = time.monotonic() - began  # seconds a checkpoint takes here
+
+    def loop(report):
         step = last
         while True:
             step += 1
-            save(tmp_path, step, keep=2)
+            save(tmp_path / "run", step, keep=2)
+            os.write(report, b".")
 
     for _ in range(40):
+        reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                loop()
+                loop(writer)
             finally:
                 os._exit(1)
-        time.sleep(draw.uniform(0.001, 0.06))
+        os.close(writer)
+        for _ in range(draw.randrange(3)):
+            kept += len(os.read(reader, 1))
+        time.sleep(draw.uniform(0, 1.2 * pace))
         os.kill(pid, signal.SIGKILL)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
-        checkpoint = load_latest(tmp_path)
+        os.close(reader)
+        checkpoint = load_latest(tmp_path / "run")
         if checkpoint is not None:
             assert checkpoint.step >= last
             assert_is(checkpoint, checkpoint.step)
             last = checkpoint.step
-        assert not leftovers(tmp_path)
-    assert last > 20  # the kills hit a process that was making progress
+        assert last + 1 >= kept  # a checkpoint that was reported as written is never lost
+        assert not leftovers(tmp_path / "run")
+    assert kept > 20  # the process was making progress
 
 
 def test_leftovers_of_a_process_that_is_writing_are_left_alone(tmp_path):
