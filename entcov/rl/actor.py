@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from entcov.rl.model import batch_token_stats
 class TorchActor:
     """Owns the policy's weights and its optimizer.
 
-    The loop talks to it through `score`, `update`, `weight_version` and the state dicts alone, so that an actor on
-    another engine can take its place.
+    The loop talks to it through `score`, `update`, `named_weights`, `weight_version`, `device` and the state dicts
+    alone, so that an actor on another engine can take its place.
     """
 
     def __init__(
@@ -44,6 +44,15 @@ class TorchActor:
             model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
         self._clamp = clamp_arguments(self.controls)
+
+    @property
+    def device(self) -> torch.device:
+        """Where `score` and `update` want their batches."""
+        return self.model.device
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its name in a Hugging Face checkpoint, for samplers that keep a copy; not a copy itself."""
+        return ((name, weight.detach()) for name, weight in self.model.state_dict().items())
 
     @torch.no_grad()
     def score(self, batch: Batch) -> dict[str, Tensor]:

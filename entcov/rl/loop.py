@@ -1,8 +1,8 @@
 """The loop: prompts -> rollouts -> rewards -> advantages -> updates -> weight sync, and what is recorded of it.
 
 It talks to the actor and the sampler through a handful of methods and does not know which engine is behind them:
-    actor:   score(batch), update(batch, step=), weight_version, state_dict, load_state_dict
-    sampler: generate(prompts, ...), sync(weight_version)
+    actor:   score(batch), update(batch, step=), named_weights(), weight_version, device, state_dict, load_state_dict
+    sampler: generate(prompts, ...), sync(weight_version, named_weights)
 Every random choice comes from (seed, step), every prompt from its position in the stream, so the whole state of a run
 is the weights, the optimizer, the controls, the step and one position: a resumed run continues bit for bit.
 """
@@ -57,14 +57,14 @@ class Loop:
 
         rollouts = self.rollouts(step, metrics)
         self.assign_advantages(rollouts)
-        batch = pack(rollouts).to(self.sampler.model.device)
+        batch = pack(rollouts).to(self.actor.device)
         with self.timed("old_log_prob"):
             step_means = self.score_policy(batch, metrics)
         with self.timed("update_actor"):
             self.update(batch, rollouts, step, metrics)
         for control in self.controls:
             metrics |= control.after_step(step_means)
-        self.sampler.sync(self.actor.weight_version)
+        self.sampler.sync(self.actor.weight_version, self.actor.named_weights)
         self.steps_done = step
 
         seconds = time.perf_counter() - started
@@ -173,7 +173,7 @@ class Loop:
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)
         torch.set_rng_state(state["torch_rng"])
-        self.sampler.sync(self.actor.weight_version)
+        self.sampler.sync(self.actor.weight_version, self.actor.named_weights)
 
     @contextmanager
     def timed(self, name: str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class InProcessSampler:
         eos = model.generation_config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos])
 
-    def sync(self, weight_version: int) -> None:
+    def sync(self, weight_version: int, named_weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
         """Takes over the trainer's weights; they are shared here, so only the version changes."""
         self.weight_version = weight_version
 
