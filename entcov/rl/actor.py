@@ -51,7 +51,7 @@ class TorchActor:
         return self.model.device
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its name in a Hugging Face checkpoint, for samplers that keep a copy; not a copy itself."""
+        """Every weight under its name in a Hugging Face checkpoint, for samplers that keep a copy; no copies."""
         return ((name, weight.detach()) for name, weight in self.model.state_dict().items())
 
     @torch.no_grad()
