@@ -36,4 +36,4 @@ wheel: setup  ## dist/entcov-*.whl for this machine's Python
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## build products; runs/ and .venv stay
-	rm -rf build dist *.egg-info entcov/*.so .pytest_cache .ruff_cache .venv/entcov_installed
+	rm -rf build dist *.egg-info entcov/*.so .pytest_cache .ruff_cache .venv/entcov*_installed
