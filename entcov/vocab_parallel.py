@@ -4,6 +4,7 @@ Each is local op -> one all-gather -> merge -> a few [T] formulas, with an autog
 logits and the merged statistics, and whose backward is one local op. Formulas: docs/math.md.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -110,19 +111,16 @@ def token_stats(
     """
     _check_rows("logits", logits, "target", target.shape)
     shard = resolve_shard(logits.shape[-1], group, vocab_start, vocab_size)
-    kept = _kept_count(shard.vocab_size, clamp_p, top_k)
+    kept = kept_count(shard.vocab_size, clamp_p, top_k)
     T = target.numel()
     rows, tokens = logits.reshape(T, shard.width), target.reshape(T).contiguous()
     with torch.no_grad():
-        args = (rows.detach(), tokens, shard, kept, float(temperature), moments, ignore_index)
-        stats, clamp = _row_statistics(*args) if group is None else eager(_sharded_row_statistics)(*args, group)
-        scaled = _moments(stats, tokens, temperature, ignore_index) if moments else (None, None, None)
+        args = (LogitRows(rows.detach(), tokens), shard, kept, float(temperature), moments, ignore_index)
+        stats, clamp = row_statistics(*args) if group is None else eager(sharded_row_statistics)(*args, group)
     outputs = _TokenStats.apply(
         rows, tokens, stats, clamp, shard.start, shard.vocab_size, float(temperature), ignore_index
     )
-    if clamp is None:
-        outputs = (*outputs, None)
-    return TokenStats(*(None if x is None else x.view(target.shape) for x in (*outputs, *scaled)))
+    return named_outputs(outputs, stats, target, temperature, moments, ignore_index)
 
 
 def _check_rows(name: str, logits: Tensor, per_row: str, shape: torch.Size) -> None:
@@ -135,7 +133,7 @@ def _check_rows(name: str, logits: Tensor, per_row: str, shape: torch.Size) -> N
         raise ValueError(f"{name} must have stride 1 along the vocabulary, got strides {tuple(logits.stride())}")
 
 
-def _kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int | None:
+def kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int | None:
     """How many logits the clamp keeps; None: no clamp."""
     if clamp_p is not None and top_k is not None:
         raise ValueError(f"clamp_p and top_k exclude each other, got {clamp_p} and {top_k}")
@@ -148,48 +146,68 @@ def _kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> in
     return top_k
 
 
-def _row_statistics(logits, target, shard, kept, temperature, moments, ignore_index):
+class LogitRows(NamedTuple):
+    """The logits [T, V_local] of the tokens `target` [T], as the statistics below read them: a local op at a time.
+
+    entcov.linear has rows of another kind, which make their logits for each op, a chunk of tokens at a time.
+    """
+
+    logits: Tensor
+    target: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits.dtype
+
+    def apply(self, op: Callable[..., Tensor], *arguments, per_row: tuple[Tensor, ...] = ()) -> Tensor:
+        """op(logits, target, *per_row, *arguments): one row a token, computed from that row of `per_row` alone."""
+        return op(self.logits, self.target, *per_row, *arguments)
+
+
+def row_statistics(rows, shard, kept, temperature, moments, ignore_index):
     """(merged row statistics [T, 4 | 7], clamp [T, 4] or None) when all columns are here."""
-    place = (shard.start, shard.vocab_size)
-    stats = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
+    target, place = rows.target, (shard.start, shard.vocab_size)
+    stats = rows.apply(ops.row_stats, *place, temperature, moments, ignore_index)
     stats = ops.merge_row_stats(stats[None], target, temperature, ignore_index)
     if kept is None:
         return stats, None
-    ranks = torch.full((2,), kept, dtype=torch.int64, device=logits.device)  # both ends of the bracket
-    bracket = clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)
-    part = clamp_ops.clamp_collect(logits, target, stats, bracket, 0, *place, temperature, ignore_index)
+    ranks = torch.full((2,), kept, dtype=torch.int64, device=target.device)  # both ends of the bracket
+    bracket = rows.apply(clamp_ops.order_statistics, ranks, *place, ignore_index)
+    part = rows.apply(clamp_ops.clamp_collect, 0, *place, temperature, ignore_index, per_row=(stats, bracket))
     return stats, clamp_ops.clamp_finish(part[None], target, stats, bracket, kept, temperature, ignore_index)
 
 
-def _sharded_row_statistics(logits, target, shard, kept, temperature, moments, ignore_index, group):
-    """The same over the ranks of `group`: one all-gather, and one more with a clamp."""
-    place = (shard.start, shard.vocab_size)
+def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index, group, **call):
+    """The same over the ranks of `group`: one all-gather, and one more with a clamp. `call`: see `shards.gather`."""
+    target, place = rows.target, (shard.start, shard.vocab_size)
     fields = 7 if moments else 4
     # The sketch has one size whatever the vocabulary: ranks may not agree on that, and must find out here.
-    payload = logits.new_zeros((logits.shape[0], fields + (SKETCH_SIZE if kept else 0)), dtype=torch.float32)
+    width = fields + (SKETCH_SIZE if kept else 0)
+    payload = torch.zeros((target.shape[0], width), dtype=torch.float32, device=target.device)
     failure = None
     try:
-        payload[:, :fields] = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
+        payload[:, :fields] = rows.apply(ops.row_stats, *place, temperature, moments, ignore_index)
         if kept is not None:
-            ranks = _sketch_ranks(shard).to(logits.device)
-            payload[:, fields:] = clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)
+            ranks = _sketch_ranks(shard).to(target.device)
+            payload[:, fields:] = rows.apply(clamp_ops.order_statistics, ranks, *place, ignore_index)
         tokens = checksum(target)
     except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
         failure, tokens = error, 0
     call = {
-        "dtype": str(logits.dtype).removeprefix("torch."),
+        "dtype": str(rows.dtype).removeprefix("torch."),
         "temperature": temperature,
         "ignore_index": ignore_index,
         "number of logits kept (clamp_p, top_k)": kept or 0,
+        **call,
     }
     parts, layout = gather("token_stats", payload, group, shard, call, {"target": tokens}, failure)
     stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
     if kept is None:
         return stats, None
-    ranks = torch.stack([_sketch_ranks(s) for s in layout]).to(logits.device)
+    ranks = torch.stack([_sketch_ranks(s) for s in layout]).to(target.device)
     bracket = clamp_ops.clamp_bracket(parts[..., fields:], ranks, target, stats, kept, ignore_index)
     capacity = int(bracket[:, 2].max()) if len(bracket) else 0
-    part = clamp_ops.clamp_collect(logits, target, stats, bracket, capacity, *place, temperature, ignore_index)
+    part = rows.apply(clamp_ops.clamp_collect, capacity, *place, temperature, ignore_index, per_row=(stats, bracket))
     parts, _ = gather("token_stats", part, group, shard, {}, {}, None)
     return stats, clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
 
@@ -217,6 +235,24 @@ def _moments(stats: Tensor, target: Tensor, temperature: float, ignore_index: in
     return collision.masked_fill(target == ignore_index, 0.0), varentropy, mean_s - s_target
 
 
+def differentiable_outputs(stats: Tensor, clamp: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
+    """(logprob, entropy[, clamped_entropy]) [T] of merged statistics."""
+    top, rest, sum_xexp, picked = stats[:, :4].unbind(-1)
+    log_total = rest.log1p()
+    outputs = ((picked - top) / temperature - log_total, log_total - sum_xexp / (1 + rest))
+    return outputs if clamp is None else (*outputs, clamp[:, 3].clone())
+
+
+def named_outputs(outputs, stats, target, temperature, moments, ignore_index) -> TokenStats:
+    """These outputs and the moments, in the shape of `target`."""
+    scaled = [None] * 3
+    if moments:
+        with torch.no_grad():
+            scaled = _moments(stats, target.reshape(-1), temperature, ignore_index)
+    values = (*outputs, *[None] * (3 - len(outputs)), *scaled)
+    return TokenStats(*(None if x is None else x.view(target.shape) for x in values))
+
+
 class _TokenStats(torch.autograd.Function):
     """Merged statistics -> (logprob, entropy[, clamped_entropy]), linked to the logits they came from."""
 
@@ -225,10 +261,7 @@ class _TokenStats(torch.autograd.Function):
         ctx.save_for_backward(logits, target, stats, clamp)
         ctx.place = (vocab_start, vocab_size, temperature, ignore_index)
         ctx.set_materialize_grads(False)
-        top, rest, sum_xexp, picked = stats[:, :4].unbind(-1)
-        log_total = rest.log1p()
-        outputs = ((picked - top) / temperature - log_total, log_total - sum_xexp / (1 + rest))
-        return outputs if clamp is None else (*outputs, clamp[:, 3].clone())
+        return differentiable_outputs(stats, clamp, temperature)
 
     @staticmethod
     def backward(ctx, grad_logprob, grad_entropy, grad_clamped=None):
