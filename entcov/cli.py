@@ -45,9 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--no-display", action="store_true", help="print nothing while running")
     train.set_defaults(command=_train)
 
-    evaluate = commands.add_parser("eval", help="held-out accuracy of a run's policy")
+    evaluate = commands.add_parser("eval", help="held-out accuracy of a run's policy, a table by data source")
     evaluate.add_argument("run", help="a run directory")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.samples=32")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="such as eval.samples=32, data.val_files=[data/aime24/test.parquet] or eval.sources.aime24.samples=32",
+    )  # fmt: skip
     evaluate.add_argument("--checkpoint", help="default: the latest")
     evaluate.set_defaults(command=_eval)
 
@@ -91,13 +94,20 @@ def _train(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from entcov.rl.config import load_config
+    from entcov.rl.evaluation import format_table
     from entcov.rl.run import evaluate_run
 
     config = load_config(Path(args.run) / "config.yaml", [*args.overrides, f"run_dir={args.run}"])
-    step, metrics = evaluate_run(config, checkpoint=args.checkpoint)
-    print(f"{args.run}, step {step}, {config.eval.prompts} prompts, temperature {config.eval.temperature:g}")
-    for name, value in metrics.items():
-        print(f"  {name:<48} {value:.4f}")
+    shown = sys.stderr.isatty()
+
+    def progress(done: int, in_all: int) -> None:
+        print(f"\r{done} of {in_all} responses", end="", file=sys.stderr, flush=True)
+
+    step, _, results = evaluate_run(config, checkpoint=args.checkpoint, progress=progress if shown else None)
+    if shown:
+        print(file=sys.stderr)
+    print(f"{args.run}, step {step}; responses and metrics: {Path(args.run) / 'eval' / f'step_{step}.jsonl'} and .json")
+    print(format_table(results, config.eval))
     return 0
 
 

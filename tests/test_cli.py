@@ -27,7 +27,8 @@ def test_train_eval_plot(recipe_file, tmp_path, capsys):
     assert "is complete at step 2" in capsys.readouterr().out
     assert main(["eval", str(run), "eval.samples=3", "eval.temperature=0.6"]) == 0
     shown = capsys.readouterr().out
-    assert "step 2, 8 prompts, temperature 0.6" in shown and "acc/best@3/mean" in shown
+    row = next(line.split() for line in shown.splitlines() if line.startswith("entcov/carry_arithmetic"))
+    assert f"{run}, step 2;" in shown and row[1:4] == ["8", "3", "0.6"]
     assert json.loads((run / "eval" / "step_2.json").read_text())["settings"]["samples"] == 3
     assert main(["plot", str(run), "--out", str(tmp_path / "plots")]) == 0
     assert (tmp_path / "plots" / "entropy.png").exists()

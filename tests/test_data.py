@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import errno
 import json
 import os
@@ -240,6 +241,9 @@ def test_held_out(tokenizer):
     assert [p.example for p in from_list.held_out()] == examples(8)[3:]
     assert [p.uid for p in from_list.held_out(2)] == [0, 1]
     assert len(from_list.held_out(100)) == 5
+    mixed = [dataclasses.replace(e, data_source=source) for e, source in zip(examples(6), "aabbba", strict=True)]
+    first_two_of_each = stream(examples(3), tokenizer, held_out=mixed).held_out(2)
+    assert [(p.uid, p.example) for p in first_two_of_each] == list(enumerate(mixed[:4]))
     with pytest.raises(ValueError, match="without held-out ones"):
         stream(examples(3), tokenizer).held_out(1)
 

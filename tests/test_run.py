@@ -180,9 +180,9 @@ def test_a_damaged_checkpoint_is_named_and_not_passed_over(tmp_path):
 def test_evaluation_of_a_finished_run(tmp_path):
     rows = run(tmp_path, steps=2)
     config = parse_config(recipe(tmp_path))
-    step, metrics = evaluate_run(config)
+    step, metrics, results = evaluate_run(config)
     key = "val-core/entcov/carry_arithmetic/acc/mean@2"
-    assert step == 2 and metrics[key] == rows[-1][key]
+    assert step == 2 and metrics[key] == rows[-1][key] == results[0].mean and results[0].prompts == 8
     config.eval.samples, config.eval.temperature = 1, 0.0
     assert evaluate_run(config, checkpoint=str(tmp_path / "checkpoints" / "step_1"))[0] == 1
     with pytest.raises(FileNotFoundError, match="no checkpoint"):

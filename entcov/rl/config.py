@@ -101,11 +101,28 @@ class ActorConfig:
 
 
 @dataclass(config=_STRICT)
+class SourceEvalConfig:
+    """How one data source is evaluated where it differs from the rest; None: as `eval` says."""
+
+    samples: Count | None = None
+    temperature: NonNegative | None = None
+
+
+@dataclass(config=_STRICT)
 class EvalConfig:
     every: Whole = 20  # steps; 0: only after the last
-    prompts: Whole = 128  # 0: never evaluate
+    prompts: Whole | None = 128  # the first so many of each data source; None: all of val_files; 0: never evaluate
     samples: Count = 4
     temperature: NonNegative = 1.0
+    sources: dict[str, SourceEvalConfig] = dataclasses.field(default_factory=dict)  # by data_source
+
+    def settings(self, source: str) -> tuple[int, float]:
+        """(samples, temperature) for prompts of this data source."""
+        own = self.sources.get(source, SourceEvalConfig())
+        return (
+            self.samples if own.samples is None else own.samples,
+            self.temperature if own.temperature is None else own.temperature,
+        )
 
 
 @dataclass(config=_STRICT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,7 @@ def load_rows(*paths: str | os.PathLike[str]) -> list[Example]:
     examples: list[Example] = []
     for path in map(Path, paths):
         found, offenders = [], []
-        for place, row in _raw_rows(path):
+        for place, row in raw_rows(path):
             try:
                 found.append(from_row(json.loads(row) if isinstance(row, str) else row))
             except json.JSONDecodeError as error:
@@ -147,7 +148,8 @@ def load_rows(*paths: str | os.PathLike[str]) -> list[Example]:
     return examples
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a .parquet or .jsonl file, row by row: "row 0" and an object, or "line 1" and its JSON text."""
     _check_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such dataset file: {path}")
@@ -300,9 +302,9 @@ class PromptStream:
         return [self._at(place) for place in range(position, position + n)]
 
     def held_out(self, n: int | None = None) -> list[Prompt]:
-        """The first n held-out prompts, the same at every call; `uid` counts from 0. A list gives at most what it has.
+        """The first n held-out prompts of each data source, the same at every call; `uid` counts from 0.
 
-        `n=None`: all of a list.
+        A list gives at most what it has; `n=None`: all of it.
         """
         if n is not None and n < 0:
             raise ValueError(f"n must be >= 0, got {n}")
@@ -314,7 +316,12 @@ class PromptStream:
             known = self._drawn_held_out  # evaluations ask again and again, and some tasks take long to draw
             known += [self._drawn("held_out", index) for index in range(len(known), n)]
             return known[:n]
-        return [Prompt(i, example, tuple(self._encode(example))) for i, example in enumerate(self._held_out[:n])]
+        chosen, seen = [], Counter()
+        for example in self._held_out:
+            if n is None or seen[example.data_source] < n:
+                seen[example.data_source] += 1
+                chosen.append(example)
+        return [Prompt(i, example, tuple(self._encode(example))) for i, example in enumerate(chosen)]
 
     def _at(self, position: int) -> Prompt:
         if self._task is not None:

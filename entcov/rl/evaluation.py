@@ -1,10 +1,13 @@
-"""Held-out accuracy: mean@k and best@k under verl's metric names."""
+"""Held-out accuracy: mean@k and best@k under verl's metric names, with k and temperature of each data source."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from entcov.intervals import mean_interval
+from entcov.rl.config import EvalConfig
 from entcov.rl.rewards import RewardFunction
 from entcov.rl.types import Prompt, Rollout
 
@@ -14,35 +17,113 @@ def evaluate(
     prompts: Sequence[Prompt],
     score: RewardFunction,
     *,
-    samples: int,
-    temperature: float,
+    settings: EvalConfig,
     max_response_length: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, float], list[Rollout]]:
-    """Samples every held-out prompt `samples` times and scores the responses.
+    """Samples every held-out prompt as `settings` says for its data source, and scores the responses.
+
+    Data sources that share samples and temperature are generated together; the first such set draws with `seed`, every
+    further one with the next number.
+
+    Args:
+        settings: `samples`, `temperature`, and under `sources` what differs for a data source.
+        progress: called with (sequences done, sequences in all).
 
     Returns:
-        metrics by data source: `val-core/<source>/acc/mean@k`, the mean reward, and for k > 1
-        `val-core/<source>/acc/best@k/mean`, the mean over prompts of the best of k (pass@k for 0/1 rewards); and the
-        scored rollouts.
+        The metrics of `summarize` under their names, and the scored rollouts, prompt by prompt.
     """
-    rollouts = sampler.generate(
-        prompts,
-        group_size=samples,
-        temperature=temperature,
-        max_response_length=max_response_length,
-        seed=seed,
-        progress=progress,
-    )
-    by_source: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    sets: dict[tuple[int, float], list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        sets[settings.settings(prompt.example.data_source)].append(prompt)
+    in_all = sum(samples * len(members) for (samples, _), members in sets.items())
+    rollouts: list[Rollout] = []
+    for number, ((samples, temperature), members) in enumerate(sets.items()):
+        before = len(rollouts)
+        rollouts += sampler.generate(
+            members,
+            group_size=samples,
+            temperature=temperature,
+            max_response_length=max_response_length,
+            seed=seed + number,
+            progress=progress and (lambda done, _, before=before: progress(before + done, in_all)),
+        )
     for rollout in rollouts:
         rollout.reward = score(rollout.prompt.example, rollout.text)
-        by_source[rollout.prompt.example.data_source][rollout.prompt.uid].append(rollout.reward)
-    metrics = {}
-    for source, groups in sorted(by_source.items()):
-        rewards = list(groups.values())
-        metrics[f"val-core/{source}/acc/mean@{samples}"] = sum(map(sum, rewards)) / sum(map(len, rewards))
-        if samples > 1:
-            metrics[f"val-core/{source}/acc/best@{samples}/mean"] = sum(map(max, rewards)) / len(rewards)
+    rollouts.sort(key=lambda rollout: (rollout.prompt.uid, rollout.sample))
+    metrics: dict[str, float] = {}
+    for row in summarize(rollouts):
+        metrics |= row.metrics()
     return metrics, rollouts
+
+
+@dataclass(frozen=True)
+class SourceResult:
+    """One data source's results. Rewards are 0 or 1 where the reward is a verdict; lengths are tokens."""
+
+    source: str
+    prompts: int
+    samples: int  # per prompt
+    mean: float  # of all rewards: mean@k
+    best: float  # mean over prompts of the best of k: pass@k for 0/1 rewards
+    half_width: float  # of the 95 % interval of `mean` over prompts (Student's t); NaN for one prompt
+    length: float  # mean response length
+    cut: float  # share of responses that reached the length limit
+
+    def metrics(self) -> dict[str, float]:
+        """Under verl's names, `val-core/<source>/acc/mean@k` and, for k > 1, `val-core/<source>/acc/best@k/mean`;
+        `val-aux/<source>/response_length/{mean,clip_ratio}` beside them.
+        """
+        core, aux = f"val-core/{self.source}/acc", f"val-aux/{self.source}/response_length"
+        out = {f"{core}/mean@{self.samples}": self.mean}
+        if self.samples > 1:
+            out[f"{core}/best@{self.samples}/mean"] = self.best
+        return out | {f"{aux}/mean": self.length, f"{aux}/clip_ratio": self.cut}
+
+
+def summarize(rollouts: Sequence[Rollout]) -> list[SourceResult]:
+    """Results by data source, in alphabetical order, of scored rollouts with equally many samples for every prompt."""
+    by_source: dict[str, dict[int, list[Rollout]]] = defaultdict(lambda: defaultdict(list))
+    for rollout in rollouts:
+        by_source[rollout.prompt.example.data_source][rollout.prompt.uid].append(rollout)
+    results = []
+    for source, groups in sorted(by_source.items()):
+        rewards = [[rollout.reward for rollout in group] for group in groups.values()]
+        everything = [rollout for group in groups.values() for rollout in group]
+        _, half_width = mean_interval([sum(group) / len(group) for group in rewards])
+        results.append(
+            SourceResult(
+                source=source,
+                prompts=len(groups),
+                samples=len(rewards[0]),
+                mean=sum(map(sum, rewards)) / len(everything),
+                best=sum(map(max, rewards)) / len(rewards),
+                half_width=half_width,
+                length=sum(len(rollout.tokens) for rollout in everything) / len(everything),
+                cut=sum(not rollout.finished for rollout in everything) / len(everything),
+            )
+        )
+    return results
+
+
+def format_table(results: Sequence[SourceResult], settings: EvalConfig) -> str:
+    """A table for a terminal: one line a data source, accuracies in percent, and their plain mean where all have one k.
+
+    The mean over data sources counts every source once. Published averages may be weighted otherwise: that of Cui et
+    al., table 2, is not the plain mean of its columns.
+    """
+    width = max(len("data source"), *(len(row.source) for row in results))
+    head = f"{'data source':<{width}}  prompts    k     T   mean@k   95 % ±   best@k   length   cut"
+    lines = [head, "-" * len(head)]
+    for row in results:
+        temperature = settings.settings(row.source)[1]
+        half = "-" if row.half_width != row.half_width else f"{100 * row.half_width:.1f}"
+        lines.append(
+            f"{row.source:<{width}}  {row.prompts:>7}  {row.samples:>3}  {temperature:>4g}  {100 * row.mean:>7.1f}"
+            f"  {half:>7}  {100 * row.best:>7.1f}  {row.length:>7.0f}  {100 * row.cut:>3.0f}%"
+        )
+    if len(results) > 1:
+        mean = sum(row.mean for row in results) / len(results)
+        lines.append(f"{'mean of the sources':<{width + 24}}{100 * mean:>7.1f}")
+    return "\n".join(lines)

@@ -17,7 +17,7 @@ from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, make_
 from entcov.rl.config import Config, ConfigError, load_config, save_config
 from entcov.rl.data import PromptStream
 from entcov.rl.durable import replace_file
-from entcov.rl.evaluation import evaluate
+from entcov.rl.evaluation import SourceResult, evaluate, summarize
 from entcov.rl.loop import Loop, derived_seed
 from entcov.rl.metrics import RunLogger
 from entcov.rl.model import build_model, save_model
@@ -107,14 +107,18 @@ def _train(
     return run.to_the_end(fresh=checkpoint is None)
 
 
-def evaluate_run(config: Config, *, checkpoint: str | None = None) -> tuple[int, dict[str, float]]:
+def evaluate_run(
+    config: Config, *, checkpoint: str | None = None, progress: Callable[[int, int], None] | None = None
+) -> tuple[int, dict[str, float], list[SourceResult]]:
     """Held-out accuracy of the policy in `config.run_dir`, with the settings of `config.eval`.
 
     Args:
         checkpoint: path of one; default: the run's latest.
+        progress: passed to `evaluate`.
 
     Returns:
-        The checkpoint's step and the metrics of `evaluate`; they and some responses are also kept under RUN/eval.
+        The checkpoint's step, the metrics of `evaluate`, and the results by data source. The metrics and all responses
+        are also kept under RUN/eval.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
@@ -129,15 +133,15 @@ def evaluate_run(config: Config, *, checkpoint: str | None = None) -> tuple[int,
         InProcessSampler(model, tokenizer, batch_size=config.rollout.batch_size),
         stream.held_out(config.eval.prompts),
         load_reward(config.data.reward),
-        samples=config.eval.samples,
-        temperature=config.eval.temperature,
+        settings=config.eval,
         max_response_length=config.rollout.max_response_length,
         seed=derived_seed(config.seed, _EVAL_SEED),
+        progress=progress,
     )
     _write_samples(run_dir / "eval" / f"step_{found.step}.jsonl", rollouts, limit=len(rollouts))
     result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
     replace_file(run_dir / "eval" / f"step_{found.step}.json", (json.dumps(result, indent=1) + "\n").encode())
-    return found.step, metrics
+    return found.step, metrics, summarize(rollouts)
 
 
 @dataclasses.dataclass
@@ -183,15 +187,14 @@ class _Run:
 
     def evaluation(self, step: int) -> dict[str, float]:
         settings = self.config.eval
-        if not settings.prompts:
+        if settings.prompts == 0:
             return {}
         self.progress.phase("eval")
         metrics, rollouts = evaluate(
             self.loop.sampler,
             self.loop.stream.held_out(settings.prompts),
             self.loop.score,
-            samples=settings.samples,
-            temperature=settings.temperature,
+            settings=settings,
             max_response_length=self.config.rollout.max_response_length,
             seed=derived_seed(self.config.seed, _EVAL_SEED),  # the same draws at every step: less noise in the curve
         )
