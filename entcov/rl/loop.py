@@ -2,7 +2,7 @@
 
 It talks to the actor and the sampler through a handful of methods and does not know which engine is behind them:
     actor:   score(batch), update(batch, step=), named_weights(), weight_version, device, state_dict, load_state_dict
-    sampler: generate(prompts, ...), sync(weight_version, named_weights)
+    sampler: generate(prompts, ..., on_done=), sync(weight_version, named_weights)
 Every random choice comes from (seed, step), every prompt from its position in the stream, so the whole state of a run
 is the weights, the optimizer, the controls, the step and one position: a resumed run continues bit for bit.
 """
@@ -26,6 +26,7 @@ from entcov.rl.batch import Batch, mini_batches, pack
 from entcov.rl.config import Config
 from entcov.rl.data import PromptStream
 from entcov.rl.rewards import RewardFunction
+from entcov.rl.scoring import Scorer
 from entcov.rl.types import Rollout
 
 
@@ -49,6 +50,9 @@ class Loop:
     position: int = 0  # prompts taken from the stream so far
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
+    def __post_init__(self):
+        self.sync_weights()  # a sampler that keeps a copy has none yet
+
     def step(self) -> dict[str, float]:
         """One round. Returns the step's metrics under verl's names."""
         self._seconds.clear()
@@ -64,7 +68,8 @@ class Loop:
             self.update(batch, rollouts, step, metrics)
         for control in self.controls:
             metrics |= control.after_step(step_means)
-        self.sampler.sync(self.actor.weight_version, self.actor.named_weights)
+        with self.timed("weight_sync"):
+            self.sync_weights()
         self.steps_done = step
 
         seconds = time.perf_counter() - started
@@ -79,18 +84,19 @@ class Loop:
         kept: list[Rollout] = []
         drawn: list[Rollout] = []
         for draw in range(config.max_draws if config.filter_zero_variance else 1):
-            with self.timed("gen"):
-                fresh = self.sampler.generate(
-                    self.stream.take(self.position, config.prompts_per_step),
-                    group_size=config.group_size,
-                    temperature=config.temperature,
-                    max_response_length=config.max_response_length,
-                    seed=derived_seed(self.config.seed, step, draw),
-                )
+            with Scorer(self.score) as scorer:
+                with self.timed("gen"):
+                    fresh = self.sampler.generate(
+                        self.stream.take(self.position, config.prompts_per_step),
+                        group_size=config.group_size,
+                        temperature=config.temperature,
+                        max_response_length=config.max_response_length,
+                        seed=derived_seed(self.config.seed, step, draw),
+                        on_done=scorer.take,
+                    )
+                with self.timed("reward"):  # what is left of it when the last response is complete
+                    scorer.finish(fresh)
             self.position += config.prompts_per_step
-            with self.timed("reward"):
-                for rollout in fresh:
-                    rollout.reward = self.score(rollout.prompt.example, rollout.text)
             drawn += fresh
             groups = [fresh[i : i + config.group_size] for i in range(0, len(fresh), config.group_size)]
             if config.filter_zero_variance:
@@ -154,6 +160,9 @@ class Loop:
                     gathered[name].append(value)
         metrics |= {name: _mean(values) for name, values in gathered.items() if name not in metrics}
 
+    def sync_weights(self) -> None:
+        self.sampler.sync(self.actor.weight_version, self.actor.named_weights)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "steps_done": self.steps_done,
@@ -173,11 +182,11 @@ class Loop:
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)
         torch.set_rng_state(state["torch_rng"])
-        self.sampler.sync(self.actor.weight_version, self.actor.named_weights)
+        self.sync_weights()
 
     @contextmanager
     def timed(self, name: str):
-        self.phase({"gen": "rollout", "update_actor": "update"}.get(name, name))
+        self.phase({"gen": "rollout", "update_actor": "update", "weight_sync": "weight sync"}.get(name, name))
         start = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - start

@@ -23,7 +23,7 @@ from entcov.rl.metrics import RunLogger
 from entcov.rl.model import build_model, save_model
 from entcov.rl.progress import Progress
 from entcov.rl.rewards import load_reward
-from entcov.rl.sampler import InProcessSampler
+from entcov.rl.sampler import build_sampler
 from entcov.rl.types import Rollout
 from entcov.rl.warm_start import warm_started
 
@@ -95,7 +95,7 @@ def _train(
     actor = TorchActor(
         model, config.actor, config.loss, controls, temperature=config.rollout.temperature, reference=reference
     )
-    sampler = InProcessSampler(model, tokenizer, batch_size=config.rollout.batch_size)
+    sampler = build_sampler(config, model, tokenizer)
     score = load_reward(config.data.reward)
     loop = Loop(config, actor, sampler, stream, controls, score, phase=progress.phase)
     # Reinforcement starts after the prompts that the warm start has shown the solutions of.
@@ -129,8 +129,10 @@ def evaluate_run(
         raise FileNotFoundError(f"{run_dir / 'checkpoints'}: the run has no checkpoint yet")
     model, tokenizer = _policy(config, found, _device(config.device))
     stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
+    sampler = build_sampler(config, model, tokenizer)
+    sampler.sync(0, model.state_dict().items)
     metrics, rollouts = evaluate(
-        InProcessSampler(model, tokenizer, batch_size=config.rollout.batch_size),
+        sampler,
         stream.held_out(config.eval.prompts),
         load_reward(config.data.reward),
         settings=config.eval,

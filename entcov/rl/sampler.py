@@ -1,4 +1,9 @@
-"""The in-process sampler: batched generation with a key-value cache from the very model that is being trained."""
+"""Samplers: the one in this process, batched generation from the very model that is being trained, and the choice.
+
+Every sampler has the same two methods:
+    generate(prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None)
+    sync(weight_version, named_weights)
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from entcov.rl.config import Config
 from entcov.rl.model import forward
 from entcov.rl.types import Prompt, Rollout
+
+
+def build_sampler(config: Config, model: nn.Module, tokenizer) -> InProcessSampler:
+    """The sampler that `config.rollout` asks for. `sync` gives it the weights before the first `generate`."""
+    return InProcessSampler(model, tokenizer, batch_size=config.rollout.batch_size)
 
 
 class InProcessSampler:
@@ -25,8 +36,7 @@ class InProcessSampler:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.weight_version = 0
-        eos = model.generation_config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        self.eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos])
+        self.eos_ids = torch.tensor(end_tokens(model.generation_config, tokenizer))
 
     def sync(self, weight_version: int, named_weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
         """Takes over the trainer's weights; they are shared here, so only the version changes."""
@@ -42,6 +52,7 @@ class InProcessSampler:
         max_response_length: int,
         seed: int,
         progress: Callable[[int, int], None] | None = None,
+        on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
         """`group_size` responses to each prompt, prompt by prompt.
 
@@ -50,6 +61,7 @@ class InProcessSampler:
                 log-probability of softmax(logits).
             seed: fixes every draw.
             progress: called with (sequences done, sequences in all) after each generation batch.
+            on_done: called with each response as soon as it is complete, in no particular order.
         """
         noise = torch.rand(
             (len(prompts) * group_size, max_response_length),
@@ -79,6 +91,8 @@ class InProcessSampler:
                     weight_version=self.weight_version,
                     text=self.tokenizer.decode(tokens[:-1] if finished else tokens),
                 )
+                if on_done is not None:
+                    on_done(out[row])
             if progress is not None:
                 progress(min(len(order), start + per_batch) * group_size, len(out))
         self.model.train(was_training)
@@ -129,6 +143,14 @@ class InProcessSampler:
             logits_to_keep=1,
         )
         return out.logits[:, -1]
+
+
+def end_tokens(generation_config, tokenizer) -> list[int]:
+    """The tokens that end a response: the tokenizer's, or the model's where the tokenizer has none."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        eos = generation_config.eos_token_id
+    return list(eos) if isinstance(eos, list | tuple) else [eos]
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 _SCRIPT = Path(__file__).with_name("score_worker.py")
-_MAX_CHILDREN = min(4, os.cpu_count() or 1)
+MAX_CHILDREN = min(4, os.cpu_count() or 1)
 
 
 class ScorePool:
@@ -33,7 +33,7 @@ class ScorePool:
     def __init__(self, kind: str, *, limit: float, extra: str) -> None:
         self.kind, self.limit, self.extra = kind, limit, extra
         self._idle: list[subprocess.Popen[str]] = []
-        self._slots = threading.Semaphore(_MAX_CHILDREN)
+        self._slots = threading.Semaphore(MAX_CHILDREN)
         self._lock = threading.Lock()
         atexit.register(self.close)
 

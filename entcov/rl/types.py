@@ -42,5 +42,5 @@ class Rollout:
     finished: bool  # False: cut off at the length limit
     weight_version: int  # number of optimizer steps the sampling weights had seen
     text: str = ""  # the response decoded, without the end-of-sequence token
-    reward: float = 0.0
+    reward: float | None = None  # None: not scored yet
     advantage: float = 0.0

@@ -1,0 +1,59 @@
+"""Rewards of responses while others are still being generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+
+from entcov.rl import rewards
+from entcov.rl.score_process import MAX_CHILDREN
+from entcov.rl.types import Rollout
+
+
+class Scorer:
+    """Threads that fill in `Rollout.reward`. A context manager; `take` is a sampler's `on_done`, `finish` comes after.
+
+    The built-in rewards work in child processes or for microseconds, so their threads leave the generation alone; they
+    get as many threads as there may be children. A reward function of your own gets one thread: it runs beside the
+    generation, and need not be safe to call twice at once.
+
+    A reward depends on its own rollout alone, so neither the order nor the number of threads shows in the result.
+    """
+
+    def __init__(self, score: rewards.RewardFunction) -> None:
+        self.score = score
+        threads = MAX_CHILDREN if score is rewards.score else 1
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="entcov-reward")
+        self._waiting: list[Future[None]] = []
+        self._taken: set[int] = set()
+
+    def take(self, rollout: Rollout) -> None:
+        """Scores a complete response some time before `finish` returns. Callable from any thread."""
+        self._taken.add(id(rollout))
+        self._waiting.append(self._pool.submit(self._score, rollout))
+
+    def finish(self, rollouts: Sequence[Rollout]) -> None:
+        """Returns when all of `rollouts` have their rewards.
+
+        Those that never went through `take` are scored now, unless they came with a reward: a sampler may announce
+        its responses or not, and one that spans several processes brings them scored.
+
+        Raises:
+            Whatever the reward function raised first.
+        """
+        for rollout in rollouts:
+            if id(rollout) not in self._taken and rollout.reward is None:
+                self.take(rollout)
+        wait(self._waiting, return_when=FIRST_EXCEPTION)
+        for scored in self._waiting:
+            if scored.done() and not scored.cancelled():
+                scored.result()
+
+    def _score(self, rollout: Rollout) -> None:
+        rollout.reward = self.score(rollout.prompt.example, rollout.text)
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
