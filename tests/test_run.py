@@ -193,3 +193,10 @@ def test_training_never_sees_a_held_out_question(tmp_path):
     stream = PromptStream.from_config(parse_config(recipe(tmp_path)).data, char_tokenizer(), seed=0)
     held_out = {p.example.prompt[0]["content"] for p in stream.held_out(64)}
     assert not held_out & {p.example.prompt[0]["content"] for p in stream.take(0, 2000)}
+
+
+def test_another_engine_is_named_with_its_command(tmp_path):
+    config = parse_config(recipe(tmp_path / "run", **{"actor.engine": "megatron"}))
+    with pytest.raises(ConfigError, match=r"actor\.engine: megatron .* torchrun .* -m megatron_integration train"):
+        train(config, display=False)
+    assert not (tmp_path / "run").exists()

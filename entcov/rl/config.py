@@ -89,6 +89,7 @@ class RolloutConfig:
 
 @dataclass(config=_STRICT)
 class ActorConfig:
+    engine: Literal["torch", "megatron"] = "torch"  # megatron: torchrun ... -m megatron_integration train RECIPE
     lr: Positive = 1e-6
     warmup_steps: Whole = 10  # optimizer steps of linear warm-up
     weight_decay: NonNegative = 0.0
@@ -106,6 +107,29 @@ class SourceEvalConfig:
 
     samples: Count | None = None
     temperature: NonNegative | None = None
+
+
+@dataclass(config=_STRICT)
+class MegatronConfig:
+    """How actor.engine=megatron divides the model. Data parallelism is what is left of the processes."""
+
+    tensor_parallel: Count = 1
+    pipeline_parallel: Count = 1
+    context_parallel: Count = 1
+    sequence_parallel: bool = False  # activations between the tensor-parallel regions are split along the sequence
+    distributed_optimizer: bool = True  # optimizer state split over data-parallel ranks
+    overlap: bool = False  # gradient reduction and parameter gathering go on during the passes
+    recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
+    optimizer_offload: Annotated[float, Field(ge=0, le=1)] = 0.0  # fraction of the optimizer's state kept on the CPU
+    # What the covariance controls select by on the first update of a rollout, where the policy is still the scored one:
+    # a forward pass of its own, or the scores. Later updates always take a pass.
+    selection_logprob: Literal["recompute", "old"] = "old"
+
+    def __post_init__(self):
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel: needs tensor_parallel > 1, got tensor_parallel 1")
+        if self.overlap and not self.distributed_optimizer:
+            raise ValueError("overlap: needs distributed_optimizer, got distributed_optimizer false")
 
 
 @dataclass(config=_STRICT)
@@ -154,6 +178,7 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
     actor: ActorConfig = dataclasses.field(default_factory=ActorConfig)
+    megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
     loss: _LossConfig = dataclasses.field(default_factory=_LossConfig)  # type: ignore[valid-type]
     advantage: str = "grpo"
     control: list[str] = dataclasses.field(default_factory=list)  # entropy controls in force, in order

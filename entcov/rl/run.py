@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -10,57 +9,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from entcov.rl.actor import TorchActor
-from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest, save_checkpoint
+from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
 from entcov.rl.config import Config, ConfigError, load_config, save_config
 from entcov.rl.data import PromptStream
 from entcov.rl.durable import replace_file
+from entcov.rl.engine import Parts, TorchEngine, policy, resolve_device
 from entcov.rl.evaluation import SourceResult, evaluate, summarize
 from entcov.rl.loop import Loop, derived_seed
 from entcov.rl.metrics import RunLogger
-from entcov.rl.model import build_model, save_model
 from entcov.rl.progress import Progress
 from entcov.rl.rewards import load_reward
 from entcov.rl.sampler import build_sampler
 from entcov.rl.types import Rollout
-from entcov.rl.warm_start import warm_started
 
 # Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
-_FREE_KEYS = ("run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir")
+_FREE_KEYS = ("run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.")
+_COMMANDS = {
+    "torch": "Start it with: python -m entcov train RECIPE",
+    "megatron": "Start it with: torchrun --nproc-per-node=N -m megatron_integration train RECIPE",
+}
 _EVAL_SEED = 1 << 40  # apart from every step's number
 
 
-def train(config: Config, *, resume: str = "auto", display: bool | str = "auto") -> dict[str, float]:
+def train(
+    config: Config, *, resume: str = "auto", display: bool | str = "auto", engine: TorchEngine | None = None
+) -> dict[str, float]:
     """Runs the recipe in `config.run_dir` to its last step, going on from the latest checkpoint if there is one.
 
     Args:
         resume: "auto" goes on where the run stopped; a checkpoint's path goes back to it; "never" refuses a folder that
             holds a run already.
         display: passed to `Progress`.
+        engine: what the run stands on; default: this process with torch. Every process of a larger engine calls
+            `train` with the same arguments.
 
     Returns:
         The last step's metrics, evaluation included.
 
     Raises:
-        ConfigError: the folder holds a run of another recipe; the message lists the keys that differ.
+        ConfigError: the folder holds a run of another recipe; the message lists the keys that differ. Or the recipe
+            wants another engine than the one given.
     """
+    engine = engine or TorchEngine()
+    if config.actor.engine != engine.name:
+        raise ConfigError(
+            f"actor.engine: {config.actor.engine} was asked for, and this command runs {engine.name}. "
+            + _COMMANDS[config.actor.engine]
+        )
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _claim(run_dir, config, resume)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    device = _device(config.device)
-    checkpoints = run_dir / "checkpoints"
-    if resume in ("auto", "never"):
-        checkpoint = load_latest(checkpoints)
-    else:
-        checkpoint = load_checkpoint(resume)
-        if checkpoint.path.resolve().parent != checkpoints.resolve():
-            raise ValueError(f"resume: must be one of this run's checkpoints in {checkpoints}, got {resume}")
-
+    checkpoint = engine.agree(lambda: _take_up(run_dir, config, resume))
+    if not engine.leads:
+        with Progress(config.steps, run_dir.name, enabled=False) as progress:
+            return _train(config, engine, checkpoint, run_dir, None, progress)
     logger = RunLogger(
         run_dir,
         tensorboard=config.logging.tensorboard,
@@ -70,41 +74,43 @@ def train(config: Config, *, resume: str = "auto", display: bool | str = "auto")
     if checkpoint is not None:
         make_latest(checkpoint)
     with logger, Progress(config.steps, run_dir.name, enabled=display) as progress:
-        return _train(config, checkpoint, run_dir, device, logger, progress)
+        return _train(config, engine, checkpoint, run_dir, logger, progress)
+
+
+def _take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
+    """Makes the folder this run's; the checkpoint to go on from."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _claim(run_dir, config, resume)
+    checkpoints = run_dir / "checkpoints"
+    if resume in ("auto", "never"):
+        return load_latest(checkpoints)
+    checkpoint = load_checkpoint(resume)
+    if checkpoint.path.resolve().parent != checkpoints.resolve():
+        raise ValueError(f"resume: must be one of this run's checkpoints in {checkpoints}, got {resume}")
+    return checkpoint
 
 
 def _train(
     config: Config,
+    engine: TorchEngine,
     checkpoint: Checkpoint | None,
     run_dir: Path,
-    device: torch.device,
-    logger: RunLogger,
+    logger: RunLogger | None,
     progress: Progress,
 ) -> dict[str, float]:
-    model, tokenizer = _policy(config, checkpoint, device)
-    stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
-    controls = config.build_controls()
     if checkpoint is None and config.warm_start.steps:
         progress.phase("warm start")
-        steps = config.warm_start.steps
-        warm_started(
-            model, tokenizer, stream, config,
-            on_step=lambda done, loss: progress.sub_bar(done, steps, f"loss {loss:.3f} nats"),
-        )  # fmt: skip
-    reference = _reference(config, model, run_dir, device, fresh=checkpoint is None)
-    actor = TorchActor(
-        model, config.actor, config.loss, controls, temperature=config.rollout.temperature, reference=reference
+    steps = config.warm_start.steps
+    parts = engine.build(
+        config, checkpoint, run_dir, lambda done, loss: progress.sub_bar(done, steps, f"loss {loss:.3f} nats")
     )
-    sampler = build_sampler(config, model, tokenizer)
-    score = load_reward(config.data.reward)
-    loop = Loop(config, actor, sampler, stream, controls, score, phase=progress.phase)
+    loop = Loop(config, parts.actor, parts.sampler, parts.stream, parts.controls, parts.score, phase=progress.phase)
     # Reinforcement starts after the prompts that the warm start has shown the solutions of.
     loop.position = config.warm_start.steps * config.warm_start.batch_size
 
     if checkpoint is not None:
         loop.load_state_dict(checkpoint.state)
-    run = _Run(config, loop, logger, progress, run_dir, lambda path: save_model(model, tokenizer, path))
-    return run.to_the_end(fresh=checkpoint is None)
+    return _Run(config, engine, parts, loop, logger, progress, run_dir).to_the_end(fresh=checkpoint is None)
 
 
 def evaluate_run(
@@ -127,7 +133,7 @@ def evaluate_run(
     found = load_checkpoint(checkpoint) if checkpoint else load_latest(run_dir / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"{run_dir / 'checkpoints'}: the run has no checkpoint yet")
-    model, tokenizer = _policy(config, found, _device(config.device))
+    model, tokenizer = policy(config, found, resolve_device(config.device))
     stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
     sampler = build_sampler(config, model, tokenizer)
     sampler.sync(0, model.state_dict().items)
@@ -149,11 +155,12 @@ def evaluate_run(
 @dataclasses.dataclass
 class _Run:
     config: Config
+    engine: TorchEngine
+    parts: Parts
     loop: Loop
-    logger: RunLogger
+    logger: RunLogger | None  # the leader's
     progress: Progress
     run_dir: Path
-    write_model: Callable[[Path], None]
 
     def to_the_end(self, *, fresh: bool) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -174,15 +181,16 @@ class _Run:
         return metrics
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        self.logger.log(step, metrics)
+        if self.logger is not None:
+            self.logger.log(step, metrics)
         self.progress.update(step, metrics)
 
     def save(self) -> None:
         self.progress.phase("checkpoint")
-        save_checkpoint(
+        self.engine.save(
             self.run_dir / "checkpoints",
             self.loop.steps_done,
-            {"model": self.write_model},
+            self.parts,
             self.loop.state_dict(),
             self.config.checkpoint.keep,
         )
@@ -200,7 +208,8 @@ class _Run:
             max_response_length=self.config.rollout.max_response_length,
             seed=derived_seed(self.config.seed, _EVAL_SEED),  # the same draws at every step: less noise in the curve
         )
-        _write_samples(self.run_dir / "samples" / f"step_{step}.jsonl", rollouts)
+        if self.engine.leads:
+            _write_samples(self.run_dir / "samples" / f"step_{step}.jsonl", rollouts)
         return metrics
 
 
@@ -228,40 +237,6 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
-def _policy(config: Config, checkpoint: Checkpoint | None, device: torch.device):
-    """The policy with the recipe's weights, or the checkpoint's."""
-    source = config.model
-    if checkpoint is not None:
-        path = str(checkpoint.path / "model")
-        source = dataclasses.replace(source, path=path, config=None, tokenizer=path)
-    return build_model(source, seed=config.seed, device=device)
-
-
-def _reference(config: Config, model: nn.Module, run_dir: Path, device: torch.device, fresh: bool) -> nn.Module | None:
-    """A frozen copy of the policy as reinforcement found it; kept on disk so that a resumed run uses the same one."""
-    if config.loss.kl_coef == 0:
-        return None
-    stored = run_dir / "reference.pt"
-    reference = copy.deepcopy(model)
-    if fresh:
-        temporary = stored.with_name(".reference.pt.tmp")
-        torch.save(reference.state_dict(), temporary)
-        temporary.replace(stored)
-    elif stored.exists():
-        reference.load_state_dict(torch.load(stored, map_location=device, weights_only=True))
-    else:
-        raise RuntimeError(
-            f"{stored} is missing: the reference policy of loss.kl_coef={config.loss.kl_coef} cannot be resumed"
-        )
-    return reference.requires_grad_(False).eval()
 
 
 def _write_samples(path: Path, rollouts: list[Rollout], limit: int = 64) -> None:

@@ -1,0 +1,113 @@
+"""What a run stands on: the parts that an engine builds for it, and how the engine's processes act as one.
+
+`TorchEngine` is one process with a transformers model. An engine of several processes has the same methods; every
+process then runs the same code (entcov/rl/run.py), and the leader alone writes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from entcov.controls import Control
+from entcov.rl.actor import TorchActor
+from entcov.rl.checkpoint import Checkpoint, save_checkpoint
+from entcov.rl.config import Config
+from entcov.rl.data import PromptStream
+from entcov.rl.model import build_model, save_model
+from entcov.rl.rewards import RewardFunction, load_reward
+from entcov.rl.sampler import build_sampler
+from entcov.rl.warm_start import warm_started
+
+T = TypeVar("T")
+OnWarmStart = Callable[[int, float], None]  # told (steps done, loss in nats)
+
+
+@dataclass
+class Parts:
+    """What the loop drives."""
+
+    actor: Any
+    sampler: Any
+    stream: PromptStream
+    controls: list[Control]
+    score: RewardFunction
+    writers: dict[str, Callable[[Path], None]]  # entries of a checkpoint besides the loop's own state
+
+
+class TorchEngine:
+    """One process. Its methods are what `entcov.rl.run.train` asks of any engine.
+
+    name: the value of `actor.engine` that it serves.
+    leads: whether this process logs, displays and writes. Exactly one process of an engine leads.
+    """
+
+    name = "torch"
+    leads = True
+
+    def agree(self, make: Callable[[], T]) -> T:
+        """`make()` as the leader has it, on every process. Collective."""
+        return make()
+
+    def build(
+        self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
+    ) -> Parts:
+        """The parts of a fresh run, warm-started, or with the weights of `checkpoint`. Collective."""
+        device = resolve_device(config.device)
+        model, tokenizer = policy(config, checkpoint, device)
+        stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
+        controls = config.build_controls()
+        if checkpoint is None and config.warm_start.steps:
+            warm_started(model, tokenizer, stream, config, on_step=on_warm_start)
+        reference = _reference(config, model, run_dir, device, fresh=checkpoint is None)
+        actor = TorchActor(
+            model, config.actor, config.loss, controls, temperature=config.rollout.temperature, reference=reference
+        )
+        sampler = build_sampler(config, model, tokenizer)
+        writers = {"model": lambda path: save_model(model, tokenizer, path)}
+        return Parts(actor, sampler, stream, controls, load_reward(config.data.reward), writers)
+
+    def save(self, directory: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) -> None:
+        """Stores a checkpoint, as `save_checkpoint`. Collective; `state` is the leader's."""
+        save_checkpoint(directory, step, parts.writers, state, keep)
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def policy(config: Config, checkpoint: Checkpoint | None, device: torch.device):
+    """The policy with the recipe's weights, or the checkpoint's, and its tokenizer."""
+    source = config.model
+    if checkpoint is not None:
+        path = str(checkpoint.path / "model")
+        source = dataclasses.replace(source, path=path, config=None, tokenizer=path)
+    return build_model(source, seed=config.seed, device=device)
+
+
+def _reference(config: Config, model: nn.Module, run_dir: Path, device: torch.device, fresh: bool) -> nn.Module | None:
+    """A frozen copy of the policy as reinforcement found it; kept on disk so that a resumed run uses the same one."""
+    if config.loss.kl_coef == 0:
+        return None
+    stored = run_dir / "reference.pt"
+    reference = copy.deepcopy(model)
+    if fresh:
+        temporary = stored.with_name(".reference.pt.tmp")
+        torch.save(reference.state_dict(), temporary)
+        temporary.replace(stored)
+    elif stored.exists():
+        reference.load_state_dict(torch.load(stored, map_location=device, weights_only=True))
+    else:
+        raise RuntimeError(
+            f"{stored} is missing: the reference policy of loss.kl_coef={config.loss.kl_coef} cannot be resumed"
+        )
+    return reference.requires_grad_(False).eval()
