@@ -1,4 +1,4 @@
-"""`python -m entcov train | eval | compare | plot | check`. Parsing and printing; the work is done elsewhere."""
+"""`python -m entcov train | eval | compare | plot | data | check`. Parsing and printing; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -72,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("runs", nargs="+", metavar="RUN")
     plot.add_argument("--out", help="directory; default: RUN/plots for one run, ./plots for several")
     plot.set_defaults(command=_plot)
+
+    data = commands.add_parser("data", help="public mathematics sets into verl's row format")
+    data.add_argument("names", nargs="+", metavar="NAME", help="dapo_math_17k, math, gsm8k, an evaluation set, or eval")
+    data.add_argument("--source", metavar="FILE", help=".parquet or .jsonl in the set's schema; default: from the hub")
+    data.add_argument("--split", help="train or test; default: all the set has")
+    data.add_argument("--template", help="prompt wording: dapo, boxed, gsm8k; default: the set's own")
+    data.add_argument("--revision", help="commit or tag of the set's repository")
+    data.add_argument("--out", default="data", help="folder; default %(default)s; files are OUT/NAME/SPLIT.parquet")
+    data.set_defaults(command=_data)
 
     check = commands.add_parser("check", help="every op against its float64 oracle, on this machine")
     check.set_defaults(command=_check)
@@ -162,6 +171,19 @@ def _plot_runs(runs: dict[str, str], out: Path) -> list[Path]:
     from entcov.rl.metrics import read_metrics
 
     return plot_runs({label: read_metrics(run) for label, run in runs.items()}, out)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from entcov.rl.data_prep import EVAL_SETS, prepare
+
+    names = [one for name in args.names for one in (EVAL_SETS if name == "eval" else (name,))]
+    if args.source is not None and len(names) > 1:
+        raise ValueError(f"--source: goes with one data set, got {', '.join(names)}")
+    for name in names:
+        options = {"source": args.source, "split": args.split, "template": args.template, "revision": args.revision}
+        for prepared in prepare(name, args.out, **options):
+            print(prepared)
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:
