@@ -1,8 +1,9 @@
 """Who holds which columns of the vocabulary, and the all-gather that every sharded statistic goes through.
 
 A shard's part of the statistics travels behind a few header rows that say what the shard is and how its rank was
-called. So ranks that were called differently find out from the collective they have to enter anyway, and all of them
-raise the same error, where a plain gather would return numbers that are wrong on every rank alike.
+called. So ranks that were called differently find out from the collective they have to enter anyway, where a plain
+gather would return numbers that are wrong on every rank alike. On the CPU all of them raise the same error. On a GPU
+the host would have to wait to see the headers, so the GPU compares them itself and turns what was gathered into NaN.
 """
 
 import math
@@ -59,13 +60,13 @@ def eager(function: Callable) -> Callable:
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
-def checksum(values: Tensor) -> int:
-    """A 64-bit hash of an integer vector that sees order, so that ranks can compare their targets by one number."""
+def checksum(values: Tensor) -> Tensor:
+    """A 64-bit hash [] of an integer vector that sees order, so that ranks can compare their targets by one number."""
     mixed = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
     mixed.mul_(-7046029254386353131).add_(values)  # wraps around: a position-dependent offset ...
     mixed.bitwise_xor_(mixed >> 31).mul_(-4658895280553007687)  # ... and two rounds of mixing
     mixed.bitwise_xor_(mixed >> 29).mul_(-7723592293110705685)
-    return int(mixed.sum())
+    return mixed.sum()
 
 
 def gather(
@@ -74,10 +75,10 @@ def gather(
     group: dist.ProcessGroup,
     shard: Shard,
     call: dict[str, float | int | str],
-    checksums: dict[str, int],
+    checksums: dict[str, Tensor | int],
     failure: Exception | None,
-) -> tuple[Tensor, list[Shard]]:
-    """All-gathers `payload` [T, F] fp32: ([R, T, F] in rank order, the shards of all ranks). One collective.
+) -> tuple[Tensor, Tensor]:
+    """All-gathers `payload` [T, F] fp32. One collective; on CUDA nothing waits for the GPU.
 
     Args:
         op: public name of the caller, for messages.
@@ -87,20 +88,32 @@ def gather(
         failure: the exception that this rank has to raise for its values. It enters the collective nevertheless, so
             that the others do not wait for it, and raises afterwards.
 
+    Returns:
+        What all ranks sent [R, T, F], and (start, width) of their shards [R, 2] int64; both in rank order, on the
+        payload's device.
+
     Raises:
         RuntimeError: the same on every rank: ranks differ in `call`, `checksums`, T, F or vocab_size; or their shards
-            overlap or leave a hole; or another rank failed. Also when the all-gather itself fails. Different T or F
-            are different message sizes, which a backend may not survive: gloo ends the process of a rank that gets
-            more than it expects, its peers get this error. TORCH_DISTRIBUTED_DEBUG=DETAIL makes torch compare the
-            sizes first, and every rank gets it.
+            overlap or leave a hole; or another rank failed. On CUDA all of that shows as NaN in all of [R, T, F]
+            instead, on every rank, unless TORCH_DISTRIBUTED_DEBUG=DETAIL: then the host reads the headers there too,
+            waits for the GPU in every call, and raises.
+            Also when the all-gather itself fails. Different T or F are different message sizes, which a backend may
+            not survive: gloo ends the process of a rank that gets more than it expects, its peers get this error, and
+            NCCL does not notice. TORCH_DISTRIBUTED_DEBUG=DETAIL makes torch compare the sizes first, and every rank
+            gets it.
     """
     T, F = payload.shape
     world = dist.get_world_size(group)
     call = {"tokens": T, "values a token": F, "vocab_size": shard.vocab_size, **call}
-    own = [failure is not None, shard.start, shard.width, *map(_to_word, call.values()), *checksums.values()]
-    rows = math.ceil(2 * len(own) / F)
+    failed = int(failure is not None)
+    own = [failed, _signed(_piece(shard) + failed), shard.start, shard.width, *map(_to_word, call.values())]
+    n = len(own) + len(checksums)
+    rows = math.ceil(2 * n / F)
     local = payload.new_zeros((rows + T, F))
-    local[:rows].view(-1)[: 2 * len(own)] = torch.tensor(own, dtype=torch.int64).view(torch.float32)
+    header = local.view(-1)[: 2 * n].view(torch.int64)
+    torch._foreach_add_(header[: len(own)].unbind(), own)  # one launch; a copy from the host would not fit a CUDA graph
+    for word, value in zip(header[len(own) :], checksums.values(), strict=True):
+        word.add_(value)
     local[rows:] = payload
     shards = payload.new_empty((world, rows + T, F))
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
@@ -111,31 +124,66 @@ def gather(
             f"{op}: the all-gather of [T = {T}, {F}] statistics failed. Every rank of the group must make the call, "
             "with equally many tokens and the same outputs (moments, clamp). The backend says: " + str(error)
         ) from error
-    words = shards[:, :rows].reshape(world, rows * F)[:, : 2 * len(own)].flatten()
-    # Reads values: on a GPU the host would wait here.
-    headers = words.view(torch.int64).view(world, len(own)).tolist()
-    for i, (name, value) in enumerate(call.items(), start=3):
+    words = shards[:, :rows].reshape(world, rows * F)[:, : 2 * n].flatten()
+    headers, parts = words.view(torch.int64).view(world, n), shards[:, rows:]
+    if _host_may_read(payload):
+        _raise_disagreement(op, headers.tolist(), call, checksums, shard.vocab_size, failure)
+    else:
+        whole = _signed(_piece(Shard(0, shard.vocab_size, shard.vocab_size)))
+        agreed = (headers[:, 4:] == headers[0, 4:]).all() & (headers[:, 1].sum() == whole)
+        parts = parts.masked_fill(~agreed, torch.nan)
+    if failure is not None:
+        raise failure
+    return parts, headers[:, 2:4]
+
+
+def _host_may_read(payload: Tensor) -> bool:
+    """Whether the host looks at gathered values: on a GPU it would wait for them."""
+    return payload.device.type == "cpu" or dist.get_debug_level() == dist.DebugLevel.DETAIL
+
+
+def _raise_disagreement(
+    op: str, headers: list[list[int]], call: dict, checksums: dict, vocab_size: int, failure: Exception | None
+) -> None:
+    """The errors of `gather`, but for `failure` itself."""
+    for i, (name, value) in enumerate(call.items(), start=4):
         for rank, header in enumerate(headers):
             if header[i] != headers[0][i]:
                 raise RuntimeError(
                     f"{op}: all ranks of the group must be called with the same {name}: rank 0 has "
                     f"{_from_word(headers[0][i], value)}, rank {rank} has {_from_word(header[i], value)}"
                 ) from failure
-    for i, name in enumerate(checksums, start=3 + len(call)):
+    for i, name in enumerate(checksums, start=4 + len(call)):
         for rank, header in enumerate(headers):
             if header[i] != headers[0][i]:
                 raise RuntimeError(
                     f"{op}: all ranks of the group must be called with the same {name}: the values on rank {rank} "
                     "are not those on rank 0"
                 ) from failure
-    layout = [Shard(start, width, shard.vocab_size) for _, start, width, *_ in headers]
-    _check_cover(op, layout)
-    if failure is not None:
-        raise failure
+    _check_cover(op, [Shard(start, width, vocab_size) for _, _, start, width, *_ in headers])
     failed = [rank for rank, header in enumerate(headers) if header[0]]
-    if failed:
+    if failed and failure is None:
         raise RuntimeError(f"{op}: rank {failed[0]} of the group refused its arguments; its own error says why")
-    return shards[:, rows:], layout
+
+
+def _piece(shard: Shard) -> int:
+    """A number for a shard's columns. Over shards that cover the vocabulary once the numbers add up to that of the
+    whole, since ends and starts cancel; over others they do so with a chance of 2^-64."""
+    return _mixed(shard.start + shard.columns) - _mixed(shard.start)
+
+
+def _mixed(value: int) -> int:
+    """A hash of 64 bits (splitmix64)."""
+    mask = 2**64 - 1
+    value = (value + 1) * 0x9E3779B97F4A7C15 & mask
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & mask
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & mask
+    return value ^ value >> 31
+
+
+def _signed(value: int) -> int:
+    """As int64, which wraps around."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _to_word(value: float | int | str) -> int:

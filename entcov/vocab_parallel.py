@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import clamp_ops, ops
-from entcov.shards import Shard, checksum, eager, gather, resolve_shard
+from entcov.shards import checksum, eager, gather, resolve_shard
 
 SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
 
@@ -104,7 +104,9 @@ def token_stats(
             are not looked for, since that would wait for the GPU: all outputs of such a row and its gradient are NaN.
         TypeError: dtypes.
         RuntimeError: ranks called differently (shards that do not cover the vocabulary once, another temperature,
-            target, ...): the same error on every rank. See `entcov.shards.gather` for different numbers of tokens.
+            target, ...): the same error on every rank. On CUDA all outputs of all rows that are not ignored, and their
+            gradients, are NaN on every rank instead; TORCH_DISTRIBUTED_DEBUG=DETAIL gives the errors there too. See
+            `entcov.shards.gather` for different numbers of tokens.
 
     Source: the one-pass merge is docs/math.md (4), (5); clamped entropy: Shen, arXiv 2509.03493, docs/math.md (10);
     entropy drift: Wang et al., arXiv 2602.03392, theorem 3.3, docs/math.md (9).
@@ -188,7 +190,7 @@ def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index
     try:
         payload[:, :fields] = rows.apply(ops.row_stats, *place, temperature, moments, ignore_index)
         if kept is not None:
-            ranks = _sketch_ranks(shard).to(target.device)
+            ranks = _sketch_ranks(torch.full((), shard.columns, device=target.device))
             payload[:, fields:] = rows.apply(clamp_ops.order_statistics, ranks, *place, ignore_index)
         tokens = checksum(target)
     except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
@@ -204,7 +206,8 @@ def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index
     stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
     if kept is None:
         return stats, None
-    ranks = torch.stack([_sketch_ranks(s) for s in layout]).to(target.device)
+    start, width = layout.unbind(-1)
+    ranks = _sketch_ranks((shard.vocab_size - start).clamp(min=0).minimum(width))
     bracket = clamp_ops.clamp_bracket(parts[..., fields:], ranks, target, stats, kept, ignore_index)
     capacity = int(bracket[:, 2].max()) if len(bracket) else 0
     part = rows.apply(clamp_ops.clamp_collect, capacity, *place, temperature, ignore_index, per_row=(stats, bracket))
@@ -212,10 +215,12 @@ def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index
     return stats, clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
 
 
-def _sketch_ranks(shard: Shard) -> Tensor:
-    """Evenly spaced ranks of a shard's columns, both ends included; all of them if few; zeros if there are none."""
-    steps = torch.arange(SKETCH_SIZE)
-    return steps * 0 if shard.columns == 0 else 1 + steps * (shard.columns - 1) // (SKETCH_SIZE - 1)
+def _sketch_ranks(columns: Tensor) -> Tensor:
+    """Evenly spaced ranks [..., SKETCH_SIZE] of the columns [...] int64 of shards, both ends included; all of them if
+    few; zeros if there are none."""
+    steps = torch.arange(SKETCH_SIZE, device=columns.device)
+    ranks = 1 + steps * (columns[..., None] - 1) // (SKETCH_SIZE - 1)
+    return ranks * (columns[..., None] > 0)
 
 
 def _moments(stats: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

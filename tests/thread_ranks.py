@@ -1,7 +1,6 @@
 """Ranks as threads of one process: sharded calls without process groups, thousands of cases a second.
 
-Only the three functions of torch.distributed that entcov.shards uses are replaced; test_vocab_parallel.py runs the same
-code over gloo.
+Only what entcov.shards uses of torch.distributed is replaced; test_vocab_parallel.py runs the same code over gloo.
 """
 
 import threading
@@ -28,6 +27,11 @@ class ThreadRanks:
 
     def get_world_size(self, group) -> int:
         return self.world
+
+    DebugLevel = torch.distributed.DebugLevel
+
+    def get_debug_level(self) -> torch.distributed.DebugLevel:
+        return self.DebugLevel.OFF
 
     def all_gather_single(self, output: Tensor, tensor: Tensor, group) -> None:
         rank = self._rank.value
