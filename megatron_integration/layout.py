@@ -1,0 +1,134 @@
+"""Which process does what: process groups for tensor, pipeline, context and data parallelism, and the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from entcov.rl.config import ConfigError, MegatronConfig
+
+# Ranks wait for each other here while one generates or checks answers, which may take hours. A rank that dies is
+# noticed at once, by its closed connections and by torchrun, so that this bound is for a rank that hangs alone.
+_PATIENCE = timedelta(hours=12)
+
+
+def start_processes(device: str = "auto") -> torch.device:
+    """Joins the processes that torchrun started; the device of this one.
+
+    Raises:
+        RuntimeError: the process was not started by torchrun (or something else that sets RANK and WORLD_SIZE).
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise RuntimeError(
+            f"{', '.join(missing)} must be set: start the processes with "
+            "torchrun --nproc-per-node=N -m megatron_integration train RECIPE"
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place)
+    else:
+        place = torch.device("cpu")
+        dist.init_process_group("gloo")
+    return place
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The place of this process. A replica is the tensor x pipeline x context parallel ranks that share a model copy.
+
+    `control` is a gloo group of all ranks for what is not training: it waits for hours where NCCL would give up.
+    """
+
+    device: torch.device
+    replicas: int
+    replica: int
+    context_parallel: int
+    tensor_group: dist.ProcessGroup | None  # None: the vocabulary is whole here
+    data_group: dist.ProcessGroup  # same tensor and pipeline place, all data and context parallel ones
+    pipeline_group: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+    @property
+    def context_rank(self) -> int:
+        return parallel_state.get_context_parallel_rank()
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank computes logits."""
+        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+    @property
+    def replica_leader(self) -> bool:
+        """Whether this rank is the first of its replica. Global rank 0 leads replica 0."""
+        return not (
+            parallel_state.get_tensor_model_parallel_rank()
+            or parallel_state.get_pipeline_model_parallel_rank()
+            or parallel_state.get_context_parallel_rank()
+        )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Everything that runs Megatron-Core goes inside; on a GPU it changes nothing."""
+        if self.device.type == "cuda":
+            context = nullcontext()
+        else:
+            from megatron_integration.cpu import on_cpu
+
+            context = on_cpu()
+        with context:
+            yield
+
+
+def make_layout(config: MegatronConfig, device: torch.device, *, seed: int = 0) -> Layout:
+    """Divides the ranks of the default process group. Collective; `destroy_layout` undoes it.
+
+    Raises:
+        ConfigError: the number of processes is not a multiple of a replica's size.
+    """
+    size = config.tensor_parallel * config.pipeline_parallel * config.context_parallel
+    world = dist.get_world_size()
+    if world % size:
+        raise ConfigError(
+            f"megatron: the number of processes must be a multiple of tensor_parallel * pipeline_parallel * "
+            f"context_parallel = {config.tensor_parallel} * {config.pipeline_parallel} * {config.context_parallel}, "
+            f"got {world}"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_parallel,
+        pipeline_model_parallel_size=config.pipeline_parallel,
+        context_parallel_size=config.context_parallel,
+    )
+    if device.type == "cuda":
+        model_parallel_cuda_manual_seed(seed)
+    else:
+        from megatron_integration import cpu
+
+        cpu.seed_everything(seed)
+    return Layout(
+        device=device,
+        replicas=world // size,
+        replica=parallel_state.get_data_parallel_rank(),
+        context_parallel=config.context_parallel,
+        tensor_group=parallel_state.get_tensor_model_parallel_group() if config.tensor_parallel > 1 else None,
+        data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        control=dist.new_group(backend="gloo", timeout=_PATIENCE),
+    )
+
+
+def destroy_layout(layout: Layout) -> None:
+    """Frees the groups, so that another layout can be made of the same processes."""
+    dist.destroy_process_group(layout.control)
+    parallel_state.destroy_model_parallel()
