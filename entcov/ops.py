@@ -72,7 +72,8 @@ def _on_cuda(check, launch):
     return run
 
 
-def _with_huge_pages(fresh: Tensor) -> Tensor:
+def with_huge_pages(fresh: Tensor) -> Tensor:
+    """`fresh`, memory on the CPU that nobody has written yet, where the system may hand out large pages at once."""
     _cpu.advise_huge_pages(fresh.data_ptr(), fresh.nbytes)
     return fresh
 
@@ -91,8 +92,7 @@ def _row_stats_fake(logits, target, vocab_start, vocab_size, temperature, moment
 def _row_stats_cpu(logits, target, vocab_start, vocab_size, temperature, moments, ignore_index):
     stats = _row_stats_fake(logits, target, vocab_start, vocab_size, temperature, moments, ignore_index)
     T = logits.shape[0]
-    if _cpu.first_bad_target(target.data_ptr(), T, vocab_size, ignore_index) >= 0:
-        _raise_bad_target(target, vocab_size, ignore_index)
+    check_target(target, vocab_size, ignore_index)
     _cpu.row_stats(
         DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), T, num_columns(logits, vocab_start, vocab_size),
         target.data_ptr(), vocab_start, ignore_index, 1.0 / temperature,
@@ -101,7 +101,10 @@ def _row_stats_cpu(logits, target, vocab_start, vocab_size, temperature, moments
     return stats
 
 
-def _raise_bad_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """ValueError unless each of these [T] int64 on the CPU is `ignore_index` or a token."""
+    if _cpu.first_bad_target(target.data_ptr(), target.shape[0], vocab_size, ignore_index) < 0:
+        return
     bad = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
     row = int(bad.nonzero()[0])
     raise ValueError(
@@ -204,7 +207,7 @@ def _write_logits_grad(
 
 
 def _logits_grad_cpu(logits, *args):
-    return _write_logits_grad(_with_huge_pages(_logits_grad_fake(logits, *args)), logits, *args)
+    return _write_logits_grad(with_huge_pages(_logits_grad_fake(logits, *args)), logits, *args)
 
 
 def _logits_grad_inplace_fake(logits, *args):
@@ -344,7 +347,7 @@ def _logit_covariance_grad_cpu(
     logits_old, logits_new, stats, grad_covariance, grad_entropy_change, grad_kl, row_mask, vocab_start, vocab_size,
     temperature,
 ):  # fmt: skip
-    out = _with_huge_pages(_logit_covariance_grad_fake(
+    out = with_huge_pages(_logit_covariance_grad_fake(
         logits_old, logits_new, stats, grad_covariance, grad_entropy_change, grad_kl, row_mask, vocab_start,
         vocab_size, temperature,
     ))  # fmt: skip

@@ -117,8 +117,11 @@ def token_stats(
     T = target.numel()
     rows, tokens = logits.reshape(T, shard.width), target.reshape(T).contiguous()
     with torch.no_grad():
-        args = (LogitRows(rows.detach(), tokens), shard, kept, float(temperature), moments, ignore_index)
-        stats, clamp = row_statistics(*args) if group is None else eager(sharded_row_statistics)(*args, group)
+        settings = (shard, kept, float(temperature), moments, ignore_index)
+        if group is None:
+            stats, clamp = row_statistics(rows.detach(), tokens, *settings)
+        else:
+            stats, clamp = eager(sharded_row_statistics)(LogitRows(rows.detach(), tokens), *settings, group)
     outputs = _TokenStats.apply(
         rows, tokens, stats, clamp, shard.start, shard.vocab_size, float(temperature), ignore_index
     )
@@ -148,35 +151,37 @@ def kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int
     return top_k
 
 
-class LogitRows(NamedTuple):
-    """The logits [T, V_local] of the tokens `target` [T], as the statistics below read them: a local op at a time.
+def row_statistics(logits, target, shard, kept, temperature, moments, ignore_index):
+    """(merged row statistics [T, 4 | 7], clamp [T, 4] or None) when all columns are here."""
+    place = (shard.start, shard.vocab_size)
+    stats = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
+    stats = ops.merge_row_stats(stats[None], target, temperature, ignore_index)
+    if kept is None:
+        return stats, None
+    ranks = torch.full((2,), kept, dtype=torch.int64, device=target.device)  # both ends of the bracket
+    bracket = clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)
+    part = clamp_ops.clamp_collect(logits, target, stats, bracket, 0, *place, temperature, ignore_index)
+    return stats, clamp_ops.clamp_finish(part[None], target, stats, bracket, kept, temperature, ignore_index)
 
-    entcov.linear has rows of another kind, which make their logits for each op, a chunk of tokens at a time.
+
+class LogitRows(NamedTuple):
+    """The logits [T, V_local] of the tokens `target` [T], for what is computed row by row.
+
+    entcov.lm_head has rows of another kind, whose logits exist for one chunk of tokens at a time.
     """
 
     logits: Tensor
     target: Tensor
+    name = "token_stats"  # of the public function, in messages
 
     @property
     def dtype(self) -> torch.dtype:
         return self.logits.dtype
 
-    def apply(self, op: Callable[..., Tensor], *arguments, per_row: tuple[Tensor, ...] = ()) -> Tensor:
-        """op(logits, target, *per_row, *arguments): one row a token, computed from that row of `per_row` alone."""
+    def apply(self, op: Callable, *arguments, per_row: tuple[Tensor, ...] = ()):
+        """op(logits, target, *per_row, *arguments): a tensor or a tuple of them, one row a token, each made from that
+        token's row of logits, target and per_row alone."""
         return op(self.logits, self.target, *per_row, *arguments)
-
-
-def row_statistics(rows, shard, kept, temperature, moments, ignore_index):
-    """(merged row statistics [T, 4 | 7], clamp [T, 4] or None) when all columns are here."""
-    target, place = rows.target, (shard.start, shard.vocab_size)
-    stats = rows.apply(ops.row_stats, *place, temperature, moments, ignore_index)
-    stats = ops.merge_row_stats(stats[None], target, temperature, ignore_index)
-    if kept is None:
-        return stats, None
-    ranks = torch.full((2,), kept, dtype=torch.int64, device=target.device)  # both ends of the bracket
-    bracket = rows.apply(clamp_ops.order_statistics, ranks, *place, ignore_index)
-    part = rows.apply(clamp_ops.clamp_collect, 0, *place, temperature, ignore_index, per_row=(stats, bracket))
-    return stats, clamp_ops.clamp_finish(part[None], target, stats, bracket, kept, temperature, ignore_index)
 
 
 def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index, group, **call):
@@ -188,10 +193,7 @@ def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index
     payload = torch.zeros((target.shape[0], width), dtype=torch.float32, device=target.device)
     failure = None
     try:
-        payload[:, :fields] = rows.apply(ops.row_stats, *place, temperature, moments, ignore_index)
-        if kept is not None:
-            ranks = _sketch_ranks(torch.full((), shard.columns, device=target.device))
-            payload[:, fields:] = rows.apply(clamp_ops.order_statistics, ranks, *place, ignore_index)
+        payload = rows.apply(_part, shard, kept, temperature, moments, ignore_index)
         tokens = checksum(target)
     except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
         failure, tokens = error, 0
@@ -202,7 +204,7 @@ def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index
         "number of logits kept (clamp_p, top_k)": kept or 0,
         **call,
     }
-    parts, layout = gather("token_stats", payload, group, shard, call, {"target": tokens}, failure)
+    parts, layout = gather(rows.name, payload, group, shard, call, {"target": tokens}, failure)
     stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
     if kept is None:
         return stats, None
@@ -211,8 +213,18 @@ def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index
     bracket = clamp_ops.clamp_bracket(parts[..., fields:], ranks, target, stats, kept, ignore_index)
     capacity = int(bracket[:, 2].max()) if len(bracket) else 0
     part = rows.apply(clamp_ops.clamp_collect, capacity, *place, temperature, ignore_index, per_row=(stats, bracket))
-    parts, _ = gather("token_stats", part, group, shard, {}, {}, None)
+    parts, _ = gather(rows.name, part, group, shard, {}, {}, None)
     return stats, clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
+
+
+def _part(logits, target, shard, kept, temperature, moments, ignore_index):
+    """What a shard sends first: its statistics, and its sketch for the clamp."""
+    place = (shard.start, shard.vocab_size)
+    stats = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
+    if kept is None:
+        return stats
+    ranks = _sketch_ranks(torch.full((), shard.columns, device=target.device))
+    return torch.cat((stats, clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)), dim=1)
 
 
 def _sketch_ranks(columns: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from entcov import reference
 from entcov.row_kinds import gradient_bound, make_rows, value_bound
 from entcov.vocab_parallel import logit_covariance, token_stats
+from tests import gloo_linear
 
-CASES = {}
+CASES = dict(gloo_linear.CASES)
 
 
 def case(function):

@@ -24,6 +24,13 @@ def test_token_stats():
     assert "gradient (2, 6, 32000) torch.bfloat16" in out and "entropy drift" in out and "nan" not in out
 
 
+def test_linear():
+    out = run("ops_linear.py")
+    assert "entropy of the first tokens:" in out and "gradient of weight (32000, 64)" in out
+    # bf16 stores a gradient to 2^-9 of itself; the two sum in another order.
+    assert all(float(line.split()[-1]) < 2**-7 for line in out.splitlines() if line.startswith("gradient"))
+
+
 def test_tensor_parallel():
     out = run("ops_tensor_parallel.py")
     assert "entropy on both ranks:" in out and "gradient of this rank's columns: (5, 504)" in out
