@@ -76,15 +76,54 @@ class WarmStartConfig:
 
 
 @dataclass(config=_STRICT)
+class VllmConfig:
+    """How rollout.engine=vllm samples."""
+
+    # colocated: in the trainer's processes and on their devices; server: a running server, see entcov.rl.vllm_server.
+    mode: Literal["colocated", "server"] = "colocated"
+    url: str | None = None  # of the server, such as http://node1:8000
+    tensor_parallel: Count = 1  # processes that share an engine
+    max_num_seqs: Count = 256  # sequences in a batch
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4  # fraction of a GPU that vLLM may fill
+    kv_cache_memory_bytes: Count | None = None  # default: what is left of that; on CPU, room for max_num_seqs sequences
+    sleep: bool = False  # GPU: between rollouts vLLM's weights go to the CPU's memory and its cache is freed
+    enforce_eager: bool = False  # GPU: no compilation and no CUDA graphs; on CPU it is always so
+    engine_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of vLLM's engine
+
+    def __post_init__(self):
+        if self.mode == "server" and self.url is None:
+            raise ValueError("url: must be given for mode server (start one: python -m entcov.rl.vllm_server RECIPE)")
+        if self.mode == "colocated" and self.url is not None:
+            raise ValueError(f"url: belongs to mode server, got mode colocated and url {self.url!r}")
+        if self.mode == "server" and self.sleep:
+            raise ValueError("sleep: is for mode colocated, where vLLM shares the trainer's GPUs; got mode server")
+
+
+@dataclass(config=_STRICT)
 class RolloutConfig:
+    engine: Literal["in_process", "vllm"] = "in_process"  # in_process: the trainer's own model, nothing to install
+    vllm: VllmConfig = dataclasses.field(default_factory=VllmConfig)
     prompts_per_step: Count = 64
     group_size: Count = 8
     temperature: Positive = 1.0
     max_response_length: Count = 1024
-    batch_size: Count = 256  # sequences generated at once
+    batch_size: Count = 256  # sequences that engine in_process generates at once
+    # Steps that rollouts may lag behind. 1: the next step's are sampled while the policy is being updated (vllm only).
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     # Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing; draw until the step is full of others.
     filter_zero_variance: bool = False
     max_draws: Count = 3
+
+    def __post_init__(self):
+        if not self.max_staleness:
+            return
+        if self.engine == "in_process":
+            raise ValueError("max_staleness: 1 needs engine vllm; in_process samples from the weights being updated")
+        if self.vllm.mode == "colocated" and (self.vllm.sleep or self.vllm.tensor_parallel > 1):
+            raise ValueError(
+                "max_staleness: 1 lets sampling and updating run side by side, so mode colocated needs sleep false and "
+                f"tensor_parallel 1, got sleep {self.vllm.sleep}, tensor_parallel {self.vllm.tensor_parallel}"
+            )
 
 
 @dataclass(config=_STRICT)

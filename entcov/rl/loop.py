@@ -5,14 +5,18 @@ It talks to the actor and the sampler through a handful of methods and does not 
     sampler: generate(prompts, ..., on_done=), sync(weight_version, named_weights)
 Every random choice comes from (seed, step), every prompt from its position in the stream, so the whole state of a run
 is the weights, the optimizer, the controls, the step and one position: a resumed run continues bit for bit.
+
+With `rollout.max_staleness: 1` the rollouts of step k + 1 are sampled while step k updates the policy, so by the
+weights that step k began with; at the end of step k they are complete, and only then does the sampler get the new
+weights. They are part of the checkpoint, since the weights that sampled them are gone.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +30,8 @@ from entcov.rl.batch import Batch, mini_batches, pack
 from entcov.rl.config import Config
 from entcov.rl.data import PromptStream
 from entcov.rl.rewards import RewardFunction
-from entcov.rl.scoring import Scorer
+from entcov.rl.rollouts import Collected, Collector, derived_seed, in_background, mean, spread, timed
 from entcov.rl.types import Rollout
-
-
-def derived_seed(seed: int, *path: int) -> int:
-    """A 63-bit seed that depends on every number of the path."""
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass
@@ -49,8 +48,11 @@ class Loop:
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _next: Future[Collected] | None = None  # rollouts of the next step, where they are sampled ahead
+    _versions: deque[int] = field(init=False)  # weight versions that rollouts may come from, the current one last
 
     def __post_init__(self):
+        self._versions = deque([self.actor.weight_version], maxlen=1 + self.config.rollout.max_staleness)
         self.sync_weights()  # a sampler that keeps a copy has none yet
 
     def step(self) -> dict[str, float]:
@@ -60,16 +62,24 @@ class Loop:
         metrics: dict[str, float] = {"training/global_step": step}
 
         rollouts = self.rollouts(step, metrics)
+        if self.config.rollout.max_staleness:
+            self._next = in_background(lambda: self._collector.collect(step + 1, self.position))
         self.assign_advantages(rollouts)
         batch = pack(rollouts).to(self.actor.device)
-        with self.timed("old_log_prob"):
+        with timed(self._seconds, "old_log_prob"):
             step_means = self.score_policy(batch, metrics)
-        with self.timed("update_actor"):
+        with timed(self._seconds, "update_actor"):
             self.update(batch, rollouts, step, metrics)
         for control in self.controls:
             metrics |= control.after_step(step_means)
-        with self.timed("weight_sync"):
+        if self._next is not None:
+            self.phase("rollout")
+            with timed(self._seconds, "gen_wait"):  # what sampling took longer than the update
+                self._next.result()
+        self.phase("weight sync")
+        with timed(self._seconds, "weight_sync"):
             self.sync_weights()
+        self._versions.append(self.actor.weight_version)
         self.steps_done = step
 
         seconds = time.perf_counter() - started
@@ -79,40 +89,30 @@ class Loop:
         return metrics
 
     def rollouts(self, step: int, metrics: dict[str, float]) -> list[Rollout]:
-        """The step's scored rollouts, whole groups; with dynamic sampling only groups that can teach something."""
-        config = self.config.rollout
-        kept: list[Rollout] = []
-        drawn: list[Rollout] = []
-        for draw in range(config.max_draws if config.filter_zero_variance else 1):
-            with Scorer(self.score) as scorer:
-                with self.timed("gen"):
-                    fresh = self.sampler.generate(
-                        self.stream.take(self.position, config.prompts_per_step),
-                        group_size=config.group_size,
-                        temperature=config.temperature,
-                        max_response_length=config.max_response_length,
-                        seed=derived_seed(self.config.seed, step, draw),
-                        on_done=scorer.take,
-                    )
-                with self.timed("reward"):  # what is left of it when the last response is complete
-                    scorer.finish(fresh)
-            self.position += config.prompts_per_step
-            drawn += fresh
-            groups = [fresh[i : i + config.group_size] for i in range(0, len(fresh), config.group_size)]
-            if config.filter_zero_variance:
-                groups = [g for g in groups if any(r.reward != g[0].reward for r in g)]
-            kept += [r for g in groups for r in g]
-            if len(kept) >= config.prompts_per_step * config.group_size:
-                break
-        if not kept:
-            raise RuntimeError(
-                f"step {step}: rollout.filter_zero_variance left nothing of {len(drawn)} rollouts: in every group all "
-                f"rewards are equal (mean {_mean(r.reward for r in drawn):.3f}). The task is too hard or too easy for "
-                "this policy; raise rollout.max_draws or group_size, or switch the filter off"
-            )
-        _describe_rollouts(drawn, config.group_size, metrics)
-        metrics["training/generation_batches"] = draw + 1
-        return kept[: config.prompts_per_step * config.group_size]
+        """The step's scored rollouts: those that were sampled ahead, or fresh ones.
+
+        Raises:
+            RuntimeError: one comes from weights that lag further behind than `rollout.max_staleness` steps.
+        """
+        if self._next is not None:
+            collected, self._next = self._next.result(), None
+        else:
+            collected = self._collector.collect(step, self.position, self.phase)
+        self.position = collected.position
+        metrics |= collected.metrics
+        lags = {version: lag for lag, version in enumerate(reversed(self._versions))}
+        for rollout in collected.rollouts:
+            if rollout.weight_version not in lags:
+                raise RuntimeError(
+                    f"step {step}: a rollout was sampled by weights of version {rollout.weight_version}; with "
+                    f"rollout.max_staleness={self.config.rollout.max_staleness} it must be one of {sorted(lags)}"
+                )
+        metrics["training/staleness"] = mean(lags[rollout.weight_version] for rollout in collected.rollouts)
+        return collected.rollouts
+
+    @property
+    def _collector(self) -> Collector:
+        return Collector(self.config, self.sampler, self.stream, self.score)
 
     def assign_advantages(self, rollouts: list[Rollout]) -> None:
         advantage = ADVANTAGES[self.config.advantage](
@@ -145,7 +145,7 @@ class Loop:
         metrics["actor/entropy_drift"] = float((scored["entropy_drift"] * batch.advantage)[at].mean())
         metrics["training/mismatch"], metrics["training/mismatch_max"] = float(gap.mean()), float(gap.max())
         advantage = batch.advantage[at]
-        metrics |= _spread("critic/advantages", advantage.tolist())
+        metrics |= spread("critic/advantages", advantage.tolist())
         return means
 
     def update(self, batch: Batch, rollouts: list[Rollout], step: int, metrics: dict[str, float]) -> None:
@@ -158,7 +158,7 @@ class Loop:
                 self.phase(f"update {epoch * len(groups) + number + 1}/{self.config.actor.epochs * len(groups)}")
                 for name, value in self.actor.update(batch.subset(groups[g]), step=step).items():
                     gathered[name].append(value)
-        metrics |= {name: _mean(values) for name, values in gathered.items() if name not in metrics}
+        metrics |= {name: mean(values) for name, values in gathered.items() if name not in metrics}
 
     def sync_weights(self) -> None:
         self.sampler.sync(self.actor.weight_version, self.actor.named_weights)
@@ -167,6 +167,7 @@ class Loop:
         return {
             "steps_done": self.steps_done,
             "position": self.position,
+            "next": None if self._next is None else self._next.result().state_dict(),
             "actor": self.actor.state_dict(),
             "controls": [control.state_dict() for control in self.controls],
             "torch_rng": torch.get_rng_state(),  # for models and rewards that draw from the global generator
@@ -182,30 +183,11 @@ class Loop:
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)
         torch.set_rng_state(state["torch_rng"])
+        self._next = None
+        self._versions.clear()
+        if state["next"] is not None:
+            self._next = Future()
+            self._next.set_result(Collected.from_state(state["next"], self.stream))
+            self._versions.append(self._next.result().rollouts[0].weight_version)
+        self._versions.append(self.actor.weight_version)
         self.sync_weights()
-
-    @contextmanager
-    def timed(self, name: str):
-        self.phase({"gen": "rollout", "update_actor": "update", "weight_sync": "weight sync"}.get(name, name))
-        start = time.perf_counter()
-        yield
-        self._seconds[name] += time.perf_counter() - start
-
-
-def _describe_rollouts(drawn: list[Rollout], group_size: int, metrics: dict[str, float]) -> None:
-    """Rewards and lengths of everything that was drawn, before any filter."""
-    groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
-    metrics |= _spread("critic/score", [r.reward for r in drawn])
-    metrics |= _spread("response_length", [len(r.tokens) for r in drawn])
-    metrics["response_length/clip_ratio"] = _mean(not r.finished for r in drawn)
-    metrics["prompt_length/mean"] = _mean(len(r.prompt.tokens) for r in drawn)
-    metrics["training/zero_variance_groups"] = _mean(all(r.reward == g[0].reward for r in g) for g in groups)
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return float(sum(values) / len(values))
-
-
-def _spread(prefix: str, values: list[float]) -> dict[str, float]:
-    return {f"{prefix}/mean": _mean(values), f"{prefix}/max": float(max(values)), f"{prefix}/min": float(min(values))}

@@ -16,15 +16,18 @@ from entcov.rl.data import PromptStream
 from entcov.rl.durable import replace_file
 from entcov.rl.engine import Parts, TorchEngine, policy, resolve_device
 from entcov.rl.evaluation import SourceResult, evaluate, summarize
-from entcov.rl.loop import Loop, derived_seed
+from entcov.rl.loop import Loop
 from entcov.rl.metrics import RunLogger
 from entcov.rl.progress import Progress
 from entcov.rl.rewards import load_reward
+from entcov.rl.rollouts import derived_seed
 from entcov.rl.sampler import build_sampler
 from entcov.rl.types import Rollout
 
 # Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
-_FREE_KEYS = ("run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.")
+_FREE_KEYS = (
+    "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
+)  # fmt: skip
 _COMMANDS = {
     "torch": "Start it with: python -m entcov train RECIPE",
     "megatron": "Start it with: torchrun --nproc-per-node=N -m megatron_integration train RECIPE",

@@ -8,6 +8,7 @@ Every sampler has the same two methods:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,20 @@ from entcov.rl.config import Config
 from entcov.rl.model import forward
 from entcov.rl.types import Prompt, Rollout
 
+if TYPE_CHECKING:
+    from entcov.rl.vllm_sampler import VllmSampler
 
-def build_sampler(config: Config, model: nn.Module, tokenizer) -> InProcessSampler:
-    """The sampler that `config.rollout` asks for. `sync` gives it the weights before the first `generate`."""
+
+def build_sampler(config: Config, model: nn.Module, tokenizer) -> InProcessSampler | VllmSampler:
+    """The sampler that `config.rollout.engine` names. `sync` gives it the weights before the first `generate`.
+
+    Args:
+        model: the policy. Sampling in this process goes through it; vLLM wants its configuration and class alone.
+    """
+    if config.rollout.engine == "vllm":
+        from entcov.rl.vllm_sampler import build_vllm_sampler
+
+        return build_vllm_sampler(config, model, tokenizer, stop=end_tokens(model.generation_config, tokenizer))
     return InProcessSampler(model, tokenizer, batch_size=config.rollout.batch_size)
 
 

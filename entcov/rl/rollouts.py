@@ -1,0 +1,164 @@
+"""One step's rollouts: sampled, scored, filtered, described; and how they are kept in a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Thread
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from entcov.rl.config import Config
+from entcov.rl.data import PromptStream
+from entcov.rl.rewards import RewardFunction
+from entcov.rl.scoring import Scorer
+from entcov.rl.types import Rollout
+
+T = TypeVar("T")
+
+
+def derived_seed(seed: int, *path: int) -> int:
+    """A 63-bit seed that depends on every number of the path."""
+    return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@dataclass
+class Collected:
+    """What one step trains on, and what is recorded of it."""
+
+    rollouts: list[Rollout]  # whole groups, scored
+    position: int  # prompts taken from the stream, these included
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors. A prompt is kept as its position in the stream."""
+        return {
+            "position": self.position,
+            "metrics": dict(self.metrics),
+            "tokens": torch.tensor([t for r in self.rollouts for t in r.tokens], dtype=torch.int64),
+            "logprob": torch.tensor([p for r in self.rollouts for p in r.logprob], dtype=torch.float64),
+            "each": [
+                (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward)
+                for r in self.rollouts
+            ],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], stream: PromptStream) -> Collected:
+        prompts = {uid: stream.take(uid, 1)[0] for uid in {each[0] for each in state["each"]}}
+        tokens, logprob, start = state["tokens"].tolist(), state["logprob"].tolist(), 0
+        rollouts = []
+        for uid, sample, length, finished, version, text, reward in state["each"]:
+            at = slice(start, start + length)
+            rollouts.append(
+                Rollout(prompts[uid], sample, tokens[at], logprob[at], finished, version, text=text, reward=reward)
+            )
+            start += length
+        return cls(rollouts, state["position"], state["metrics"])
+
+
+@dataclass
+class Collector:
+    """Draws a step's rollouts. It changes nothing but the sampler, so it may work beside the actor's update."""
+
+    config: Config
+    sampler: Any
+    stream: PromptStream
+    score: RewardFunction
+
+    def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
+        """The rollouts of `step` from the prompts at `position` on.
+
+        With dynamic sampling (`filter_zero_variance`) groups without a difference in reward are dropped and further
+        prompts drawn, up to `max_draws` times.
+
+        Args:
+            phase: told what is going on.
+
+        Raises:
+            RuntimeError: dynamic sampling has left nothing.
+        """
+        config = self.config.rollout
+        seconds: dict[str, float] = defaultdict(float)
+        kept: list[Rollout] = []
+        drawn: list[Rollout] = []
+        for draw in range(config.max_draws if config.filter_zero_variance else 1):
+            with Scorer(self.score) as scorer:
+                phase("rollout")
+                with timed(seconds, "gen"):
+                    fresh = self.sampler.generate(
+                        self.stream.take(position, config.prompts_per_step),
+                        group_size=config.group_size,
+                        temperature=config.temperature,
+                        max_response_length=config.max_response_length,
+                        seed=derived_seed(self.config.seed, step, draw),
+                        on_done=scorer.take,
+                    )
+                phase("reward")
+                with timed(seconds, "reward"):  # what is left of it when the last response is complete
+                    scorer.finish(fresh)
+            position += config.prompts_per_step
+            drawn += fresh
+            groups = [fresh[i : i + config.group_size] for i in range(0, len(fresh), config.group_size)]
+            if config.filter_zero_variance:
+                groups = [g for g in groups if any(r.reward != g[0].reward for r in g)]
+            kept += [r for g in groups for r in g]
+            if len(kept) >= config.prompts_per_step * config.group_size:
+                break
+        if not kept:
+            raise RuntimeError(
+                f"step {step}: rollout.filter_zero_variance left nothing of {len(drawn)} rollouts: in every group all "
+                f"rewards are equal (mean {mean(r.reward for r in drawn):.3f}). The task is too hard or too easy for "
+                "this policy; raise rollout.max_draws or group_size, or switch the filter off"
+            )
+        metrics = _described(drawn, config.group_size) | {"training/generation_batches": draw + 1}
+        metrics |= {f"timing_s/{name}": value for name, value in seconds.items()}
+        return Collected(kept[: config.prompts_per_step * config.group_size], position, metrics)
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """`work()` in a thread of its own, which does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="entcov-rollouts", daemon=True).start()
+    return future
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str):
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
+
+
+def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
+    """Rewards and lengths of everything that was drawn, before any filter."""
+    groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
+    return {
+        **spread("critic/score", [r.reward for r in drawn]),
+        **spread("response_length", [len(r.tokens) for r in drawn]),
+        "response_length/clip_ratio": mean(not r.finished for r in drawn),
+        "prompt_length/mean": mean(len(r.prompt.tokens) for r in drawn),
+        "training/zero_variance_groups": mean(all(r.reward == g[0].reward for r in g) for g in groups),
+    }
+
+
+def mean(values) -> float:
+    values = list(values)
+    return float(sum(values) / len(values))
+
+
+def spread(prefix: str, values: list[float]) -> dict[str, float]:
+    return {f"{prefix}/mean": mean(values), f"{prefix}/max": float(max(values)), f"{prefix}/min": float(min(values))}

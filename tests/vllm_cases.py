@@ -1,0 +1,273 @@
+"""vLLM in this process against transformers. Run by test_vllm.py in a process of its own: vLLM changes its process."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from entcov.rl import vllm_transfer
+from entcov.rl.config import Config, ModelConfig, parse_config
+from entcov.rl.model import build_model
+from entcov.rl.sampler import InProcessSampler, build_sampler
+from entcov.rl.types import Example, Prompt
+from entcov.rl.weight_sync import ByReference, WeightSync
+from tests.tiny_run import recipe
+
+SET_NUM_THREADS = torch.set_num_threads
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 128,
+}  # fmt: skip  (heads of 32: vLLM's CPU attention has no smaller ones)
+MODELS = {
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
+    "qwen3 untied": {"model_type": "qwen3", "tie_word_embeddings": False, "head_dim": 32},
+    "llama": {"model_type": "llama", "tie_word_embeddings": False, "head_dim": 32},
+}
+# Float32 on both sides, a hundred tokens, log-probabilities down to -15: rounding, not a difference of formulas.
+TOLERANCE = 5e-5
+OPTIONS = {"group_size": 3, "temperature": 0.7, "max_response_length": 24, "seed": 3}
+
+
+def settings(name: str) -> Config:
+    model = {"config": {**MODELS[name], **SIZES}, "tokenizer": "char"}
+    rollout = {"engine": "vllm", "max_response_length": 24, "prompts_per_step": 6, "vllm": {"max_num_seqs": 32}}
+    return parse_config(recipe("unused", model=model, rollout=rollout, **{"data.max_prompt_length": 60}))
+
+
+def policy(name: str, seed: int = 0):
+    """A random policy that is far from uniform and still ends some of its responses."""
+    model, tokenizer = build_model(ModelConfig(**dataclasses.asdict(settings(name).model)), seed=seed, device=CPU)
+    reshuffle(model, seed)
+    return model, tokenizer
+
+
+def reshuffle(model, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * (2.0 / weight.shape[1] ** 0.5))
+            else:
+                weight.copy_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
+
+
+CPU = torch.device("cpu")
+
+
+def prompts(n: int) -> list[Prompt]:
+    """Of 33 to 50 tokens, so that a block of vLLM's prefix cache (32 tokens) is filled."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(33, 51, (n,), generator=generator).tolist()
+    tokens = [torch.randint(4, 40, (k,), generator=generator).tolist() for k in lengths]
+    return [Prompt(i, Example("test", (), ""), tuple(t)) for i, t in enumerate(tokens)]
+
+
+def gap(model, rollouts, temperature: float = 0.7) -> float:
+    """Largest difference between the sampler's log-probabilities and those of the model's plain forward pass."""
+    worst = 0.0
+    for rollout in rollouts:
+        ids = [*rollout.prompt.tokens, *rollout.tokens]
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([ids])).logits[0].double()
+        logprob = (logits / temperature).log_softmax(-1)[len(rollout.prompt.tokens) - 1 : -1]
+        expected = logprob.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+        worst = max(worst, float((expected - torch.tensor(rollout.logprob).double()).abs().max()))
+    return worst
+
+
+def weights(model):
+    return lambda: iter([(name, tensor.detach()) for name, tensor in model.state_dict().items()])
+
+
+def another_sync(sampler) -> WeightSync:
+    return WeightSync(sampler.engine, sampler._sync.expected, ByReference(), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def samplers() -> Iterator:
+    """name -> (model, sampler), each made once."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            model, tokenizer = policy(name)
+            made[name] = model, build_sampler(settings(name), model, tokenizer)
+        return made[name]
+
+    yield get
+    for _, sampler in made.values():
+        sampler.engine.close()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logprobs_are_those_of_transformers_before_and_after_updates(samplers, name):
+    model, sampler = samplers(name)
+    if sampler._sync.version is None:
+        with pytest.raises(RuntimeError, match="does not hold the trainer's weights"):
+            sampler.generate(prompts(1), **OPTIONS)
+    for version in (5, 8, 13):  # the same prompts each time: a stale prefix cache would show
+        reshuffle(model, seed=version)
+        sampler.sync(version, weights(model))
+        rollouts = sampler.generate(prompts(6), **OPTIONS)
+        assert gap(model, rollouts) < TOLERANCE
+        assert {r.weight_version for r in rollouts} == {version}
+        assert min(p for r in rollouts for p in r.logprob) < -2 and max(p for r in rollouts for p in r.logprob) > -0.5
+    greedy = sampler.generate(prompts(4), **(OPTIONS | {"temperature": 0.0, "group_size": 1}))
+    assert gap(model, greedy, temperature=1.0) < TOLERANCE  # at 0 the log-probability is that of softmax(logits)
+    mine = InProcessSampler(model, sampler.tokenizer, batch_size=8)
+    other = mine.generate(prompts(4), **(OPTIONS | {"temperature": 0.0, "group_size": 1}))
+    assert [r.tokens for r in greedy] == [r.tokens for r in other]
+
+
+@pytest.mark.parametrize("guard", ["prefix cache", "tied head"])
+def test_without_its_guard_the_gap_is_nats(samplers, monkeypatch, guard):
+    """The two silent failures of an update, so that the test above is known to see them."""
+    model, sampler = samplers("qwen3")
+    reshuffle(model, seed=20)
+    sampler.sync(20, weights(model))
+    sampler.generate(prompts(6), **OPTIONS)
+    with monkeypatch.context() as patch:
+        if guard == "prefix cache":
+            patch.setattr(sampler.engine, "reset_prefix_cache", lambda: True)
+        else:
+            patch.setattr(vllm_transfer, "_repack_heads", lambda model: None)
+        reshuffle(model, seed=21)
+        sampler.sync(21, weights(model))
+    assert gap(model, sampler.generate(prompts(6), **OPTIONS)) > 0.5
+    sampler.sync(22, weights(model))
+    assert gap(model, sampler.generate(prompts(6), **OPTIONS)) < TOLERANCE
+
+
+def test_a_cache_that_is_not_emptied_stops_the_run(samplers, monkeypatch):
+    model, sampler = samplers("llama")
+    sampler.sync(30, weights(model))
+    broken = another_sync(sampler)
+    monkeypatch.setattr(sampler.engine, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="did not empty its prefix cache"):
+        broken(31, weights(model))
+    assert broken.version is None
+    with pytest.raises(RuntimeError, match="start the engine anew"):
+        broken(32, weights(model))
+    monkeypatch.undo()
+    sampler.sync(33, weights(model))
+    assert gap(model, sampler.generate(prompts(2), **OPTIONS)) < TOLERANCE
+
+
+def test_a_missing_k_proj_is_refused_and_the_engine_goes_on(samplers):
+    """vLLM itself takes such a set and computes with the old values."""
+    model, sampler = samplers("qwen3 untied")
+    sampler.sync(40, weights(model))
+    fresh = another_sync(sampler)
+    left_out = "model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises(ValueError, match=rf"nothing was sent\n  missing: {left_out}$"):
+        fresh(41, lambda: ((n, w) for n, w in weights(model)() if n != left_out))
+    rollouts = sampler.generate(prompts(2), **OPTIONS)
+    assert gap(model, rollouts) < TOLERANCE and rollouts[0].weight_version == 40
+
+
+def test_weights_of_somebody_else_are_noticed(samplers):
+    model, sampler = samplers("llama")
+    sampler.sync(50, weights(model))
+    sampler.engine._llm.update_weight_version("other")
+    with pytest.raises(RuntimeError, match="came from weights other, and the trainer's last sync was 50"):
+        sampler.generate(prompts(1), **OPTIONS)
+    sampler.sync(51, weights(model))
+    sampler.generate(prompts(1), **OPTIONS)
+
+
+def test_responses_belong_to_their_seed_and_not_to_their_batch(samplers):
+    model, sampler = samplers("qwen2")
+    sampler.sync(60, weights(model))
+    everything = sampler.generate(prompts(12), **OPTIONS)
+    assert [(r.prompt.uid, r.sample) for r in everything] == [(i, g) for i in range(12) for g in range(3)]
+    some = sampler.generate(prompts(12)[7:2:-2], **(OPTIONS | {"group_size": 2}))
+    assert [r.tokens for r in some] == [everything[3 * i + g].tokens for i in (7, 5, 3) for g in range(2)]
+    other = sampler.generate(prompts(12), **(OPTIONS | {"seed": 4}))
+    assert sum(a.tokens == b.tokens for a, b in zip(everything, other, strict=True)) < 6
+    assert len({tuple(r.tokens) for r in everything}) > 30  # the samples of a group differ
+
+
+def test_responses_end_at_the_end_token_or_at_the_limit(samplers):
+    model, sampler = samplers("qwen2")
+    sampler.sync(70, weights(model))
+    eos = sampler.tokenizer.eos_token_id
+    rollouts = sampler.generate(prompts(12), **(OPTIONS | {"temperature": 2.0}))
+    assert {r.finished for r in rollouts} == {True, False}
+    for rollout in rollouts:
+        assert len(rollout.tokens) == len(rollout.logprob)
+        assert eos not in rollout.tokens[:-1]
+        assert rollout.finished == (rollout.tokens[-1] == eos)
+        assert rollout.finished or len(rollout.tokens) == 24
+        shown = rollout.tokens[:-1] if rollout.finished else rollout.tokens
+        assert rollout.text == sampler.tokenizer.decode(shown)
+
+
+def test_each_response_is_announced_when_it_is_complete_and_an_error_leaves_the_engine_usable(samplers):
+    model, sampler = samplers("qwen2")
+    sampler.sync(80, weights(model))
+    announced, counted = [], []
+    options = OPTIONS | {"temperature": 2.0}
+    rollouts = sampler.generate(
+        prompts(6), **options, on_done=announced.append, progress=lambda done, all_of: counted.append((done, all_of))
+    )
+    assert sorted(map(id, announced)) == sorted(map(id, rollouts))
+    lengths = [len(r.tokens) for r in announced]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]  # they all start together: the shortest comes first
+    assert counted == [(n + 1, 18) for n in range(18)]
+
+    def fails(rollout):
+        raise KeyError("reward")
+
+    with pytest.raises(KeyError, match="reward"):
+        sampler.generate(prompts(6), **options, on_done=fails)
+    assert not sampler.engine._llm.llm_engine.has_unfinished_requests()
+    assert [r.tokens for r in sampler.generate(prompts(6), **options)] == [r.tokens for r in rollouts]
+
+
+def test_the_trainers_random_numbers_and_threads_are_left_alone(samplers):
+    torch.manual_seed(123), np.random.seed(123), random.seed(123)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    model, tokenizer = policy("llama", seed=1)
+    sampler = build_sampler(settings("llama"), model, tokenizer)
+    sampler.sync(0, weights(model))
+    sampler.generate(prompts(2), **OPTIONS)
+    sampler.engine.close()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1] and np.random.get_state()[1].tolist() == before[2]
+    assert torch.set_num_threads is SET_NUM_THREADS
+
+
+def test_a_bfloat16_engine_takes_float32_weights(samplers):
+    config = settings("qwen3")
+    config.model.compute_dtype = "bfloat16"
+    model, tokenizer = policy("qwen3")
+    sampler = build_sampler(config, model, tokenizer)
+    sampler.sync(0, weights(model))
+    rollouts = sampler.generate(prompts(6), **OPTIONS)
+    sampler.engine.close()
+    assert TOLERANCE < gap(model, rollouts) < 2.0  # weights of 8 bits, on a policy that is made to be peaked
+    assert isinstance(model, transformers.Qwen3ForCausalLM)
+
+
+def test_settings_that_cannot_hold_here():
+    model, tokenizer = policy("llama")
+    config = settings("llama")
+    config.rollout.temperature = 0.001
+    with pytest.raises(ValueError, match="rollout.temperature: vLLM samples at .* got 0.001"):
+        build_sampler(config, model, tokenizer)
+    for key, value, message in (
+        ("sleep", True, "rollout.vllm.sleep: vLLM's sleep mode needs a GPU"),
+        ("engine_args", {"logprobs_mode": "raw_logprobs"}, "engine_args: logprobs_mode .*remove them"),
+        ("tensor_parallel", 2, "tensor_parallel: must divide the number of processes .*got 2 for 1"),
+    ):
+        config = settings("llama")
+        setattr(config.rollout.vllm, key, value)
+        with pytest.raises(ValueError, match=message):
+            build_sampler(config, model, tokenizer)
