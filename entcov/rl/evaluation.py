@@ -50,7 +50,8 @@ def evaluate(
             progress=progress and (lambda done, _, before=before: progress(before + done, in_all)),
         )
     for rollout in rollouts:
-        rollout.reward = score(rollout.prompt.example, rollout.text)
+        if rollout.reward is None:  # a sampler of several processes brings its rollouts scored
+            rollout.reward = score(rollout.prompt.example, rollout.text)
     rollouts.sort(key=lambda rollout: (rollout.prompt.uid, rollout.sample))
     metrics: dict[str, float] = {}
     for row in summarize(rollouts):

@@ -1,0 +1,93 @@
+"""`torchrun --nproc-per-node=N -m megatron_integration train RECIPE key=value ...`: the trainer on Megatron-Core."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from entcov.rl.config import load_config
+
+# How long a rank that has lost another waits for torchrun to end it, so that the report names the one that died.
+_SECONDS_TO_BE_ENDED = 60
+
+
+@record
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command on every rank; returns the process's exit code as `entcov.cli.main` does."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error, 2, args.debug)
+    except RuntimeError as error:
+        return _fail(error, 1, args.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="torchrun ... -m megatron_integration", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="run a recipe, or go on with it where it stopped")
+    train.add_argument("recipe")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as megatron.tensor_parallel=2")
+    train.add_argument(
+        "--resume", default="auto", help="auto (default), never, or the path of a checkpoint to go back to"
+    )
+    train.add_argument("--no-display", action="store_true", help="print nothing while running")
+    train.set_defaults(command=_train)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from entcov.rl.run import train
+    from megatron_integration.engine import MegatronEngine
+
+    config = load_config(args.recipe, ["actor.engine=megatron", *args.overrides])
+    engine = MegatronEngine(config)
+    metrics = train(config, resume=args.resume, display=False if args.no_display else "auto", engine=engine)
+    if engine.leads:
+        if not metrics:
+            print(f"{config.run_dir} is complete at step {config.steps}; a larger steps= goes on with it")
+        if config.steps:
+            from entcov.plots import plot_runs
+            from entcov.rl.metrics import read_metrics
+
+            runs = {Path(config.run_dir).name: read_metrics(config.run_dir)}
+            for path in plot_runs(runs, Path(config.run_dir) / "plots"):
+                print(path)
+    engine.close()
+    return 0
+
+
+def _fail(error: Exception, code: int, debug: bool) -> int:
+    """Says what failed, once: on the rank where it did."""
+    from megatron_integration.engine import PeerError
+
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if debug:
+        raise error
+    if _lost_a_peer(error):
+        print(
+            f"error: rank {rank} has lost its connection to another rank, which has died or is unreachable; "
+            "torchrun's report names the first that failed. The same command goes on from the latest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(_SECONDS_TO_BE_ENDED)
+    elif not isinstance(error, PeerError):
+        print(f"error: rank {rank}: {error}\n(--debug shows where)", file=sys.stderr, flush=True)
+    return code
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The engine of `python -m megatron_integration train`: what `entcov.rl.run.train` stands on, over many processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from entcov.rl import model as hf
+from entcov.rl.checkpoint import Checkpoint, save_checkpoint
+from entcov.rl.config import Config, ConfigError
+from entcov.rl.data import PromptStream
+from entcov.rl.engine import OnWarmStart, Parts, TorchEngine
+from entcov.rl.rewards import load_reward
+from entcov.rl.sampler import InProcessSampler, build_sampler
+from entcov.rl.tokenizer import load_tokenizer
+from entcov.rl.warm_start import warm_started
+from megatron_integration.actor import MegatronActor
+from megatron_integration.layout import destroy_layout, make_layout, start_processes
+from megatron_integration.model import build_model, load_hf_weights, make_bridge, save_hf
+from megatron_integration.rollouts import CopySampler, SharedRollouts
+from megatron_integration.sharded import load_sharded, save_sharded
+
+T = TypeVar("T")
+INITIAL_MODEL = "initial_model"  # in the run directory: what reinforcement starts from, unless that is model.path
+
+
+class PeerError(RuntimeError):
+    """Another rank has failed, and says why."""
+
+
+class MegatronEngine(TorchEngine):
+    """One process of a torchrun job. Making it is collective, and so is every method.
+
+    The run directory must be on a file system that all nodes share: every rank reads and writes checkpoints there.
+    """
+
+    name = "megatron"
+
+    def __init__(self, config: Config):
+        self.layout = make_layout(config.megatron, start_processes(config.device), seed=config.seed)
+        self.rank = dist.get_rank()
+        self.leads = self.rank == 0
+
+    def agree(self, make: Callable[[], T]) -> T:
+        """`make()` of rank 0 on every rank. If it fails there, the others raise PeerError."""
+        outcome: list[Any] = [None]
+        failure: Exception | None = None
+        if self.leads:
+            try:
+                outcome = [(True, make())]
+            except Exception as error:
+                failure, outcome = error, [(False, str(error))]
+        dist.broadcast_object_list(outcome, src=0, group=self.layout.control)
+        if failure is not None:
+            raise failure
+        done, value = outcome[0]
+        if not done:
+            raise PeerError(f"rank 0: {value}")
+        return value
+
+    def build(
+        self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
+    ) -> Parts:
+        if not (run_dir / "config.yaml").exists():
+            raise ConfigError(f"run_dir: must be on a file system that all nodes share, rank {self.rank} finds no run "
+                              f"in {run_dir}")  # fmt: skip
+        initial = self.agree(lambda: _initial_model(config, run_dir, on_warm_start))
+        folder = initial if checkpoint is None else str(checkpoint.path / "model")
+        tokenizer = load_tokenizer(folder if config.model.path is None else config.model.tokenizer or folder)
+        dtype = getattr(torch, config.model.compute_dtype)
+        bridge = make_bridge(folder, config.megatron, self.layout, dtype=dtype)
+        if len(tokenizer) > bridge.hf_config.vocab_size:
+            raise ValueError(
+                f"model: its vocabulary must hold the tokenizer's {len(tokenizer)} tokens, got "
+                f"{bridge.hf_config.vocab_size}"
+            )
+        model = build_model(bridge, self.layout)
+        if checkpoint is None:
+            load_hf_weights(bridge, model, folder, self.layout)
+        reference = None
+        if config.loss.kl_coef > 0:
+            reference = build_model(bridge, self.layout).requires_grad_(False).eval()
+            load_hf_weights(bridge, reference, initial, self.layout)
+        controls = config.build_controls()
+        actor = MegatronActor(
+            model, bridge, self.layout, config.actor, config.megatron, config.loss, controls,
+            temperature=config.rollout.temperature, reference=reference,
+        )  # fmt: skip
+        if checkpoint is not None:
+            load_sharded(actor, checkpoint.file("megatron"))
+        score = load_reward(config.data.reward)
+        sampler = self._sampler(config, folder, tokenizer) if self.layout.replica_leader else None
+        writers = {
+            "model": lambda path: save_hf(bridge, actor.model, self.layout, tokenizer, path, write=self.leads),
+            "megatron": lambda path: save_sharded(actor, path),
+        }
+        stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
+        return Parts(actor, SharedRollouts(sampler, self.layout, score), stream, controls, score, writers)
+
+    def save(self, directory: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) -> None:
+        """Every rank writes its part into rank 0's temporary folder; rank 0 checks, renames and moves the pointer.
+
+        A rank that dies leaves the temporary folder behind, and `latest` at the checkpoint before.
+        """
+        if self.leads:
+            writers = {name: self._leading(write) for name, write in parts.writers.items()}
+            save_checkpoint(directory, step, writers, state, keep)
+        else:
+            for write in parts.writers.values():
+                path: list[Any] = [None]
+                dist.broadcast_object_list(path, src=0, group=self.layout.control)
+                write(path[0])
+                dist.barrier(group=self.layout.control)
+        dist.barrier(group=self.layout.control)  # nobody trains on before the checkpoint is the latest
+
+    def close(self) -> None:
+        """Takes the process groups down, at the end of a job that went well."""
+        destroy_layout(self.layout)
+        dist.destroy_process_group()
+
+    def _leading(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
+        def lead(path: Path) -> None:
+            dist.broadcast_object_list([path], src=0, group=self.layout.control)
+            write(path)
+            dist.barrier(group=self.layout.control)
+
+        return lead
+
+    def _sampler(self, config: Config, folder: str, tokenizer):
+        """The sampler of this replica, on a model of its own; `sync` brings the weights before the first rollout."""
+        source = dataclasses.replace(config.model, path=folder, config=None, tokenizer=folder)
+        model, _ = hf.build_model(source, seed=config.seed, device=self.layout.device)
+        sampler = build_sampler(config, model, tokenizer)
+        if isinstance(sampler, InProcessSampler):
+            return CopySampler(model, tokenizer, batch_size=config.rollout.batch_size)
+        return sampler
+
+
+def _initial_model(config: Config, run_dir: Path, on_warm_start: OnWarmStart) -> str:
+    """The folder or hub name of the weights that reinforcement starts from. One process; made once a run.
+
+    The warm start and random weights are made by transformers in this process: they are for models that fit in it.
+    """
+    if config.model.path is not None and not config.warm_start.steps:
+        return config.model.path
+    folder = run_dir / INITIAL_MODEL
+    if not folder.exists():
+        device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+        model, tokenizer = hf.build_model(config.model, seed=config.seed, device=device)
+        if config.warm_start.steps:
+            stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
+            warm_started(model, tokenizer, stream, config, on_step=on_warm_start)
+        temporary = run_dir / f".tmp_{INITIAL_MODEL}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        hf.save_model(model, tokenizer, temporary)
+        temporary.rename(folder)
+    return str(folder)

@@ -1,0 +1,184 @@
+"""Weights and optimizer state in Megatron's distributed checkpoint format, loadable at any other layout.
+
+Every rank writes its own part. Loading at the layout of the save is bit-exact; at another one too, and training then
+goes on to rounding, because sums are split differently.
+
+Megatron-Core 0.16's distributed optimizer, where Adam is torch's (no Transformer Engine, no Apex), loads wrongly in
+three ways: it asserts that a step was taken, it looks for each parameter's step where none was stored, and it gives
+all parameters one step tensor, which each of them then counts up. `_TorchAdamLoad` deals with all three, and what was
+loaded is checked in any case: a wrong number of steps means a wrong bias correction, and no error would show it.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from entcov.rl.checkpoint import CheckpointError
+from megatron_integration.actor import MegatronActor
+from megatron_integration.model import unwrapped
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_COMMON = "entcov"
+
+
+def save_sharded(actor: MegatronActor, folder: Path) -> None:
+    """Writes this rank's part into `folder`. Collective; returns when every rank's part is on the disk."""
+    actor.gather_parameters()
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier(group=actor.layout.control)
+    with actor.layout.running(), _results_in_this_process():
+        dist_checkpointing.save(_tree(actor, is_loading=False), str(folder))
+    dist.barrier(group=actor.layout.control)
+
+
+@contextmanager
+def _results_in_this_process() -> Iterator[None]:
+    """A save that is waited for collects its results in this process. Megatron-Core would start a manager process for
+    them, which takes seconds, needs a main module that can be imported again, and outlives a rank that is killed."""
+    before = filesystem_async._results_queue
+    filesystem_async._results_queue = queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
+
+
+def load_sharded(actor: MegatronActor, folder: Path) -> None:
+    """Fills the actor's weights, optimizer and weight_version from `folder`. Collective.
+
+    Raises:
+        CheckpointError: nothing that `save_sharded` wrote, or another kind of optimizer (distributed or not, and the
+            parameters' dtype, must be as at the save), or what was loaded does not fit together.
+    """
+    if not (folder / "common.pt").exists():
+        raise CheckpointError(f"{folder}: holds no checkpoint of the megatron engine")
+    common = dist_checkpointing.load_common_state_dict(str(folder))[_COMMON]
+    kind = _kind(actor)
+    if common["kind"] != kind:
+        raise CheckpointError(
+            f"{folder}: was saved with {common['kind']}, this run has {kind}; megatron.distributed_optimizer and "
+            "model.compute_dtype must be those of the save"
+        )
+    actor.weight_version = common["weight_version"]
+    with actor.layout.running(), _TorchAdamLoad(actor):
+        state = dist_checkpointing.load(_tree(actor, is_loading=True), str(folder))
+        unwrapped(actor.model).load_state_dict(state["model"], strict=True)
+        if actor.weight_version:
+            actor.optimizer.load_state_dict(state["optimizer"])
+        else:
+            actor.optimizer.reload_model_params()
+    _check_steps(actor, folder)
+
+
+def _tree(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
+    model = unwrapped(actor.model).sharded_state_dict()
+    tree: dict[str, Any] = {
+        "model": model,
+        _COMMON: {"weight_version": actor.weight_version, "kind": _kind(actor)},
+    }
+    if actor.weight_version:  # before its first step an optimizer has no state
+        tree["optimizer"] = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+    return tree
+
+
+def _kind(actor: MegatronActor) -> str:
+    which = "the distributed optimizer" if actor.megatron.distributed_optimizer else "the plain optimizer"
+    return f"{which} on {str(actor.bridge.dtype).removeprefix('torch.')} parameters"
+
+
+def _inner(actor: MegatronActor) -> list[Any]:
+    return getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
+
+
+class _TorchAdamLoad:
+    """Inside, distributed optimizers over torch's Adam load rightly. Touches these optimizers alone, and leaves nothing
+    behind."""
+
+    def __init__(self, actor: MegatronActor):
+        self.actor = actor
+        self.optimizers = [
+            o for o in _inner(actor)
+            if isinstance(o, DistributedOptimizer) and isinstance(o.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        ]  # fmt: skip
+
+    def __enter__(self) -> None:
+        if self.optimizers and self.actor.weight_version and not self.optimizers[0].optimizer.state:
+            self._take_an_empty_step()
+        for optimizer in self.optimizers:
+            optimizer._set_main_param_and_optimizer_states = _tolerating_no_step(optimizer)
+            optimizer.load_state_dict = _with_own_steps(optimizer)
+
+    def __exit__(self, *exc: object) -> None:
+        for optimizer in self.optimizers:
+            for name in ("_set_main_param_and_optimizer_states", "load_state_dict"):
+                optimizer.__dict__.pop(name, None)
+
+    def _take_an_empty_step(self) -> None:
+        """Makes the optimizer's state, without changing a weight: no gradient, and a learning rate of 0."""
+        before = [group["lr"] for group in self.actor.optimizer.param_groups]
+        for group in self.actor.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.actor.model.zero_grad_buffer()
+        self.actor.optimizer.step()
+        for group, lr in zip(self.actor.optimizer.param_groups, before, strict=True):
+            group["lr"] = lr
+
+
+def _tolerating_no_step(optimizer: DistributedOptimizer):
+    """The step is restored with the parameter groups; what was not stored for a parameter stays as it is."""
+    inner = type(optimizer)._set_main_param_and_optimizer_states
+
+    def set_states(model_param, tensors):
+        group, order = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        inner(optimizer, model_param, {"step": state["step"].clone(), **tensors})
+
+    return set_states
+
+
+def _with_own_steps(optimizer: DistributedOptimizer):
+    inner = type(optimizer).load_state_dict
+
+    def load(state_dict):
+        inner(optimizer, state_dict)
+        for state in optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    return load
+
+
+def _check_steps(actor: MegatronActor, folder: Path) -> None:
+    """Every parameter's own step must be the number of steps that the weights have seen."""
+    steps = [step for optimizer in _inner(actor) for step in _steps(optimizer.optimizer)]
+    tensors = [step for step in steps if isinstance(step, torch.Tensor)]
+    wrong = sorted({float(step) for step in steps} - {float(actor.weight_version)})
+    if actor.weight_version and not steps:
+        raise CheckpointError(f"{folder}: the optimizer's steps could not be read after loading")
+    if wrong or len({id(step) for step in tensors}) < len(tensors):
+        raise CheckpointError(
+            f"{folder}: the optimizer was not restored: every parameter must have its own step count of "
+            f"{actor.weight_version}, found {wrong or 'one that several share'}"
+        )
+
+
+def _steps(optimizer: Any) -> Iterator[Any]:
+    """Step counts: torch's Adam has one a parameter, Transformer Engine's one a group."""
+    if optimizer is None:
+        return
+    for state in optimizer.state.values():
+        if "step" in state:
+            yield state["step"]
+    for group in optimizer.param_groups:
+        if group["params"] and "step" in group:
+            yield group["step"]
