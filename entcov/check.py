@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from entcov import ops, reference
+from entcov.linear import linear_token_stats
 from entcov.row_kinds import KINDS, gradient_bound, make_rows, value_bound
-from entcov.vocab_parallel import logit_covariance, token_stats
+from entcov.vocab_parallel import TokenStats, logit_covariance, token_stats
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = ((6, 7), (4, 1000), (2, 151936))
@@ -52,8 +53,10 @@ def _compare(name: str, got: Tensor, expected: Tensor, bound: Tensor) -> tuple[f
     return tuple(float(x.max()) if x.numel() else 0.0 for x in (error, relative, error / bound))
 
 
-def _check_token_stats(logits: Tensor, seed: int) -> Iterable[tuple[str, Tensor, Tensor, Tensor]]:
-    """(output, got, expected, bound), values first, then the gradient of a random mix of them."""
+def _check_token_stats(
+    logits: Tensor, seed: int, function: Callable[..., TokenStats] | None = None
+) -> Iterable[tuple[str, Tensor, Tensor, Tensor]]:
+    """(output, got, expected, bound), values first, then the gradient of each."""
     rng = torch.Generator().manual_seed(seed)
     T, V = logits.shape
     # Every second target is the likeliest token: the digits of a peaked row show there.
@@ -62,7 +65,7 @@ def _check_token_stats(logits: Tensor, seed: int) -> Iterable[tuple[str, Tensor,
     got_leaf, expected_leaf = logits.clone().requires_grad_(), logits.double().requires_grad_()
     target = torch.where(logits.gather(1, target[:, None])[:, 0] == -torch.inf, logits.float().argmax(-1), target)
     settings = {"temperature": TEMPERATURE, "clamp_p": CLAMP_P}
-    got = token_stats(got_leaf, target, moments=True, **settings)
+    got = (function or token_stats)(got_leaf, target, moments=True, **settings)
     expected = reference.token_stats(expected_leaf, target, **settings)
     for name, value in expected.items():
         yield name, getattr(got, name).detach(), value.detach(), value_bound(name, value.detach())
@@ -76,6 +79,19 @@ def _check_token_stats(logits: Tensor, seed: int) -> Iterable[tuple[str, Tensor,
         "clamped_entropy": entropy_terms(log_kept),
     }
     yield from _check_gradients(got, expected, got_leaf, expected_leaf, terms, rng)
+
+
+def _check_linear_token_stats(logits: Tensor, seed: int) -> Iterable[tuple[str, Tensor, Tensor, Tensor]]:
+    """As above, behind a head whose products are exact: the hidden states are the rows of the unit matrix, so the
+    logits are the columns of the weight. In two chunks. Rows with -inf are left out: 0 * -inf is NaN in any product."""
+    if not logits.isfinite().all():
+        return
+    unit = torch.eye(len(logits), dtype=logits.dtype)
+
+    def head(leaf: Tensor, target: Tensor, **settings) -> TokenStats:
+        return linear_token_stats(unit, leaf.t(), target, chunk_size=max(len(unit) // 2, 1), **settings)
+
+    yield from _check_token_stats(logits, seed, head)
 
 
 def entropy_terms(log_p: Tensor) -> Tensor:
@@ -109,21 +125,26 @@ def _check_logit_covariance(logits: Tensor, seed: int) -> Iterable[tuple[str, Te
     yield from _check_gradients(got, expected, got_leaf, expected_leaf, terms, rng)
 
 
-CHECKS = {"token_stats": _check_token_stats, "logit_covariance": _check_logit_covariance}
+CHECKS = {
+    "token_stats": _check_token_stats,
+    "linear_token_stats": _check_linear_token_stats,
+    "logit_covariance": _check_logit_covariance,
+}
 
 
 def check_rows(
     shapes: Iterable[tuple[int, int]] = SHAPES,
     dtypes: Iterable[str] = tuple(DTYPES),
     kinds: Iterable[str] = tuple(KINDS),
+    ops: Iterable[str] = tuple(CHECKS),
 ) -> Iterable[CheckRow]:
-    """Runs every check and yields its lines."""
-    for op, check in CHECKS.items():
+    """Runs the checks of these public functions and yields their lines."""
+    for op in ops:
         for shape in shapes:
             for dtype in dtypes:
                 for kind in kinds:
                     logits = make_rows(kind, *shape, DTYPES[dtype])
-                    for output, got, expected, bound in check(logits, seed=1):
+                    for output, got, expected, bound in CHECKS[op](logits, seed=1):
                         yield CheckRow(op, output, shape, dtype, kind, *_compare(output, got, expected, bound))
 
 
@@ -133,7 +154,7 @@ def run_check(*, verbose: bool = False, file: TextIO | None = None, **selection)
     Args:
         verbose: print every line; otherwise each op's output once, with its worst line.
         file: where to print; default standard output.
-        selection: shapes, dtypes, kinds, as for `check_rows`.
+        selection: shapes, dtypes, kinds, ops, as for `check_rows`.
     """
     file = file or sys.stdout
     rows = list(check_rows(**selection))

@@ -22,9 +22,10 @@ def test_passes_and_shows_the_worst_line_of_every_output():
     assert code == 0 and "FAIL" not in text and "0 failed" in text
     for output in ("logprob", "entropy", "clamped_entropy", "collision", "d entropy", "kl", "d covariance"):
         assert text.count(f" {output} ") >= 1, output
-    lines = (6 + 3) + (4 + 3)  # values and gradients of token_stats, and of logit_covariance
-    assert text.count("PASS") == lines
-    assert text_of(verbose=True)[1].count("PASS") == lines * 2 * 3  # dtypes, kinds
+    # Values and gradients of token_stats, linear_token_stats and logit_covariance.
+    assert text.count("PASS") == (6 + 3) + (6 + 3) + (4 + 3)
+    # dtypes x kinds; a head makes no rows with -inf
+    assert text_of(verbose=True)[1].count("PASS") == 9 * 2 * 3 + 9 * 2 * 2 + 7 * 2 * 3
 
 
 def test_plain_text_without_rich(monkeypatch):

@@ -77,14 +77,15 @@ def isa():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_token_stats_and_logit_covariance_with_gradients(dtype):
-    lines = list(check_rows(((6, 7), (5, 1000), (3, 4099)), (dtype,)))
+    lines = list(check_rows(((6, 7), (5, 1000), (3, 4099)), (dtype,), ops=("token_stats", "logit_covariance")))
     assert len(lines) > 200
     assert not [line.cells() for line in lines if not line.passed]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_rows_cut_into_segments(dtype):
-    lines = list(check_rows(((2, 151936),), (dtype,), ("gaussian", "peaked", "offset 1e4", "-inf columns")))
+    kinds = ("gaussian", "peaked", "offset 1e4", "-inf columns")
+    lines = list(check_rows(((2, 151936),), (dtype,), kinds, ops=("token_stats", "logit_covariance")))
     assert not [line.cells() for line in lines if not line.passed]
 
 
