@@ -7,6 +7,7 @@ from importlib import import_module
 # Only the module that is asked for is imported: `gpu` has to start where entcov is not built yet.
 BENCHMARKS = {
     "ops": ("benchmarks.ops_benchmark", "token_stats against eager and compiled torch on this CPU"),
+    "linear": ("benchmarks.linear_benchmark", "linear_token_stats against materialised logits and chunked heads, CPU"),
     "static": ("benchmarks.static_evidence", "what the CUDA kernels' machine code is like; no GPU"),
     "gpu": ("benchmarks.gpu", "on a machine with a GPU: build, tests, sanitizer, benchmarks with rivals"),
     "rivals": ("benchmarks.fetch_rivals", "download what `gpu --rivals FOLDER` compares with"),

@@ -5,6 +5,8 @@ of entcov/vocab_parallel.py; here are the two products of the backward pass, and
 gradient over the ranks.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -117,7 +119,7 @@ def _linear_token_stats(
     tokens = target.reshape(-1).contiguous()
     flat = hidden.reshape(-1, hidden.shape[-1])
     reduces = group is not None and reduce_hidden_grad and torch.is_grad_enabled() and hidden.requires_grad
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(hidden.device.type):
         operands = tuple(None if x is None else x.detach().to(dtype) for x in (flat, weight, bias))
         rows = HeadRows(*operands, tokens, shard.vocab_size, ignore_index, chunk_size, memory_budget)
         settings = (shard, kept, temperature, moments, ignore_index)
@@ -175,7 +177,7 @@ def _check(hidden, weight, target, bias, main_grad) -> torch.dtype:
                 f"main_grad must be {tuple(weight.shape)} on {weight.device} like weight, got "
                 f"{tuple(main_grad.shape)} on {main_grad.device}"
             )
-    if torch.is_autocast_enabled(hidden.device.type):
+    if torch.amp.is_autocast_available(hidden.device.type) and torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
@@ -184,6 +186,12 @@ def _check(hidden, weight, target, bias, main_grad) -> torch.dtype:
                 "torch.autocast"
             )
     return hidden.dtype
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """The operands have their dtype; nothing is to be cast once more. (The meta device has no autocast.)"""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -211,7 +219,7 @@ class _LinearTokenStats(torch.autograd.Function):
         rows.restore(index, ctx.all_logits)
         ctx.all_logits = None
         grads = [*(None if g is None else g.contiguous() for g in grads), *[None] * (3 - len(grads))]
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        with torch.no_grad(), _without_autocast(hidden.device.type):
             found = _gradients(ctx, rows, stats, clamp, grads)
         if torch.is_grad_enabled():  # create_graph=True
             found = tuple(None if x is None else _NoSecondDerivative.apply(x, hidden, weight, bias) for x in found)

@@ -7,7 +7,7 @@ threshold is not known before the ranks have talked).
 
 The gradient of the weight adds up in fp32 over the chunks, whatever the dtype: sums in bf16 lose what is small beside
 the sum so far, always to the same side, and a policy trained on them loses entropy. On a GPU the product itself adds
-into fp32 (torch >= 2.10). On a CPU torch has no such product: there each chunk's product is rounded to the dtype once
+into fp32 (torch >= 2.8). On a CPU torch has no such product: there each chunk's product is rounded to the dtype once
 before it is added, an error that does not grow with the number of chunks.
 """
 
@@ -20,7 +20,7 @@ from entcov import ops
 
 CHUNK_MULTIPLE = 128  # rows of a chunk: the tiles of the libraries' matrix products
 BLOCK_ROWS = 1024  # of the gradient of the weight that go through a temporary, where no product adds into fp32
-_ADDS_INTO_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 10)
+_ADDS_INTO_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 def chunk_size_for(tokens: int, columns: int, itemsize: int, memory_budget: int) -> int:

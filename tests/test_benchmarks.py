@@ -31,6 +31,25 @@ def test_ops_benchmark_runs_and_keeps_the_memory_promise(tmp_path):
     assert "x entcov" in done.stdout and "bytes a token" in done.stdout
 
 
+def test_linear_benchmark_measures_memory_and_errors(tmp_path):
+    report = tmp_path / "linear.json"
+    command = [sys.executable, "-m", "benchmarks", "linear", "--tokens", "256", "--vocab", "2000", "--width", "32",
+               "--chunk", "32", "--repeats", "2", "--threads", "1", "--json", str(report)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    rows = {row["name"]: row for row in result["times"]}
+    assert list(rows) == ["entcov, logits kept", "entcov, chunks of 32", "token_stats(hidden @ W.T)", "plain torch",
+                          "plain torch, chunks of 32"]  # fmt: skip
+    held = {name: row["peak_bytes_beyond_gradients"] for name, row in rows.items()}
+    logits, weight = result["logits_bytes"], 2000 * 32
+    assert logits == 256 * 2000 * 2
+    assert held["entcov, chunks of 32"] < logits / 8 + 4 * weight + 2 * weight + 100 * 256 + 2**18
+    assert held["entcov, logits kept"] < 1.2 * logits < 1.7 * logits < held["token_stats(hidden @ W.T)"]
+    assert held["plain torch"] > 5 * logits
+    assert all(row["hidden_gradient_error"] < 2**-7 and row["weight_gradient_error"] < 2**-6 for row in rows.values())
+
+
 def test_measurements():
     import torch
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import cuda_toolchain, static_evidence
-from benchmarks.gpu import ceilings, checks, measurements, report, rivals, runner, timing, workloads
+from benchmarks.gpu import ceilings, checks, contenders, measurements, report, rivals, runner, timing, workloads
 from benchmarks.gpu.contenders import Contender
 from benchmarks.gpu.stages import Context, Stage, command, execute
 from benchmarks.gpu.worker import Worker
@@ -44,7 +44,7 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
     }  # fmt: skip
     assert stages["op tests"]["passed"] > 50 and stages["device tests"]["passed"] > 30
     records = stages["benchmarks"]["measurements"]
-    assert {r["contender"] for r in records} == {"entcov", "eager torch", "torch.compile"}
+    assert {r["contender"] for r in records} == set(contenders.OWN)
     assert {r["workload"] for r in records} == set(workloads.WORKLOADS)
     mine = [r for r in records if r["contender"] == "entcov" and r["workload"] == "token_stats" and "pass" in r]
     assert [(r["dtype"], r["pass"], r["bytes_per_logit"]) for r in mine] == [
@@ -61,7 +61,12 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
         "row_stats",
         "logits_grad_ (in place)",
         "covariance_stats",
+        "head, logits kept",
     }
+    assert {r["kernel"]: r["bare"] for r in records if "bare" in r} == {
+        "head, logits kept": "three products", "head, chunks": "four products"
+    }  # fmt: skip
+    assert " x three products" in done.stdout
     assert "REHEARSAL" in done.stdout and "wrong: entropy, gradient" in done.stdout
     assert "## CPU rehearsal" in (tmp_path / "RESULTS.md").read_text()
     assert runner.RESULTS.read_text() == results  # a rehearsal leaves the measurements alone

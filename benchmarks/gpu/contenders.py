@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks import ops_benchmark
 from benchmarks.gpu.workloads import Function
-from entcov import logit_covariance, token_stats
+from entcov import linear_token_stats, logit_covariance, token_stats
+from entcov.linear import MEMORY_BUDGET
+
+KEEP = 2**34  # bytes: more than any workload's logits
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ def _usual_covariance(old: Tensor, new: Tensor) -> dict[str, Tensor]:
     return {"covariance": covariance, "kl": (p * (log_old - log_new)).sum(-1)}
 
 
+def _entcov_head(hidden: Tensor, weight: Tensor, target: Tensor, memory_budget: int = KEEP) -> dict[str, Tensor]:
+    stats = linear_token_stats(hidden, weight, target, memory_budget=memory_budget)
+    return {"logprob": stats.logprob, "entropy": stats.entropy}
+
+
 def behind_a_head(function: Function) -> Function:
     """The same of the logits that an LM head makes: hidden [T, H], weight [V, H]."""
     return lambda hidden, weight, target: function(hidden @ weight.T, target)
@@ -68,8 +77,19 @@ def _eager_traffic(workload: str, backward: bool, size: int) -> float | None:
 
 
 def entcov() -> Contender:
-    functions = {"token_stats": _entcov, "logit_covariance": _entcov_covariance, "lm_head": behind_a_head(_entcov)}
-    return Contender("entcov", "this repository", functions, _entcov_traffic)
+    functions = {"token_stats": _entcov, "logit_covariance": _entcov_covariance, "lm_head": _entcov_head}
+    return Contender("entcov", "this repository", functions, _entcov_traffic, "lm_head: logits kept")
+
+
+def entcov_chunks() -> Contender:
+    functions = {"lm_head": partial(_entcov_head, memory_budget=MEMORY_BUDGET)}
+    note = f"logits within {MEMORY_BUDGET / 2**30:.0f} GiB, made again in backward"
+    return Contender("entcov, chunks", "this repository", functions, note=note)
+
+
+def entcov_materialised() -> Contender:
+    functions = {"lm_head": behind_a_head(_entcov)}
+    return Contender("entcov, token_stats", "this repository", functions, note="behind torch's own product")
 
 
 def eager() -> Contender:
@@ -82,4 +102,10 @@ def compiled() -> Contender:
     return Contender("torch.compile", f"torch {torch.__version__}", functions)
 
 
-OWN = {"entcov": entcov, "eager torch": eager, "torch.compile": compiled}
+OWN = {
+    "entcov": entcov,
+    "entcov, chunks": entcov_chunks,
+    "entcov, token_stats": entcov_materialised,
+    "eager torch": eager,
+    "torch.compile": compiled,
+}

@@ -5,25 +5,33 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.gpu.contenders import KEEP
 from benchmarks.gpu.workloads import Inputs
-from entcov import ops
+from entcov import linear_token_stats, ops
+from entcov.linear import MEMORY_BUDGET
 
 IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """run(inputs, prepared); reads and writes in tensors of the logits' size; overwrites: its first input."""
+    """run(inputs, prepared); reads and writes in tensors of the logits' size; overwrites: its first input.
+
+    bare: the kernel that it is compared with, where not the memory limits it but the matrix products.
+    """
 
     run: Callable[[Inputs, Inputs], object]
-    reads: int
-    writes: int
+    reads: int = 0
+    writes: int = 0
     overwrites: bool = False
+    bare: str | None = None
 
 
 def prepared(workload: str, inputs: Inputs) -> Inputs:
     """What the backward kernels need from the forward ones: merged statistics, and a gradient of 1 a row."""
     ones = torch.ones(len(inputs[0]), device=inputs[0].device)
+    if workload == "lm_head":
+        return (ones,)
     columns = inputs[0].shape[1]
     if workload == "token_stats":
         stats = ops.row_stats(*inputs, 0, columns, 1.0, False, IGNORE)
@@ -40,7 +48,37 @@ def _logits_grad(op: Callable) -> Callable[[Inputs, Inputs], object]:
     return lambda i, p: op(*i, p[0], p[1], p[1], None, None, 0, i[0].shape[1], 1.0, IGNORE)
 
 
+def _products(times_forward: int) -> Callable[[Inputs, Inputs], object]:
+    """The matrix products of a head alone: logits, gradient of hidden, gradient of weight."""
+
+    def run(inputs: Inputs, _: Inputs) -> object:
+        hidden, weight, _ = inputs
+        for _ in range(times_forward):
+            logits = hidden @ weight.T
+        return logits @ weight, logits.T @ hidden
+
+    return run
+
+
+def _head(memory_budget: int) -> Callable[[Inputs, Inputs], object]:
+    """linear_token_stats, forward and backward."""
+
+    def run(inputs: Inputs, prepared: Inputs) -> object:
+        hidden, weight, target = inputs
+        leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        stats = linear_token_stats(*leaves, target, memory_budget=memory_budget)
+        return torch.autograd.grad((stats.logprob, stats.entropy), leaves, (prepared[0], prepared[0]))
+
+    return run
+
+
 KERNELS = {
+    "lm_head": {
+        "three products": Kernel(_products(1)),
+        "head, logits kept": Kernel(_head(KEEP), bare="three products"),
+        "four products": Kernel(_products(2)),
+        "head, chunks": Kernel(_head(MEMORY_BUDGET), bare="four products"),
+    },
     "token_stats": {
         "row_stats": Kernel(_row_stats(False), 1, 0),
         "row_stats, moments": Kernel(_row_stats(True), 1, 0),

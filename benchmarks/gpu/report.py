@@ -85,11 +85,19 @@ def tables(context: Context, top: dict[str, float]) -> list[str]:
 
 
 def kernel_table(records: list[dict], top: dict[str, float]) -> list[str]:
-    """entcov's kernels alone, and their share of the ceiling: the copy's for those that write, else the read's."""
+    """entcov's kernels alone, and their share of the ceiling: the copy's for those that write, else the read's; or how
+    many times as long as bare products they take."""
+
+    def against(r: dict) -> str:
+        if "bare" in r:
+            return f"{r['slower_than_bare']['median']:.2f} x {r['bare']}"
+        if "tb_per_s" not in r or not top:
+            return "-"
+        return f"{r['tb_per_s'] / top['copy' if r['writes'] else 'read']:.0%}"
+
     rows = [
         [r["kernel"], f"{r['tokens']} x {r['columns']} {r['dtype']}", f"{r['median_us']:.0f}",
-         f"{r['min_us']:.0f}-{r['max_us']:.0f}", f"{r['tb_per_s']:.2f}",
-         f"{r['tb_per_s'] / top['copy' if r['writes'] else 'read']:.0%}" if top else "-"]
+         f"{r['min_us']:.0f}-{r['max_us']:.0f}", f"{r['tb_per_s']:.2f}" if "tb_per_s" in r else "-", against(r)]
         for r in records
     ]  # fmt: skip
     header = ["kernels alone", "", "us", "min-max", "TB/s", "of ceiling"]

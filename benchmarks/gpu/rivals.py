@@ -21,6 +21,8 @@ from torch import Tensor
 
 from benchmarks.gpu.contenders import Contender
 
+HEAD_COLUMNS = 32768  # of a tile of TRL's head, its trainer's choice
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -260,6 +262,43 @@ def verl_linear(source: str) -> Contender:
     return Contender("verl linear CE", source, {"lm_head": function}, note="never makes the logits")
 
 
+def trl_head(source: str) -> Contender:
+    bare("trl", "trl.kernels", "trl.trainer")
+    stand_in("trl.trainer.utils", maybe_gather_lm_head_ctx=lambda *_: contextlib.nullcontext())
+    op = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logprob, entropy, *_ = op.apply(hidden, weight, None, target, 1.0, HEAD_COLUMNS, None, 1.0, ("entropy",))
+        return {"logprob": logprob, "entropy": entropy}
+
+    note = f"tiles of 4,096 tokens and {HEAD_COLUMNS:,} columns, made again in backward"
+    return Contender("TRL chunked head", source, {"lm_head": function}, note=note)
+
+
+def verl_head(source: str) -> Contender:
+    bare("verl", "verl.utils", "verl.utils.experimental")
+    op = import_module("verl.utils.experimental.torch_functional").FusedLinearForPPOFunction
+
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logprob, entropy = op.apply(hidden, weight, target)
+        return {"logprob": logprob, "entropy": entropy}
+
+    note = "chunks of 512 tokens in plain torch, made again in backward; sums the gradient of the weight in its dtype"
+    return Contender("verl chunked head", source, {"lm_head": function}, note=note)
+
+
+def liger_head(source: str) -> Contender:
+    bare("liger_kernel", "liger_kernel.ops")
+    op = import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")._FusedLinearPPOFallbackFunction
+
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
+        nll, entropy = op.apply(hidden, weight, target, 1.0, -100, True)[:2]
+        return {"logprob": -nll, "entropy": entropy}
+
+    note = "its fallback (chunks of 512 tokens in plain torch): the kernels for sm_90 need cutlass-dsl"
+    return Contender("Liger fused linear", source, {"lm_head": function}, note=note)
+
+
 LIGER, MEGATRON, VERL = "liger-kernel==0.8.5", "megatron-core==0.16.1", "verl==0.9.1"
 # In the order in which they run, the most telling first.
 RIVALS = {
@@ -279,6 +318,9 @@ RIVALS = {
         ("cut-cross-entropy==25.1.1",), "cut_cross_entropy/linear_cross_entropy.py", cut_cross_entropy
     ),
     "verl linear CE": Rival((VERL,), "verl/utils/kernel/linear_cross_entropy.py", verl_linear),
+    "TRL chunked head": Rival(("trl==1.16.0",), "trl/kernels/chunked_logprob.py", trl_head),
+    "Liger fused linear": Rival((LIGER,), "liger_kernel/ops/fused_linear_scaled_cross_entropy.py", liger_head),
+    "verl chunked head": Rival((VERL,), "verl/utils/experimental/torch_functional.py", verl_head),
     "AReaL": Rival(("areal==1.0.4",), "areal/utils/functional/vocab_parallel.py", areal),
     "Liger CE": Rival((LIGER,), "liger_kernel/ops/cross_entropy.py", liger_cross_entropy),
     "Megatron-Core fused CE": Rival((MEGATRON,), "megatron/core/fusions/fused_cross_entropy.py", megatron_fused),

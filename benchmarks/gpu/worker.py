@@ -122,11 +122,14 @@ class Worker:
             return Call(lambda turn: kernel.run(own, ready[turn % len(sets)]), restore)
 
         calls = {name: call(kernel) for name, kernel in kernels.items()}
-        for name, times in in_turns(calls, self.device, TURNS, SECONDS_A_MEASUREMENT).items():
-            moved = (kernels[name].reads + kernels[name].writes) * sets[0][0].nbytes
-            measured = summary(times)
-            tell(**about, kernel=name, bytes=moved, writes=kernels[name].writes > 0, **measured,
-                 tb_per_s=moved / measured["median_us"] / 1e6)  # fmt: skip
+        times = in_turns(calls, self.device, TURNS, SECONDS_A_MEASUREMENT)
+        for name, kernel in kernels.items():
+            measured = summary(times[name])
+            if moved := (kernel.reads + kernel.writes) * sets[0][0].nbytes:
+                measured |= {"bytes": moved, "tb_per_s": moved / measured["median_us"] / 1e6}
+            if kernel.bare is not None:
+                measured |= {"bare": kernel.bare, "slower_than_bare": ratio(times[name], times[kernel.bare])}
+            tell(**about, kernel=name, writes=kernel.writes > 0, **measured)
 
     def with_minus_infinity(self, workload: Workload, function, inputs: Inputs) -> dict[str, float] | str:
         """Errors where three columns of four are -inf, as masked vocabularies are; the target is never one of them."""

@@ -12,7 +12,7 @@ from entcov import reference
 WEIGHTS = {"logprob": -1.0, "entropy": -ENTROPY_COEF, "covariance": 1.0, "kl": 0.5}  # of the outputs in the loss
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VOCABS = (152064, 19008, 38016)  # a whole vocabulary, and its shards at 8 and 4 ranks; none a multiple of 1024
-HIDDEN = 2048
+HIDDEN = 4096  # of an 8B model; from there on, the products outweigh all else
 
 Inputs = tuple[Tensor, ...]
 Function = Callable[..., dict[str, Tensor]]
