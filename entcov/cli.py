@@ -1,4 +1,7 @@
-"""`python -m entcov train | eval | compare | plot | data | check`. Parsing and printing; the work is done elsewhere."""
+"""`python -m entcov train | eval | compare | plot | data | plan | check`.
+
+Parsing and printing; the work is done elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -81,6 +84,16 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--revision", help="commit or tag of the set's repository")
     data.add_argument("--out", default="data", help="folder; default %(default)s; files are OUT/NAME/SPLIT.parquet")
     data.set_defaults(command=_data)
+
+    plan = commands.add_parser("plan", help="memory, traffic and time of a Megatron recipe by arithmetic, no GPU")
+    plan.add_argument("recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    plan.add_argument("--gpus", type=int, default=8, help="default %(default)s")
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="default %(default)s")
+    plan.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200")
+    plan.add_argument("--gpu-memory", metavar="SIZE", help="such as 80GiB; default: the GPU's own")
+    plan.add_argument("--mean-response", type=int, metavar="TOKENS", help="default: half of the limit")
+    plan.set_defaults(command=_plan)
 
     check = commands.add_parser("check", help="every op against its float64 oracle, on this machine")
     check.set_defaults(command=_check)
@@ -184,6 +197,31 @@ def _data(args: argparse.Namespace) -> int:
         for prepared in prepare(name, args.out, **options):
             print(prepared)
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from rich.console import Console
+
+    from entcov.plan import GPUS, parse_size, settings_from
+    from entcov.plan_table import print_plan
+    from entcov.rl.config import load_config
+
+    if args.gpu not in GPUS:
+        raise ValueError(f"--gpu: must be one of {', '.join(GPUS)}, got {args.gpu!r}")
+    for name in ("gpus", "gpus_per_node"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: must be >= 1, got {getattr(args, name)}")
+    gpu = GPUS[args.gpu]
+    if args.gpu_memory is not None:
+        gpu = dataclasses.replace(gpu, memory=parse_size(args.gpu_memory))
+    settings = settings_from(
+        load_config(args.recipe, args.overrides), gpu=gpu, gpus=args.gpus, gpus_per_node=args.gpus_per_node,
+        mean_response=args.mean_response,
+    )  # fmt: skip
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    return 0 if print_plan(settings, console) else 1
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -197,7 +197,8 @@ def test_a_failure_leaves_the_earlier_file(source, tmp_path):
 @pytest.mark.parametrize(
     "value, text",
     [(142.0, "142"), (2.5, "2.5"), ("033", "33"), ("0", "0"), ("000", "0"), (" $-1$ ", "-1"),
-     ("$a$ and $b$", "$a$ and $b$"), (["$1$", "$2$"], "1, 2"), ([], None), ("", None), (None, None), (7, "7"), ("0.50", "0.50")],
+     ("$a$ and $b$", "$a$ and $b$"), (["$1$", "$2$"], "1, 2"), ([], None), ("", None), (None, None), (7, "7"),
+     ("0.50", "0.50")],
 )  # fmt: skip
 def test_plain_answers(value, text):
     assert plain_answer(value) == text
