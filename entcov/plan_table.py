@@ -115,18 +115,20 @@ def _time(s: Settings) -> Table:
     table.add_column("seconds", justify="right")
     for name in ("generation", "scoring", "selecting", "updates", "communication", "sync"):
         shown = {"communication": "communication that nothing hides", "sync": "weight sync"}.get(name, name)
-        table.add_row(shown, f"{getattr(time, name):.0f}")
+        known = name != "generation" or s.engine == "colocated"
+        table.add_row(shown, f"{getattr(time, name):.0f}" if known else "not planned")
     table.add_section()
     table.add_row("[bold]step[/bold]", f"[bold]{time.step:.0f}[/bold]")
     return table
 
 
 def _assumptions(s: Settings) -> str:
+    gpu = s.gpu
     return (
-        f"Assumed: mean response {s.mean_response} tokens of {s.max_response}, mean prompt {s.mean_prompt}; full "
-        f"micro-batches; matrix products at {plan_time.COMPUTE_EFFICIENCY:.0%} of the {s.gpu.flops / 1e12:.0f} TFLOP/s "
-        f"peak, decoding at {plan_time.MEMORY_EFFICIENCY:.0%} of {s.gpu.bandwidth / 1e12:.2f} TB/s plus "
-        f"{plan_time.DECODE_OVERHEAD * 1e3:.0f} ms a token, links at {plan_time.LINK_EFFICIENCY:.0%} of "
-        f"{s.gpu.node_link / 1e9:.0f} (node) and {s.gpu.network / 1e9:.0f} GB/s (network). Not "
-        "measured; the formulas are in docs/large_models.md."
+        f"Assumed: mean response {s.mean_response} tokens of {s.max_response}, mean prompt {s.mean_prompt}; one draw a "
+        f"step; full micro-batches; matrix products at {plan_time.COMPUTE_EFFICIENCY:.0%} of the "
+        f"{gpu.flops / 1e12:.0f} TFLOP/s peak, decoding at {plan_time.MEMORY_EFFICIENCY:.0%} of "
+        f"{gpu.bandwidth / 1e12:.2f} TB/s plus {plan_time.DECODE_OVERHEAD * 1e3:.0f} ms a token, links at "
+        f"{plan_time.LINK_EFFICIENCY:.0%} of {gpu.node_link / 1e9:.0f} (node) and {gpu.network / 1e9:.0f} GB/s "
+        "(network). Not measured; the formulas are in docs/large_models.md."
     )

@@ -124,7 +124,7 @@ def traffic(s: Settings) -> list[Traffic]:
 class Time:
     """Seconds of one step of the loop, phase by phase."""
 
-    generation: float
+    generation: float  # 0 where the engine is not colocated: its GPUs are not part of the plan
     scoring: float
     selecting: float
     updates: float
@@ -147,7 +147,7 @@ def estimate(s: Settings) -> Time:
     sent = traffic(s)
     hidden = {"gradients, reduce-scatter", "weights, all-gather"} if s.overlap else set()
     return Time(
-        generation=_generation(s),
+        generation=_generation(s) if s.engine == "colocated" else 0.0,
         scoring=once * (2 if s.reference else 1),
         selecting=once * s.epochs * n.selecting / n.forward,
         updates=once * s.epochs * (4 if s.recompute == "full" else 3),

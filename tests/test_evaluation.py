@@ -18,7 +18,7 @@ class Scripted:
     def __init__(self):
         self.calls = []
 
-    def generate(self, prompts, *, group_size, temperature, max_response_length, seed, progress=None):
+    def generate(self, prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None):
         self.calls.append(([p.uid for p in prompts], group_size, temperature, seed))
         out = []
         for number, prompt in enumerate(prompts):
@@ -26,6 +26,8 @@ class Scripted:
             for sample in range(group_size):
                 tokens = [7] * (sample + 1)
                 out.append(Rollout(prompt, sample, tokens, [0.0] * len(tokens), sample < 2, 0, text=text[sample]))
+                if on_done and number % 2:  # a sampler may announce its responses or not
+                    on_done(out[-1])
             if progress:
                 progress((number + 1) * group_size, len(prompts) * group_size)
         return out

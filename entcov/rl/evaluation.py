@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from entcov.intervals import mean_interval
 from entcov.rl.config import EvalConfig
 from entcov.rl.rewards import RewardFunction
+from entcov.rl.scoring import Scorer
 from entcov.rl.types import Prompt, Rollout
 
 
@@ -22,7 +23,7 @@ def evaluate(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, float], list[Rollout]]:
-    """Samples every held-out prompt as `settings` says for its data source, and scores the responses.
+    """Samples every held-out prompt as `settings` says for its data source, and scores responses as they are complete.
 
     Data sources that share samples and temperature are generated together; the first such set draws with `seed`, every
     further one with the next number.
@@ -39,19 +40,19 @@ def evaluate(
         sets[settings.settings(prompt.example.data_source)].append(prompt)
     in_all = sum(samples * len(members) for (samples, _), members in sets.items())
     rollouts: list[Rollout] = []
-    for number, ((samples, temperature), members) in enumerate(sets.items()):
-        before = len(rollouts)
-        rollouts += sampler.generate(
-            members,
-            group_size=samples,
-            temperature=temperature,
-            max_response_length=max_response_length,
-            seed=seed + number,
-            progress=progress and (lambda done, _, before=before: progress(before + done, in_all)),
-        )
-    for rollout in rollouts:
-        if rollout.reward is None:  # a sampler of several processes brings its rollouts scored
-            rollout.reward = score(rollout.prompt.example, rollout.text)
+    with Scorer(score) as scorer:
+        for number, ((samples, temperature), members) in enumerate(sets.items()):
+            before = len(rollouts)
+            rollouts += sampler.generate(
+                members,
+                group_size=samples,
+                temperature=temperature,
+                max_response_length=max_response_length,
+                seed=seed + number,
+                progress=progress and (lambda done, _, before=before: progress(before + done, in_all)),
+                on_done=scorer.take,
+            )
+        scorer.finish(rollouts)
     rollouts.sort(key=lambda rollout: (rollout.prompt.uid, rollout.sample))
     metrics: dict[str, float] = {}
     for row in summarize(rollouts):

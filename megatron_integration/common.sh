@@ -1,0 +1,83 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# What the training scripts share: the processes, the method, and the start. Sourced by them, from the repository's root.
+#
+# One node: nothing to set. Several: on every node the same command with
+#   NUM_NODES NODE_RANK MASTER_ADDR     as torchrun takes them; slurm.sbatch and ray_job.sh set them
+#   GPUS_PER_NODE (8)  MASTER_PORT (29500)
+# Instead of training:
+#   ENTCOV_DRY_RUN=1    print the command
+#   ENTCOV_PLAN=1       print its plan: memory, traffic and time, without a GPU
+#   SMOKE_LAYERS=2      two steps with random weights, the model's widths and so many layers: does everything start?
+set -euo pipefail
+
+fail() {
+    echo "$0: $1" >&2
+    exit 2
+}
+
+# One hardware queue: kernels run in the order of their launch, which overlapping communication in Megatron relies on.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+# vLLM starts threads of its own; tokenizers that have worked before would warn about every one of them.
+export TOKENIZERS_PARALLELISM=false
+
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+NUM_NODES=${NUM_NODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+if [ "$NUM_NODES" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+    fail "MASTER_ADDR must be the address of node 0 where NUM_NODES=$NUM_NODES"
+fi
+DISTRIBUTED_ARGS=(
+    --nproc-per-node "$GPUS_PER_NODE"
+    --nnodes "$NUM_NODES"
+    --node-rank "$NODE_RANK"
+    --master-addr "${MASTER_ADDR:-localhost}"
+    --master-port "${MASTER_PORT:-29500}"
+)
+
+# use_method NAME: fills METHOD_ARGS.
+use_method() {
+    local file="megatron_integration/methods/$1.sh"
+    [ -f "$file" ] || fail "method must be one of $(cd megatron_integration/methods && echo *.sh | sed 's/\.sh//g'), got $1"
+    # shellcheck source=/dev/null
+    source "$file"
+}
+
+# use_model NAME: fills MODEL_ARGS; MODEL_PATH replaces the hub's name, by a folder for instance.
+use_model() {
+    # shellcheck source=/dev/null
+    source "megatron_integration/model_configs/$1.sh"
+    if [ -z "${SMOKE_LAYERS:-}" ]; then
+        MODEL_ARGS=("model.path=${MODEL_PATH:-$MODEL}")
+    else
+        MODEL_ARGS=(
+            model.path=null "model.tokenizer=${MODEL_PATH:-$MODEL}"
+            "${MODEL_SHAPE_ARGS[@]}" "model.config.num_hidden_layers=$SMOKE_LAYERS"
+        )
+    fi
+}
+
+# start RECIPE key=value...: replaces the shell by the training, the plan, or nothing.
+start() {
+    local recipe=$1
+    shift
+    local arguments=("$recipe" "$@")
+    if [ -n "${SMOKE_LAYERS:-}" ]; then
+        arguments+=(
+            steps=2 run_dir=runs/smoke rollout.prompts_per_step=32 rollout.filter_zero_variance=false
+            rollout.max_response_length=256 eval.prompts=0
+        )
+    fi
+    local command=(torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_integration train "${arguments[@]}")
+    if [ -n "${ENTCOV_PLAN:-}" ]; then
+        command=(
+            python -m entcov plan "${arguments[@]}"
+            --gpus "$((GPUS_PER_NODE * NUM_NODES))" --gpus-per-node "$GPUS_PER_NODE"
+        )
+    fi
+    if [ -n "${ENTCOV_DRY_RUN:-}" ]; then
+        printf '%q ' "${command[@]}"
+        echo
+    else
+        exec "${command[@]}"
+    fi
+}

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Qwen2.5-32B on DAPO-Math-17k, on 32 GPUs of 80 GB or more: NUM_NODES=4, and the same on every node (slurm.sbatch).
+#
+#   megatron_integration/train_qwen2.5_32b.sh METHOD [key=value ...]
+#
+# METHOD: grpo, clip_higher, clip_cov, kl_cov, aent_math or aent_openr1. TP, PP, CP: another layout. common.sh says how to
+# start several nodes, a dry run, a plan or a smoke test.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source megatron_integration/common.sh
+
+METHOD=${1:-clip_cov}
+use_method "$METHOD"
+use_model qwen2.5_32b
+
+TRAINING_ARGS=("run_dir=${RUN_DIR:-runs/qwen2.5_32b_$METHOD}")
+MODEL_PARALLEL_ARGS=(
+    "megatron.tensor_parallel=${TP:-8}"
+    "megatron.pipeline_parallel=${PP:-1}"
+    "megatron.context_parallel=${CP:-1}"
+    "megatron.sequence_parallel=$([ "${TP:-8}" -gt 1 ] && echo true || echo false)"
+)
+ROLLOUT_ARGS=("rollout.vllm.tensor_parallel=${ROLLOUT_TP:-${TP:-8}}")
+
+start examples/qwen2.5_32b_dapo_math.yaml \
+    "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${METHOD_ARGS[@]}" "${@:2}"
