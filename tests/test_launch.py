@@ -67,9 +67,9 @@ def loaded(command: list[str]) -> Config:
     assert command[0] == "torchrun"
     parsed = get_args_parser().parse_args(command[1:])
     assert parsed.module and parsed.training_script == "megatron_integration"
-    trainer = pytest.importorskip("megatron_integration.__main__", reason="needs megatron-core")
-    args = trainer._parser().parse_args(parsed.training_script_args)
-    return load_config(ROOT / args.recipe, args.overrides)
+    subcommand, recipe, *overrides = parsed.training_script_args
+    assert subcommand == "train"
+    return load_config(ROOT / recipe, overrides)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,14 @@ def test_a_script_trains_what_was_published(commands, run):
     assert (config.actor.engine, config.rollout.engine, config.model.compute_dtype) == ("megatron", "vllm", "bfloat16")
     assert (config.loss.kl_coef, config.loss.aggregation, config.advantage) == (0.0, "token-mean", "grpo")
     assert config.rollout.temperature == 1.0 and config.actor.epochs == 1
+
+
+def test_the_trainer_s_own_command_line_takes_what_a_script_gives(commands):
+    trainer = pytest.importorskip("megatron_integration.__main__", reason="needs megatron-core")
+    for command in commands.values():
+        given = command[command.index("train") :]
+        args = trainer._parser().parse_args(given)
+        assert [args.recipe, *args.overrides] == given[1:]
 
 
 @pytest.mark.parametrize("size, lr", [("7b", 5e-7), ("32b", 1e-6)])
