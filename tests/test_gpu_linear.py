@@ -103,8 +103,8 @@ def test_nothing_waits_for_the_gpu_and_it_fits_a_graph(chunk_size):
 @gpu_only
 @pytest.mark.parametrize("chunk_size", [4096, 512])
 def test_peak_memory(chunk_size):
-    """One chunk of logits, the gradients, an fp32 sum if there are chunks, and 100 bytes a token; each tensor rounded up
-    to 512 bytes, and 32 MiB for the library's workspace."""
+    """One chunk of logits, the gradients, an fp32 sum if there are chunks, and 100 bytes a token; 32 MiB for the
+    library's workspace and for tensors rounded up."""
     hidden, weight, bias, target = inputs(T=4096, V=32000, D=256)
     run(hidden[:64], weight, bias, target[:64])
     torch.cuda.synchronize()

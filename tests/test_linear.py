@@ -434,14 +434,15 @@ def test_inside_a_compiled_function():
 def test_no_host_synchronisation_on_the_device_path(chunk_size):
     """Runs what any accelerator runs, on the device without data: reading a value would be an error. The tokens that
     are ignored are in the products there, since their number is a value."""
-    hidden, weight, bias = (torch.empty(*s, device="meta").bfloat16().requires_grad_() for s in ((48, 8), (64, 8), (64,)))
+    shapes = ((48, 8), (64, 8), (64,))
+    hidden, weight, bias = (torch.empty(*s, device="meta").bfloat16().requires_grad_() for s in shapes)
     target = torch.empty(48, dtype=torch.int64, device="meta")
     with NoHostRead() as mode:
         stats = linear_token_stats(hidden, weight, target, bias=bias, chunk_size=chunk_size, moments=True)
         loss = (stats.logprob + stats.entropy).sum()
         grads = torch.autograd.grad(loss, (hidden, weight, bias))
     assert "row_stats" in mode.seen and "logits_grad_" in mode.seen
-    assert [g.shape for g in grads] == [(48, 8), (64, 8), (64,)] and all(g.is_meta for g in grads)
+    assert tuple(g.shape for g in grads) == shapes and all(g.is_meta for g in grads)
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
