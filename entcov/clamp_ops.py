@@ -3,6 +3,10 @@
 Conventions, shapes and errors are those of entcov/ops.py; the algorithm is told in csrc/clamp.h, the formulas are
 docs/math.md (10) to (12). `stats` are merged row statistics; rows to ignore give zeros, rows with a NaN give NaN.
 
+clamped_stats(logits, target, kept, vocab_size, temperature, moments, ignore_index) -> ([T, 4 | 7], [T, 4])
+    for rows that are whole: merged row statistics, and clamp_finish's result. On the CPU it is the four steps below in
+    turn; on CUDA one kernel that reads the row about once (twice with moments)
+
 order_statistics(logits, target, ranks, vocab_start, vocab_size, ignore_index) -> [T, m]
     the ranks[i]-th largest logit of each row, raw; ranks [m] int64 ascending, 1-based, within the shard's columns
     (all 0 for a shard without columns, whose statistics are -inf)
@@ -19,7 +23,7 @@ None of them mutates an argument or has a derivative: the gradient of the clampe
 
 import torch
 
-from entcov import _cpu
+from entcov import _cpu, cuda_ops, ops
 from entcov.op_registry import (
     DTYPES,
     check_logits,
@@ -45,6 +49,54 @@ def _check_bracket(bracket, target, like) -> None:
     if bracket.dim() != 2 or bracket.shape[1] not in (2, 3):
         raise ValueError(f"bracket must be [T, 2 or 3], got {tuple(bracket.shape)}")
     check_rows(bracket, "bracket", torch.float32, (target.shape[0], bracket.shape[1]), like)
+
+
+# ---- clamped_stats --------------------------------------------------------------------------------------------------
+
+
+def _clamped_stats_fake(logits, target, kept, vocab_size, temperature, moments, ignore_index):
+    check_logits(logits)
+    check_rows(target, "target", torch.int64, logits.shape[:1], logits)
+    check_temperature(temperature)
+    if not 1 <= vocab_size <= logits.shape[1]:
+        raise ValueError(f"vocab_size must be in [1, {logits.shape[1]}] (the columns of logits), got {vocab_size}")
+    if not 1 <= kept <= vocab_size:
+        raise ValueError(f"kept must be in [1, vocab_size = {vocab_size}], got {kept}")
+    T = logits.shape[0]
+    return tuple(logits.new_empty((T, fields), dtype=torch.float32) for fields in (7 if moments else 4, 4))
+
+
+def _merged_stats(logits, target, vocab_size, temperature, moments, ignore_index):
+    stats = ops.row_stats(logits, target, 0, vocab_size, temperature, moments, ignore_index)
+    return ops.merge_row_stats(stats[None], target, temperature, ignore_index)
+
+
+def _clamped_stats_cpu(logits, target, kept, vocab_size, temperature, moments, ignore_index):
+    _clamped_stats_fake(logits, target, kept, vocab_size, temperature, moments, ignore_index)
+    stats = _merged_stats(logits, target, vocab_size, temperature, moments, ignore_index)
+    ranks = torch.full((2,), kept, dtype=torch.int64)  # both ends of the bracket
+    bracket = order_statistics(logits, target, ranks, 0, vocab_size, ignore_index)
+    part = clamp_collect(logits, target, stats, bracket, 0, 0, vocab_size, temperature, ignore_index)
+    return stats, clamp_finish(part[None], target, stats, bracket, kept, temperature, ignore_index)
+
+
+def _clamped_stats_cuda(logits, target, kept, vocab_size, temperature, moments, ignore_index):
+    stats, clamp = _clamped_stats_fake(logits, target, kept, vocab_size, temperature, False, ignore_index)
+    cuda_ops.clamped_stats(stats, clamp, logits, target, kept, vocab_size, temperature, ignore_index)
+    if moments:
+        stats = _merged_stats(logits, target, vocab_size, temperature, moments, ignore_index)
+    return stats, clamp
+
+
+clamped_stats = register(
+    "clamped_stats",
+    "(Tensor logits, Tensor target, SymInt kept, SymInt vocab_size, float temperature, bool moments, int ignore_index) "
+    "-> (Tensor, Tensor)",
+    _clamped_stats_cpu,
+    _clamped_stats_fake,
+    cuda=_clamped_stats_cuda,
+    derivative_error=_DERIVATIVE_ERROR.format("clamped_stats"),
+)
 
 
 # ---- order_statistics -----------------------------------------------------------------------------------------------

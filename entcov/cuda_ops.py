@@ -64,6 +64,13 @@ def logits_grad(
     )  # fmt: skip
 
 
+def clamped_stats(stats, clamp, logits, target, kept, vocab_size, temperature, ignore_index) -> None:
+    _launch(
+        "clamped_stats", logits.device, DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), logits.shape[0],
+        vocab_size, target.data_ptr(), kept, ignore_index, 1.0 / temperature, stats.data_ptr(), clamp.data_ptr(),
+    )  # fmt: skip
+
+
 def covariance_stats(stats, logits_old, logits_new, vocab_start, vocab_size, temperature, row_mask) -> None:
     columns = num_columns(logits_new, vocab_start, vocab_size)
     workspace = _workspace(columns, stats)

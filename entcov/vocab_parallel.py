@@ -153,15 +153,10 @@ def kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int
 
 def row_statistics(logits, target, shard, kept, temperature, moments, ignore_index):
     """(merged row statistics [T, 4 | 7], clamp [T, 4] or None) when all columns are here."""
-    place = (shard.start, shard.vocab_size)
-    stats = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
-    stats = ops.merge_row_stats(stats[None], target, temperature, ignore_index)
-    if kept is None:
-        return stats, None
-    ranks = torch.full((2,), kept, dtype=torch.int64, device=target.device)  # both ends of the bracket
-    bracket = clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)
-    part = clamp_ops.clamp_collect(logits, target, stats, bracket, 0, *place, temperature, ignore_index)
-    return stats, clamp_ops.clamp_finish(part[None], target, stats, bracket, kept, temperature, ignore_index)
+    if kept is not None:
+        return clamp_ops.clamped_stats(logits, target, kept, shard.vocab_size, temperature, moments, ignore_index)
+    stats = ops.row_stats(logits, target, shard.start, shard.vocab_size, temperature, moments, ignore_index)
+    return ops.merge_row_stats(stats[None], target, temperature, ignore_index), None
 
 
 class LogitRows(NamedTuple):

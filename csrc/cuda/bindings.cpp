@@ -47,6 +47,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("row_stats", raw(cuda::row_stats));
   m.def("merge_row_stats", raw(cuda::merge_row_stats));
   m.def("logits_grad", raw(cuda::logits_grad));
+  m.def("clamped_stats", raw(cuda::clamped_stats));
   m.def("covariance_stats", raw(cuda::covariance_stats));
   m.def("merge_covariance_stats", raw(cuda::merge_covariance_stats));
   m.def("logit_covariance_grad", raw(cuda::logit_covariance_grad));

@@ -41,6 +41,12 @@ cudaError_t logits_grad(int dtype, const void* logits, int64_t row_stride, int64
                         const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
                         int64_t grad_row_stride, cudaStream_t stream);
 
+// Rows that are whole: RowStats [T, 4] and clamp [T, 4] (csrc/clamp.h) of the `kept` largest of their num_columns logits.
+// A row that holds a NaN or a +inf, has no finite logit or a bad target: all NaN.
+cudaError_t clamped_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                          const int64_t* target, int64_t kept, int64_t ignore_index, float inv_temperature,
+                          float* stats, float* clamp, cudaStream_t stream);
+
 cudaError_t covariance_stats(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
                              int64_t new_row_stride, int64_t T, int64_t num_columns, const uint8_t* row_mask,
                              float inv_temperature, float* stats, float* workspace, cudaStream_t stream);

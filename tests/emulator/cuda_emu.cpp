@@ -110,7 +110,7 @@ struct Worker {
   Site barrier{};
   char barrier_order[2], start_order, done_order;  // addresses for TSan's happens-before
   int seed = 0;
-  uint64_t random_state = 1;
+  uint64_t random_state = 1, loaded = 0;
   std::string error;
 
   uint64_t random() {
@@ -126,6 +126,7 @@ std::mutex mutex;
 std::vector<Stack> stacks;  // to be used again
 std::string last_error;
 std::atomic<int> seed{0};
+std::atomic<uint64_t> loaded{0};
 
 Stack new_stack() {
   std::lock_guard<std::mutex> lock(mutex);
@@ -305,6 +306,7 @@ void work(const cudaLaunchConfig_t& config, void (*body)(void*), void* arg, int 
   w.tsan = __tsan_get_current_fiber();
 #endif
   for (uint64_t block; w.error.empty() && (block = next++) < blocks;) run_block(config, block);
+  loaded += w.loaded;
   std::lock_guard<std::mutex> lock(mutex);
   for (Fibre& f : w.fibres) stacks.push_back(f.stack);
   for (auto& warp : w.warps)
@@ -329,6 +331,8 @@ void fail(const char* format, ...) {
   to_scheduler(*worker->current, true);  // the block is given up; its fibres never go on
   abort();
 }
+
+void count_load(size_t bytes) { worker->loaded += bytes; }
 
 void block_barrier(Site site) {
   Fibre& f = *worker->current;
@@ -412,6 +416,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*body)(void*), void* 
 #define EMU_EXPORT extern "C" __attribute__((visibility("default")))
 // 0: fibres in order, 1: in reverse, others: shuffled.
 EMU_EXPORT void cuda_emu_set_seed(int value) { emu::seed = value; }
+// Bytes that the kernels have loaded since the last call.
+EMU_EXPORT uint64_t cuda_emu_loaded_bytes() { return emu::loaded.exchange(0); }
 EMU_EXPORT const char* cuda_emu_last_error() { return emu::last_error.c_str(); }
 
 extern "C" {

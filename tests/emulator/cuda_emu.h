@@ -10,7 +10,8 @@
 // threads. A fibre runs until it meets a barrier or a warp collective; then the scheduler picks another, in an order that
 // a seed decides. So a missing barrier shows as a wrong result under some seed, and under -fsanitize=thread as a data
 // race under every seed. Shared memory is filled with NaN before each block. Reported with kernel line and thread:
-// barriers and collectives that diverge, deadlocks, misaligned vector accesses.
+// barriers and collectives that diverge, deadlocks, misaligned vector accesses. Bytes asked for by __ldg and __ldcs, which
+// is how kernels read logits, are counted.
 //
 // Not seen: overruns of a __shared__ array through a pointer it decayed to, races between blocks other than TSan's, inline
 // PTX (its portable twin runs), clusters, and anything about speed.
@@ -75,9 +76,12 @@ T shuffle(unsigned mask, T value, int source, Site site) {
   return unpack<T>(mask >> source & 1 ? values[source] : ~uint64_t{0});
 }
 
+void count_load(size_t bytes);
+
 // Like the hardware, no vector access off its alignment.
 template <class T>
 T load(const T* p) {
+  count_load(sizeof(T));
   if (reinterpret_cast<uintptr_t>(p) % alignof(T)) fail("misaligned %zu-byte load at %p", sizeof(T), (const void*)p);
   return *p;
 }
@@ -97,12 +101,26 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, EMU_SIT
   const int source = emu::lane ^ lane_mask;
   return emu::shuffle(mask, value, source <= (emu::lane | (width - 1)) ? source : emu::lane, {file, line});
 }
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, EMU_SITE) {
+  const int source = emu::lane - static_cast<int>(delta);
+  return emu::shuffle(mask, value, source >= (emu::lane & ~(width - 1)) ? source : emu::lane, {file, line});
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMU_SITE) {
+  return emu::shuffle(mask, value, (emu::lane & ~(width - 1)) | (source & (width - 1)), {file, line});
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_SITE) {
   uint64_t values[32];
   emu::warp_gather(emu::Collective::ballot, mask, predicate != 0, values, {file, line});
   unsigned result = 0;
   for (int i = 0; i < 32; i++) result |= (mask >> i & 1) && values[i] ? 1u << i : 0;
   return result;
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 template <class T>

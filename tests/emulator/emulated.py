@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from entcov import cuda_ops, ops
+from entcov import clamp_ops, cuda_ops, ops
 
 OPS = ("row_stats", "merge_row_stats", "logits_grad", "covariance_stats", "merge_covariance_stats")
 OPS += ("logit_covariance_grad",)
@@ -26,6 +26,13 @@ def set_seed(extension: Path, seed: int) -> None:
     ctypes.CDLL(str(extension)).cuda_emu_set_seed(seed)
 
 
+def loaded_bytes(extension: Path) -> int:
+    """What the kernels have loaded by __ldg and __ldcs since the last call."""
+    count = ctypes.CDLL(str(extension)).cuda_emu_loaded_bytes
+    count.restype = ctypes.c_uint64
+    return count()
+
+
 def install(monkeypatch, module: ModuleType) -> None:
     """Until `monkeypatch` is undone, entcov.ops are what they are on a GPU."""
     monkeypatch.setattr(cuda_ops, "_cuda", module)
@@ -36,8 +43,17 @@ def install(monkeypatch, module: ModuleType) -> None:
         check = _filled_with_nan(getattr(ops, f"_{name}_fake"))
         monkeypatch.setattr(ops, name, ops._on_cuda(check, getattr(cuda_ops, name)))
     monkeypatch.setattr(ops, "logits_grad_", ops._logits_grad_inplace_cuda)
+    monkeypatch.setattr(clamp_ops, "_clamped_stats_fake", _filled_with_nan(clamp_ops._clamped_stats_fake))
+    monkeypatch.setattr(clamp_ops, "clamped_stats", clamp_ops._clamped_stats_cuda)
 
 
 def _filled_with_nan(check):
     """What new_empty returns may happen to be right."""
-    return lambda *args: check(*args).fill_(torch.nan)
+
+    def filled(*args):
+        out = check(*args)
+        for tensor in out if isinstance(out, tuple) else (out,):
+            tensor.fill_(torch.nan)
+        return out
+
+    return filled

@@ -1,0 +1,421 @@
+// What the kernels of the clamped entropy share: a sample of a row, the one pass over it, and exact selection in shared
+// memory. A block does a row (or a shard's part of one), of any length.
+//
+// The pass knows a bracket lo <= hi, in which the threshold ought to lie. Every logit is loaded once and counted into
+//   - the sums over everything that RowStats wants,
+//   - where it is above hi, the same sums over the kept logits and their number,
+//   - where it lies in [lo, hi], a list in shared memory: a few percent of the row, each warp's part in a fixed order.
+// What it knows afterwards is exact whether the bracket was a good one or not, so a bad one costs time and no digit.
+//
+// Selection goes by the order of keys: unsigned integers in the order of the floats, -0 equal to +0. Counting uses
+// atomics on integers only, which commute; all sums of floats have a fixed order.
+#pragma once
+
+#include "sums.cuh"
+#include "team.cuh"
+
+namespace entcov::cuda {
+
+constexpr int kListBytes = 36 << 10;
+template <class T>
+constexpr int kListOfWarp = kListBytes / kWarps / static_cast<int>(sizeof(T));  // logits in the bracket a warp can list
+constexpr int kCounters = 2048;          // of an 11-bit digit of a key
+constexpr int kSampleLimit = 8192;       // logits of a row's sample
+constexpr int kSampleEvery = 20;         // of so many 32-byte sectors, one is in the sample
+constexpr int kUnsampledColumns = 4096;  // a shorter row is its own sample
+constexpr int kClampVectors = 4;         // in flight a thread
+constexpr int kClampGroup = 2;           // vectors that are added after one comparison with the reference
+
+// ---- keys -----------------------------------------------------------------------------------------------------------
+
+constexpr uint32_t kLowestKey = 0x007fffffu;   // of -inf
+constexpr uint32_t kHighestKey = 0xff800000u;  // of +inf
+
+__device__ __forceinline__ uint32_t order_key(float x) {
+  const uint32_t b = bits<uint32_t>(x + 0.0f);  // -0 becomes +0
+  return b ^ (static_cast<uint32_t>(static_cast<int32_t>(b) >> 31) | 0x80000000u);
+}
+
+__device__ __forceinline__ float key_value(uint32_t key) {
+  return bits<float>(key >> 31 ? key ^ 0x80000000u : ~key);
+}
+
+// Lower bits of a key that a value of type T leaves open: all 0 in positive values and all 1 in negative ones.
+template <class T>
+constexpr int kSpareBits = 0;
+template <>
+constexpr int kSpareBits<__nv_bfloat16> = 16;
+template <>
+constexpr int kSpareBits<__half> = 13;
+
+// The key with these upper bits.
+template <class T>
+__device__ __forceinline__ uint32_t whole_key(uint32_t upper) {
+  const uint32_t key = upper << kSpareBits<T>;
+  return key >> 31 ? key : key | ((1u << kSpareBits<T>)-1u);
+}
+
+// The smallest and the largest key of a value of type T with these upper 16 bits, not below -inf nor above +inf.
+template <class T>
+__device__ __forceinline__ uint32_t first_key(uint32_t upper) {
+  const uint32_t key = whole_key<T>(upper << (16 - kSpareBits<T>));
+  return key < kLowestKey ? kLowestKey : key > kHighestKey ? kHighestKey : key;
+}
+template <class T>
+__device__ __forceinline__ uint32_t last_key(uint32_t upper) {
+  uint32_t last = (upper << (16 - kSpareBits<T>)) | ((1u << (16 - kSpareBits<T>)) - 1u);
+  if (kSpareBits<T> < 16 && upper == 0x7fffu) last--;  // -0 has the key of +0
+  const uint32_t key = whole_key<T>(last);
+  return key < kLowestKey ? kLowestKey : key > kHighestKey ? kHighestKey : key;
+}
+
+// ---- selection in shared memory -------------------------------------------------------------------------------------
+
+constexpr int kMostRanks = 64;
+
+struct Place {  // of an element among counters
+  uint32_t counter;
+  uint32_t rank;   // within the counter, from the largest, 1-based
+  uint32_t count;  // elements in the counter
+};
+
+struct SelectionShared {
+  uint32_t count[kCounters];
+  uint32_t warp_total[kWarps];
+  uint32_t digit[kMostRanks], rank[kMostRanks], upper[kMostRanks];
+  Place place;
+};
+
+// The sum of v over the threads before this one. The whole block takes part.
+__device__ __forceinline__ uint32_t sum_before(uint32_t v, uint32_t (&warp_total)[kWarps]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  uint32_t sum = v;
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
+    sum += lane >= offset ? other : 0u;
+  }
+  if (lane == kWarp - 1) warp_total[warp] = sum;
+  __syncthreads();
+  uint32_t before = sum - v;
+  for (int w = 0; w < warp; w++) before += warp_total[w];
+  __syncthreads();  // the next call writes there
+  return before;
+}
+
+// Where the rank-th element (1-based) lies when the counters are walked from the last one down. `size` is a multiple of
+// the block's threads.
+__device__ __forceinline__ Place locate(const uint32_t* count, int size, uint32_t rank, SelectionShared& s) {
+  const int mine = size / kThreads, top = size - 1 - static_cast<int>(threadIdx.x) * mine;
+  uint32_t sum = 0;
+  for (int i = 0; i < mine; i++) sum += count[top - i];
+  uint32_t before = sum_before(sum, s.warp_total);
+  if (before < rank && rank - before <= sum) {
+    int at = top;
+    while (rank - before > count[at]) before += count[at--];
+    s.place = {static_cast<uint32_t>(at), rank - before, count[at]};
+  }
+  __syncthreads();
+  return s.place;
+}
+
+__device__ __forceinline__ void clear(uint32_t* words, int size) {
+  for (int i = static_cast<int>(threadIdx.x); i < size; i += kThreads) words[i] = 0;
+}
+
+// ---- the sample -----------------------------------------------------------------------------------------------------
+
+// The sample's upper halves of keys, and room to select among them: what `list` is before the pass.
+struct SampleArea {
+  uint16_t upper[kSampleLimit];
+  uint32_t above[kCounters];  // sampled elements with a larger digit
+  uint32_t slot[kCounters];   // which rank looks into this digit; kNoSlot: none
+};
+static_assert(sizeof(SampleArea) <= kListBytes, "");
+constexpr uint32_t kNoSlot = 0xffffffffu;
+
+// Every kSampleEvery-th sector of the row, spread over all of it: token ids are ordered by frequency, so the first
+// columns are no sample. Whole sectors, because memory moves nothing smaller. Returns the size of the sample.
+template <class T, bool kAligned>
+__device__ __forceinline__ int take_sample(const Reader<T, kAligned>& reader, const T* row, int count, SampleArea& area) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (count <= kUnsampledColumns) {
+    for (int j = thread; j < count; j += kThreads)
+      area.upper[j] = static_cast<uint16_t>(order_key(Element<T>::widen(row[j])) >> 16);
+    __syncthreads();
+    return count;
+  }
+  constexpr int kSector = 2 * kVector<T>;
+  const int sectors = count / kSector;
+  const int least = (sectors + kSampleLimit / kSector - 1) / (kSampleLimit / kSector);
+  const int every = least > kSampleEvery ? least : kSampleEvery, first = every / 2;
+  const int taken = (sectors - first + every - 1) / every;
+#pragma unroll 1
+  for (int i = thread; i < 2 * taken; i += kThreads) {
+    float x[kVector<T>];
+    unpack<T>(reader.any(2 * (i / 2 * every + first) + i % 2), x);
+#pragma unroll
+    for (int k = 0; k < kVector<T>; k++)
+      area.upper[i * kVector<T> + k] = static_cast<uint16_t>(order_key(x[k]) >> 16);
+  }
+  __syncthreads();
+  return taken * kSector;
+}
+
+// The rank(n)-th largest of the sample, n < size <= kMostRanks, ascending and in 1..m: their upper halves in s.upper.
+template <class Rank>
+__device__ __forceinline__ void select_from_sample(SampleArea& area, int m, int size, Rank rank, SelectionShared& s) {
+  const int thread = static_cast<int>(threadIdx.x);
+  clear(s.count, kCounters);
+  for (int i = thread; i < kCounters; i += kThreads) area.slot[i] = kNoSlot;
+  __syncthreads();
+  for (int i = thread; i < m; i += kThreads) atomicAdd(&s.count[area.upper[i] >> 5], 1u);
+  __syncthreads();
+  constexpr int kMine = kCounters / kThreads;
+  const int top = kCounters - 1 - thread * kMine;
+  uint32_t sum = 0;
+  for (int i = 0; i < kMine; i++) sum += s.count[top - i];
+  uint32_t before = sum_before(sum, s.warp_total);
+  for (int i = 0; i < kMine; i++) area.above[top - i] = before, before += s.count[top - i];
+  __syncthreads();
+  if (thread < size) {  // the largest digit that has less than `wanted` elements above it
+    const uint32_t wanted = static_cast<uint32_t>(rank(thread));
+    int low = 0, high = kCounters - 1;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (area.above[middle] < wanted)
+        high = middle;
+      else
+        low = middle + 1;
+    }
+    s.digit[thread] = static_cast<uint32_t>(low), s.rank[thread] = wanted - area.above[low];
+  }
+  __syncthreads();
+  if (thread < size && (thread == 0 || s.digit[thread - 1] != s.digit[thread]))
+    area.slot[s.digit[thread]] = static_cast<uint32_t>(thread);
+  clear(s.count, 32 * size);
+  __syncthreads();
+  for (int i = thread; i < m; i += kThreads) {
+    const uint32_t key = area.upper[i], slot = area.slot[key >> 5];
+    if (slot != kNoSlot) atomicAdd(&s.count[32 * slot + (key & 31u)], 1u);
+  }
+  __syncthreads();
+  if (thread < size) {
+    const uint32_t digit = s.digit[thread];
+    const uint32_t* count = s.count + 32 * area.slot[digit];
+    uint32_t low = 31, left = s.rank[thread];
+    while (low > 0 && left > count[low]) left -= count[low--];
+    s.upper[thread] = digit << 5 | low;
+  }
+  __syncthreads();
+}
+
+// ---- the pass -------------------------------------------------------------------------------------------------------
+
+struct ClampSums : Sums {
+  float kept_e = 0.0f, kept_te = 0.0f;  // of elements above hi and below max
+  uint32_t above = 0;                   // elements above hi
+
+  __device__ __forceinline__ void move(float d) {
+    const float k = exp2_fast(d);
+    kept_te = (kept_te + d * kept_e) * k;
+    kept_e *= k;
+    Sums::move(d);
+  }
+
+  __device__ __forceinline__ void make_exact(float c) {
+    const float d = deficit(c);
+    if (d != 0.0f) move(d);
+  }
+
+  __device__ __forceinline__ void raise(float new_max, float c, float hi) {
+    if (max > hi) kept_e += at_max;
+    release_max();
+    const float d = distance(new_max, c);
+    move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; keeps a NaN
+  }
+
+  // Returns which elements are in [lo, hi], a bit each.
+  template <class T, bool kSlow>
+  __device__ __forceinline__ uint32_t add(const uint4 (&u)[kClampGroup], float c, float lo, float hi) {
+    float2 se, ste;  // of the even and of the odd elements
+    float sk = 0.0f, stk = 0.0f;
+    uint32_t inside = 0;
+    const auto sort_in = [&](float x, float t, float w, int bit) {
+      if (x > hi)
+        sk += w, stk = fmaf(t, w, stk), above++;
+      else if (x >= lo)
+        inside |= 1u << bit;
+    };
+#pragma unroll
+    for (int g = 0; g < kClampGroup; g++) {
+      float2 x[kVector<T> / 2];
+      unpack<T>(u[g], x);
+#pragma unroll
+      for (int k = 0; k < kVector<T> / 2; k++) {
+        const bool first = g == 0 && k == 0;
+        const float2 t = kSlow ? slow_t(x[k], c) : fast_t(x[k], c);
+        float2 w = exp2_fast(t);
+        if (kSlow) count_max(x[k], w);
+        se = first ? w : add2(se, w), ste = first ? mul2(t, w) : fma2(t, w, ste);
+        sort_in(x[k].x, t.x, w.x, g * kVector<T> + 2 * k);
+        sort_in(x[k].y, t.y, w.y, g * kVector<T> + 2 * k + 1);
+      }
+    }
+    e += se.x + se.y, te += ste.x + ste.y;
+    kept_e += sk, kept_te += stk;
+    return inside;
+  }
+
+  // A group that reaches its thread's reference or exceeds it; or without anything finite.
+  template <class T>
+  __device__ __forceinline__ uint32_t add_slowly(const uint4 (&u)[kClampGroup], float largest, float c, float lo,
+                                                 float hi) {
+    if (largest > max) {
+      make_exact(c);
+      raise(largest, c, hi);
+      refer_to(largest, c);
+      const float d = deficit(c);
+      if (d != 0.0f) move(-d);
+    }
+    const bool nothing = max == -INFINITY;  // -inf and NaN only: any finite reference tells them apart
+    if (nothing) limit = max = 0.0f;
+    const uint32_t inside = add<T, true>(u, c, lo, hi);
+    if (nothing) limit = max = -INFINITY;
+    return inside;
+  }
+};
+
+struct PassShared {
+  Team<kWarps, 5>::Shared team;
+  uint32_t listed[kWarps];  // elements in the bracket that each warp has seen; more than kListOfWarp: not all are there
+  uint32_t above;
+};
+
+// What a pass knows of the row; the same in all threads but for the sums, which are right in thread 0.
+struct RowPass {
+  float max;
+  float at_max, e, te, kept_e, kept_te;  // relative to max; elements that equal it are in at_max alone
+  uint32_t above, inside;
+  bool all_listed;
+};
+
+// Element j of a vector as it is in memory.
+template <class T>
+__device__ __forceinline__ T element(const uint4& u, int j) {
+  constexpr int n = Element<T>::kPerWord;
+  const uint32_t word = j / n == 0 ? u.x : j / n == 1 ? u.y : j / n == 2 ? u.z : u.w;
+  if constexpr (n == 1)
+    return bits<T>(word);
+  else
+    return bits<T>(static_cast<uint16_t>(word >> 16 * (j % n)));
+}
+
+// One read of the row. list: the elements in [lo, hi], those of warp w from w * kListOfWarp on.
+template <class T, bool kAligned>
+__device__ __forceinline__ RowPass pass_over(const Reader<T, kAligned>& reader, int count, float lo, float hi, float c,
+                                             T* list, PassShared& shared) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const Team<kWarps, 5> team{thread};
+  constexpr int kTile = kClampVectors * kThreads;
+  if (thread == 0) shared.above = 0;
+  T* of_warp = list + warp * kListOfWarp<T>;
+  uint32_t listed = 0;
+
+  ClampSums s;
+  s.refer_to(-INFINITY, c);
+  const int vectors = reader.vectors();
+#pragma unroll 1
+  for (int tile = 0; tile < vectors; tile += kTile) {
+    uint4 u[kClampVectors];
+    const int first = tile + thread;
+    const bool whole = tile >= reader.begin() && tile + kTile <= reader.end();
+    if (whole) {
+#pragma unroll
+      for (int k = 0; k < kClampVectors; k++) u[k] = reader.whole(first + k * kThreads);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kClampVectors; k++) u[k] = reader.any(first + k * kThreads);
+    }
+    if (tile == 0) s.refer_to(team.max(largest<T>(u), shared.team, 0), c);
+    uint32_t inside = 0;  // which elements are in the bracket, a bit each
+#pragma unroll
+    for (int k = 0; k < kClampVectors; k += kClampGroup) {
+      const uint4(&group)[kClampGroup] = *reinterpret_cast<const uint4(*)[kClampGroup]>(&u[k]);
+      const float top = largest<T>(group);
+      const uint32_t found = top < s.limit ? s.template add<T, false>(group, c, lo, hi)
+                                           : s.template add_slowly<T>(group, top, c, lo, hi);
+      inside |= found << k * kVector<T>;
+    }
+    if (!whole) {  // what fills the last vector up is no element
+#pragma unroll
+      for (int k = 0; k < kClampVectors; k++) {
+        const int real = count - (first + k * kThreads) * kVector<T>;
+        if (real < kVector<T>) inside &= ~(((1u << kVector<T>)-(1u << (real > 0 ? real : 0))) << k * kVector<T>);
+      }
+    }
+    // Behind what the warp has listed, in the order of lanes; all of a thread's, or none where the list ends.
+    const uint32_t mine = static_cast<uint32_t>(__popc(inside));
+    uint32_t upto = mine;
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const uint32_t other = __shfl_up_sync(0xffffffffu, upto, offset);
+      upto += lane >= offset ? other : 0u;
+    }
+    T* at = of_warp + (listed + upto - mine);
+    if (listed + upto > kListOfWarp<T>) inside = 0;
+    listed += __shfl_sync(0xffffffffu, upto, kWarp - 1);
+#pragma unroll
+    for (int k = 0; k < kClampVectors; k++) {
+#pragma unroll
+      for (int j = 0; j < kVector<T>; j++)
+        if (inside >> (k * kVector<T> + j) & 1u) *at++ = element<T>(u[k], j);
+    }
+  }
+
+  // All threads move to the block's max; then it is plain addition.
+  const float max = team.max(s.max, shared.team, 1);
+  s.make_exact(c);
+  if (s.max < max) s.raise(max, c, hi);
+  float v[5] = {s.at_max, s.e, s.te, s.kept_e, s.kept_te};
+  team.sum(v, shared.team);
+  if (lane == 0) shared.listed[warp] = listed;
+  atomicAdd(&shared.above, s.above);
+  __syncthreads();
+  RowPass p;
+  p.max = max, p.at_max = v[0], p.e = v[1], p.te = v[2], p.kept_e = v[3], p.kept_te = v[4];
+  p.above = shared.above, p.inside = 0, p.all_listed = true;
+#pragma unroll
+  for (int w = 0; w < kWarps; w++) {
+    p.inside += shared.listed[w];
+    p.all_listed = p.all_listed && shared.listed[w] <= kListOfWarp<T>;
+  }
+  __syncthreads();  // the next pass writes there
+  return p;
+}
+
+// Calls use(x) with every element of the row that a thread has to do, in a pass of its own.
+template <class T, bool kAligned, class Use>
+__device__ __forceinline__ void for_elements(const Reader<T, kAligned>& reader, int count, Use use) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < reader.vectors(); i += kThreads) {
+    float x[kVector<T>];
+    unpack<T>(reader.any(i), x);
+    const int real = count - i * kVector<T>;
+#pragma unroll
+    for (int k = 0; k < kVector<T>; k++)
+      if (k < real) use(x[k]);
+  }
+}
+
+// Calls use(x) with the listed elements of its warp that a thread has to do, in a fixed order.
+template <class T, class Use>
+__device__ __forceinline__ void for_listed(const T* list, const PassShared& shared, Use use) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const uint32_t seen = shared.listed[warp];
+  const int size = seen <= kListOfWarp<T> ? static_cast<int>(seen) : 0;  // a list that has overflowed has holes
+#pragma unroll 1
+  for (int i = lane; i < size; i += kWarp) use(Element<T>::widen(list[warp * kListOfWarp<T> + i]));
+}
+
+}  // namespace entcov::cuda

@@ -1,0 +1,239 @@
+// logits of whole rows -> RowStats and clamp of every row: about one read of memory, one exponential a logit and one
+// more for every logit near the threshold. clamp is (threshold as a raw logit, weight of the logits equal to it,
+// L_K, H_K), docs/math.md (10) and (11); it is what logits_grad takes.
+//
+// Memory: sizeof(T) bytes a logit, 5 % more for the sample; 32 bytes a row out. A row is one block's work, from its
+// sample to its result, so nothing between them goes through memory, no row waits for another one, and what has to be
+// read again is decided here, without the host.
+//
+//   1. A sample of 1 in 20 sectors gives a bracket, about three standard deviations of the sample on either side of the
+//      threshold's rank.
+//   2. One pass (clamp.cuh) with that bracket. It misses the threshold in about one row of a thousand: then once more,
+//      with the next part of the sample on the side where the threshold must be.
+//   3. The threshold is selected among the listed logits, by 11, 11 and 10 bits of their keys, and the sums of those
+//      above it are added to the sums above the bracket.
+//
+// A list that overflows (thousands of equal logits among others in the bracket), or a second miss: the row is counted out.
+// 8,192 counters over a range of keys, then over one counter's range, at most three times, until what is left is one
+// value or fits a list; and a last pass. That is six reads in the worst case, for any data whatever.
+//
+// Bits: every sum has a fixed order, and nothing depends on which thread comes first.
+#include "../row_stats.h"
+#include "clamp.cuh"
+
+namespace entcov::cuda {
+namespace {
+
+constexpr int kRangeCounters = 8192;
+static_assert(kRangeCounters * sizeof(uint32_t) <= kListBytes, "");
+
+struct ClampedStatsArgs {
+  const void* logits;  // [T, num_columns], rows row_stride apart
+  int64_t row_stride, T, num_columns;
+  const int64_t* target;  // [T]
+  int64_t kept, ignore_index;
+  float inv_temperature;
+  float* stats;  // [T, 4]
+  float* clamp;  // [T, 4]
+};
+
+struct Bracket {
+  uint32_t lo, hi;  // keys, both inclusive
+};
+
+struct Shared {
+  union {
+    uint4 list[kListBytes / sizeof(uint4)];
+    SampleArea sample;
+    uint32_t count[kRangeCounters];
+  };
+  SelectionShared selection;
+  PassShared pass;
+  Team<kWarps, 2>::Shared sums;
+
+  template <class T>
+  __device__ __forceinline__ T* listed() {
+    return reinterpret_cast<T*>(list);
+  }
+};
+
+// A bracket around the rank `kept`, and the parts of the row above and below it that the threshold is in if the bracket
+// misses it.
+template <class T>
+struct Guess {
+  Bracket inner, above, below;
+};
+
+template <class T, bool kAligned>
+__device__ __forceinline__ Guess<T> guess(const Reader<T, kAligned>& reader, const T* row, int count, int64_t kept,
+                                          Shared& shared) {
+  const Bracket all{kLowestKey, kHighestKey};
+  if (count <= kUnsampledColumns) return {all, all, all};  // fits the list
+  const int m = take_sample<T, kAligned>(reader, row, count, shared.sample);
+  const float part = static_cast<float>(m) / static_cast<float>(count), rank = static_cast<float>(kept) * part;
+  const float deviation = 3.2f * sqrtf(rank * fmaxf(0.0f, 1.0f - rank / static_cast<float>(m))) + 2.0f;
+  const float fits = 0.35f * (kWarps * kListOfWarp<T>)*part;  // a list that is 70 % full, so that no warp's is full
+  const float d = fminf(deviation, fits);
+  const float wanted[4] = {floorf(rank - 3.0f * d), floorf(rank - d), ceilf(rank + d), ceilf(rank + 3.0f * d)};
+  const auto clamped = [m](float r) { return r < 1.0f ? 1 : r > static_cast<float>(m) ? m : static_cast<int>(r); };
+  select_from_sample(
+      shared.sample, m, 4,
+      [&](int n) { return clamped(n == 0 ? wanted[0] : n == 1 ? wanted[1] : n == 2 ? wanted[2] : wanted[3]); },
+      shared.selection);
+  const auto end = [&](int n) { return wanted[n] >= 1.0f && wanted[n] <= static_cast<float>(m); };
+  const uint32_t* upper = shared.selection.upper;
+  Guess<T> g;
+  g.inner = {end(2) ? first_key<T>(upper[2]) : kLowestKey, end(1) ? last_key<T>(upper[1]) : kHighestKey};
+  g.above = {g.inner.hi, end(0) ? last_key<T>(upper[0]) : kHighestKey};
+  g.below = {end(3) ? first_key<T>(upper[3]) : kLowestKey, g.inner.lo};
+  __syncthreads();  // the list takes the sample's place
+  return g;
+}
+
+// A bracket that holds the rank-th largest element of a bracket, and either one value or no more than a warp can list;
+// by counting.
+template <class T, bool kAligned>
+__device__ __forceinline__ Bracket count_out(const Reader<T, kAligned>& reader, int count, Bracket within, uint32_t rank,
+                                             Shared& shared) {
+  uint32_t lo = within.lo >> kSpareBits<T>, hi = within.hi >> kSpareBits<T>;
+#pragma unroll 1
+  while (true) {
+    int shift = 0;
+    while ((hi - lo) >> shift >= kRangeCounters) shift++;
+    clear(shared.count, kRangeCounters);
+    __syncthreads();
+    for_elements<T, kAligned>(reader, count, [&](float x) {
+      const uint32_t key = order_key(x) >> kSpareBits<T>;
+      if (key >= lo && key <= hi) atomicAdd(&shared.count[(key - lo) >> shift], 1u);
+    });
+    __syncthreads();
+    const Place place = locate(shared.count, kRangeCounters, rank, shared.selection);
+    lo += place.counter << shift, rank = place.rank;
+    if ((hi - lo) >> shift > 0) hi = lo + (1u << shift) - 1u;
+    if (hi == 0x7fffffffu >> kSpareBits<T> && lo < hi) hi--;  // -0 has the key of +0
+    __syncthreads();
+    if (lo == hi || place.count <= kListOfWarp<T>) return {whole_key<T>(lo), whole_key<T>(hi)};
+  }
+}
+
+// The rank-th largest of the listed elements: its key, the rank among its equals, and how many they are.
+template <class T>
+__device__ __forceinline__ Place select_listed(Shared& shared, uint32_t rank) {
+  uint32_t prefix = 0, mask = 0;
+  Place place{};
+#pragma unroll 1
+  for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
+    clear(shared.selection.count, kCounters);
+    __syncthreads();
+    const uint32_t digits = shift == 0 ? 0x3ffu : 0x7ffu;
+    for_listed(shared.listed<T>(), shared.pass, [&](float x) {
+      const uint32_t key = order_key(x);
+      if ((key & mask) == prefix) atomicAdd(&shared.selection.count[key >> shift & digits], 1u);
+    });
+    __syncthreads();
+    place = locate(shared.selection.count, kCounters, rank, shared.selection);
+    prefix |= place.counter << shift, mask |= digits << shift, rank = place.rank;
+    __syncthreads();
+  }
+  place.counter = prefix;
+  return place;
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const ClampedStatsArgs a) {
+  __shared__ Shared shared;
+  const int64_t t = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t target = a.target[t];
+  float* out = a.stats + t * kRowStatsFields;
+  float* clamp = a.clamp + t * 4;
+  if (target == a.ignore_index) {
+    if (thread < 4) out[thread] = clamp[thread] = 0.0f;
+    return;
+  }
+  const int count = static_cast<int>(a.num_columns);
+  const T* row = static_cast<const T*>(a.logits) + t * a.row_stride;
+  const Reader<T, kAligned> reader(row, count, 0, 0);
+  const float c = a.inv_temperature * kLog2E;
+  const uint32_t kept = static_cast<uint32_t>(a.kept);
+
+  const Guess<T> g = guess<T, kAligned>(reader, row, count, a.kept, shared);
+  Bracket b = g.inner;
+  RowPass p;
+  bool dead;
+#pragma unroll 1
+  for (int passes = 1;; passes++) {
+    p = pass_over<T, kAligned>(reader, count, key_value(b.lo), key_value(b.hi), c, shared.listed<T>(),
+                               shared.pass);
+    // Thread 0 knows the sums: a NaN, or nothing finite, and there is no threshold.
+    if (thread == 0) {
+      const bool off = p.max == -INFINITY || p.max == INFINITY || p.e != p.e || target < 0 || target >= a.num_columns;
+      shared.selection.place = {off ? 1u : 0u, 0u, 0u};
+    }
+    __syncthreads();
+    dead = shared.selection.place.counter != 0;
+    __syncthreads();
+    const bool hit = p.above < kept && kept - p.above <= p.inside;
+    if (dead || (hit && (p.all_listed || b.lo == b.hi))) break;
+    if (!hit && passes == 1)
+      b = p.above >= kept ? g.above : g.below;
+    else if (hit)
+      b = count_out<T, kAligned>(reader, count, b, kept - p.above, shared);
+    else
+      b = count_out<T, kAligned>(reader, count, {kLowestKey, order_key(p.max)}, kept, shared);
+  }
+  if (dead) {
+    if (thread == 0) {
+      out[0] = p.max, out[1] = out[2] = NAN, out[3] = NAN;
+      clamp[0] = clamp[1] = clamp[2] = clamp[3] = NAN;
+    }
+    return;
+  }
+
+  // [above hi][listed, descending]: the threshold is the kept-th.
+  Place at{b.lo, kept - p.above, p.inside};
+  if (b.lo != b.hi) at = select_listed<T>(shared, kept - p.above);
+  const float threshold = key_value(at.counter);
+  float sums[2] = {0.0f, 0.0f};
+  if (b.lo != b.hi)
+    for_listed(shared.listed<T>(), shared.pass, [&](float x) {
+      if (x > threshold && x < p.max) {
+        const float y = at_least((x - p.max) * c, kExp2Floor), e = exp2_fast(y);
+        sums[0] += e, sums[1] = fmaf(y, e, sums[1]);
+      }
+    });
+  Team<kWarps, 2>{thread}.sum(sums, shared.sums);
+  if (thread != 0) return;
+
+  const float others = p.at_max - 1.0f;  // that equal the maximum, without the one left out
+  out[0] = p.max, out[1] = p.e + others, out[2] = p.te * kLn2, out[3] = Element<T>::widen(row[target]);
+  const float need = static_cast<float>(at.rank);
+  float rest = need - 1.0f, sum_xexp = 0.0f;  // if nothing but the maximum is kept
+  if (threshold < p.max) {
+    const float y = (threshold - p.max) * a.inv_temperature, e = expf(y);
+    rest = others + (p.kept_e + sums[0] + need * e);
+    sum_xexp = (p.kept_te + sums[1]) * kLn2 + (e > 0.0f ? need * y * e : 0.0f);
+  }
+  const float log_sum = log1pf(rest);
+  clamp[0] = threshold;
+  clamp[1] = need / static_cast<float>(at.count);
+  clamp[2] = log_sum;
+  clamp[3] = log_sum - sum_xexp / (1.0f + rest);
+}
+
+}  // namespace
+
+cudaError_t clamped_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                          const int64_t* target, int64_t kept, int64_t ignore_index, float inv_temperature,
+                          float* stats, float* clamp, cudaStream_t stream) {
+  const ClampedStatsArgs args{logits, row_stride,   T,               num_columns, target, kept,
+                              ignore_index, inv_temperature, stats,       clamp};
+  return with_dtype(dtype, [&](auto t) {
+    using Type = decltype(t);
+    const auto kernel = aligned_rows<Type>(logits, row_stride, T) ? clamped_stats_kernel<Type, true>
+                                                                  : clamped_stats_kernel<Type, false>;
+    return launch("clamped_stats", kernel, T, stream, args);
+  });
+}
+
+}  // namespace entcov::cuda
