@@ -62,7 +62,7 @@ def _no_cuda(name: str) -> Callable:
     def unavailable(*args, **kwargs):
         raise RuntimeError(
             f"entcov::{name} has no CUDA kernel yet, so its tensors must be on the CPU. Only the clamped entropy "
-            "(clamp_p, top_k) uses such an op"
+            "(clamp_p, top_k) over a group uses such an op"
         )
 
     return unavailable

@@ -139,7 +139,7 @@ __device__ __forceinline__ Place select_listed(Shared& shared, uint32_t rank) {
   return place;
 }
 
-template <class T, bool kAligned>
+template <class T, bool kAligned, int kTeamWarps>
 __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const ClampedStatsArgs a) {
   __shared__ Shared shared;
   const int64_t t = blockIdx.x;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
         sums[0] += e, sums[1] = fmaf(y, e, sums[1]);
       }
     });
-  Team<kWarps, 2>{thread}.sum(sums, shared.sums);
+  Team<kTeamWarps, 2>{thread}.sum(sums, shared.sums);
   if (thread != 0) return;
 
   const float others = p.at_max - 1.0f;  // that equal the maximum, without the one left out
@@ -230,8 +230,8 @@ cudaError_t clamped_stats(int dtype, const void* logits, int64_t row_stride, int
                               ignore_index, inv_temperature, stats,       clamp};
   return with_dtype(dtype, [&](auto t) {
     using Type = decltype(t);
-    const auto kernel = aligned_rows<Type>(logits, row_stride, T) ? clamped_stats_kernel<Type, true>
-                                                                  : clamped_stats_kernel<Type, false>;
+    const auto kernel = aligned_rows<Type>(logits, row_stride, T) ? clamped_stats_kernel<Type, true, kWarps>
+                                                                  : clamped_stats_kernel<Type, false, kWarps>;
     return launch("clamped_stats", kernel, T, stream, args);
   });
 }

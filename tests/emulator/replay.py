@@ -18,6 +18,7 @@ import numpy as np
 
 IGNORE = -100
 BF16, FP16, FP32 = 1, 2, 0
+DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 malloc = ctypes.CDLL(None).malloc
 malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 free = ctypes.CDLL(None).free
@@ -116,6 +117,13 @@ def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: i
                 out_stride, 0,
             )  # fmt: skip
         keep(grad, written)
+    for kept in {1, (columns + 1) // 2, columns} if columns else ():
+        found, clamped = floats(T, 4), floats(T, 4)
+        cuda.clamped_stats(
+            dtype, old.pointer, stride, T, columns, target.pointer, kept, IGNORE, 1.25, found.pointer,
+            clamped.pointer, 0,
+        )  # fmt: skip
+        keep(found, clamped)
     pair, work, merged = floats(T, 8), floats(parts, T, 8), floats(T, 8)
     cuda.covariance_stats(
         dtype, old.pointer, stride, new.pointer, stride, T, columns, mask.pointer, 1.25, pair.pointer,
@@ -131,6 +139,40 @@ def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: i
     keep(pair, merged, grad)
     return digest.hexdigest()[:16]
 
+
+# Rows that make a selection wrong, by name; k: columns. The bracket that a sample gives straddles zero in some of them,
+# holds 1,400 equal logits in others, is one value, or misses.
+CLAMP_ROWS = {
+    "all equal": lambda k, rng: np.full(len(k), 1.25),
+    "two values": lambda k, rng: rng.permutation(np.where(k < len(k) // 3, 2.0, -1.0)),
+    "1400 ties": lambda k, rng: rng.permutation(np.where(k < 1400, 0.5, 3 * rng.standard_normal(len(k)))),
+    "straddles zero": lambda k, rng: rng.standard_normal(len(k)) * np.exp2(-(k % 40)),
+    "denormals": lambda k, rng: rng.permutation(1e-42 * (k - len(k) // 2)),
+    "-inf columns": lambda k, rng: np.where(k % 3 == 1, -np.inf, rng.standard_normal(len(k))),
+    "descending": lambda k, rng: np.linspace(9, -9, len(k)),
+    "ascending": lambda k, rng: np.linspace(-9, 9, len(k)),
+    "few values": lambda k, rng: 0.5 * rng.integers(-3, 4, len(k)),
+    "no sample shows it": lambda k, rng: np.where(k % 640 < 320, 0.01 * rng.standard_normal(len(k)), 5.0 + k % 7),
+}
+
+
+def run_clamp_case(cuda, V: int, dtype: int) -> str:
+    rng, k = np.random.default_rng(V), np.arange(V)
+    x = np.stack([make(k, rng) for make in CLAMP_ROWS.values()])
+    T = len(x)
+    logits, target = Block(narrow(x, dtype)), Block(np.where(np.arange(T) == 4, IGNORE, 0))
+    digest = hashlib.sha256()
+    for kept in sorted({1, 2, V // 3, V // 2, 2 * V // 3 + 1, V}):
+        stats, clamp = floats(T, 4), floats(T, 4)
+        cuda.clamped_stats(
+            dtype, logits.pointer, V, T, V, target.pointer, kept, IGNORE, 1.25, stats.pointer, clamp.pointer, 0
+        )
+        for block in (stats, clamp):
+            digest.update(one_nan(block.read()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+CLAMP_CASES = {f"clamp, {V} {name}": (V, dtype) for V in (7, 9001) for name, dtype in DTYPES.items()}
 
 # name: T, V, columns that exist, columns between the rows, dtype, elements past a 16-byte boundary
 CASES = {
@@ -159,6 +201,7 @@ def main(extension: str, seed: str, wanted: str = "") -> None:
     ctypes.CDLL(extension).cuda_emu_set_seed(int(seed))
     with np.errstate(all="ignore"):
         results = {name: run_case(cuda, *case) for name, case in CASES.items() if wanted in name}
+        results |= {name: run_clamp_case(cuda, *case) for name, case in CLAMP_CASES.items() if wanted in name}
     print(json.dumps(results))
 
 
