@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _fail(error: Exception, code: int, debug: bool) -> int:
     """Says what failed, once: on the rank where it did."""
-    from megatron_integration.engine import PeerError
+    from megatron_integration.layout import PeerError
 
     rank = dist.get_rank() if dist.is_initialized() else 0
     if debug:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from entcov.rl import model as hf
 from entcov.rl.checkpoint import Checkpoint, save_checkpoint
@@ -17,21 +18,17 @@ from entcov.rl.config import Config, ConfigError
 from entcov.rl.data import PromptStream
 from entcov.rl.engine import OnWarmStart, Parts, TorchEngine
 from entcov.rl.rewards import load_reward
-from entcov.rl.sampler import InProcessSampler, build_sampler
+from entcov.rl.sampler import build_sampler
 from entcov.rl.tokenizer import load_tokenizer
 from entcov.rl.warm_start import warm_started
 from megatron_integration.actor import MegatronActor
-from megatron_integration.layout import destroy_layout, make_layout, start_processes
+from megatron_integration.layout import agree, destroy_layout, make_layout, start_processes
 from megatron_integration.model import build_model, load_hf_weights, make_bridge, save_hf
-from megatron_integration.rollouts import CopySampler, SharedRollouts
+from megatron_integration.rollouts import CopySampler, Engines, SharedRollouts, engines_of
 from megatron_integration.sharded import load_sharded, save_sharded
 
 T = TypeVar("T")
 INITIAL_MODEL = "initial_model"  # in the run directory: what reinforcement starts from, unless that is model.path
-
-
-class PeerError(RuntimeError):
-    """Another rank has failed, and says why."""
 
 
 class MegatronEngine(TorchEngine):
@@ -46,23 +43,11 @@ class MegatronEngine(TorchEngine):
         self.layout = make_layout(config.megatron, start_processes(config.device), seed=config.seed)
         self.rank = dist.get_rank()
         self.leads = self.rank == 0
+        self._vllm_inside = config.rollout.engine == "vllm" and config.rollout.vllm.mode == "colocated"
 
     def agree(self, make: Callable[[], T]) -> T:
         """`make()` of rank 0 on every rank. If it fails there, the others raise PeerError."""
-        outcome: list[Any] = [None]
-        failure: Exception | None = None
-        if self.leads:
-            try:
-                outcome = [(True, make())]
-            except Exception as error:
-                failure, outcome = error, [(False, str(error))]
-        dist.broadcast_object_list(outcome, src=0, group=self.layout.control)
-        if failure is not None:
-            raise failure
-        done, value = outcome[0]
-        if not done:
-            raise PeerError(f"rank 0: {value}")
-        return value
+        return agree(self.layout, make)
 
     def build(
         self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
@@ -95,13 +80,15 @@ class MegatronEngine(TorchEngine):
         if checkpoint is not None:
             load_sharded(actor, checkpoint.file("megatron"))
         score = load_reward(config.data.reward)
-        sampler = self._sampler(config, folder, tokenizer) if self.layout.replica_leader else None
+        engines = engines_of(self.layout, config.rollout)
+        sampler = self._sampler(config, folder, tokenizer, engines)
         writers = {
             "model": lambda path: save_hf(bridge, actor.model, self.layout, tokenizer, path, write=self.leads),
             "megatron": lambda path: save_sharded(actor, path),
         }
         stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
-        return Parts(actor, SharedRollouts(sampler, self.layout, score), stream, controls, score, writers)
+        shared = SharedRollouts(sampler, engines, self.layout, score)
+        return Parts(actor, shared, stream, controls, score, writers)
 
     def save(self, directory: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) -> None:
         """Every rank writes its part into rank 0's temporary folder; rank 0 checks, renames and moves the pointer.
@@ -120,9 +107,13 @@ class MegatronEngine(TorchEngine):
         dist.barrier(group=self.layout.control)  # nobody trains on before the checkpoint is the latest
 
     def close(self) -> None:
-        """Takes the process groups down, at the end of a job that went well."""
-        destroy_layout(self.layout)
-        dist.destroy_process_group()
+        """Takes the process groups down, at the end of a job that went well.
+
+        Where vLLM runs in these processes it holds groups of its own, and takes all of them down as the process ends.
+        """
+        if not self._vllm_inside:
+            destroy_layout(self.layout)
+            dist.destroy_process_group()
 
     def _leading(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
         def lead(path: Path) -> None:
@@ -132,14 +123,17 @@ class MegatronEngine(TorchEngine):
 
         return lead
 
-    def _sampler(self, config: Config, folder: str, tokenizer):
-        """The sampler of this replica, on a model of its own; `sync` brings the weights before the first rollout."""
+    def _sampler(self, config: Config, folder: str, tokenizer, engines: Engines):
+        """This rank's sampler, whose weights `sync` brings before the first rollout; None where it needs none."""
         source = dataclasses.replace(config.model, path=folder, config=None, tokenizer=folder)
-        model, _ = hf.build_model(source, seed=config.seed, device=self.layout.device)
-        sampler = build_sampler(config, model, tokenizer)
-        if isinstance(sampler, InProcessSampler):
+        if config.rollout.engine == "in_process":
+            if engines.own is None:
+                return None
+            model, _ = hf.build_model(source, seed=config.seed, device=self.layout.device)
             return CopySampler(model, tokenizer, batch_size=config.rollout.batch_size)
-        return sampler
+        with torch.device("meta"):  # vLLM wants its configuration and class alone
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return build_sampler(config, model, tokenizer)
 
 
 def _initial_model(config: Config, run_dir: Path, on_warm_start: OnWarmStart) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from entcov.rl.config import ConfigError, MegatronConfig
 
+T = TypeVar("T")
 # Ranks wait for each other here while one generates or checks answers, which may take hours. A rank that dies is
 # noticed at once, by its closed connections and by torchrun, so that this bound is for a rank that hangs alone.
 _PATIENCE = timedelta(hours=12)
@@ -126,6 +128,28 @@ def make_layout(config: MegatronConfig, device: torch.device, *, seed: int = 0) 
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         control=dist.new_group(backend="gloo", timeout=_PATIENCE),
     )
+
+
+class PeerError(RuntimeError):
+    """Another rank has failed, and says why."""
+
+
+def agree(layout: Layout, make: Callable[[], T]) -> T:
+    """`make()` of rank 0 on every rank. Collective; if it fails there, the others raise PeerError."""
+    outcome: list[Any] = [None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(True, make())]
+        except Exception as error:
+            failure, outcome = error, [(False, str(error))]
+    dist.broadcast_object_list(outcome, src=0, group=layout.control)
+    if failure is not None:
+        raise failure
+    done, value = outcome[0]
+    if not done:
+        raise PeerError(f"rank 0: {value}")
+    return value
 
 
 def destroy_layout(layout: Layout) -> None:

@@ -1,8 +1,9 @@
-"""Rollouts of a job of several processes: each replica generates and scores a share, and every rank gets them all."""
+"""Rollouts of a job of several processes: each engine generates and scores a share, and every rank gets them all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from entcov.rl.loop import derived_seed
+from entcov.rl.config import RolloutConfig
 from entcov.rl.rewards import RewardFunction
+from entcov.rl.rollouts import derived_seed
 from entcov.rl.sampler import InProcessSampler
 from entcov.rl.scoring import Scorer
 from entcov.rl.types import Prompt, Rollout
@@ -20,33 +22,57 @@ from megatron_integration.layout import Layout
 NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
-class SharedRollouts:
-    """A sampler for every rank of the job, around the samplers that the replicas' engine ranks have.
+@dataclass(frozen=True)
+class Engines:
+    """Which ranks generate: groups of ranks with one engine each, of which the first rank reports the responses."""
 
-    The prompts of a call are divided over the replicas in order. Rewards are computed where a response was generated,
+    members: tuple[tuple[int, ...], ...]  # of each engine, its ranks
+
+    @property
+    def own(self) -> int | None:
+        """The engine that this rank belongs to."""
+        rank = dist.get_rank()
+        return next((i for i, ranks in enumerate(self.members) if rank in ranks), None)
+
+
+def engines_of(layout: Layout, rollout: RolloutConfig) -> Engines:
+    """in_process: the first rank of each replica has one. vllm colocated: every tensor_parallel ranks in a row share
+    one. vllm server: rank 0 asks the server. Collective."""
+    if rollout.engine == "vllm":
+        if rollout.vllm.mode == "server":
+            return Engines(((0,),))
+        size, world = rollout.vllm.tensor_parallel, dist.get_world_size()
+        return Engines(tuple(tuple(range(first, first + size)) for first in range(0, world, size)))
+    leaders: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(leaders, layout.replica if layout.replica_leader else None, group=layout.control)
+    ranks = sorted((replica, rank) for rank, replica in enumerate(leaders) if replica is not None)
+    return Engines(tuple((rank,) for _, rank in ranks))
+
+
+class SharedRollouts:
+    """A sampler for every rank of the job, around the samplers that some of them have.
+
+    The prompts of a call are divided over the engines in order. Rewards are computed where a response was generated,
     while others are being generated, so that no two ranks can disagree about one. The rollouts that come back are the
     same on every rank, rewards included.
 
     Args:
-        sampler: this rank's, on the first rank of each replica; None on the others.
+        sampler: this rank's; None on a rank that belongs to no engine and takes no part in weight syncs.
         score: the reward function.
     """
 
-    def __init__(self, sampler: Any | None, layout: Layout, score: RewardFunction):
-        if (sampler is None) == layout.replica_leader:
-            raise ValueError("sampler: must be given on the first rank of each replica and on no other rank")
-        self.sampler, self.layout, self.score = sampler, layout, score
-        leaders: list[int | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(leaders, layout.replica if layout.replica_leader else None, group=layout.control)
-        self._leader_of = {replica: rank for rank, replica in enumerate(leaders) if replica is not None}
+    def __init__(self, sampler: Any | None, engines: Engines, layout: Layout, score: RewardFunction):
+        if sampler is None and engines.own is not None:
+            raise ValueError(f"sampler: must be given on ranks of an engine, got None on rank {dist.get_rank()}")
+        self.sampler, self.engines, self.layout, self.score = sampler, engines, layout, score
 
     def sync(self, weight_version: int, named_weights: NamedWeights) -> None:
-        """Gives the engine ranks' samplers the weights. Collective: a rank without a sampler helps to gather them."""
-        weights = named_weights()
+        """Gives the samplers the weights. Collective: a rank without a sampler helps to gather them."""
         if self.sampler is not None:
-            self.sampler.sync(weight_version, lambda: weights)
-        for _ in weights:  # also what a sampler left over: the other ranks are in the same collective
-            pass
+            self.sampler.sync(weight_version, named_weights)
+        else:
+            for _ in named_weights():
+                pass
 
     def generate(
         self,
@@ -59,32 +85,33 @@ class SharedRollouts:
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """As the samplers' `generate`. Collective. With one replica the draws are those of a single process.
+        """As the samplers' `generate`. Collective. With one engine the draws are those of a single process.
 
         Responses come back scored, and `on_done` is not called: it announces responses to be scored.
         """
-        replicas = self.layout.replicas
-        bounds = [round(r * len(prompts) / replicas) for r in range(replicas + 1)]
+        count, own = len(self.engines.members), self.engines.own
+        bounds = [round(i * len(prompts) / count) for i in range(count + 1)]
         mine: list[Rollout] = []
-        first, end = bounds[self.layout.replica : self.layout.replica + 2]
-        if self.sampler is not None and end > first:
+        if own is not None and bounds[own + 1] > bounds[own]:
+            reports = self.engines.members[own][0] == dist.get_rank()
             with Scorer(self.score) as scorer:
                 mine = self.sampler.generate(
-                    prompts[first:end],
+                    prompts[bounds[own] : bounds[own + 1]],
                     group_size=group_size,
                     temperature=temperature,
                     max_response_length=max_response_length,
-                    seed=seed if replicas == 1 else derived_seed(seed, self.layout.replica),
+                    seed=seed if count == 1 else derived_seed(seed, own),
                     progress=progress,
-                    on_done=scorer.take,
+                    on_done=scorer.take if reports else None,
                 )
-                scorer.finish(mine)
+                if reports:
+                    scorer.finish(mine)
         everything: list[Rollout] = []
-        for replica in range(replicas):  # one at a time: a rank holds the payload of one replica
-            payload = [_pack(mine) if self.sampler is not None and replica == self.layout.replica else None]
-            dist.broadcast_object_list(payload, src=self._leader_of[replica], group=self.layout.control)
-            own = prompts[bounds[replica] : bounds[replica + 1]]
-            everything += _unpack(payload[0], [prompt for prompt in own for _ in range(group_size)])
+        for engine, ranks in enumerate(self.engines.members):  # one at a time: a rank holds one engine's payload
+            payload = [_pack(mine) if ranks[0] == dist.get_rank() else None]
+            dist.broadcast_object_list(payload, src=ranks[0], group=self.layout.control)
+            asked = prompts[bounds[engine] : bounds[engine + 1]]
+            everything += _unpack(payload[0], [prompt for prompt in asked for _ in range(group_size)])
         return everything
 
 

@@ -27,11 +27,11 @@ from entcov.controls import make_control
 from entcov.losses import PolicyLossConfig
 from entcov.rl.actor import TorchActor
 from entcov.rl.checkpoint import CheckpointError
-from entcov.rl.config import ActorConfig, MegatronConfig
+from entcov.rl.config import ActorConfig, ConfigError, MegatronConfig
 from entcov.rl.tokenizer import load_tokenizer
 from megatron_integration.actor import MegatronActor
 from megatron_integration.adaptors import keep_logits_dtype, logits_stats
-from megatron_integration.layout import destroy_layout, make_layout, start_processes
+from megatron_integration.layout import PeerError, agree, destroy_layout, make_layout, start_processes
 from megatron_integration.model import build_model, load_hf_weights, make_bridge, save_hf
 from megatron_integration.sharded import load_sharded, save_sharded
 
@@ -320,7 +320,26 @@ def export(folder: Path, case: dict[str, Any]) -> str | None:
     return f"weights differ: {different}" if different else None
 
 
+def agreement(folder: Path, case: dict[str, Any]) -> str | None:
+    """What rank 0 has, every rank gets; its failure too."""
+    first = dist.get_rank() == 0
+
+    def fail():
+        raise ConfigError("run_dir: taken")
+
+    with laid_out(**case["megatron"]) as (_, layout):
+        if (value := agree(layout, lambda: {"rank": dist.get_rank()})) != {"rank": 0}:
+            return f"agreed on {value}"
+        try:
+            agree(layout, fail)
+        except (ConfigError, PeerError) as error:
+            wanted = (ConfigError, "run_dir: taken") if first else (PeerError, "rank 0: run_dir: taken")
+            return None if (type(error), str(error)) == wanted else f"raised {error!r}"
+        return "nothing was raised"
+
+
 TASKS = {
+    "agreement": agreement,
     "parity": parity,
     "refuses": refuses,
     "adaptors": adaptors,
