@@ -116,7 +116,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from entcov.rl.config import load_config
-    from entcov.rl.evaluation import format_table
+    from entcov.rl.evaluation import report
     from entcov.rl.run import evaluate_run
 
     config = load_config(Path(args.run) / "config.yaml", [*args.overrides, f"run_dir={args.run}"])
@@ -128,8 +128,7 @@ def _eval(args: argparse.Namespace) -> int:
     step, _, results = evaluate_run(config, checkpoint=args.checkpoint, progress=progress if shown else None)
     if shown:
         print(file=sys.stderr)
-    print(f"{args.run}, step {step}; responses and metrics: {Path(args.run) / 'eval' / f'step_{step}.jsonl'} and .json")
-    print(format_table(results, config.eval))
+    print(report(args.run, step, results, config.eval))
     return 0
 
 

@@ -1,4 +1,7 @@
-"""`torchrun --nproc-per-node=N -m megatron_integration train RECIPE key=value ...`: the trainer on Megatron-Core."""
+"""`torchrun --nproc-per-node=N -m megatron_integration train RECIPE key=value ...`: the trainer on Megatron-Core.
+
+`... eval RUN key=value ...` evaluates a run's policy on as many processes, for models that one device cannot hold.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--no-display", action="store_true", help="print nothing while running")
     train.set_defaults(command=_train)
+    evaluate = commands.add_parser("eval", help="held-out accuracy of a run's policy, as `python -m entcov eval`")
+    evaluate.add_argument("run", help="a run directory")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val_files=[...]")
+    evaluate.add_argument("--checkpoint", help="default: the latest")
+    evaluate.set_defaults(command=_eval)
     return parser
 
 
@@ -60,6 +68,20 @@ def _train(args: argparse.Namespace) -> int:
             runs = {Path(config.run_dir).name: read_metrics(config.run_dir)}
             for path in plot_runs(runs, Path(config.run_dir) / "plots"):
                 print(path)
+    engine.close()
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from entcov.rl.evaluation import report
+    from entcov.rl.run import evaluate_run
+    from megatron_integration.engine import MegatronEngine
+
+    config = load_config(Path(args.run) / "config.yaml", [*args.overrides, f"run_dir={args.run}"])
+    engine = MegatronEngine(config)
+    step, _, results = evaluate_run(config, checkpoint=args.checkpoint, engine=engine)
+    if engine.leads:
+        print(report(args.run, step, results, config.eval))
     engine.close()
     return 0
 

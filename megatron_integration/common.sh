@@ -56,28 +56,29 @@ use_model() {
     fi
 }
 
-# start RECIPE key=value...: replaces the shell by the training, the plan, or nothing.
+# execute WORD...: the command, or a dry run of it. Replaces the shell.
+execute() {
+    if [ -n "${ENTCOV_DRY_RUN:-}" ]; then
+        printf '%q ' "$@"
+        echo
+    else
+        exec "$@"
+    fi
+}
+
+# start RECIPE key=value...: the training, the plan, or a dry run of either.
 start() {
-    local recipe=$1
-    shift
-    local arguments=("$recipe" "$@")
+    local arguments=("$@")
     if [ -n "${SMOKE_LAYERS:-}" ]; then
         arguments+=(
             steps=2 run_dir=runs/smoke rollout.prompts_per_step=32 rollout.filter_zero_variance=false
             rollout.max_response_length=256 eval.prompts=0
         )
     fi
-    local command=(torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_integration train "${arguments[@]}")
     if [ -n "${ENTCOV_PLAN:-}" ]; then
-        command=(
-            python -m entcov plan "${arguments[@]}"
+        execute python -m entcov plan "${arguments[@]}" \
             --gpus "$((GPUS_PER_NODE * NUM_NODES))" --gpus-per-node "$GPUS_PER_NODE"
-        )
-    fi
-    if [ -n "${ENTCOV_DRY_RUN:-}" ]; then
-        printf '%q ' "${command[@]}"
-        echo
     else
-        exec "${command[@]}"
+        execute torchrun "${DISTRIBUTED_ARGS[@]}" -m megatron_integration train "${arguments[@]}"
     fi
 }

@@ -22,6 +22,7 @@ from entcov.plan import GIB, GPUS, problems, settings_from, stages
 from entcov.plan_model import PUBLISHED, ModelShape, shape_of
 from entcov.plan_time import estimate
 from entcov.rl.config import Config, load_config
+from entcov.rl.data_prep import EVAL_SETS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "megatron_integration"
@@ -215,11 +216,23 @@ def test_a_plan_is_made_of_the_same_arguments():
     assert command[4:-4] == dry_run("train_qwen2.5_32b.sh", "clip_cov")[14:]
 
 
+def test_the_whole_table_is_evaluated(tmp_path):
+    command = dry_run("eval.sh", str(tmp_path), "eval.samples=2")
+    flags = get_args_parser().parse_args(command[1:])
+    subcommand, run, *overrides = flags.training_script_args
+    assert (subcommand, run) == ("eval", str(tmp_path))
+    config = load_config(ROOT / "examples/qwen2.5_7b_dapo_math.yaml", overrides)
+    assert config.data.val_files == [f"data/{name}/test.parquet" for name in EVAL_SETS]
+    assert config.eval.prompts is None and config.eval.settings("omni_math") == (2, 0.0)
+    assert config.eval.settings("aime25") == (32, 0.6)
+
+
 def test_mistakes_end_a_script_before_it_starts():
     for script, arguments, environment, message in (
         ("train_qwen2.5_7b.sh", ["clip_cow"], {}, "method must be one of aent_math .* kl_cov, got clip_cow"),
         ("train_aent_1.5b.sh", ["code"], {}, "setting must be math or openr1, got code"),
         ("train_qwen2.5_7b.sh", ["grpo"], {"NUM_NODES": "2"}, "MASTER_ADDR must be the address of node 0"),
+        ("eval.sh", [], {}, "usage: megatron_integration/eval.sh RUN"),
         ("ray_job.sh", [], {}, "usage: megatron_integration/ray_job.sh SCRIPT METHOD"),
     ):
         done = subprocess.run(

@@ -109,6 +109,12 @@ def summarize(rollouts: Sequence[Rollout]) -> list[SourceResult]:
     return results
 
 
+def report(run: str, step: int, results: Sequence[SourceResult], settings: EvalConfig) -> str:
+    """What the eval commands print: which policy, where everything is kept, and the table."""
+    kept = f"{run}/eval/step_{step}"
+    return f"{run}, step {step}; metrics: {kept}.json, responses: {kept}.jsonl\n{format_table(results, settings)}"
+
+
 def format_table(results: Sequence[SourceResult], settings: EvalConfig) -> str:
     """A table for a terminal: one line a data source, accuracies in percent, and their plain mean where all have one k.
 

@@ -12,16 +12,13 @@ import torch
 
 from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
 from entcov.rl.config import Config, ConfigError, load_config, save_config
-from entcov.rl.data import PromptStream
 from entcov.rl.durable import replace_file
-from entcov.rl.engine import Parts, TorchEngine, policy, resolve_device
+from entcov.rl.engine import Parts, TorchEngine
 from entcov.rl.evaluation import SourceResult, evaluate, summarize
 from entcov.rl.loop import Loop
 from entcov.rl.metrics import RunLogger
 from entcov.rl.progress import Progress
-from entcov.rl.rewards import load_reward
 from entcov.rl.rollouts import derived_seed
-from entcov.rl.sampler import build_sampler
 from entcov.rl.types import Rollout
 
 # Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
@@ -117,13 +114,19 @@ def _train(
 
 
 def evaluate_run(
-    config: Config, *, checkpoint: str | None = None, progress: Callable[[int, int], None] | None = None
+    config: Config,
+    *,
+    checkpoint: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    engine: TorchEngine | None = None,
 ) -> tuple[int, dict[str, float], list[SourceResult]]:
     """Held-out accuracy of the policy in `config.run_dir`, with the settings of `config.eval`.
 
     Args:
         checkpoint: path of one; default: the run's latest.
         progress: passed to `evaluate`.
+        engine: what the policy runs on; default: this process with torch, whatever engine trained it. Another must be
+            the one that trained, and every process of it makes the call.
 
     Returns:
         The checkpoint's step, the metrics of `evaluate`, and the results by data source. The metrics and all responses
@@ -132,27 +135,35 @@ def evaluate_run(
     Raises:
         FileNotFoundError: the run has no checkpoint.
     """
+    engine = engine or TorchEngine()
     run_dir = Path(config.run_dir)
-    found = load_checkpoint(checkpoint) if checkpoint else load_latest(run_dir / "checkpoints")
-    if found is None:
-        raise FileNotFoundError(f"{run_dir / 'checkpoints'}: the run has no checkpoint yet")
-    model, tokenizer = policy(config, found, resolve_device(config.device))
-    stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
-    sampler = build_sampler(config, model, tokenizer)
-    sampler.sync(0, model.state_dict().items)
+    found = engine.agree(lambda: _checkpoint(run_dir, checkpoint))
+    # Nothing is compared with a reference policy here, so that none has to be there.
+    alone = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_coef=0.0))
+    parts = engine.build(alone, found, run_dir, lambda done, loss: None)
+    parts.sampler.sync(found.step, parts.actor.named_weights)
     metrics, rollouts = evaluate(
-        sampler,
-        stream.held_out(config.eval.prompts),
-        load_reward(config.data.reward),
+        parts.sampler,
+        parts.stream.held_out(config.eval.prompts),
+        parts.score,
         settings=config.eval,
         max_response_length=config.rollout.max_response_length,
         seed=derived_seed(config.seed, _EVAL_SEED),
-        progress=progress,
+        progress=progress if engine.leads else None,
     )
+    if not engine.leads:
+        return found.step, metrics, summarize(rollouts)
     _write_samples(run_dir / "eval" / f"step_{found.step}.jsonl", rollouts, limit=len(rollouts))
     result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
     replace_file(run_dir / "eval" / f"step_{found.step}.json", (json.dumps(result, indent=1) + "\n").encode())
     return found.step, metrics, summarize(rollouts)
+
+
+def _checkpoint(run_dir: Path, path: str | None) -> Checkpoint:
+    found = load_checkpoint(path) if path else load_latest(run_dir / "checkpoints")
+    if found is None:
+        raise FileNotFoundError(f"{run_dir / 'checkpoints'}: the run has no checkpoint yet")
+    return found
 
 
 @dataclasses.dataclass
