@@ -34,18 +34,22 @@ DISTRIBUTED_ARGS=(
     --master-port "${MASTER_PORT:-29500}"
 )
 
-# use_method NAME: fills METHOD_ARGS.
-use_method() {
-    local file="megatron_integration/methods/$1.sh"
-    [ -f "$file" ] || fail "method must be one of $(cd megatron_integration/methods && echo *.sh | sed 's/\.sh//g'), got $1"
+# use KIND FOLDER NAME: sources FOLDER/NAME.sh.
+use() {
+    local file="megatron_integration/$2/$3.sh"
+    [ -f "$file" ] || fail "$1 must be one of $(cd "megatron_integration/$2" && echo *.sh | sed 's/\.sh//g'), got $3"
     # shellcheck source=/dev/null
     source "$file"
 }
 
+# use_method NAME: fills METHOD_ARGS.
+use_method() {
+    use method methods "$1"
+}
+
 # use_model NAME: fills MODEL_ARGS; MODEL_PATH replaces the hub's name, by a folder for instance.
 use_model() {
-    # shellcheck source=/dev/null
-    source "megatron_integration/model_configs/$1.sh"
+    use model model_configs "$1"
     if [ -z "${SMOKE_LAYERS:-}" ]; then
         MODEL_ARGS=("model.path=${MODEL_PATH:-$MODEL}")
     else

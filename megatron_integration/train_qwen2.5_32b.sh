@@ -3,16 +3,16 @@
 #
 #   megatron_integration/train_qwen2.5_32b.sh METHOD [key=value ...]
 #
-# METHOD: grpo, clip_higher, clip_cov, kl_cov, aent_math or aent_openr1. TP, PP, CP: another layout. common.sh says how to
-# start several nodes, a dry run, a plan or a smoke test.
+# METHOD: grpo, clip_higher, clip_cov, kl_cov, aent_math or aent_openr1. TP, PP, CP: another layout. MODEL_CONFIG=qwen3_32b:
+# the same setting for another model. common.sh says how to start several nodes, a dry run, a plan or a smoke test.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source megatron_integration/common.sh
 
 METHOD=${1:-clip_cov}
 use_method "$METHOD"
-use_model qwen2.5_32b
+use_model "${MODEL_CONFIG:=qwen2.5_32b}"
 
-TRAINING_ARGS=("run_dir=${RUN_DIR:-runs/qwen2.5_32b_$METHOD}")
+TRAINING_ARGS=("run_dir=${RUN_DIR:-runs/${MODEL_CONFIG}_$METHOD}")
 MODEL_PARALLEL_ARGS=(
     "megatron.tensor_parallel=${TP:-8}"
     "megatron.pipeline_parallel=${PP:-1}"

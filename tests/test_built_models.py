@@ -40,7 +40,7 @@ OPTIMIZERS = [
 ]
 SCRIPTS = {
     # Every method once, on the two models in turn, and layouts beside the default.
-    ("train_qwen2.5_7b.sh", "grpo"): {},
+    ("train_qwen2.5_7b.sh", "grpo"): {"MODEL_CONFIG": "qwen3_8b"},
     ("train_qwen2.5_32b.sh", "clip_higher"): {"PP": "4"},
     ("train_qwen2.5_32b.sh", "clip_cov"): {},
     ("train_qwen2.5_7b.sh", "kl_cov"): {"TP": "4"},
@@ -109,6 +109,8 @@ def test_every_module_of_a_script_s_job_builds(built, job):
     name = {"math": "Qwen/Qwen2.5-Math-1.5B", "openr1": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"}.get(
         method, "Qwen/Qwen2.5-7B" if "7b" in script else "Qwen/Qwen2.5-32B"
     )
+    if "MODEL_CONFIG" in environment:
+        name = {"qwen3_8b": "Qwen/Qwen3-8B-Base"}[environment["MODEL_CONFIG"]]
     shape = shape_of(name, None)
     if "SMOKE_LAYERS" in environment:
         shape = type(shape)(**vars(shape) | {"num_hidden_layers": 2})

@@ -199,6 +199,8 @@ def test_a_layout_of_one_s_own_and_several_nodes():
     assert config.rollout.vllm.tensor_parallel == 4 and config.model.path == "/models/my 32b"
     assert config.steps == 7 and config.data.train_files == ["a b.parquet"]  # the last word is the caller's
     assert not loaded(dry_run("train_qwen2.5_7b.sh", "grpo", TP="1")).megatron.sequence_parallel
+    other = loaded(dry_run("train_qwen2.5_32b.sh", "grpo", MODEL_CONFIG="qwen3_32b"))
+    assert (other.model.path, other.run_dir) == ("Qwen/Qwen3-32B", "runs/qwen3_32b_grpo")
 
 
 def test_a_smoke_test_has_the_model_s_widths_and_few_layers(tmp_path):
@@ -230,6 +232,7 @@ def test_the_whole_table_is_evaluated(tmp_path):
 def test_mistakes_end_a_script_before_it_starts():
     for script, arguments, environment, message in (
         ("train_qwen2.5_7b.sh", ["clip_cow"], {}, "method must be one of aent_math .* kl_cov, got clip_cow"),
+        ("train_qwen2.5_7b.sh", ["grpo"], {"MODEL_CONFIG": "gpt2"}, "model must be one of llama3.1_8b .*, got gpt2"),
         ("train_aent_1.5b.sh", ["code"], {}, "setting must be math or openr1, got code"),
         ("train_qwen2.5_7b.sh", ["grpo"], {"NUM_NODES": "2"}, "MASTER_ADDR must be the address of node 0"),
         ("eval.sh", [], {}, "usage: megatron_integration/eval.sh RUN"),
