@@ -15,10 +15,18 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
 
-@pytest.mark.parametrize("cases", ["vllm_cases", "vllm_run_cases"])
+def run(*arguments: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("cases", ["vllm_cases", "vllm_run_cases", "vllm_server_cases"])
 def test_in_a_process_of_its_own(cases):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", f"tests/{cases}.py"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    run("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", f"tests/{cases}.py")
+
+
+def test_one_engine_over_two_processes():
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.vllm_ranks")
+    run(*torchrun)

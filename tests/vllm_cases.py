@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Iterator
 
@@ -12,78 +11,11 @@ import torch
 import transformers
 
 from entcov.rl import vllm_transfer
-from entcov.rl.config import Config, ModelConfig, parse_config
-from entcov.rl.model import build_model
 from entcov.rl.sampler import InProcessSampler, build_sampler
-from entcov.rl.types import Example, Prompt
-from entcov.rl.weight_sync import ByReference, WeightSync
-from tests.tiny_run import recipe
+from entcov.rl.weight_sync import ByReference, ExpectedWeights, WeightSync
+from tests.vllm_policies import MODELS, OPTIONS, TOLERANCE, gap, policy, prompts, reshuffle, settings, weights
 
 SET_NUM_THREADS = torch.set_num_threads
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 128,
-}  # fmt: skip  (heads of 32: vLLM's CPU attention has no smaller ones)
-MODELS = {
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
-    "qwen3 untied": {"model_type": "qwen3", "tie_word_embeddings": False, "head_dim": 32},
-    "llama": {"model_type": "llama", "tie_word_embeddings": False, "head_dim": 32},
-}
-# Float32 on both sides, a hundred tokens, log-probabilities down to -15: rounding, not a difference of formulas.
-TOLERANCE = 5e-5
-OPTIONS = {"group_size": 3, "temperature": 0.7, "max_response_length": 24, "seed": 3}
-
-
-def settings(name: str) -> Config:
-    model = {"config": {**MODELS[name], **SIZES}, "tokenizer": "char"}
-    rollout = {"engine": "vllm", "max_response_length": 24, "prompts_per_step": 6, "vllm": {"max_num_seqs": 32}}
-    return parse_config(recipe("unused", model=model, rollout=rollout, **{"data.max_prompt_length": 60}))
-
-
-def policy(name: str, seed: int = 0):
-    """A random policy that is far from uniform and still ends some of its responses."""
-    model, tokenizer = build_model(ModelConfig(**dataclasses.asdict(settings(name).model)), seed=seed, device=CPU)
-    reshuffle(model, seed)
-    return model, tokenizer
-
-
-def reshuffle(model, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * (2.0 / weight.shape[1] ** 0.5))
-            else:
-                weight.copy_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
-
-
-CPU = torch.device("cpu")
-
-
-def prompts(n: int) -> list[Prompt]:
-    """Of 33 to 50 tokens, so that a block of vLLM's prefix cache (32 tokens) is filled."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(33, 51, (n,), generator=generator).tolist()
-    tokens = [torch.randint(4, 40, (k,), generator=generator).tolist() for k in lengths]
-    return [Prompt(i, Example("test", (), ""), tuple(t)) for i, t in enumerate(tokens)]
-
-
-def gap(model, rollouts, temperature: float = 0.7) -> float:
-    """Largest difference between the sampler's log-probabilities and those of the model's plain forward pass."""
-    worst = 0.0
-    for rollout in rollouts:
-        ids = [*rollout.prompt.tokens, *rollout.tokens]
-        with torch.no_grad():
-            logits = model.eval()(torch.tensor([ids])).logits[0].double()
-        logprob = (logits / temperature).log_softmax(-1)[len(rollout.prompt.tokens) - 1 : -1]
-        expected = logprob.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
-        worst = max(worst, float((expected - torch.tensor(rollout.logprob).double()).abs().max()))
-    return worst
-
-
-def weights(model):
-    return lambda: iter([(name, tensor.detach()) for name, tensor in model.state_dict().items()])
 
 
 def another_sync(sampler) -> WeightSync:
@@ -200,6 +132,8 @@ def test_responses_end_at_the_end_token_or_at_the_limit(samplers):
     eos = sampler.tokenizer.eos_token_id
     rollouts = sampler.generate(prompts(12), **(OPTIONS | {"temperature": 2.0}))
     assert {r.finished for r in rollouts} == {True, False}
+    with pytest.raises(ValueError, match="must fit into 84 tokens, got 60 after a prompt of"):
+        sampler.generate(prompts(2), **(OPTIONS | {"max_response_length": 60}))
     for rollout in rollouts:
         assert len(rollout.tokens) == len(rollout.logprob)
         assert eos not in rollout.tokens[:-1]
@@ -271,3 +205,35 @@ def test_settings_that_cannot_hold_here():
         setattr(config.rollout.vllm, key, value)
         with pytest.raises(ValueError, match=message):
             build_sampler(config, model, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_vllms_nccl_sender_gets_whole_updates(monkeypatch, name):
+    """vLLM's own sender for GPUs, all of it but the communicator and the packing into its buffers."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    from tests.test_weight_sync import RecordingEngine
+
+    model, _ = policy(name)
+    engine, arrived, asked = RecordingEngine(), {}, []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: asked.append(info) or object())
+    monkeypatch.setattr(
+        nccl_engine, "packed_nccl_broadcast_producer", lambda iterator, **options: arrived.update(iterator)
+    )
+    monkeypatch.setattr(engine, "update_weights", lambda info: engine.calls.append(info))
+    expected = ExpectedWeights(model.config)
+    sync = WeightSync(engine, expected, vllm_transfer.Native("nccl", workers=4), dtype=torch.bfloat16)
+    for version in (3, 6):
+        reshuffle(model, seed=version)
+        engine.calls.clear()
+        sync(version, weights(model))
+        calls = [call for call in engine.calls if call != "init"]
+        assert [calls[0], *calls[2:]] == ["start", f"finish {version}", "reset"]
+        sent = {n: w for n, w in model.state_dict().items() if n not in expected.tied}
+        assert calls[1]["names"] == list(sent) and set(calls[1]["dtype_names"]) == {"bfloat16"}
+        assert calls[1]["shapes"] == [list(w.shape) for w in sent.values()]
+        assert all(torch.equal(arrived[n], w.to(torch.bfloat16)) for n, w in sent.items()) and len(arrived) == len(sent)
+    assert len(asked) == 1 and (asked[0].world_size, asked[0].rank) == (5, 0)  # the trainer and four workers
+    assert vllm_transfer.Native("ipc", workers=1)._init_info().packed
+    with pytest.raises(ValueError, match="backend must be nccl or ipc, got 'gloo'"):
+        vllm_transfer.Native("gloo", workers=1)

@@ -26,7 +26,7 @@ def build_sampler(config: Config, model: nn.Module, tokenizer) -> InProcessSampl
     """The sampler that `config.rollout.engine` names. `sync` gives it the weights before the first `generate`.
 
     Args:
-        model: the policy. Sampling in this process goes through it; vLLM wants its configuration and class alone.
+        model: the policy. Sampling in this process goes through it; vLLM wants its configuration alone.
     """
     if config.rollout.engine == "vllm":
         from entcov.rl.vllm_sampler import build_vllm_sampler

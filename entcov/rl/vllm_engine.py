@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from entcov.rl.config import VllmConfig
 
@@ -102,7 +102,6 @@ class LocalEngine:
 
     Args:
         model: the policy's configuration; weights come by `weight_sync` and are random until then.
-        architecture: the transformers class, as Qwen3ForCausalLM.
         settings: `rollout.vllm`.
         max_model_len: tokens of the longest prompt and response together.
         dtype: of weights and computation.
@@ -117,7 +116,6 @@ class LocalEngine:
     def __init__(
         self,
         model: PretrainedConfig,
-        architecture: str,
         settings: VllmConfig,
         *,
         max_model_len: int,
@@ -132,7 +130,7 @@ class LocalEngine:
         from entcov.rl.vllm_transfer import BACKEND
 
         with tempfile.TemporaryDirectory(prefix="entcov-vllm-") as folder, undisturbed():
-            save_configuration(model, architecture, Path(folder))
+            save_configuration(model, Path(folder))
             self._llm = vllm.LLM(
                 folder,
                 **engine_arguments(model, settings, max_model_len=max_model_len, dtype=dtype, cpu=cpu),
@@ -247,9 +245,9 @@ def _cache_bytes(model: PretrainedConfig, settings: VllmConfig, max_model_len: i
     return blocks * _CPU_BLOCK * token
 
 
-def save_configuration(model: PretrainedConfig, architecture: str, folder: Path) -> None:
+def save_configuration(model: PretrainedConfig, folder: Path) -> None:
     """A folder that vLLM starts from: config.json and nothing else."""
-    text = model.to_dict() | {"architectures": [architecture]}
+    text = model.to_dict() | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(model)].__name__]}
     type(model)(**text).save_pretrained(folder)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from entcov.rl.config import Config
 from entcov.rl.rollouts import derived_seed
 from entcov.rl.types import Prompt, Rollout
+from entcov.rl.vllm_client import ServerEngine
 from entcov.rl.vllm_engine import Completion, LocalEngine, Request
 from entcov.rl.weight_sync import ByReference, Engine, ExpectedWeights, NamedWeights, WeightSync
 
@@ -31,10 +32,13 @@ class VllmSampler:
         sync: keeps its weights at the trainer's.
         tokenizer: decodes responses.
         stop: tokens that end a response.
+        max_model_len: tokens of prompt and response together, which the engine was started for.
     """
 
-    def __init__(self, engine: GeneratingEngine, sync: WeightSync, tokenizer, *, stop: Sequence[int]) -> None:
-        self.engine, self.tokenizer, self.stop = engine, tokenizer, tuple(stop)
+    def __init__(
+        self, engine: GeneratingEngine, sync: WeightSync, tokenizer, *, stop: Sequence[int], max_model_len: int
+    ) -> None:
+        self.engine, self.tokenizer, self.stop, self.max_model_len = engine, tokenizer, tuple(stop), max_model_len
         self._sync = sync
 
     def sync(self, weight_version: int, named_weights: NamedWeights) -> None:
@@ -58,10 +62,16 @@ class VllmSampler:
         """`group_size` responses to each prompt, prompt by prompt; arguments as `InProcessSampler.generate`.
 
         Raises:
-            ValueError: a temperature that vLLM does not sample at.
+            ValueError: a temperature that vLLM does not sample at, or more tokens than the engine was started for.
             RuntimeError: the engine has no weights yet, or parts of two sets, or others than the trainer's last ones.
         """
         _check_temperature("temperature", temperature)
+        longest = max((len(prompt.tokens) for prompt in prompts), default=0)
+        if longest + max_response_length > self.max_model_len:  # vLLM would cut responses off before their limit
+            raise ValueError(
+                f"max_response_length: prompt and response must fit into {self.max_model_len} tokens, got "
+                f"{max_response_length} after a prompt of {longest}"
+            )
         version = self._sync.version
         if version is None:
             raise RuntimeError("generate: vLLM does not hold the trainer's weights; a whole sync must come first")
@@ -99,7 +109,7 @@ def build_vllm_sampler(config: Config, model: nn.Module, tokenizer, *, stop: Seq
     """The sampler of `rollout.engine: vllm`. Its weights come by `sync`.
 
     Args:
-        model: the policy, for its configuration and class alone; it may be on the meta device.
+        model: the policy, for its configuration alone; it may be on the meta device.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -109,9 +119,14 @@ def build_vllm_sampler(config: Config, model: nn.Module, tokenizer, *, stop: Seq
     settings, dtype = config.rollout.vllm, getattr(torch, config.model.compute_dtype)
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     expected = ExpectedWeights(model.config)
-    engine = LocalEngine(model.config, type(model).__name__, settings, max_model_len=longest, dtype=dtype)
-    sync = WeightSync(engine, expected, ByReference(), dtype=dtype)
-    return VllmSampler(engine, sync, tokenizer, stop=stop)
+    if settings.mode == "server":
+        engine = ServerEngine(settings, expected, max_model_len=longest, dtype=dtype)
+        transport = engine.transport()
+    else:
+        engine, transport = LocalEngine(model.config, settings, max_model_len=longest, dtype=dtype), ByReference()
+    return VllmSampler(
+        engine, WeightSync(engine, expected, transport, dtype=dtype), tokenizer, stop=stop, max_model_len=longest
+    )
 
 
 def _check_temperature(name: str, value: float) -> None:

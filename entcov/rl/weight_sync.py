@@ -50,7 +50,8 @@ class Engine(Protocol):
 
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
-    def reset_prefix_cache(self) -> bool: ...
+    def reset_prefix_cache(self) -> bool:
+        """Whether it is empty now; where processes share the engine, returns when it is so for all of them."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class ExpectedWeights:
             self.shapes[name] = tuple(weight.shape)
             if first.setdefault(id(weight), name) != name:
                 self.tied[name] = first[id(weight)]
+
+    def same_as(self, other: ExpectedWeights) -> bool:
+        return self.shapes == other.shapes and self.tied == other.tied
 
     def check(self, found: Sequence[tuple[str, tuple[int, ...]]]) -> None:
         """Names and shapes of a whole set, in any order. Of tied weights the first is needed, the others are allowed.
@@ -176,7 +180,7 @@ class WeightSync:
         weights = [Weight(name, shape, self.dtype) for name, shape in self._found if name not in self.expected.tied]
         self.version, self._broken = None, True
         self.transport.send(self.engine, weights, self._stream(named_weights), str(version))
-        if self.engine.leads and not self.engine.reset_prefix_cache():
+        if not self.engine.reset_prefix_cache():
             raise RuntimeError(
                 "sync: vLLM did not empty its prefix cache, so responses would start from the old weights' keys and "
                 "values; no request may be running during a sync"

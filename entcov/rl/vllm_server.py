@@ -1,0 +1,104 @@
+"""Starts the vLLM server that a recipe with `rollout.vllm.mode: server` samples from.
+
+    python -m entcov.rl.vllm_server RECIPE [key=value ...] [--host HOST] [--port PORT] [--transfer nccl|ipc]
+
+It is vLLM's own server, with the arguments that the recipe asks for; it replaces this process. Everybody who reaches
+its port can change its weights, so it listens on 127.0.0.1 unless --host says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from entcov.rl.config import Config, ConfigError, load_config
+from entcov.rl.model import build_model
+from entcov.rl.vllm_engine import engine_arguments, save_configuration
+
+_FOLDER = "vllm_model"  # in the run's folder: the configuration of a model that the recipe spells out
+
+
+def server_command(
+    config: Config, *, host: str, port: int, transfer: str, cpu: bool
+) -> tuple[list[str], dict[str, str]]:
+    """The command that serves the recipe's model, and the environment variables that it needs.
+
+    Args:
+        transfer: how weights come, "nccl" or "ipc"; on CPU they come by file.
+    """
+    meta = torch.device("meta")
+    if config.model.path is not None:
+        model, source = AutoConfig.from_pretrained(config.model.path), config.model.path
+    else:
+        with meta:
+            model = build_model(config.model, seed=0, device=meta)[0].config
+        folder = Path(config.run_dir) / _FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        save_configuration(model, folder)
+        source = str(folder.resolve())
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    dtype = getattr(torch, config.model.compute_dtype)
+    arguments = {
+        "model": source,
+        "host": host,
+        "port": port,
+        **engine_arguments(model, config.rollout.vllm, max_model_len=longest, dtype=dtype, cpu=cpu),
+        "weight_transfer_config": {"backend": "entcov" if cpu else transfer},
+        "enable_scale_out": True,  # the route that takes token ids
+        "disable_uvicorn_access_log": True,
+    }
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if cpu:
+        arguments["worker_extension_cls"] = "entcov.rl.vllm_transfer.WorkerExtension"
+        environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    elif transfer == "ipc":
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of the trainer's memory come pickled
+    # `vllm serve` looks for a distribution named vllm, which the CPU build is not; its module is the same server.
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *_flags(arguments)]
+    return command, environment
+
+
+def _flags(arguments: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            flags.append(flag)
+        elif value is not None and value is not False:
+            flags += [flag, json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m entcov.rl.vllm_server", description=__doc__.partition("\n")[0])
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    parser.add_argument("--host", default="127.0.0.1", help="interface to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument(
+        "--transfer", choices=("nccl", "ipc"), default="nccl",
+        help="how weights come: nccl from other GPUs (default), ipc from a trainer on the same GPU",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    try:
+        config = load_config(options.recipe, options.overrides)
+        command, environment = server_command(
+            config, host=options.host, port=options.port, transfer=options.transfer, cpu=not torch.cuda.is_available()
+        )
+    except (ConfigError, ValueError) as error:
+        print(f"vllm_server: {error}", file=sys.stderr)
+        return 2
+    os.execve(command[0], command, os.environ | environment)
+    raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
