@@ -23,6 +23,7 @@ import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ import torch
 from entcov.rl.durable import fsync_path, is_disk_full, replace_file
 
 FORMAT_VERSION = 1
+_HASHING_THREADS = 8
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 _STEP = re.compile(r"step_(\d+)")
@@ -204,10 +206,13 @@ def _write(temporary: Path, step: int, writers: dict[str, Callable[[Path], None]
             writer(current)
             if not current.exists():
                 raise CheckpointError(f"the writer of {name!r} returned and wrote nothing at {current}")
-        files = {}
-        for current in sorted(path for path in temporary.rglob("*") if path.is_file()):
+        written = sorted(path for path in temporary.rglob("*") if path.is_file())
+        for current in written:
             fsync_path(current)
-            files[str(current.relative_to(temporary))] = {"size": current.stat().st_size, "sha256": _sha256(current)}
+        files = {
+            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(written, _digests(written), strict=True)
+        }
         current = temporary / MANIFEST
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
         replace_file(current, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -260,15 +265,23 @@ def _verify(path: Path, step: int) -> str | None:
         return f"checkpoint {path} has format version {version}, and this version of entcov reads {FORMAT_VERSION}"
     if stored_step != step:
         return f"checkpoint {path} is damaged: {manifest_path} says step {stored_step}"
-    for name, (size, digest) in expected.items():
+    for name, (size, _) in expected.items():
         file = path / name
         if not file.is_file():
             return f"checkpoint {path} is damaged: {file} is missing"
         if file.stat().st_size != size:
             return f"checkpoint {path} is damaged: {file} has {file.stat().st_size} bytes instead of {size}"
-        if _sha256(file) != digest:
+    for name, digest in zip(expected, _digests([path / name for name in expected]), strict=True):
+        if digest != expected[name][1]:
+            file = path / name
             return f"checkpoint {path} is damaged: the content of {file} is not what was written (sha256 differs)"
     return None
+
+
+def _digests(paths: list[Path]) -> list[str]:
+    """sha256 of each file, several at a time: a checkpoint of a large model has hundreds of gigabytes."""
+    with ThreadPoolExecutor(min(_HASHING_THREADS, len(paths)) or 1) as pool:
+        return list(pool.map(_sha256, paths))
 
 
 def _sha256(path: Path) -> str:
