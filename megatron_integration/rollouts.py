@@ -27,6 +27,7 @@ class Engines:
     """Which ranks generate: groups of ranks with one engine each, of which the first rank reports the responses."""
 
     members: tuple[tuple[int, ...], ...]  # of each engine, its ranks
+    draws_by_prompt: bool  # a response's draws depend on the seed, its prompt and sample, not on its place in the call
 
     @property
     def own(self) -> int | None:
@@ -40,13 +41,14 @@ def engines_of(layout: Layout, rollout: RolloutConfig) -> Engines:
     one. vllm server: rank 0 asks the server. Collective."""
     if rollout.engine == "vllm":
         if rollout.vllm.mode == "server":
-            return Engines(((0,),))
+            return Engines(((0,),), draws_by_prompt=True)
         size, world = rollout.vllm.tensor_parallel, dist.get_world_size()
-        return Engines(tuple(tuple(range(first, first + size)) for first in range(0, world, size)))
+        members = tuple(tuple(range(first, first + size)) for first in range(0, world, size))
+        return Engines(members, draws_by_prompt=True)
     leaders: list[int | None] = [None] * dist.get_world_size()
     dist.all_gather_object(leaders, layout.replica if layout.replica_leader else None, group=layout.control)
     ranks = sorted((replica, rank) for rank, replica in enumerate(leaders) if replica is not None)
-    return Engines(tuple((rank,) for _, rank in ranks))
+    return Engines(tuple((rank,) for _, rank in ranks), draws_by_prompt=False)
 
 
 class SharedRollouts:
@@ -85,7 +87,7 @@ class SharedRollouts:
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """As the samplers' `generate`. Collective. With one engine the draws are those of a single process.
+        """As the samplers' `generate`. Collective. With one engine, and with vLLM, the draws are a single process's.
 
         Responses come back scored, and `on_done` is not called: it announces responses to be scored.
         """
@@ -100,7 +102,7 @@ class SharedRollouts:
                     group_size=group_size,
                     temperature=temperature,
                     max_response_length=max_response_length,
-                    seed=seed if count == 1 else derived_seed(seed, own),
+                    seed=seed if count == 1 or self.engines.draws_by_prompt else derived_seed(seed, own),
                     progress=progress,
                     on_done=scorer.take if reports else None,
                 )

@@ -1,23 +1,15 @@
-"""What the Megatron tests run in several processes: cases in sequence, on layouts made and taken down again.
+"""What tests/test_megatron_parity.py runs in several processes: updates over every layout, against one process.
 
-Started by tests/test_megatron_parity.py through a fork server that has imported this file, so that the imports (ten
-seconds) are paid once.
+A case returns what went wrong, or None. tests/megatron_processes.py starts the processes.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
-import multiprocessing
-import os
-import queue
-import socket
-import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,14 +18,11 @@ from transformers import AutoModelForCausalLM
 from entcov.controls import make_control
 from entcov.losses import PolicyLossConfig
 from entcov.rl.actor import TorchActor
-from entcov.rl.checkpoint import CheckpointError
-from entcov.rl.config import ActorConfig, ConfigError, MegatronConfig
-from entcov.rl.tokenizer import load_tokenizer
+from entcov.rl.config import ActorConfig, MegatronConfig
 from megatron_integration.actor import MegatronActor
 from megatron_integration.adaptors import keep_logits_dtype, logits_stats
-from megatron_integration.layout import PeerError, agree, destroy_layout, make_layout, start_processes
-from megatron_integration.model import build_model, load_hf_weights, make_bridge, save_hf
-from megatron_integration.sharded import load_sharded, save_sharded
+from megatron_integration.layout import destroy_layout, make_layout
+from megatron_integration.model import build_model, load_hf_weights, make_bridge
 
 # Adam's epsilon in place of 1e-8: a first step is sign-like, so where a gradient is as small as rounding, the default
 # moves a weight by lr in one engine and not in the other. It has no bearing on what is compared.
@@ -149,6 +138,9 @@ def refuses(folder: Path, case: dict[str, Any]) -> str | None:
     batch = load(folder / "batch.pt")
     with laid_out(**case["megatron"]) as (megatron, layout):
         actor = megatron_actor(folder / case["model"], layout, megatron)
+        offload = dataclasses.replace(megatron, optimizer_offload=0.5)
+        if not raises(lambda: megatron_actor(folder / case["model"], layout, offload), "offload: needs a GPU"):
+            return "offload without a GPU went through"
         batch.old_logprob = actor.score(batch)["logprob"]
         before = {name: weight.clone() for name, weight in actor.named_weights()}
         if dist.get_rank() == dist.get_world_size() - 1:
@@ -225,175 +217,9 @@ def difference(got: dict[str, Any], want: dict[str, Any]) -> str | None:
     return f"weights are missing: {missing}" if missing else None
 
 
-def resharding(folder: Path, case: dict[str, Any]) -> str | None:
-    """Two updates, a checkpoint, a third update; then the checkpoint and the third update at every layout of `to`.
-
-    At the layout of the save the result is the same bit for bit, elsewhere the loaded weights are, and the third update
-    equals to rounding.
-    """
-    batch = load(folder / "batch.pt")
-    stored = folder / f"sharded_{case['number']}"
-
-    def start(layout, megatron) -> MegatronActor:
-        return megatron_actor(folder / case["model"], layout, megatron, dtype=getattr(torch, case["dtype"]))
-
-    def update(actor) -> dict[str, torch.Tensor]:
-        actor.update(batch, step=1)
-        return {name: weight.clone() for name, weight in actor.named_weights()}
-
-    with laid_out(**case["megatron"]) as (megatron, layout):
-        actor = start(layout, megatron)
-        batch.old_logprob = actor.score(batch)["logprob"]
-        update(actor)
-        saved = update(actor)
-        save_sharded(actor, stored)
-        want = update(actor)
-    for there in (case["megatron"], *case["to"]):
-        with laid_out(**there) as (megatron, layout):
-            actor = start(layout, megatron)
-            load_sharded(actor, stored)
-            loaded = {name: weight.clone() for name, weight in actor.named_weights()}
-            got = update(actor)
-        if actor.weight_version != 3:
-            return f"{there}: weight_version is {actor.weight_version}"
-        if loaded.keys() != saved.keys() or not all(torch.equal(loaded[name], saved[name]) for name in saved):
-            return f"{there}: the loaded weights are not those that were saved"
-        limit = 0.0 if there == case["megatron"] else 1e-6
-        worst = max((got[name] - want[name]).abs().max().item() for name in want)
-        if not worst <= limit:
-            return f"{there}: the third update is off by {worst}"
-        if torch.equal(got["model.norm.weight"], saved["model.norm.weight"]):
-            return f"{there}: the third update changed nothing"
-    return None
-
-
-def wrong_load(folder: Path, case: dict[str, Any]) -> str | None:
-    """What cannot be restored is refused: another optimizer, a step count that is off, nothing there at all."""
-    batch = load(folder / "batch.pt")
-    stored = folder / "sharded_wrong"
-    with laid_out(**case["megatron"]) as (megatron, layout):
-        actor = megatron_actor(folder / case["model"], layout, megatron)
-        save_sharded(actor, folder / "sharded_fresh")
-        load_sharded(actor, folder / "sharded_fresh")  # before its first step the optimizer has no state
-        batch.old_logprob = actor.score(batch)["logprob"]
-        actor.update(batch, step=1)
-        actor.weight_version = 7
-        save_sharded(actor, stored)
-        other = dict(case["megatron"]) | {"distributed_optimizer": not megatron.distributed_optimizer}
-        if not _refused(lambda: load_sharded(actor, stored), "its own step count of 7, found [1.0]"):
-            return "a wrong step count went through"
-        if not _refused(lambda: load_sharded(actor, folder / "nothing"), "holds no checkpoint of the megatron engine"):
-            return "a missing checkpoint went through"
-    with laid_out(**other) as (megatron, layout):
-        actor = megatron_actor(folder / case["model"], layout, megatron)
-        if not _refused(lambda: load_sharded(actor, stored), "megatron.distributed_optimizer and model.compute_dtype"):
-            return "another optimizer's state went through"
-    return None
-
-
-def _refused(load_it, message: str) -> bool:
+def raises(call, message: str) -> bool:
     try:
-        load_it()
-    except CheckpointError as error:
+        call()
+    except (RuntimeError, ValueError) as error:
         return message in str(error)
     return False
-
-
-def export(folder: Path, case: dict[str, Any]) -> str | None:
-    """Hugging Face weights through Megatron and back: the same bits, in files that from_pretrained loads."""
-    out = folder / f"exported_{case['number']}"
-    with laid_out(**case["megatron"]) as (megatron, layout):
-        actor = megatron_actor(folder / case["model"], layout, megatron)
-        tokenizer = load_tokenizer(str(folder / case["model"]))
-        # A limit of one weight a file, so that the index is written as for large models.
-        with mock.patch("megatron_integration.model._SHARD_BYTES", case["shard_bytes"]):
-            save_hf(actor.bridge, actor.model, layout, tokenizer, out, write=dist.get_rank() == 0)
-        dist.barrier()
-    before = AutoModelForCausalLM.from_pretrained(folder / case["model"]).state_dict()
-    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
-    if before.keys() != after.keys():
-        return f"names differ: {before.keys() ^ after.keys()}"
-    different = [name for name in before if not torch.equal(before[name], after[name])]
-    files = len(list(out.glob("*.safetensors")))
-    if (files > 1) != case["many_files"] or list(out.glob("part-*")):
-        return f"files: {sorted(p.name for p in out.iterdir())}"
-    return f"weights differ: {different}" if different else None
-
-
-def agreement(folder: Path, case: dict[str, Any]) -> str | None:
-    """What rank 0 has, every rank gets; its failure too."""
-    first = dist.get_rank() == 0
-
-    def fail():
-        raise ConfigError("run_dir: taken")
-
-    with laid_out(**case["megatron"]) as (_, layout):
-        if (value := agree(layout, lambda: {"rank": dist.get_rank()})) != {"rank": 0}:
-            return f"agreed on {value}"
-        try:
-            agree(layout, fail)
-        except (ConfigError, PeerError) as error:
-            wanted = (ConfigError, "run_dir: taken") if first else (PeerError, "rank 0: run_dir: taken")
-            return None if (type(error), str(error)) == wanted else f"raised {error!r}"
-        return "nothing was raised"
-
-
-TASKS = {
-    "agreement": agreement,
-    "parity": parity,
-    "refuses": refuses,
-    "adaptors": adaptors,
-    "resharding": resharding,
-    "wrong_load": wrong_load,
-    "export": export,
-}
-
-
-def worker(rank: int, world: int, port: int, folder: str, cases: list[dict[str, Any]], out) -> None:
-    """One process: every case in turn; puts (rank, case number, what went wrong or None)."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    gc.freeze()  # the checkpoint code collects garbage often, and the imports alone are a million objects
-    start_processes("cpu")
-    for number, case in enumerate(cases):
-        try:
-            problem = TASKS[case.get("task", "parity")](Path(folder), case)
-        except BaseException:
-            out.put((rank, number, traceback.format_exc()))
-            raise
-        out.put((rank, number, problem))
-    dist.destroy_process_group()
-
-
-def run_cases(world: int, folder: Path, cases: list[dict[str, Any]]) -> dict[str, str]:
-    """Starts `world` processes that run the cases, and returns what went wrong, by case."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = context.Queue()
-    workers = [context.Process(target=worker, args=(r, world, port, str(folder), cases, out)) for r in range(world)]
-    for process in workers:
-        process.start()
-    waiting = {(rank, number) for rank in range(world) for number in range(len(cases))}
-    problems: dict[str, str] = {}
-    while waiting:
-        try:
-            rank, number, problem = out.get(timeout=1)
-        except queue.Empty:
-            if any(process.exitcode for process in workers):  # one died, and the others wait for it
-                break
-            continue
-        waiting.discard((rank, number))
-        if problem is not None:
-            problems[f"{cases[number]}, rank {rank}"] = problem
-            if "Traceback" in problem:
-                break
-    for process in workers:
-        if waiting:
-            process.kill()
-        process.join()
-    if waiting and not problems:
-        problems["exit codes"] = str([process.exitcode for process in workers])
-    return problems

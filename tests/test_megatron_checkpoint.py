@@ -7,12 +7,13 @@ import pytest
 pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 
-from tests.megatron_cases import run_cases  # noqa: E402
+from tests.megatron_processes import run_cases  # noqa: E402
 from tests.test_megatron_parity import policies  # noqa: E402, F401  a fixture
 
 TP, PP, PLAIN = {"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"distributed_optimizer": False}
 CASES = [
     {"task": "agreement", "megatron": TP},
+    {"task": "rollouts", "model": "qwen3", "megatron": {}},
     {"task": "resharding", "model": "qwen3", "megatron": TP, "to": [PP, {}]},
     {"task": "resharding", "model": "qwen2", "megatron": TP | PLAIN, "to": [PP | PLAIN, PLAIN]},
     {"task": "resharding", "model": "qwen2", "megatron": PP, "to": [TP | {"sequence_parallel": True}]},

@@ -13,7 +13,8 @@ from entcov.rl.config import ConfigError, MegatronConfig, ModelConfig  # noqa: E
 from entcov.rl.model import build_model, save_model  # noqa: E402
 from entcov.rl.sampler import InProcessSampler  # noqa: E402
 from megatron_integration.batches import divide, lay_out  # noqa: E402
-from tests.megatron_cases import CONTROLS, oracle_file, run_cases, torch_updates  # noqa: E402
+from tests.megatron_cases import CONTROLS, oracle_file, torch_updates  # noqa: E402
+from tests.megatron_processes import run_cases  # noqa: E402
 from tests.test_sampler import prompts  # noqa: E402
 
 SHAPE = {

@@ -84,15 +84,38 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
 
     alone = tmp_path / "torch"
     train(parse_config(recipe(alone, **CHANGES, steps=last)), display=False)
-    for got, want in zip(rows, timeless(alone), strict=True):
-        assert got.keys() == want.keys()
-        noise = {key for key in want if "mismatch" in key}  # rounding itself: near 1e-7 in both, and no more alike
-        assert all(got[key] < 1e-5 for key in noise)
-        same = {key: value for key, value in want.items() if key not in noise}
-        assert {key: got[key] for key in same} == pytest.approx(same, rel=5e-3, abs=2e-5), got["step"]
+    same_metrics(rows, timeless(alone))
     assert read_metrics(run_dir)[-1]["actor/kl_loss"] > 0  # against the model that reinforcement began with
 
     # The checkpoint is a Hugging Face folder too: the torch path evaluates it.
     config = parse_config(recipe(run_dir, **CHANGES, **{"actor.engine": "megatron"}, steps=last))
     step, metrics, _ = evaluate_run(config)
     assert step == last and any(key.startswith("val-core/") for key in metrics)
+
+
+def test_vllm_rollouts_with_tensor_parallelism_give_the_torch_path_with_vllm(tmp_path):
+    pytest.importorskip("vllm")
+    # vLLM's CPU attention has heads of 32 and more; every rank has an engine and takes half of the prompts.
+    changes = CHANGES | {"model.config.head_dim": 32, "rollout.engine": "vllm", "rollout.vllm": {"max_num_seqs": 8}}
+    changes |= {"steps": 2, "eval": {"prompts": 0}, "checkpoint": {"every": 0}}
+    megatron, alone, log = tmp_path / "megatron", tmp_path / "torch", tmp_path / "log"
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(OmegaConf.to_yaml(OmegaConf.create(recipe(megatron, **changes))))
+    job = start(recipe_file, log)
+    try:
+        assert job.wait(LIMIT) == 0, log.read_text()
+    finally:
+        job.kill()
+    # In a process of its own, because vLLM does not leave one as it was.
+    command = [sys.executable, "-m", "entcov", "train", str(recipe_file), f"run_dir={alone}", "--no-display"]
+    subprocess.run(command, check=True, timeout=LIMIT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    same_metrics(timeless(megatron), timeless(alone))
+
+
+def same_metrics(rows: list[dict], wanted: list[dict]) -> None:
+    for got, want in zip(rows, wanted, strict=True):
+        assert got.keys() == want.keys()
+        noise = {key for key in want if "mismatch" in key}  # rounding itself: near 1e-7 in both, and no more alike
+        assert all(got[key] < 1e-5 for key in noise)
+        same = {key: value for key, value in want.items() if key not in noise}
+        assert {key: got[key] for key in same} == pytest.approx(same, rel=5e-3, abs=2e-5), got["step"]
