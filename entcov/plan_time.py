@@ -57,7 +57,7 @@ def passes(s: Settings) -> Passes:
 
 
 def traffic(s: Settings) -> list[Traffic]:
-    """Communication of a GPU of the fullest stage in one step of the loop, scalars left out.
+    """Communication of a GPU of the last stage in one step of the loop, scalars left out.
 
     Ring algorithms: a rank of n sends (n - 1)/n of a gathered or scattered buffer, twice that of a reduced one.
     """
@@ -75,12 +75,17 @@ def traffic(s: Settings) -> list[Traffic]:
     t, p, c = s.tensor_parallel, s.pipeline_parallel, s.context_parallel
     group_speed = near if t * c * p * s.data_parallel <= s.gpus_per_node else far
     crossing = near if t * c * p <= s.gpus_per_node else far
+    # A layer reduces twice in each direction; the embedding once forward, the head once backward.
+    down, up = n.scoring + n.selecting + n.forward, n.forward
+    reductions = layers * 2 * (n.forwards + up) + (down if p == 1 else 0) + up
     if s.sequence_parallel:
-        # Two gathers and two scatters a layer and direction, and two gathers more for the weights' gradients.
-        add("activations, all-gather", "tensor", t, layers * (2 * n.forwards + 4 * n.forward), hidden, 1, near)
-        add("activations, reduce-scatter", "tensor", t, layers * 2 * (n.forwards + n.forward), hidden, 1, near)
+        # Each reduction is a scatter here, and a gather on the way back; and what entered a column-parallel matrix is
+        # gathered a second time for the gradient of its weights: twice a layer, once for the head.
+        gathers = layers * (2 * n.forwards + 4 * up) + down + (2 if p == 1 else 1) * up
+        add("activations, all-gather", "tensor", t, gathers, hidden, 1, near)
+        add("activations, reduce-scatter", "tensor", t, reductions, hidden, 1, near)
     else:
-        add("activations, all-reduce", "tensor", t, layers * 2 * (n.forwards + n.forward), hidden, 2, near)
+        add("activations, all-reduce", "tensor", t, reductions, hidden, 2, near)
     if c > 1:
         keys = s.tokens_on_rank * 2 * s.shape.key_value_width // t * s.value_bytes
         count = layers * (c - 1) * (n.forwards + 2 * n.forward)

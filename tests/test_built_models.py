@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -17,6 +18,7 @@ pytest.importorskip("mbridge")
 
 from entcov.plan import GPUS, Settings, memory  # noqa: E402
 from entcov.plan_model import PUBLISHED, ModelShape, shape_of  # noqa: E402
+from entcov.plan_time import passes, traffic  # noqa: E402
 from tests.test_launch import METHODS, ROOT, dry_run  # noqa: E402
 
 LAYOUTS = [
@@ -101,6 +103,28 @@ def test_bytes_of_weights_gradients_and_optimizer_state(built, case):
     assert result["parameters"] == planned.parameters and result["weights"] == planned.weights
     assert result["gradients"] == pytest.approx(planned.gradients, rel=0.02)
     assert result["optimizer"] == pytest.approx(planned.optimizer, rel=0.02)
+
+
+def test_tensor_parallel_collectives_are_those_that_two_ranks_make():
+    """One micro-batch, scored and trained on: counted by a dispatch mode under gloo."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.counted_traffic"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    counted = json.loads(done.stdout.splitlines()[-1])
+    for found in counted:
+        s = Settings(
+            shape=ModelShape("tiny", 3, 32, 48, 4, 2, 8, 128, False, True, False), gpu=GPUS["h100"], gpus=2,
+            tensor_parallel=2, bf16=False, micro_batch_tokens=24, prompts_per_step=2, group_size=1, mean_prompt=4,
+            mean_response=8, updates=1, **found["case"],
+        )  # fmt: skip
+        assert passes(s).scoring == passes(s).forward == 1
+        both = Counter(found["score"]) + Counter(found["update"])
+        planned = {t.name.removeprefix("activations, "): t.count for t in traffic(s) if "activations" in t.name}
+        assert planned == both, found["case"]
+    assert len(counted) == 3
 
 
 @pytest.mark.parametrize("job", SCRIPTS, ids="-".join)
