@@ -276,8 +276,8 @@ def test_tensor_parallel_traffic_by_hand():
     one = passes(s)
     assert (one.scoring, one.forward) == (8, 8)
     sent = {t.name: t for t in traffic(s)}
-    # 4 layers, two all-reduces a layer in each of 16 forward and 8 backward passes, the embedding's 16, the head's 8; 20
-    # tokens of 8 values, both ways.
+    # 4 layers, two all-reduces a layer in each of 16 forward and 8 backward passes, the embedding's 16, the head's 8;
+    # 20 tokens of 8 values, both ways.
     reduced = sent["activations, all-reduce"]
     assert (reduced.count, reduced.bytes_each) == (4 * 2 * 24 + 24, 20 * 8 * 2)
     # A rank passes on half of what two ranks hold: 16 bytes a token, 28 with moments, 512 more with a clamp.
