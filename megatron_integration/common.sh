@@ -4,6 +4,10 @@
 # One node: nothing to set. Several: on every node the same command with
 #   NUM_NODES NODE_RANK MASTER_ADDR     as torchrun takes them; slurm.sbatch and ray_job.sh set them
 #   GPUS_PER_NODE (8)  MASTER_PORT (29500)
+# Rollouts on GPUs of their own, instead of the trainer's:
+#   ROLLOUT_URL=http://node4:8000    of a vLLM server, which the same script starts on that node with ENTCOV_SERVE=1 and
+#                                    SERVE_HOST, the address it listens on (127.0.0.1; everybody who reaches it can change
+#                                    its weights)
 # Instead of training:
 #   ENTCOV_DRY_RUN=1    print the command
 #   ENTCOV_PLAN=1       print its plan: memory, traffic and time, without a GPU
@@ -79,7 +83,14 @@ start() {
             rollout.max_response_length=256 eval.prompts=0
         )
     fi
-    if [ -n "${ENTCOV_PLAN:-}" ]; then
+    if [ -n "${ROLLOUT_URL:-}" ]; then
+        arguments+=(rollout.vllm.mode=server "rollout.vllm.url=$ROLLOUT_URL" rollout.vllm.sleep=false)
+    fi
+    if [ -n "${ENTCOV_SERVE:-}" ]; then
+        [[ ${ROLLOUT_URL:-} =~ :([0-9]+)/?$ ]] || fail "ROLLOUT_URL must end in the server's port, got '${ROLLOUT_URL:-}'"
+        execute python -m entcov.rl.vllm_server "${arguments[@]}" \
+            --host "${SERVE_HOST:-127.0.0.1}" --port "${BASH_REMATCH[1]}"
+    elif [ -n "${ENTCOV_PLAN:-}" ]; then
         execute python -m entcov plan "${arguments[@]}" \
             --gpus "$((GPUS_PER_NODE * NUM_NODES))" --gpus-per-node "$GPUS_PER_NODE"
     else

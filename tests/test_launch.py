@@ -203,6 +203,17 @@ def test_a_layout_of_one_s_own_and_several_nodes():
     assert (other.model.path, other.run_dir) == ("Qwen/Qwen3-32B", "runs/qwen3_32b_grpo")
 
 
+def test_rollouts_on_a_server_that_the_same_script_starts():
+    server = {"ROLLOUT_URL": "http://node4:8001"}
+    config = loaded(dry_run("train_qwen2.5_32b.sh", "kl_cov", **server))
+    vllm = config.rollout.vllm
+    assert (vllm.mode, vllm.url, vllm.sleep, vllm.tensor_parallel) == ("server", "http://node4:8001", False, 8)
+    command = dry_run("train_qwen2.5_32b.sh", "kl_cov", ENTCOV_SERVE="1", SERVE_HOST="10.0.0.4", **server)
+    assert command[:3] == ["python", "-m", "entcov.rl.vllm_server"]
+    assert command[-4:] == ["--host", "10.0.0.4", "--port", "8001"]
+    assert load_config(ROOT / command[3], command[4:-4]) == config
+
+
 def test_a_smoke_test_has_the_model_s_widths_and_few_layers(tmp_path):
     config = loaded(dry_run("train_qwen2.5_32b.sh", "clip_cov", SMOKE_LAYERS="2", MODEL_PATH=str(tmp_path)))
     assert config.model.path is None and config.model.tokenizer == str(tmp_path)
@@ -235,6 +246,7 @@ def test_mistakes_end_a_script_before_it_starts():
         ("train_qwen2.5_7b.sh", ["grpo"], {"MODEL_CONFIG": "gpt2"}, "model must be one of llama3.1_8b .*, got gpt2"),
         ("train_aent_1.5b.sh", ["code"], {}, "setting must be math or openr1, got code"),
         ("train_qwen2.5_7b.sh", ["grpo"], {"NUM_NODES": "2"}, "MASTER_ADDR must be the address of node 0"),
+        ("train_qwen2.5_7b.sh", ["grpo"], {"ENTCOV_SERVE": "1"}, "ROLLOUT_URL must end in the server's port, got ''"),
         ("eval.sh", [], {}, "usage: megatron_integration/eval.sh RUN"),
         ("ray_job.sh", [], {}, "usage: megatron_integration/ray_job.sh SCRIPT METHOD"),
     ):
