@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -90,9 +91,11 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
     """Says what failed, once: on the rank where it did."""
     from megatron_integration.layout import PeerError
 
-    rank = dist.get_rank() if dist.is_initialized() else 0
     if debug:
         raise error
+    if not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0":
+        return code  # a recipe that cannot be read: its node's first process says so
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if _lost_a_peer(error):
         print(
             f"error: rank {rank} has lost its connection to another rank, which has died or is unreachable; "

@@ -105,6 +105,7 @@ class MegatronActor:
                     params_dtype=bridge.dtype,
                     use_distributed_optimizer=megatron.distributed_optimizer,
                     overlap_param_gather=megatron.overlap,
+                    use_precision_aware_optimizer=megatron.optimizer_offload > 0,  # offloading asks for it
                     optimizer_cpu_offload=megatron.optimizer_offload > 0,
                     optimizer_offload_fraction=megatron.optimizer_offload,
                     overlap_cpu_optimizer_d2h_h2d=megatron.optimizer_offload > 0,

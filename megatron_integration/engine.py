@@ -23,7 +23,7 @@ from entcov.rl.tokenizer import load_tokenizer
 from entcov.rl.warm_start import warm_started
 from megatron_integration.actor import MegatronActor
 from megatron_integration.layout import agree, destroy_layout, make_layout, start_processes
-from megatron_integration.model import build_model, load_hf_weights, make_bridge, save_hf
+from megatron_integration.model import build_model, load_hf_weights, local_folder, make_bridge, save_hf
 from megatron_integration.rollouts import CopySampler, Engines, SharedRollouts, engines_of
 from megatron_integration.sharded import load_sharded, save_sharded
 
@@ -55,7 +55,7 @@ class MegatronEngine(TorchEngine):
         if not (run_dir / "config.yaml").exists():
             raise ConfigError(f"run_dir: must be on a file system that all nodes share, rank {self.rank} finds no run "
                               f"in {run_dir}")  # fmt: skip
-        initial = self.agree(lambda: _initial_model(config, run_dir, on_warm_start))
+        initial = local_folder(self.agree(lambda: _initial_model(config, run_dir, on_warm_start)))
         folder = initial if checkpoint is None else str(checkpoint.path / "model")
         tokenizer = load_tokenizer(folder if config.model.path is None else config.model.tokenizer or folder)
         dtype = getattr(torch, config.model.compute_dtype)
@@ -83,7 +83,9 @@ class MegatronEngine(TorchEngine):
         engines = engines_of(self.layout, config.rollout)
         sampler = self._sampler(config, folder, tokenizer, engines)
         writers = {
-            "model": lambda path: save_hf(bridge, actor.model, self.layout, tokenizer, path, write=self.leads),
+            "model": lambda path: save_hf(
+                bridge, actor.model, self.layout, tokenizer, path, source=folder, write=self.leads
+            ),
             "megatron": lambda path: save_sharded(actor, path),
         }
         stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from mbridge.core import LLMBridge
 from mbridge.models.llama import LLaMABridge
 from mbridge.models.qwen2 import Qwen2Bridge
@@ -33,11 +35,19 @@ _VOCABULARY_MULTIPLE = 128
 _SHARD_BYTES = 5 << 30  # of one file of a Hugging Face checkpoint
 
 
+def local_folder(name: str) -> str:
+    """The folder of a model: `name` itself, or the cache of what the hub has under that name, downloaded if need be."""
+    if Path(name).is_dir():
+        return name
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    return snapshot_download(name, allow_patterns=patterns)  # processes of one node wait for each other by file locks
+
+
 def make_bridge(folder: str, config: MegatronConfig, layout: Layout, *, dtype: torch.dtype) -> LLMBridge:
     """The converter for the Hugging Face model in `folder`; `bridge.config` is the TransformerConfig.
 
     Args:
-        folder: a local folder or a hub name.
+        folder: a local folder.
         dtype: of the parameters, torch.float32 or torch.bfloat16.
 
     Raises:
@@ -88,7 +98,7 @@ def build_model(bridge: LLMBridge, layout: Layout) -> MegatronModule:
 def load_hf_weights(bridge: LLMBridge, model: MegatronModule, folder: str, layout: Layout) -> None:
     """Fills the model from the safetensors in `folder`. Collective."""
     with layout.running(), torch.no_grad():
-        bridge.load_weights([unwrapped(model)], folder)
+        bridge.load_weights([unwrapped(model)], folder, memory_efficient=True)  # one weight at a time
 
 
 def named_weights(bridge: LLMBridge, model: MegatronModule, layout: Layout) -> Iterator[tuple[str, Tensor]]:
@@ -105,10 +115,16 @@ def named_weights(bridge: LLMBridge, model: MegatronModule, layout: Layout) -> I
             yield item[0], item[1].detach()
 
 
-def save_hf(bridge: LLMBridge, model: MegatronModule, layout: Layout, tokenizer, folder: Path, *, write: bool) -> None:
+def save_hf(
+    bridge: LLMBridge, model: MegatronModule, layout: Layout, tokenizer, folder: Path, *, source: str, write: bool
+) -> None:
     """Writes a folder that `from_pretrained` loads: safetensors of at most 5 GiB, configuration, tokenizer.
 
-    Collective. `write`: whether this rank is the one that writes; it holds at most one file's tensors at a time.
+    Collective.
+
+    Args:
+        source: the folder that the model came from; its generation_config.json, if there is one, goes along.
+        write: whether this rank is the one that writes; it holds at most one file's tensors at a time.
     """
     weights = named_weights(bridge, model, layout)
     if not write:
@@ -144,6 +160,8 @@ def save_hf(bridge: LLMBridge, model: MegatronModule, layout: Layout, tokenizer,
         (folder / f"part-{i}").rename(folder / name)
     bridge.hf_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if (generation := Path(source) / "generation_config.json").exists():
+        shutil.copyfile(generation, folder / generation.name)
 
 
 def unwrapped(model: torch.nn.Module) -> GPTModel:

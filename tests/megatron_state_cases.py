@@ -96,13 +96,17 @@ def export(folder: Path, case: dict[str, Any]) -> str | None:
         tokenizer = load_tokenizer(str(folder / case["model"]))
         # A limit of one weight a file, so that the index is written as for large models.
         with mock.patch("megatron_integration.model._SHARD_BYTES", case["shard_bytes"]):
-            save_hf(actor.bridge, actor.model, layout, tokenizer, out, write=dist.get_rank() == 0)
+            source = str(folder / case["model"])
+            save_hf(actor.bridge, actor.model, layout, tokenizer, out, source=source, write=dist.get_rank() == 0)
         dist.barrier()
     before = AutoModelForCausalLM.from_pretrained(folder / case["model"]).state_dict()
     after = AutoModelForCausalLM.from_pretrained(out).state_dict()
     if before.keys() != after.keys():
         return f"names differ: {before.keys() ^ after.keys()}"
     different = [name for name in before if not torch.equal(before[name], after[name])]
+    generation = "generation_config.json"
+    if (out / generation).read_bytes() != (folder / case["model"] / generation).read_bytes():
+        return "the generation configuration differs"
     files = len(list(out.glob("*.safetensors")))
     if (files > 1) != case["many_files"] or list(out.glob("part-*")):
         return f"files: {sorted(p.name for p in out.iterdir())}"

@@ -147,6 +147,7 @@ def test_context_parallel_ranks_hold_each_loss_token_once(policies, packing):
     [
         ({"sequence_parallel": True}, "needs tensor_parallel > 1"),
         ({"overlap": True, "distributed_optimizer": False}, "needs distributed_optimizer"),
+        ({"optimizer_offload": 0.5, "distributed_optimizer": False}, "needs distributed_optimizer"),
         ({"tensor_parallel": 0}, "greater than or equal to 1"),
     ],
 )
@@ -174,3 +175,14 @@ def test_models_that_megatron_would_compute_differently(changes, message):
     config = AutoConfig.for_model(**({"vocab_size": 53} | SHAPE | MODELS["llama"] | changes))
     with pytest.raises(ConfigError, match=message):
         _refuse_unsupported(config, MegatronConfig(tensor_parallel=2, pipeline_parallel=2))
+
+
+def test_a_hub_name_is_downloaded_with_its_weights_and_a_folder_is_not(tmp_path, monkeypatch):
+    from megatron_integration import model
+
+    asked = []
+    monkeypatch.setattr(model, "snapshot_download", lambda name, **options: asked.append((name, options)) or "cache")
+    assert model.local_folder(str(tmp_path)) == str(tmp_path) and not asked
+    assert model.local_folder("Qwen/Qwen2.5-7B") == "cache"
+    ((name, options),) = asked
+    assert name == "Qwen/Qwen2.5-7B" and {"*.json", "*.safetensors"} <= set(options["allow_patterns"])

@@ -169,6 +169,8 @@ class MegatronConfig:
             raise ValueError("sequence_parallel: needs tensor_parallel > 1, got tensor_parallel 1")
         if self.overlap and not self.distributed_optimizer:
             raise ValueError("overlap: needs distributed_optimizer, got distributed_optimizer false")
+        if self.optimizer_offload and not self.distributed_optimizer:
+            raise ValueError("optimizer_offload: needs distributed_optimizer, got distributed_optimizer false")
 
 
 @dataclass(config=_STRICT)
