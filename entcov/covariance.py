@@ -9,17 +9,26 @@ The chosen set is bit-identical for every split of the batch, every order of the
     bit moves borderline tokens in and out. A value is off by at most 2^-42; 2^32 tokens of |value| <= 2^20 fit.
   - A token's covariance is computed in float64 from its own values and these means and rounded once to float32, so
     it is a function of the token and the global sums alone. All comparisons are between those float32 values.
-  - The n-th largest of a key is found by a radix search: a histogram of 11 bits of the key, summed over ranks, picks
-    the next 11 bits. Integers again; the number of collectives depends on the key's width alone, not on the data.
+  - The n-th largest of a key is found by a radix search: a histogram of 16 bits of the key, summed over ranks, picks
+    the next 16 bits. Integers again; the number of collectives depends on the key's width alone, not on the data.
   - Draws and ties go by a 64-bit hash of (seed, step, token_id) that is one-to-one in token_id.
 Ranks may hold different numbers of tokens, none included. Nothing makes the host wait on an accelerator: values are
-checked on the CPU only, and elsewhere bad values show as NaN in the covariance and its summary.
+checked on the CPU only, and elsewhere bad values show as NaN in the covariance and its summary. Shapes depend on T and
+the number of ranks alone, so calls can be captured in a CUDA graph (with `step` as a tensor there: a number would be
+part of the capture). The bits are the same on every device.
+
+What an accelerator does for T tokens (tests/test_covariance.py counts it; reads plus writes of the T-sized operations):
+  token_covariance 37 launches, 609 bytes a token       covariance_summary 72 launches, 481 bytes a token
+  select_clip_cov 119 launches, 959 bytes a token       select_kl_cov     170 launches, 1177 bytes a token
+For KL-Cov on a million tokens that is 0.6 ms at 3 TB/s, and launches of about a millisecond, once in an optimizer step
+that takes seconds. A kernel of our own would save most of it, and is not worth its code.
 
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617, eq. 10.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +40,8 @@ from entcov import _checks as check
 COARSE = 2.0**10
 FINE = 2.0**31  # of a remainder of at most 1/2: 2^30 a token
 LARGEST = 2.0**20
-DIGIT_BITS = 11  # histograms of 2048 int64: 16 KiB
+DIGIT_BITS = 16
+BINS = 2**DIGIT_BITS  # of a histogram: 512 KiB of int64
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 SIGN = -(2**63)
 
@@ -116,7 +126,7 @@ def covariance_summary(covariance: TokenCovariance, *, group: dist.ProcessGroup 
 
     Returns: {"actor/cov_mean", "actor/cov_max", "actor/cov_p999"}, 0-d tensors, the same on every rank and split: they
         describe the mini-batch and must not be added up. The mean is the population covariance.
-    Collectives: 4 all-reduces, 82 KB in total.
+    Collectives: 3 all-reduces, 2 MiB in total.
     """
     sums = _sum_over_ranks(_fixed_point(covariance.value.double()).sum(-1), group)
     n = covariance.num_tokens
@@ -138,8 +148,8 @@ def select_clip_cov(
     ratio: float,
     low: float,
     high: float,
-    seed: int,
-    step: int,
+    seed: int | Tensor,
+    step: int | Tensor,
     at_least: int = 0,
     strict: bool = False,
     exclude: Tensor | None = None,
@@ -152,11 +162,11 @@ def select_clip_cov(
     Args:
         token_id: [T] int64, number of each token in the whole rollout batch, different for all unmasked tokens.
         ratio: fraction of all N unmasked tokens of the mini-batch; all candidates are taken if they are fewer.
-        seed, step: any integers; the draw changes with each.
+        seed, step: any integers; the draw changes with each. In a CUDA graph: a 0-d int64 tensor on the device.
         at_least: lower bound of the number of tokens to take (reference code: 1).
         strict: low < covariance < high (reference code).
         exclude: [T] bool, tokens that are no candidates.
-    Collectives: 7 all-reduces of at most 16 KiB; every rank must call.
+    Collectives: 5 all-reduces of at most 512 KiB; every rank must call.
     Raises: ValueError (CPU) if token ids repeat.
     """
     check.fraction("ratio", ratio)
@@ -177,15 +187,15 @@ def select_kl_cov(
     token_id: Tensor,
     *,
     ratio: float,
-    seed: int,
-    step: int,
+    seed: int | Tensor,
+    step: int | Tensor,
     at_least: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
     """The floor(ratio * N) tokens with the largest covariance; a tie at the threshold is settled by the hash.
 
     Args: as `select_clip_cov`.
-    Collectives: 10 all-reduces of at most 16 KiB; every rank must call.
+    Collectives: 7 all-reduces of at most 512 KiB; every rank must call.
     Raises: ValueError (CPU) if token ids repeat.
     """
     check.fraction("ratio", ratio)
@@ -200,15 +210,20 @@ def select_kl_cov(
     return _finish(chosen, n, token_id, covariance.mask, lowest, group)
 
 
-def token_hash(token_id: Tensor, seed: int, step: int) -> Tensor:
-    """64-bit hash of (seed, step, token_id) as int64 [T], one-to-one in token_id.
+def token_hash(token_id: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """64-bit hash of (seed, step, token_id) as int64 [T], one-to-one in token_id. seed, step: integers or 0-d int64.
 
     SplitMix64's finaliser, applied to token_id, then seed, then step.
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014 (constants: Stafford's mix13).
     """
-    h = _mix((token_id + 1) * _int64(GOLDEN))
-    h = _mix(h + _int64((seed + 1) * GOLDEN))
-    return _mix(h + _int64((step + 1) * GOLDEN))
+    h = _mix(_spread(token_id))
+    h = _mix(h + _spread(seed))
+    return _mix(h + _spread(step))
+
+
+def _spread(x: int | Tensor) -> int | Tensor:
+    """(x + 1) * GOLDEN modulo 2^64."""
+    return (x + 1) * _int64(GOLDEN) if isinstance(x, Tensor) else _int64((x + 1) * GOLDEN)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -264,37 +279,42 @@ def _count(covariance: TokenCovariance, ratio: float, at_least: int) -> Tensor:
 def _radix_select(
     key: Tensor, valid: Tensor, rank: Tensor, bits: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The rank[j]-th largest of the valid keys of all ranks, keys read as unsigned numbers of `bits` bits.
+    """The rank[j]-th largest of the valid keys of all ranks, keys read as unsigned numbers of `bits` (32 or 64) bits.
 
     Args: key [T] int64, valid [T] bool, rank [m] int64, 1-based; it is lowered to the number of valid keys.
     Returns: (threshold [m], how many of the keys equal to the threshold belong to the top rank[j] [m], number of valid
         keys 0-d). With rank 0 the threshold is the largest possible key, and none of those equal to it belong.
-    Collectives: ceil(bits / 11) all-reduces of at most m * 16 KiB.
+    Collectives: bits / 16 all-reduces of m * 512 KiB.
     """
+    m, T = len(rank), len(key)
+    digits = key.contiguous().view(torch.uint16).view(T, 64 // DIGIT_BITS)  # no pass over memory to cut them out
+    digits = digits if sys.byteorder == "little" else digits.flip(1)
+    member = valid.expand(m, T)
     prefix = torch.zeros_like(rank)
     total = None
-    shift = bits
-    while shift > 0:
-        width = min(DIGIT_BITS, shift)
-        shift -= width
-        digit = _shift_right(key, shift) & (2**width - 1)
-        member = valid & (_shift_right(key, shift + width) == prefix[:, None])  # [m, T]
-        histogram = torch.zeros(len(rank), 2**width, dtype=torch.int64, device=key.device)
-        histogram.scatter_add_(1, digit.expand(len(rank), -1), member.long())
-        histogram = _sum_over_ranks(histogram, group)
-        at_or_above = histogram.flip(1).cumsum(1).flip(1)
+    first_bin = torch.arange(m, device=key.device)[:, None] * BINS
+    for place in reversed(range(bits // DIGIT_BITS)):
+        digit = digits[:, place].long()
+        # One-dimensional: there torch's deterministic mode has an answer, and integers add up to the same in any order.
+        histogram = torch.zeros(m * BINS, dtype=torch.int64, device=key.device)
+        histogram.scatter_add_(0, (digit + first_bin).flatten(), member.flatten().long())
+        histogram = _sum_over_ranks(histogram, group).view(m, BINS)
+        up_to = histogram.cumsum(1)
+        members = up_to[:, -1]
         if total is None:
-            total = at_or_above[0, 0]
+            total = members[0]
             rank = torch.minimum(rank, total)
-        chosen = ((at_or_above >= rank[:, None]).sum(1) - 1)[:, None]
-        above = at_or_above.gather(1, chosen) - histogram.gather(1, chosen)
-        rank = rank - above[:, 0]
-        prefix = (prefix << width) | chosen[:, 0]
+        chosen = torch.searchsorted(up_to, (members - rank)[:, None], right=True).clamp(max=BINS - 1)
+        rank = rank - (members - up_to.gather(1, chosen)[:, 0])  # less those in higher bins
+        prefix = (prefix << DIGIT_BITS) | chosen[:, 0]
+        if place > 0:
+            member = member & (digit == chosen)
     return prefix, rank, total
 
 
 def _draw(
-    token_id: Tensor, candidate: Tensor, n: Tensor, seed: int, step: int, group: dist.ProcessGroup | None
+    token_id: Tensor, candidate: Tensor, n: Tensor, seed: int | Tensor, step: int | Tensor,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """The n candidates of all ranks with the largest hash (all, if fewer): mask [T], number of candidates."""
     check.vector("token_id", token_id, (torch.int64,), candidate)

@@ -179,5 +179,6 @@ def test_documented_collectives(ranks):
     """The docstrings of `select`, `token_covariance`, ... promise these counts, whatever the batch."""
     assert ranks[1][0]["collectives"] == [(0, 0), (0, 0)]
     (clip, clip_bytes), (kl, kl_bytes) = ranks[2][0]["collectives"]
-    assert (clip, kl) == (5 + 8, 5 + 11)
-    assert clip_bytes < 170_000 and kl_bytes < 210_000
+    assert (clip, kl) == (4 + 6, 4 + 8)
+    small = 400  # sums and counts
+    assert 0 < clip_bytes - 4 * 2**20 < small and 0 < kl_bytes - 5 * 2**20 < small

@@ -83,7 +83,7 @@ def build(context: Context, seconds: float) -> dict:
 
 def device_tests(context: Context, seconds: float) -> dict:
     """Tests of what only a GPU has: graphs, streams, synchronisation, allocations, large offsets."""
-    return _pytest(context, seconds, ["tests/test_gpu.py", "tests/test_gpu_linear.py"], workers=0)
+    return _pytest(context, seconds, [f"tests/test_gpu{part}.py" for part in ("", "_linear", "_selection")], workers=0)
 
 
 def op_tests(context: Context, seconds: float) -> dict:

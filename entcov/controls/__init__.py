@@ -74,8 +74,9 @@ def select(
     Returns: (selections, metrics). selections[i] goes to `policy_loss` with micro_batches[i]. metrics describe the
         whole mini-batch, are equal on all ranks and must not be added up: actor/cov_mean, actor/cov_max,
         actor/cov_p999 (with no control too), actor/cov_threshold.
-    Collectives: 5 all-reduces for the metrics and 8 (Clip-Cov) or 11 (KL-Cov) more for each control with a selection
-        and global scope, about 200 KB in all, whatever the batch; every rank must call with the same controls.
+    Collectives: 4 all-reduces for the metrics and 6 (Clip-Cov) or 8 (KL-Cov) more for each control with a selection
+        and global scope, 2 MiB and as much or 3 MiB more, whatever the batch; every rank must call with the same
+        controls.
     Raises: ValueError where a field is missing, a value is bad or the whole mini-batch has no token under the mask.
     """
     everything = Tokens.cat(micro_batches)
