@@ -18,8 +18,8 @@ the number of ranks alone, so calls can be captured in a CUDA graph (with `step`
 part of the capture). The bits are the same on every device.
 
 What an accelerator does for T tokens (tests/test_covariance.py counts it; reads plus writes of the T-sized operations):
-  token_covariance 37 launches, 609 bytes a token       covariance_summary 72 launches, 481 bytes a token
-  select_clip_cov 119 launches, 959 bytes a token       select_kl_cov     170 launches, 1177 bytes a token
+  token_covariance 37 launches, 609 bytes a token       covariance_summary 72 launches, 474 bytes a token
+  select_clip_cov 119 launches, 951 bytes a token       select_kl_cov     170 launches, 1166 bytes a token
 For KL-Cov on a million tokens that is 0.6 ms at 3 TB/s, and launches of about a millisecond, once in an optimizer step
 that takes seconds. A kernel of our own would save most of it, and is not worth its code.
 

@@ -50,6 +50,18 @@ def test_linear_benchmark_measures_memory_and_errors(tmp_path):
     assert all(row["hidden_gradient_error"] < 2**-7 and row["weight_gradient_error"] < 2**-6 for row in rows.values())
 
 
+def test_selection_benchmark_chooses_as_many_as_the_usual_code(tmp_path):
+    report = tmp_path / "selection.json"
+    command = [sys.executable, "-m", "benchmarks", "selection", "--tokens", "20000", "--repeats", "2", "--threads", "1",
+               "--json", str(report)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["selection"], row["name"]): row for row in json.loads(report.read_text())["rows"]}
+    assert rows["Clip-Cov", "entcov"]["chosen"] == rows["Clip-Cov", "nonzero + randperm"]["chosen"] > 1
+    assert rows["KL-Cov", "entcov"]["chosen"] == rows["KL-Cov", "nonzero + topk"]["chosen"] > 20
+    assert rows["Clip-Cov", "nonzero + randperm"]["host_reads"] >= 2 and "host reads" in done.stdout
+
+
 def test_measurements():
     import torch
 

@@ -40,7 +40,7 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
     assert found["rehearsal"] and list(stages) == [stage.name for stage in runner.STAGES]
     assert {name: s["status"] for name, s in stages.items()} == {
         "environment": "passed", "build": "not run", "device tests": "passed", "benchmarks": "passed",
-        "op tests": "passed", "rivals": "not run", "sanitizer": "not run",
+        "op tests": "passed", "rivals": "not run", "sanitizer": "not run", "selection": "passed",
     }  # fmt: skip
     assert stages["op tests"]["passed"] > 50 and stages["device tests"]["passed"] > 30
     records = stages["benchmarks"]["measurements"]
@@ -67,6 +67,8 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
         "head, logits kept": "three products", "head, chunks": "four products"
     }  # fmt: skip
     assert " x three products" in done.stdout
+    selections = {(r["selection"], r["name"]): r["chosen"] for r in stages["selection"]["selections"]}
+    assert selections["KL-Cov", "entcov"] == selections["KL-Cov", "nonzero + topk"] == 1  # of 1,000 tokens
     assert "REHEARSAL" in done.stdout and "wrong: entropy, gradient" in done.stdout
     assert "## CPU rehearsal" in (tmp_path / "RESULTS.md").read_text()
     assert runner.RESULTS.read_text() == results  # a rehearsal leaves the measurements alone

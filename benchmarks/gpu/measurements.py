@@ -33,6 +33,17 @@ def _within(error: float | str, bound: float) -> bool:
     return isinstance(error, float) and error <= bound
 
 
+def selection(context: Context, seconds: float) -> dict:
+    """Clip-Cov's and KL-Cov's selections over many tokens, against nonzero, randperm and topk."""
+    sizes = ["1000"] if context.rehearsal else [str(2**n) for n in (17, 20, 22)]
+    results = context.out / "selection.json"
+    arguments = [sys.executable, "-m", "benchmarks", "selection", "--device", context.device, "--json", results]
+    done = command([*arguments, "--tokens", *sizes], context.out / "selection.log", seconds)
+    if done.code != 0:
+        return {"status": done.verdict, "reason": done.why(seconds)}
+    return {"status": PASSED, "selections": json.loads(results.read_text())["rows"]}
+
+
 def rivals(context: Context, seconds: float) -> dict:
     """Every rival whose archive is there. One that fails or is wrong is reported; that is no failure of this stage."""
     reasons = {name: known_rivals.missing(rival, context.rivals) for name, rival in known_rivals.RIVALS.items()}

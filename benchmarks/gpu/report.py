@@ -50,6 +50,8 @@ def text(context: Context) -> list[str]:
     if top:
         lines += ["", "; ".join(f"{kind} ceiling {rate:.3g} TB/s" for kind, rate in top.items())
                   + " (bytes read plus bytes written; the fastest of those measured in this run)"]  # fmt: skip
+    if selections := context.results.get("selection", {}).get("selections"):
+        lines += ["", "covariance of all tokens and one selection", *table_lines(*selection_table(selections))]
     return lines + tables(context, top)
 
 
@@ -102,6 +104,25 @@ def kernel_table(records: list[dict], top: dict[str, float]) -> list[str]:
     ]  # fmt: skip
     header = ["kernels alone", "", "us", "min-max", "TB/s", "of ceiling"]
     return ["", *table_lines(header, rows)] if rows else []
+
+
+def selection_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of what `python -m benchmarks selection` measured."""
+    header = ["selection", "tokens", "", "ms", "x entcov", "range", "operations", "host reads", "chosen"]
+    return header, [
+        [
+            row["selection"],
+            f"{row['tokens']:,}",
+            row["name"],
+            f"{row['median_ms']:.2f}",
+            f"{row['ratio']['median']:.2f}",
+            f"{row['ratio']['min']:.2f}-{row['ratio']['max']:.2f}",
+            str(row["operations"]),
+            str(row["host_reads"]),
+            f"{row['chosen']:,}",
+        ]
+        for row in rows
+    ]
 
 
 def _where(record: dict) -> str:

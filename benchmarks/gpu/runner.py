@@ -34,6 +34,7 @@ STAGES = [
     Stage("device tests", 45, checks.device_tests),
     Stage("benchmarks", 110, late("ours")),
     Stage("op tests", 90, checks.op_tests),
+    Stage("selection", 20, late("selection")),
     Stage("sanitizer", 90, checks.sanitizer),
     Stage("rivals", 200, late("rivals")),  # last: what time is left
 ]
