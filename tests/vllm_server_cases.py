@@ -18,6 +18,7 @@ from tests.test_run import timeless
 from tests.tiny_run import recipe
 from tests.vllm_policies import OPTIONS, TOLERANCE, gap, policy, prompts, reshuffle, settings, weights
 
+RUNNING: list[subprocess.Popen] = []
 START_LIMIT = 600  # seconds; a quiet machine needs about 25
 
 
@@ -37,6 +38,7 @@ def server(tmp_path_factory):
     log = open(folder / "log", "w")
     command = [sys.executable, "-m", "entcov.rl.vllm_server", str(folder / "recipe.yaml"), "--port", str(port)]
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    RUNNING.append(process)
     try:
         started = time.monotonic()
         while not answers(url + "/health"):
@@ -155,3 +157,15 @@ def test_on_a_gpu_the_server_gets_the_recipes_settings_and_the_transfer_asked_fo
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
     command, environment = server_command(parse_config(tree), transfer="ipc", **options)
     assert '{"backend": "ipc"}' in command and environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+
+
+def test_a_server_that_dies_ends_the_step_with_its_address(server):
+    """The last one: there is no server afterwards."""
+    model, tokenizer = policy("qwen3")
+    sampler = build_sampler(of(server), model, tokenizer)
+    sampler.sync(9, weights(model))
+    sampler.generate(prompts(1), **OPTIONS)
+    RUNNING[0].terminate()
+    RUNNING[0].wait()
+    with pytest.raises(RuntimeError, match=f"POST {server}/inference/v1/generate: no answer of a vLLM server"):
+        sampler.generate(prompts(6), **OPTIONS)

@@ -8,6 +8,7 @@ Weights take another way than HTTP: NCCL or CUDA IPC between GPUs, a file on CPU
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import pickle
 import urllib.error
@@ -79,7 +80,8 @@ class ServerEngine:
         except BaseException:
             for future in waiting:
                 future.cancel()
-            self._call("POST", "/abort_requests", {})  # what is under way; each then gets an answer
+            with contextlib.suppress(RuntimeError):  # the server may be what has failed
+                self._call("POST", "/abort_requests", {})  # what is under way; each then gets an answer
             raise
         finally:
             pool.shutdown()

