@@ -19,8 +19,8 @@ from entcov.rl.batch import IGNORE_INDEX, Batch, micro_batches
 class MicroBatch:
     """Some whole sequences of a mini-batch, and what this rank computes of them.
 
-    `rows` are the places of this rank's loss tokens in the order in which the model's logits come: `position[rows]` is
-    1 where `target` is not IGNORE_INDEX.
+    The k-th logit row whose `target` is not IGNORE_INDEX belongs to token `rows[k]` of `part`, and so to token
+    `index[rows[k]]` of the mini-batch.
     """
 
     part: Batch  # the sequences, without padding
