@@ -27,7 +27,11 @@ from entcov.rl.checkpoint import CheckpointError
 from megatron_integration.actor import MegatronActor
 from megatron_integration.model import unwrapped
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Optimizer state is gathered by gloo on one data-parallel rank's CPU memory; the other way needs room on every GPU.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 _COMMON = "entcov"
 
 
