@@ -155,11 +155,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stat
     uint4 u[kVectors], v[kVectors];
     const int first = tile + team.rank;
     if (tile >= from && tile + kTile <= to) {
-#pragma unroll
-      for (int k = 0; k < kVectors; k++) {
-        u[k] = old_reader.whole(first + k * TheTeam::kSize);
-        v[k] = new_reader.whole(first + k * TheTeam::kSize);
-      }
+      old_reader.whole(first, TheTeam::kSize, u);
+      new_reader.whole(first, TheTeam::kSize, v);
     } else {
 #pragma unroll
       for (int k = 0; k < kVectors; k++) {

@@ -147,8 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
     uint4 u[kVectors];
     const int first = tile + team.rank;
     if (tile >= reader.begin() && tile + kTile <= reader.end()) {
-#pragma unroll
-      for (int k = 0; k < kVectors; k++) u[k] = reader.whole(first + k * TheTeam::kSize);
+      reader.whole(first, TheTeam::kSize, u);
     } else {
 #pragma unroll
       for (int k = 0; k < kVectors; k++) u[k] = reader.any(first + k * TheTeam::kSize);

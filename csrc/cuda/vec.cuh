@@ -200,19 +200,21 @@ __device__ __forceinline__ float largest(const uint4 (&u)[N]) {
   return fmaxf(x[0], x[Element<T>::kPerWord - 1]);
 }
 
-// The 16 bytes that start `shift` bytes into the words a, b.
-template <class T>
-__device__ __forceinline__ uint4 shifted(const uint4& a, const uint4& b, int shift) {
-  uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-  for (int i = 0; i < 6; i++) w[i] = shift & 8 ? w[i + 2] : w[i];
-#pragma unroll
-  for (int i = 0; i < 5; i++) w[i] = shift & 4 ? w[i + 1] : w[i];
-  if (sizeof(T) == 2) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = shift & 2 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
-  }
-  return {w[0], w[1], w[2], w[3]};
+// The low 32 bits of (high, low) >> bits, for bits < 32.
+__device__ __forceinline__ uint32_t funnel(uint32_t low, uint32_t high, int bits) {
+#ifdef __CUDA_ARCH__
+  return __funnelshift_r(low, high, bits);
+#else
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> bits);
+#endif
+}
+
+// What starts 4 kWords bytes and `bits` bits into the words a, b; 16 bytes.
+template <int kWords>
+__device__ __forceinline__ uint4 shifted(const uint4& a, const uint4& b, int bits) {
+  const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  return {funnel(w[kWords], w[kWords + 1], bits), funnel(w[kWords + 1], w[kWords + 2], bits),
+          funnel(w[kWords + 2], w[kWords + 3], bits), funnel(w[kWords + 3], w[kWords + 4], bits)};
 }
 
 // How often a logit is read: kOnce leaves the caches to others, and is the one to use where the row is written too.
@@ -244,8 +246,30 @@ class Reader {
   __device__ __forceinline__ int end() const { return end_; }
 
   __device__ __forceinline__ uint4 whole(int i) const {
-    const uint4 a = word(i);
-    return kAligned || shift_ == 0 ? a : shifted<T>(a, word(i + 1), shift_);
+    uint4 u[1];
+    whole(i, 0, u);
+    return u[0];
+  }
+
+  // Vectors i, i + step, ...: all of their words are asked for before any is looked at. The shift is the same all along
+  // the row, so a branch costs less than selecting among shifts would.
+  template <int N>
+  __device__ __forceinline__ void whole(int i, int step, uint4 (&u)[N]) const {
+#pragma unroll
+    for (int k = 0; k < N; k++) u[k] = word(i + k * step);
+    if constexpr (!kAligned) {
+      if (shift_ == 0) return;
+      uint4 next[N];
+#pragma unroll
+      for (int k = 0; k < N; k++) next[k] = word(i + k * step + 1);
+      const int bits = shift_ % 4 * 8;
+      switch (shift_ / 4) {
+        case 0: return shift<0>(u, next, bits);
+        case 1: return shift<1>(u, next, bits);
+        case 2: return shift<2>(u, next, bits);
+        default: return shift<3>(u, next, bits);
+      }
+    }
   }
 
   // Any vector at all; what is not in the stretch is -inf.
@@ -272,6 +296,12 @@ class Reader {
   // A shifted word is wanted by two lanes, so it has to stay in the cache.
   __device__ __forceinline__ uint4 word(int i) const {
     return kAligned && kUse == Use::kOnce ? __ldcs(words_ + i) : __ldg(words_ + i);
+  }
+
+  template <int kWords, int N>
+  __device__ __forceinline__ static void shift(uint4 (&u)[N], const uint4 (&next)[N], int bits) {
+#pragma unroll
+    for (int k = 0; k < N; k++) u[k] = shifted<kWords>(u[k], next[k], bits);
   }
 
   const T* origin_;
