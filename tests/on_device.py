@@ -25,7 +25,6 @@ CPU_ONLY = {
     "some_empty_rows_are_counted": "raises on the CPU, NaN on a GPU",
     "rows have no finite logit": "raises on the CPU, NaN on a GPU",
     "are not, first 99 at row 2": "raises on the CPU, NaN on a GPU",
-    "exponential_is_accurate_to_two_units_in_1e7": "promised of the CPU alone; what is made of it is tested on both",
     "fullgraph_compile": "traces the wrapper; tests/test_gpu.py compiles a function on the device",
 }
 

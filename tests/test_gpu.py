@@ -245,20 +245,21 @@ def test_a_sharded_call_that_leaves_a_hole_is_nan(world_of_one):
 @gpu_only
 @pytest.mark.parametrize("width", [64, 19008, 152064])
 def test_peak_memory_beyond_the_gradient(width):
-    """64 bytes a token, and for long rows the statistics of their segments; each tensor rounded up to 512 bytes."""
+    """64 bytes a token, and for long rows the statistics of their segments. As requested: the allocator's own rounding
+    may add up to a megabyte a tensor, depending on what it has in store."""
     rows = 4096
     logits, target = inputs(rows, width)
     statistics(logits[:8], target[:8])
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     found = statistics(logits, target)
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before - found[2].nbytes
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before - found[2].nbytes
     from entcov import _cuda
 
     segments = _cuda.segments(width)
-    assert peak <= rows * (64 + (16 * segments if segments > 1 else 0)) + 16 * 512
+    assert peak <= rows * (64 + (16 * segments if segments > 1 else 0)) + 1024
 
 
 @gpu_only

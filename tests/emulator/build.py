@@ -25,9 +25,11 @@ INSTALL = "pip install -c constraints.txt -e '.[dev,cuda-static]'"
 # Floating point is the same in all modes (no contraction), so their results must agree bit for bit.
 COMMON = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native".split()
 COMMON += "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-attributes".split()
+# AddressSanitizer itself catches null pointers; its checks as calls, and none for those, compile in half of the time.
+CHECKS = "-fsanitize=address,undefined -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=undefined"
 MODES = {
     "plain": ["-O1"],
-    "asan": "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split(),
+    "asan": f"-O0 -g1 {CHECKS} -fno-omit-frame-pointer --param asan-instrumentation-with-call-threshold=0".split(),
     "tsan": "-O1 -g1 -fsanitize=thread -fno-omit-frame-pointer".split(),
 }
 RUNTIME = {"asan": "libasan.so", "tsan": "libtsan.so"}
