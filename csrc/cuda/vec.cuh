@@ -90,6 +90,14 @@ __device__ __forceinline__ float2 exp2_fast(float2 t) { return {exp2_fast(t.x), 
 template <class T>
 struct Element;
 
+template <class E>
+__device__ __forceinline__ uint32_t larger_one_by_one(uint32_t a, uint32_t b) {
+  float x[2], y[2];
+  E::unpack(a, x), E::unpack(b, y);
+  x[0] = fmaxf(x[0], y[0]), x[1] = fmaxf(x[1], y[1]);
+  return E::pack(x);
+}
+
 template <>
 struct Element<float> {
   static constexpr int kPerWord = 1;
@@ -117,10 +125,7 @@ struct Element<__nv_bfloat16> {
 #ifdef __CUDA_ARCH__
     return bits<uint32_t>(__hmax2(bits<__nv_bfloat162>(a), bits<__nv_bfloat162>(b)));
 #else
-    float x[2], y[2];
-    unpack(a, x), unpack(b, y);
-    x[0] = fmaxf(x[0], y[0]), x[1] = fmaxf(x[1], y[1]);
-    return pack(x);
+    return larger_one_by_one<Element>(a, b);
 #endif
   }
   static __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -142,10 +147,7 @@ struct Element<__half> {
 #ifdef __CUDA_ARCH__
     return bits<uint32_t>(__hmax2(bits<__half2>(a), bits<__half2>(b)));
 #else
-    float x[2], y[2];
-    unpack(a, x), unpack(b, y);
-    x[0] = fmaxf(x[0], y[0]), x[1] = fmaxf(x[1], y[1]);
-    return pack(x);
+    return larger_one_by_one<Element>(a, b);
 #endif
   }
   static __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
