@@ -331,8 +331,7 @@ __device__ __forceinline__ RowPass pass_over(const Reader<T, kAligned>& reader, 
     const int first = tile + thread;
     const bool whole = tile >= reader.begin() && tile + kTile <= reader.end();
     if (whole) {
-#pragma unroll
-      for (int k = 0; k < kClampVectors; k++) u[k] = reader.whole(first + k * kThreads);
+      reader.whole(first, kThreads, u);
     } else {
 #pragma unroll
       for (int k = 0; k < kClampVectors; k++) u[k] = reader.any(first + k * kThreads);
