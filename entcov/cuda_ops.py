@@ -100,3 +100,22 @@ def logit_covariance_grad(
         pointer(grad_covariance), pointer(grad_entropy_change), pointer(grad_kl), 1.0 / temperature, out.data_ptr(),
         out.stride(0),
     )  # fmt: skip
+
+
+def checksum(out, values) -> None:
+    _launch("checksum", values.device, values.data_ptr(), values.numel(), out.data_ptr())
+
+
+def shard_message(message, payload, words, hash) -> None:
+    _launch(
+        "shard_message", payload.device, list(words), pointer(hash), payload.data_ptr(), payload.numel(),
+        message.numel() - payload.numel(), message.data_ptr(),
+    )  # fmt: skip
+
+
+def accept_shards(parts, shards, words, alike_from, pieces) -> None:
+    R, rows, F = shards.shape
+    _launch(
+        "accept_shards", shards.device, shards.data_ptr(), R, rows * F, (rows - parts.shape[1]) * F, words, alike_from,
+        pieces, parts.data_ptr(),
+    )  # fmt: skip

@@ -6,7 +6,6 @@ gather would return numbers that are wrong on every rank alike. On the CPU all o
 the host would have to wait to see the headers, so the GPU compares them itself and turns what was gathered into NaN.
 """
 
-import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from entcov import shard_ops
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,6 @@ def eager(function: Callable) -> Callable:
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
-def checksum(values: Tensor) -> Tensor:
-    """A 64-bit hash [] of an integer vector that sees order, so that ranks can compare their targets by one number."""
-    mixed = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
-    mixed.mul_(-7046029254386353131).add_(values)  # wraps around: a position-dependent offset ...
-    mixed.bitwise_xor_(mixed >> 31).mul_(-4658895280553007687)  # ... and two rounds of mixing
-    mixed.bitwise_xor_(mixed >> 29).mul_(-7723592293110705685)
-    return mixed.sum()
-
-
 def gather(
     op: str,
     payload: Tensor,
@@ -84,7 +76,7 @@ def gather(
         op: public name of the caller, for messages.
         payload: this rank's rows. Those of a failed rank are sent, but not looked at.
         call: what every rank must agree on, by the argument's name. Strings: 8 ASCII characters at most.
-        checksums: the same for tensors, by `checksum`.
+        checksums: the same for a tensor, at most one, by `shard_ops.checksum`; a number where a rank has none.
         failure: the exception that this rank has to raise for its values. It enters the collective nevertheless, so
             that the others do not wait for it, and raises afterwards.
 
@@ -106,32 +98,27 @@ def gather(
     world = dist.get_world_size(group)
     call = {"tokens": T, "values a token": F, "vocab_size": shard.vocab_size, **call}
     failed = int(failure is not None)
-    own = [failed, _signed(_piece(shard) + failed), shard.start, shard.width, *map(_to_word, call.values())]
-    n = len(own) + len(checksums)
-    rows = math.ceil(2 * n / F)
-    local = payload.new_zeros((rows + T, F))
-    header = local.view(-1)[: 2 * n].view(torch.int64)
-    torch._foreach_add_(header[: len(own)].unbind(), own)  # one launch; a copy from the host would not fit a CUDA graph
-    for word, value in zip(header[len(own) :], checksums.values(), strict=True):
-        word.add_(value)
-    local[rows:] = payload
-    shards = payload.new_empty((world, rows + T, F))
+    words = [failed, _signed(_piece(shard) + failed), shard.start, shard.width, *map(_to_word, call.values())]
+    hashes = [value for value in checksums.values() if isinstance(value, Tensor)]  # one at most
+    words += [value for value in checksums.values() if not isinstance(value, Tensor)]
+    local = shard_ops.shard_message(payload, words, *(hashes or [None]))
+    shards = payload.new_empty((world, *local.shape))
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
     try:
-        all_gather(shards.view(world * (rows + T), F), local, group=group)
+        all_gather(shards.view(-1, F), local, group=group)
     except RuntimeError as error:
         raise RuntimeError(
             f"{op}: the all-gather of [T = {T}, {F}] statistics failed. Every rank of the group must make the call, "
             "with equally many tokens and the same outputs (moments, clamp). The backend says: " + str(error)
         ) from error
-    words = shards[:, :rows].reshape(world, rows * F)[:, : 2 * n].flatten()
-    headers, parts = words.view(torch.int64).view(world, n), shards[:, rows:]
+    n = len(words) + len(hashes)
+    headers = shard_ops.headers_of(shards, n)
     if _host_may_read(payload):
         _raise_disagreement(op, headers.tolist(), call, checksums, shard.vocab_size, failure)
+        parts = shards[:, local.shape[0] - T :]
     else:
         whole = _signed(_piece(Shard(0, shard.vocab_size, shard.vocab_size)))
-        agreed = (headers[:, 4:] == headers[0, 4:]).all() & (headers[:, 1].sum() == whole)
-        parts = parts.masked_fill(~agreed, torch.nan)
+        parts = shard_ops.accept_shards(shards, n, 4, whole)
     if failure is not None:
         raise failure
     return parts, headers[:, 2:4]

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import clamp_ops, ops
-from entcov.shards import checksum, eager, gather, resolve_shard
+from entcov import clamp_ops, ops, shard_ops
+from entcov.shards import eager, gather, resolve_shard
 
 SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
 
@@ -189,7 +189,7 @@ def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index
     failure = None
     try:
         payload = rows.apply(_part, shard, kept, temperature, moments, ignore_index)
-        tokens = checksum(target)
+        tokens = shard_ops.checksum(target)
     except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
         failure, tokens = error, 0
     call = {
@@ -359,7 +359,7 @@ def _sharded_covariance_parts(old, new, shard, temperature, mask, group):
     payload = new.new_zeros((new.shape[0], 8), dtype=torch.float32)
     try:
         payload = _covariance_parts(old, new, shard, temperature, mask)[0]
-        rows = -1 if mask is None else checksum(mask.long())
+        rows = -1 if mask is None else shard_ops.checksum(mask.long())
     except (ValueError, TypeError) as error:
         failure = error
     call = {"dtype": str(new.dtype).removeprefix("torch."), "temperature": temperature}

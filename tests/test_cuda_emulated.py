@@ -16,7 +16,13 @@ import torch
 from entcov import cuda_ops, ops
 from entcov.check import check_rows
 from entcov.vocab_parallel import logit_covariance, token_stats
-from tests import test_covariance_stats, test_logits_grad, test_row_stats
+from tests import (
+    test_covariance_stats,
+    test_logits_grad,
+    test_row_stats,
+    test_shard_ops,
+    test_sharded_without_waiting,
+)
 from tests.emulator import build, emulated
 from tests.row_kinds import rows, targets
 
@@ -48,7 +54,16 @@ CPU_TESTS = {
         padding_columns_do_not_exist no_rows_and_no_columns shards_merge_to_the_whole_row merge_is_associative
         a_row_depends_on_itself_alone gradient_matches_float64 half_gradients_are_the_fp32_gradient_rounded
     """,
+    test_shard_ops: """
+        checksum_in_integers_of_python checksum_sees_every_value_and_the_order bad_arguments_are_named
+        messages_carry_words_and_payload_bit_by_bit shards_are_accepted_if_their_headers_agree
+    """,
+    test_sharded_without_waiting: """
+        ranks_that_agree_get_the_bits_of_the_checked_way ranks_that_disagree_all_get_nan
+        a_rank_that_fails_raises_and_the_others_get_nan
+    """,
 }
+ranks = test_sharded_without_waiting.ranks
 for module, names in CPU_TESTS.items():
     op = module.__name__.removeprefix("tests.test_")
     globals().update({f"test_{op}_{name}": getattr(module, f"test_{name}") for name in names.split()})

@@ -6,7 +6,7 @@ with ENTCOV_TEST_DEVICE=cpu, what a CPU can do of it is rehearsed.
 import pytest
 import torch
 
-from entcov import logit_covariance, ops, reference, token_stats
+from entcov import logit_covariance, ops, reference, shard_ops, token_stats
 from entcov.row_kinds import KINDS, gradient_bound, make_rows, value_bound
 from tests.on_device import DEVICE
 
@@ -109,6 +109,7 @@ def test_the_ops_keep_torchs_contract():
     pair = (logits, logits + 0.1)
     moved = ops.covariance_stats(*pair, 0, 50, 1.0, None)
     shard = (0, 50, 1.0)
+    message = shard_ops.shard_message(stats, [0, 2, 0, 50], shard_ops.checksum(target))
     for op, args in (
         (torch.ops.entcov.row_stats, row_stats),
         (torch.ops.entcov.merge_row_stats, (stats[None], target, 1.0, -100)),
@@ -116,8 +117,25 @@ def test_the_ops_keep_torchs_contract():
         (torch.ops.entcov.covariance_stats, (*pair, *shard, None)),
         (torch.ops.entcov.merge_covariance_stats, (moved[None], None, 1.0)),
         (torch.ops.entcov.logit_covariance_grad, (*pair, moved, weight, weight, weight, None, *shard)),
+        (torch.ops.entcov.checksum, (target,)),
+        (torch.ops.entcov.shard_message, (stats, [0, 2, 0, 50], shard_ops.checksum(target))),
+        (torch.ops.entcov.accept_shards, (message[None], 5, 2, 2)),
     ):
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_ops_around_the_all_gather_have_the_bits_of_the_cpu():
+    target = torch.randint(0, 2**40, (3001,), generator=torch.Generator().manual_seed(0))
+    payload, words = torch.randn(3001, 7), [1, -5, 2**62, -(2**63), 9]
+    hash = shard_ops.checksum(target)
+    message = shard_ops.shard_message(payload, words, hash)
+    there = shard_ops.shard_message(payload.to(DEVICE), words, shard_ops.checksum(target.to(DEVICE)))
+    assert torch.equal(there.cpu().view(torch.int32), message.view(torch.int32))
+    shards = torch.stack((there, there))
+    assert torch.equal(shard_ops.accept_shards(shards, 6, 2, -10).cpu(), torch.stack((payload, payload)))
+    assert shard_ops.accept_shards(shards, 6, 2, -9).isnan().all()
+    shards[1, 0, 5] += 1  # half of word 2
+    assert shard_ops.accept_shards(shards, 6, 2, -10).isnan().all()
 
 
 # ---- what a GPU adds ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from entcov import ops
+from entcov import ops, shard_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One column, a short row for one warp, one for a block, and one that is cut into segments; odd ends throughout.
@@ -50,6 +50,8 @@ def run_ops(dtype: torch.dtype, V: int, offset: int, device: str) -> int:
         stats = ops.row_stats(old, target, *shard, 0.7, moments, ignored)
         stats = ops.merge_row_stats(stats[None], target, 0.7, ignored)
         calls += 2
+    message = shard_ops.shard_message(stats, [0, 2, 0, V], shard_ops.checksum(target))
+    shard_ops.accept_shards(torch.stack((message, message)), 5, 2, 4)
     clamp = torch.tensor([[0.5, 0.25, 1.0, 0.5]]).repeat(T, 1).to(device)
     for clamped in (None, clamp):
         given = (stats, weight, weight, None if clamped is None else weight, clamped)
@@ -59,7 +61,7 @@ def run_ops(dtype: torch.dtype, V: int, offset: int, device: str) -> int:
     pair = ops.covariance_stats(old, new, *shard, 0.7, mask)
     pair = ops.merge_covariance_stats(pair[None], mask, 0.7)
     ops.logit_covariance_grad(old, new, pair, weight, weight, weight, mask, *shard, 0.7)
-    return calls + 3
+    return calls + 6
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 // here. A launch that fails is a RuntimeError. Importing the module needs no driver: the runtime is linked statically and
 // touches the driver at the first launch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "entcov_cuda.h"
 
@@ -21,13 +24,24 @@ template <class T>
 struct FromPython<T*> {
   using type = uintptr_t;  // Tensor.data_ptr() or Stream.cuda_stream; 0 is a null pointer, or the default stream
 };
+template <>
+struct FromPython<entcov::cuda::HeaderWords> {
+  using type = std::vector<int64_t>;
+};
 
 template <class T>
-T to_native(typename FromPython<T>::type value) {
-  if constexpr (std::is_pointer_v<T>)
+T to_native(const typename FromPython<T>::type& value) {
+  if constexpr (std::is_pointer_v<T>) {
     return reinterpret_cast<T>(value);
-  else
+  } else if constexpr (std::is_same_v<T, entcov::cuda::HeaderWords>) {
+    T header{};
+    if (value.size() > T::kMost) throw std::length_error("entcov: too many words for a header");
+    std::copy(value.begin(), value.end(), header.words);
+    header.count = static_cast<int>(value.size());
+    return header;
+  } else {
     return value;
+  }
 }
 
 template <class... A>
@@ -51,4 +65,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("covariance_stats", raw(cuda::covariance_stats));
   m.def("merge_covariance_stats", raw(cuda::merge_covariance_stats));
   m.def("logit_covariance_grad", raw(cuda::logit_covariance_grad));
+  m.def("checksum", raw(cuda::checksum));
+  m.def("shard_message", raw(cuda::shard_message));
+  m.def("accept_shards", raw(cuda::accept_shards));
 }

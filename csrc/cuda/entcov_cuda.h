@@ -60,4 +60,20 @@ cudaError_t logit_covariance_grad(int dtype, const void* logits_old, int64_t old
                                   const float* grad_entropy_change, const float* grad_kl, float inv_temperature,
                                   void* grad, int64_t grad_row_stride, cudaStream_t stream);
 
+// ---- around the all-gather; no twin in the CPU core: entcov/shard_ops.py says what they compute --------------------------
+
+struct HeaderWords {
+  static constexpr int kMost = 24;
+  int64_t words[kMost];
+  int count;
+};
+
+cudaError_t checksum(const int64_t* values, int64_t count, int64_t* sum, cudaStream_t stream);
+
+cudaError_t shard_message(HeaderWords header, const int64_t* hash, const float* payload, int64_t count,
+                          int64_t header_floats, float* message, cudaStream_t stream);
+
+cudaError_t accept_shards(const float* shards, int64_t R, int64_t rank_floats, int64_t header_floats, int words,
+                          int alike_from, int64_t pieces, float* parts, cudaStream_t stream);
+
 }  // namespace entcov::cuda

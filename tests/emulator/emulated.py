@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from entcov import clamp_ops, cuda_ops, ops
+from entcov import clamp_ops, cuda_ops, ops, shard_ops
 
 OPS = ("row_stats", "merge_row_stats", "logits_grad", "covariance_stats", "merge_covariance_stats")
 OPS += ("logit_covariance_grad",)
@@ -43,6 +43,8 @@ def install(monkeypatch, module: ModuleType) -> None:
         check = _filled_with_nan(getattr(ops, f"_{name}_fake"))
         monkeypatch.setattr(ops, name, ops._on_cuda(check, getattr(cuda_ops, name)))
     monkeypatch.setattr(ops, "logits_grad_", ops._logits_grad_inplace_cuda)
+    for name in ("checksum", "shard_message", "accept_shards"):
+        monkeypatch.setattr(shard_ops, name, getattr(shard_ops, f"_{name}_cuda"))
     monkeypatch.setattr(clamp_ops, "_clamped_stats_fake", _filled_with_nan(clamp_ops._clamped_stats_fake))
     monkeypatch.setattr(clamp_ops, "clamped_stats", clamp_ops._clamped_stats_cuda)
 

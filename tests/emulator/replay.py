@@ -93,16 +93,22 @@ def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: i
         for block in blocks:
             digest.update(one_nan(block.read()).tobytes())
 
-    parts = cuda.segments(columns)
+    segments = cuda.segments(columns)
     for fields in (4, 7):
-        stats, work, merged = floats(T, fields), floats(parts, T, fields), floats(T, fields)
+        stats, work, merged = floats(T, fields), floats(segments, T, fields), floats(T, fields)
         cuda.row_stats(
             dtype, old.pointer, stride, T, columns, target.pointer, 0, columns, IGNORE, 1.25, stats.pointer, fields,
-            work.pointer if parts > 1 else 0, 0,
+            work.pointer if segments > 1 else 0, 0,
         )  # fmt: skip
         shards = Block(np.stack([stats.read(), stats.read()]))
         cuda.merge_row_stats(shards.pointer, T * fields, 2, T, fields, target.pointer, IGNORE, 1.25, merged.pointer, 0)
         keep(stats, merged)
+    hash, message = Block(np.zeros(1, np.int64)), floats(14 + 7 * T)  # a header of 6 words, in two rows of 7 floats
+    cuda.checksum(target.pointer, T, hash.pointer, 0)
+    cuda.shard_message([0, 4, 1, 2, 3], hash.pointer, merged.pointer, 7 * T, 14, message.pointer, 0)
+    shards, parts = Block(np.stack([message.read()] * 3)), floats(3, T, 7)
+    cuda.accept_shards(shards.pointer, 3, 14 + 7 * T, 14, 6, 2, 12, parts.pointer, 0)
+    keep(hash, message, parts)
     gradients = [Block(rng.standard_normal(T).astype(np.float32)) for _ in range(3)]
     clamp = Block(np.tile(np.float32([4.0, 0.5, 1.0, 0.7]), (T, 1)))
     storage = old.read().dtype
@@ -124,10 +130,10 @@ def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: i
             clamped.pointer, 0,
         )  # fmt: skip
         keep(found, clamped)
-    pair, work, merged = floats(T, 8), floats(parts, T, 8), floats(T, 8)
+    pair, work, merged = floats(T, 8), floats(segments, T, 8), floats(T, 8)
     cuda.covariance_stats(
         dtype, old.pointer, stride, new.pointer, stride, T, columns, mask.pointer, 1.25, pair.pointer,
-        work.pointer if parts > 1 else 0, 0,
+        work.pointer if segments > 1 else 0, 0,
     )  # fmt: skip
     shards = Block(np.stack([pair.read(), pair.read()]))
     cuda.merge_covariance_stats(shards.pointer, T * 8, 2, T, mask.pointer, 1.25, merged.pointer, 0)
