@@ -191,7 +191,7 @@ def _state() -> str:
     digest = hashlib.sha256(repr((compiler(), str(cuda_headers()), sys.version)).encode())
     digest.update(subprocess.run([*compiler(), "--version"], capture_output=True).stdout)
     for path in sorted([*(ROOT / "csrc").rglob("*"), *HERE.glob("*")]):
-        if path.is_file() and path.suffix in (".h", ".cuh", ".cu", ".cpp", ".py"):
+        if path.is_file() and (path.suffix in (".h", ".cuh", ".cu", ".cpp") or path.name == "build.py"):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

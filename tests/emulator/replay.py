@@ -108,7 +108,7 @@ def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: i
     cuda.shard_message([0, 4, 1, 2, 3], hash.pointer, merged.pointer, 7 * T, 14, message.pointer, 0)
     shards, parts = Block(np.stack([message.read()] * 3)), floats(3, T, 7)
     cuda.accept_shards(shards.pointer, 3, 14 + 7 * T, 14, 6, 2, 12, parts.pointer, 0)
-    keep(hash, message, parts)
+    keep(message, parts)
     gradients = [Block(rng.standard_normal(T).astype(np.float32)) for _ in range(3)]
     clamp = Block(np.tile(np.float32([4.0, 0.5, 1.0, 0.7]), (T, 1)))
     storage = old.read().dtype
