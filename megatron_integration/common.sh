@@ -51,15 +51,17 @@ use_method() {
     use method methods "$1"
 }
 
-# use_model NAME: fills MODEL_ARGS; MODEL_PATH replaces the hub's name, by a folder for instance.
+# use_model NAME: fills MODEL_ARGS and SMOKE_ARGS; MODEL_PATH replaces the hub's name, by a folder for instance.
 use_model() {
     use model model_configs "$1"
-    if [ -z "${SMOKE_LAYERS:-}" ]; then
-        MODEL_ARGS=("model.path=${MODEL_PATH:-$MODEL}")
-    else
-        MODEL_ARGS=(
+    MODEL_ARGS=("model.path=${MODEL_PATH:-$MODEL}")
+    SMOKE_ARGS=()
+    if [ -n "${SMOKE_LAYERS:-}" ]; then
+        SMOKE_ARGS=(
             model.path=null "model.tokenizer=${MODEL_PATH:-$MODEL}"
             "${MODEL_SHAPE_ARGS[@]}" "model.config.num_hidden_layers=$SMOKE_LAYERS"
+            steps=2 run_dir=runs/smoke rollout.prompts_per_step=32 rollout.filter_zero_variance=false
+            rollout.max_response_length=256 eval.prompts=0
         )
     fi
 }
@@ -77,12 +79,6 @@ execute() {
 # start RECIPE key=value...: the training, the plan, or a dry run of either.
 start() {
     local arguments=("$@")
-    if [ -n "${SMOKE_LAYERS:-}" ]; then
-        arguments+=(
-            steps=2 run_dir=runs/smoke rollout.prompts_per_step=32 rollout.filter_zero_variance=false
-            rollout.max_response_length=256 eval.prompts=0
-        )
-    fi
     if [ -n "${ROLLOUT_URL:-}" ]; then
         arguments+=(rollout.vllm.mode=server "rollout.vllm.url=$ROLLOUT_URL" rollout.vllm.sleep=false)
     fi

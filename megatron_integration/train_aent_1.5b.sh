@@ -23,4 +23,4 @@ MODEL_PARALLEL_ARGS=(
 )
 
 start "examples/aent_${SETTING}_1.5b.yaml" \
-    "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${METHOD_ARGS[@]}" "${@:2}"
+    "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${METHOD_ARGS[@]}" "${SMOKE_ARGS[@]}" "${@:2}"

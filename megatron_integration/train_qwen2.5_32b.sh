@@ -22,4 +22,5 @@ MODEL_PARALLEL_ARGS=(
 ROLLOUT_ARGS=("rollout.vllm.tensor_parallel=${ROLLOUT_TP:-${TP:-8}}")
 
 start examples/qwen2.5_32b_dapo_math.yaml \
-    "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${METHOD_ARGS[@]}" "${@:2}"
+    "${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${ROLLOUT_ARGS[@]}" "${METHOD_ARGS[@]}" \
+    "${SMOKE_ARGS[@]}" "${@:2}"

@@ -215,11 +215,13 @@ def test_rollouts_on_a_server_that_the_same_script_starts():
 
 
 def test_a_smoke_test_has_the_model_s_widths_and_few_layers(tmp_path):
-    config = loaded(dry_run("train_qwen2.5_32b.sh", "clip_cov", SMOKE_LAYERS="2", MODEL_PATH=str(tmp_path)))
+    smoke = {"SMOKE_LAYERS": "2", "MODEL_PATH": str(tmp_path)}
+    config = loaded(dry_run("train_qwen2.5_32b.sh", "clip_cov", **smoke))
     assert config.model.path is None and config.model.tokenizer == str(tmp_path)
     shape, whole = shape_of(None, config.model.config), shape_of("Qwen/Qwen2.5-32B", None)
     assert (shape.num_hidden_layers, shape.hidden_size) == (2, whole.hidden_size) and config.steps == 2
     assert config.run_dir == "runs/smoke" and config.eval.prompts == 0
+    assert loaded(dry_run("train_qwen2.5_32b.sh", "clip_cov", "steps=5", **smoke)).steps == 5  # the last word stays
 
 
 def test_a_plan_is_made_of_the_same_arguments():
