@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from entcov.rl.config import load_config
+from entcov.rl.config import ConfigError, load_config
 
 # How long a rank that has lost another waits for torchrun to end it, so that the report names the one that died.
 _SECONDS_TO_BE_ENDED = 60
@@ -93,8 +93,9 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
 
     if debug:
         raise error
-    if not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0":
-        return code  # a recipe that cannot be read: its node's first process says so
+    everyones = isinstance(error, ConfigError) or not dist.is_initialized()
+    if everyones and os.environ.get("LOCAL_RANK", "0") != "0":
+        return code  # the recipe's fault, on every rank alike: the first process of each node says so
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if _lost_a_peer(error):
         print(
