@@ -8,6 +8,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
     parser.add_argument("--repeats", type=int, default=5, help="turns; the median is reported")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine with other work on it")
     parser.add_argument("--rivals", type=Path, default=None, help="folder with the rivals' wheels")
     parser.add_argument("--no-usual", action="store_true", help="leave the formula in plain torch out: it is slow")
     parser.add_argument("--json", type=Path, default=None, help="also write the results there")
@@ -114,7 +116,7 @@ def _measure(args, heads: dict[str, Head]) -> dict:
     target = torch.randint(0, args.vocab, (args.tokens,))
     errors = {name: _errors(head, hidden, weight, target) for name, head in heads.items()}
     calls = {name: partial(gradients, head, hidden, weight, target) for name, head in heads.items()}
-    seconds = interleaved_seconds(calls, args.repeats)
+    seconds = interleaved_seconds(calls, args.repeats, time.process_time if args.cpu_time else time.perf_counter)
     product = 2 * args.tokens * args.vocab * args.width
     rows = []
     for name, times in seconds.items():
@@ -132,6 +134,7 @@ def _measure(args, heads: dict[str, Head]) -> dict:
     return {
         "machine": {**machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
         "shape": {"tokens": args.tokens, "vocab": args.vocab, "width": args.width, "dtype": args.dtype},
+        "clock": "processor time" if args.cpu_time else "time",
         "logits_bytes": args.tokens * args.vocab * dtype.itemsize,
         "times": rows,
     }
@@ -155,7 +158,7 @@ def _print(report: dict) -> None:
     about, shape = report["machine"], report["shape"]
     print(f"{shape['tokens']} tokens, {shape['vocab']} x {shape['width']} {shape['dtype']}, {about['threads']} threads",
           about["cpu"], f"{about['isa']} kernels", f"torch {about['torch']}", sep=", ")  # fmt: skip
-    print(f"forward+backward; all logits are {report['logits_bytes'] / 2**20:,.0f} MiB")
+    print(f"forward+backward, {report['clock']}; all logits are {report['logits_bytes'] / 2**20:,.0f} MiB")
     header = ["", "median ms", "min-max ms", "x token_stats", "range", "MiB", "entropy", "d hidden", "d weight"]
     lines = [
         [

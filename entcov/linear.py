@@ -58,11 +58,12 @@ def linear_token_stats(
         target: [...] int64, global token ids.
         bias: [V_local] of the same dtype.
         group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index: as for `token_stats`.
-        memory_budget: bytes of logits that may exist. If the logits of all tokens fit, they are kept for backward and
-            overwritten by their gradient there: 3 matrix products in all. Otherwise they are made in chunks and made
-            again in backward: 4 products, and 5 with a clamp over a group. The chunk (`entcov.lm_head.chunk_size_for`)
-            is n = ceil(T / (memory_budget // (V_local * itemsize))) chunks of ceil(T / n) tokens, rounded up to a
-            multiple of 128 where that fits. On a GPU, a chunk much under 1,000 tokens reads the weight too often.
+        memory_budget: bytes of logits that may exist. If the logits of all tokens fit, or take no more than chunks and
+            their fp32 sum (see Memory) would, they are kept for backward and overwritten by their gradient there: 3
+            matrix products in all. Otherwise they are made in chunks and made again in backward: 4 products, and 5 with
+            a clamp over a group. There are n = ceil(T / (memory_budget // (V_local * itemsize))) chunks of ceil(T / n)
+            tokens, rounded up to a multiple of 128 where that fits (`entcov.lm_head.chunk_size_for`). On a GPU, a chunk
+            much under 1,000 tokens reads the weight too often.
         chunk_size: tokens in a chunk, instead of the budget. T or more: all are kept.
         reduce_hidden_grad: a rank's columns give a part of the gradient of hidden. True: the parts are added up over
             the group, as Megatron's column-parallel head does it. False: each rank gets its part, for a caller whose
@@ -119,9 +120,11 @@ def _linear_token_stats(
     tokens = target.reshape(-1).contiguous()
     flat = hidden.reshape(-1, hidden.shape[-1])
     reduces = group is not None and reduce_hidden_grad and torch.is_grad_enabled() and hidden.requires_grad
+    sums = torch.is_grad_enabled() and weight.requires_grad and weight.dtype != torch.float32 and main_grad is None
     with torch.no_grad(), _without_autocast(hidden.device.type):
         operands = tuple(None if x is None else x.detach().to(dtype) for x in (flat, weight, bias))
-        rows = HeadRows(*operands, tokens, shard.vocab_size, ignore_index, chunk_size, memory_budget)
+        sum_bytes = 4 * weight.numel() if sums else 0
+        rows = HeadRows(*operands, tokens, shard.vocab_size, ignore_index, chunk_size, memory_budget, sum_bytes)
         settings = (shard, kept, temperature, moments, ignore_index)
         if group is None:
             stats, clamp = _unsharded(rows, *settings)

@@ -1,9 +1,9 @@
 """The LM head that entcov.linear reads through: logits = hidden @ weight.T + bias, a chunk of tokens at a time.
 
-The matrix products are the library's. What is ours is when the logits exist: all at once where they fit a budget of
-memory, and then they are overwritten by their gradient in backward (three products in all); else one chunk, in one
-buffer that every chunk reuses, computed again for each pass (four products; five with a clamp over a group, whose
-threshold is not known before the ranks have talked).
+The matrix products are the library's. What is ours is when the logits exist: all at once where memory allows it, and
+then they are overwritten by their gradient in backward (three products in all); else one chunk, in one buffer that
+every chunk reuses, computed again for each pass (four products; five with a clamp over a group, whose threshold is not
+known before the ranks have talked).
 
 The gradient of the weight adds up in fp32 over the chunks, whatever the dtype: sums in bf16 lose what is small beside
 the sum so far, always to the same side, and a policy trained on them loses entropy. On a GPU the product itself adds
@@ -23,17 +23,18 @@ BLOCK_ROWS = 1024  # of the gradient of the weight that go through a temporary, 
 _ADDS_INTO_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-def chunk_size_for(tokens: int, columns: int, itemsize: int, memory_budget: int) -> int:
-    """Tokens whose logits exist at a time within `memory_budget` bytes: all if they fit, else chunks of equal size.
+def chunk_size_for(tokens: int, columns: int, itemsize: int, memory_budget: int, sum_bytes: int = 0) -> int:
+    """Tokens whose logits exist at a time: all of them, or chunks of equal size within `memory_budget` bytes.
 
+    All if tokens * columns * itemsize <= memory_budget + sum_bytes, `sum_bytes` being what chunks need beside their
+    logits: keeping them all then takes no more memory than chunks would, and less time. Otherwise
     fit = memory_budget // (columns * itemsize), at least 1;  n = ceil(tokens / fit) chunks of ceil(tokens / n) tokens,
     rounded up to a multiple of 128 where that still fits.
     """
-    fit = max(memory_budget // max(columns * itemsize, 1), 1)
-    if tokens <= fit:
+    if tokens * columns * itemsize <= memory_budget + sum_bytes:
         return max(tokens, 1)
-    chunks = -(-tokens // fit)
-    even = -(-tokens // chunks)
+    fit = max(memory_budget // (columns * itemsize), 1)
+    even = -(-tokens // -(-tokens // fit))
     rounded = -(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
     return rounded if rounded <= fit else even
 
@@ -58,10 +59,11 @@ class HeadRows:
         ignore_index: int,
         chunk_size: int | None,
         memory_budget: int,
+        sum_bytes: int = 0,
     ):
         self.hidden, self.weight, self.bias, self.target = hidden, weight, bias, target
         self.dtype = hidden.dtype
-        self.chunk_size, self.memory_budget = chunk_size, memory_budget
+        self.chunk_size, self.memory_budget, self.sum_bytes = chunk_size, memory_budget, sum_bytes
         self.vocab_size, self.ignore_index = vocab_size, ignore_index
         self.index: Tensor | None = None  # [K] the tokens that count; None: all
         self.all_logits: Tensor | None = None  # those of the only chunk, once they are computed
@@ -103,7 +105,7 @@ class HeadRows:
     def _settle_chunks(self) -> None:
         if self.chunk_size is None:
             self.chunk_size = chunk_size_for(
-                self.num_rows, self.weight.shape[0], self.dtype.itemsize, self.memory_budget
+                self.num_rows, self.weight.shape[0], self.dtype.itemsize, self.memory_budget, self.sum_bytes
             )
         self._prepared = True
 

@@ -175,6 +175,9 @@ def test_the_chunk_is_what_the_docstring_says(itemsize):
         assert found == expected, (tokens, budget_rows, found)
         assert found * row <= max(budget_rows * row, row)
     assert chunk_size_for(7, 0, itemsize, 100) == 7  # a shard without columns
+    # A sum of 90 rows' size that chunks would need: 100 rows of logits take no more than it and a chunk of 10.
+    assert chunk_size_for(100, 1000, itemsize, 10 * row, 90 * row) == 100
+    assert chunk_size_for(101, 1000, itemsize, 10 * row, 90 * row) == 10
 
 
 # ---- what it costs --------------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ class Products(TorchDispatchMode):
         (dict(chunk_size=10, clamp_p=0.3), 1, 3),
         (dict(chunk_size=48, clamp_p=0.3), 1, 2),
         (dict(memory_budget=48 * 64 * 4), 1, 2),
-        (dict(memory_budget=47 * 64 * 2), 1, 3),
+        (dict(memory_budget=20 * 64 * 2), 1, 3),
     ],
 )
 def test_number_of_products(dtype, settings, forward, backward):

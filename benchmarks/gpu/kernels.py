@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu.contenders import KEEP
+from benchmarks.gpu.contenders import CHUNKS
 from benchmarks.gpu.workloads import Inputs
 from entcov import linear_token_stats, ops
-from entcov.linear import MEMORY_BUDGET
 
 IGNORE = -100
 
@@ -63,13 +62,13 @@ def _products(times_forward: int) -> Callable[[Inputs, Inputs], object]:
     return run
 
 
-def _head(memory_budget: int) -> Callable[[Inputs, Inputs], object]:
+def _head(chunks: int) -> Callable[[Inputs, Inputs], object]:
     """linear_token_stats, forward and backward."""
 
     def run(inputs: Inputs, prepared: Inputs) -> object:
         hidden, weight, target = inputs
         leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        stats = linear_token_stats(*leaves, target, memory_budget=memory_budget)
+        stats = linear_token_stats(*leaves, target, chunk_size=-(-len(target) // chunks))
         return torch.autograd.grad((stats.logprob, stats.entropy), leaves, (prepared[0], prepared[0]))
 
     return run
@@ -78,9 +77,9 @@ def _head(memory_budget: int) -> Callable[[Inputs, Inputs], object]:
 KERNELS = {
     "lm_head": {
         "three products": Kernel(_products(1)),
-        "head, logits kept": Kernel(_head(KEEP), bare="three products"),
+        "head, logits kept": Kernel(_head(1), bare="three products"),
         "four products": Kernel(_products(2)),
-        "head, chunks": Kernel(_head(MEMORY_BUDGET), bare="four products"),
+        "head, chunks": Kernel(_head(CHUNKS), bare="four products"),
     },
     "token_stats": {
         "row_stats": Kernel(_row_stats(False), 1, 0),
