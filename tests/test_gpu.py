@@ -206,60 +206,6 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture
-def world_of_one():
-    """A group of one rank over NCCL (gloo in a rehearsal): the whole way of a sharded call, on one device."""
-    import torch.distributed as dist
-
-    backend = "nccl" if DEVICE == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-def test_a_sharded_call_has_the_bits_of_an_unsharded_one(world_of_one):
-    logits, target = inputs()
-    alone = statistics(logits, target, moments=True)
-    shared = statistics(logits, target, moments=True, group=world_of_one)
-    assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
-    alone = logit_covariance(logits, logits + 0.1)
-    shared = logit_covariance(logits, logits + 0.1, group=world_of_one)
-    assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
-
-
-@gpu_only
-def test_a_sharded_call_waits_for_nothing_and_fits_a_graph(world_of_one):
-    logits, target = inputs()
-    settings = {"moments": True, "group": world_of_one}
-    statistics(logits, target, **settings)  # makes the communicator
-    logit_covariance(logits, logits + 0.1, group=world_of_one)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        statistics(logits, target, **settings)
-        logit_covariance(logits, logits + 0.1, group=world_of_one)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog is another thread
-        captured = statistics(logits, target, **settings)
-    new_logits, new_target = inputs(seed=1)
-    logits.copy_(new_logits)
-    target.copy_(new_target)
-    graph.replay()
-    expected = statistics(new_logits, new_target, moments=True)
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
-    del graph, captured  # before the communicator that it holds work of
-
-
-@gpu_only
-def test_a_sharded_call_that_leaves_a_hole_is_nan(world_of_one):
-    logits, target = inputs()
-    stats = token_stats(logits, target, group=world_of_one, vocab_start=1, vocab_size=V + 1)
-    assert stats.logprob.isnan().all() and stats.entropy.isnan().all()
-
-
 @gpu_only
 @pytest.mark.parametrize("width", [64, 19008, 152064])
 def test_peak_memory_beyond_the_gradient(width):

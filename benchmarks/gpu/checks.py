@@ -18,6 +18,7 @@ from benchmarks.gpu.stages import FAILED, PARTIAL, PASSED, SKIPPED, Context, com
 # Tests of the ops that a GPU has kernels for; each moves its tensors there (tests/on_device.py).
 OP_TESTS = ("test_row_stats", "test_logits_grad", "test_covariance_stats", "test_token_stats", "test_logit_covariance")
 REHEARSED_TESTS = ("test_covariance_stats",)
+DEVICE_TESTS = ("test_gpu", "test_gpu_sharded", "test_gpu_linear", "test_gpu_selection")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -82,35 +83,40 @@ def build(context: Context, seconds: float) -> dict:
 
 
 def device_tests(context: Context, seconds: float) -> dict:
-    """Tests of what only a GPU has: graphs, streams, synchronisation, allocations, large offsets."""
-    return _pytest(context, seconds, [f"tests/test_gpu{part}.py" for part in ("", "_linear", "_selection")], workers=0)
+    """Tests of what only a GPU has: graphs, streams, synchronisation, allocations, large offsets. Each file has a
+    process of its own, side by side: what hangs, or leaves its process no usable GPU, costs no other file's results."""
+    files = [[name] for name in DEVICE_TESTS]
+    return _pytest(context, seconds, [list(DEVICE_TESTS)] if context.rehearsal else files)
 
 
 def op_tests(context: Context, seconds: float) -> dict:
     """The tests of the ops with their tensors on the device."""
-    names = REHEARSED_TESTS if context.rehearsal else OP_TESTS
-    workers = 0 if context.rehearsal else min(8, os.cpu_count() or 1)
-    return _pytest(context, seconds, [f"tests/{name}.py" for name in names], workers)
+    if context.rehearsal:
+        return _pytest(context, seconds, [list(REHEARSED_TESTS)])
+    return _pytest(context, seconds, [list(OP_TESTS)], workers=min(8, os.cpu_count() or 1))
 
 
-def _pytest(context: Context, seconds: float, files: list[str], workers: int) -> dict:
-    """Runs test files in a process of their own, on the device."""
-    name = Path(files[0]).stem
-    report = context.out / f"{name}.xml"
-    report.unlink(missing_ok=True)
-    arguments = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", f"--junitxml={report}", *files]
-    if workers > 1 and _version_of("xdist"):
-        arguments += ["-n", str(workers)]
-    done = command(arguments, context.out / f"{name}.log", seconds, ENTCOV_TEST_DEVICE=context.device)
-    if not report.exists():
-        return {"status": FAILED, "reason": done.why(seconds)}
-    found = read_junit(report)
-    status = PASSED if done.code == 0 and found["passed"] else FAILED
-    return {"status": status, **found, **({} if status == PASSED else {"reason": _short(found, done, seconds)})}
-
-
-def _short(found: dict, done, seconds: float) -> str:
-    return "; ".join(found["failures"][:20]) or done.why(seconds)
+def _pytest(context: Context, seconds: float, groups: list[list[str]], workers: int = 0) -> dict:
+    """Runs groups of test files on the device, each group in a process of its own, at the same time."""
+    until = time.monotonic() + seconds
+    running = []
+    for names in groups:
+        report, log = (context.out / f"{names[0]}.{suffix}" for suffix in ("xml", "log"))
+        report.unlink(missing_ok=True)
+        arguments = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", f"--junitxml={report}"]
+        arguments += [f"tests/{name}.py" for name in names]
+        if workers > 1 and _version_of("xdist"):
+            arguments += ["-n", str(workers)]
+        running.append((names[0], report, log, start(arguments, log, ENTCOV_TEST_DEVICE=context.device)))
+    found = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
+    reasons = []
+    for name, report, log, process in running:
+        done = finish(process, log, until)
+        mine = read_junit(report) if report.exists() else {}
+        found = {key: value + mine.get(key, type(value)()) for key, value in found.items()}
+        if done.code != 0 or not mine.get("passed"):
+            reasons.append(f"{name}: " + ("; ".join(mine.get("failures", [])[:20]) or done.why(seconds)))
+    return {"status": FAILED if reasons else PASSED, **found, **({"reason": "; ".join(reasons)} if reasons else {})}
 
 
 def read_junit(report: Path) -> dict:

@@ -31,7 +31,7 @@ def late(function: str) -> Callable[[Context, float], dict]:
 STAGES = [
     Stage("environment", 20, checks.environment),
     Stage("build", 90, checks.build),
-    Stage("device tests", 45, checks.device_tests),
+    Stage("device tests", 60, checks.device_tests),
     Stage("benchmarks", 110, late("ours")),
     Stage("op tests", 90, checks.op_tests),
     Stage("selection", 20, late("selection")),
