@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 import types
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
