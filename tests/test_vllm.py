@@ -22,9 +22,10 @@ def run(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("cases", ["vllm_cases", "vllm_run_cases", "vllm_server_cases"])
+@pytest.mark.parametrize("cases", ["vllm_cases.py vllm_run_cases.py", "vllm_server_cases.py"])
 def test_in_a_process_of_its_own(cases):
-    run("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", f"tests/{cases}.py")
+    files = [f"tests/{name}" for name in cases.split()]
+    run("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *files)
 
 
 def test_one_engine_over_two_processes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 
@@ -237,3 +238,45 @@ def test_vllms_nccl_sender_gets_whole_updates(monkeypatch, name):
     assert vllm_transfer.Native("ipc", workers=1)._init_info().packed
     with pytest.raises(ValueError, match="backend must be nccl or ipc, got 'gloo'"):
         vllm_transfer.Native("gloo", workers=1)
+
+
+def test_the_order_of_sleeping_and_waking(samplers, monkeypatch):
+    """vLLM's own bookkeeping and scheduler; on a CPU its workers alone have no memory to give back."""
+    model, sampler = samplers("llama")
+    sampler.sync(90, weights(model))
+    engine, calls = sampler.engine, []
+    monkeypatch.setattr(engine, "_sleeps", True)
+
+    def watch(name: str) -> None:
+        real = getattr(engine._llm, name)
+        monkeypatch.setattr(engine._llm, name, lambda **kwargs: (calls.append((name, kwargs)), real(**kwargs))[1])
+
+    for name in ("sleep", "wake_up", "start_weight_update"):
+        watch(name)
+    asleep, weights_only, all_of_it = ("sleep", {"level": 1}), ("wake_up", {"tags": ["weights"]}), ("wake_up", {})
+    update = ("start_weight_update", {})
+    rollouts = sampler.generate(prompts(2), **OPTIONS)
+    assert calls == [asleep] and engine._llm.llm_engine.is_sleeping()
+    for version in (91, 92):  # the cache stays away while the weights change, also when they change twice
+        sampler.sync(version, weights(model))
+    assert calls[1:] == [weights_only, update, update] and engine._llm.llm_engine.is_sleeping()
+    again = sampler.generate(prompts(2), **OPTIONS)
+    assert calls[4:] == [all_of_it, asleep]
+    assert [r.tokens for r in again] == [r.tokens for r in rollouts] and gap(model, again) < TOLERANCE
+    sampler.generate(prompts(2), **OPTIONS)  # an evaluation, then the next step
+    assert calls[6:] == [all_of_it, asleep]
+    engine._wake()
+
+
+def test_an_engine_that_is_gone_leaves_the_process_groups_and_other_engines_alone(samplers):
+    """vLLM itself destroys every group of the process when an engine is collected as garbage."""
+    model, sampler = samplers("llama")
+    for closed in (True, False):
+        other = build_sampler(settings("llama"), model, sampler.tokenizer)
+        if closed:
+            other.engine.close()
+        del other
+        gc.collect()
+        assert torch.distributed.is_initialized()
+    sampler.sync(100, weights(model))
+    assert gap(model, sampler.generate(prompts(2), **OPTIONS)) < TOLERANCE

@@ -25,8 +25,10 @@ def main() -> None:
         assert everywhere[0] == everywhere[1]
     shard = sampler.engine._llm.llm_engine.model_executor.driver_worker.model_runner.model.model.embed_tokens.weight
     assert shard.shape[0] < len(tokenizer)  # half of the padded vocabulary: it is sharded, not copied
+    del shard
+    sampler.engine.close()
     total = torch.full((1,), float(dist.get_rank() + 1))
-    dist.all_reduce(total)  # the trainer's own group works on
+    dist.all_reduce(total)  # the trainer's own group outlives the engine
     assert float(total) == 3.0
     dist.destroy_process_group()
 

@@ -14,12 +14,14 @@ vLLM changes its process. What that costs the trainer, and what is done about it
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import sys
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +129,7 @@ class LocalEngine:
         cpu = not torch.cuda.is_available()
         _check(settings, cpu)
         self._sleeps = settings.sleep
-        self._asleep = False
+        self._asleep: set[str] = set()  # what of the engine's memory is given back
         self._max_num_seqs = settings.max_num_seqs
         vllm = import_vllm()
         from entcov.rl.vllm_transfer import BACKEND
@@ -141,6 +143,11 @@ class LocalEngine:
                 distributed_executor_backend="external_launcher" if _world_size() > 1 else None,
                 disable_log_stats=True,
             )
+        # Left to itself vLLM destroys all torch.distributed groups of the process, the trainer's too, when its engine
+        # is collected as garbage. What is the engine's own is freed instead.
+        client = self._llm.llm_engine.engine_core
+        client._finalizer.detach()
+        self._release = weakref.finalize(self, _release, client.engine_core)
         self._sampling_params = vllm.SamplingParams
         self._final = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -164,14 +171,15 @@ class LocalEngine:
                 raise
         if self._sleeps:
             self._llm.sleep(level=1)  # the weights move to the CPU's memory, the cache is dropped
-            self._asleep = True
+            self._asleep = {"weights", "kv_cache"}
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._llm.init_weight_transfer_engine({"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        if self._asleep:
-            self._llm.wake_up(tags=["weights"])
+        if self._asleep == {"weights", "kv_cache"}:
+            self._llm.wake_up(tags=["weights"])  # the cache's memory is not needed yet
+            self._asleep = {"kv_cache"}
         self._llm.start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -186,11 +194,12 @@ class LocalEngine:
     def _wake(self) -> None:
         if self._asleep:
             self._llm.wake_up()
-            self._asleep = False
+            self._asleep = set()
 
     def close(self) -> None:
-        """Frees the engine's memory. It cannot be used afterwards."""
-        self._llm.llm_engine.engine_core.shutdown()
+        """Frees the engine's memory, as garbage collection does. It cannot be used afterwards."""
+        self._release()
+        del self._llm
 
 
 def engine_arguments(
@@ -252,6 +261,12 @@ def save_configuration(model: PretrainedConfig, folder: Path) -> None:
     """A folder that vLLM starts from: config.json and nothing else."""
     text = model.to_dict() | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(model)].__name__]}
     type(model)(**text).save_pretrained(folder)
+
+
+def _release(core: Any) -> None:
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # what vLLM froze when it started, its tensors among it
 
 
 def _completion(output: Any) -> Completion:
