@@ -60,10 +60,16 @@ def register(
 
 def _no_cuda(name: str) -> Callable:
     def unavailable(*args, **kwargs):
-        raise RuntimeError(
-            f"entcov::{name} has no CUDA kernel yet, so its tensors must be on the CPU. Only the clamped entropy "
-            "(clamp_p, top_k) over a group uses such an op"
-        )
+        raise RuntimeError(f"entcov::{name} is a step of the clamped entropy on the CPU; its tensors must be there")
+
+    return unavailable
+
+
+def no_cpu(name: str) -> Callable:
+    """What to register for the CPU where only the way on CUDA has such a step."""
+
+    def unavailable(*args, **kwargs):
+        raise RuntimeError(f"entcov::{name} is a step of the clamped entropy on CUDA; its tensors must be there")
 
     return unavailable
 

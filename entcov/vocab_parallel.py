@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import clamp_ops, ops, shard_ops
+from entcov.clamp_rounds import sharded_clamped_statistics
 from entcov.shards import eager, gather, resolve_shard
 
 SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
@@ -182,6 +183,15 @@ class LogitRows(NamedTuple):
 def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index, group, **call):
     """The same over the ranks of `group`: one all-gather, and one more with a clamp. `call`: see `shards.gather`."""
     target, place = rows.target, (shard.start, shard.vocab_size)
+    call = {
+        "dtype": str(rows.dtype).removeprefix("torch."),
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "number of logits kept (clamp_p, top_k)": kept or 0,
+        **call,
+    }
+    if kept is not None and clamp_in_rounds(target.device):
+        return sharded_clamped_statistics(rows, shard, kept, temperature, moments, ignore_index, group, call)
     fields = 7 if moments else 4
     # The sketch has one size whatever the vocabulary: ranks may not agree on that, and must find out here.
     width = fields + (SKETCH_SIZE if kept else 0)
@@ -192,13 +202,6 @@ def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index
         tokens = shard_ops.checksum(target)
     except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
         failure, tokens = error, 0
-    call = {
-        "dtype": str(rows.dtype).removeprefix("torch."),
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-        "number of logits kept (clamp_p, top_k)": kept or 0,
-        **call,
-    }
     parts, layout = gather(rows.name, payload, group, shard, call, {"target": tokens}, failure)
     stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
     if kept is None:
@@ -210,6 +213,11 @@ def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index
     part = rows.apply(clamp_ops.clamp_collect, capacity, *place, temperature, ignore_index, per_row=(stats, bracket))
     parts, _ = gather(rows.name, part, group, shard, {}, {}, None)
     return stats, clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
+
+
+def clamp_in_rounds(device: torch.device) -> bool:
+    """Which of two ways a sharded clamp takes: a sample first, or exact order statistics, which only the CPU has."""
+    return device.type == "cuda"
 
 
 def _part(logits, target, shard, kept, temperature, moments, ignore_index):

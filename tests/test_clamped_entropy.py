@@ -13,8 +13,9 @@ def even_split(V, world):
     return [V * i // world for i in range(world + 1)]
 
 
-def assert_exact(logits, kept, *, monkeypatch, splits=(), temperature=0.8):
-    """Value and gradient on one rank, and for every list of shard boundaries in `splits`; all ranks bit-identical."""
+def assert_exact(logits, kept, *, monkeypatch, splits=(), temperature=0.8, collectives=(2,)):
+    """Value and gradient on one rank, and for every list of shard boundaries in `splits`; all ranks bit-identical, and
+    as many collectives as `collectives` allows."""
     T, V = logits.shape
     target = torch.zeros(T, dtype=torch.int64)
     leaf = logits.double().requires_grad_()
@@ -48,7 +49,7 @@ def assert_exact(logits, kept, *, monkeypatch, splits=(), temperature=0.8):
                 logits[:, bounds[r] : bounds[r + 1]], group=ranks, vocab_start=bounds[r], vocab_size=V
             )
         )
-        assert ranks.collectives == 2
+        assert ranks.collectives in collectives
         assert all(torch.equal(value, results[0][0]) for value, _ in results), bounds
         check(results[0][0], torch.cat([got for _, got in results], dim=1), bounds)
 

@@ -32,7 +32,17 @@ NOT_MEMORY_BOUND = {
     ("clamped_stats_kernel<*,0,8>", "sm_100a"): 2.08,
     ("clamped_stats_kernel<fp32,1,8>", "sm_100a"): 1.06,
     ("clamped_stats_kernel<fp32,0,8>", "sm_100a"): 1.15,
+    ("clamp_part_kernel<*,1,8>", "sm_90a"): 1.06,
+    ("clamp_part_kernel<*,0,8>", "sm_90a"): 1.20,
+    ("clamp_part_kernel<*,0,8>", "sm_80"): 1.12,
+    ("clamp_part_kernel<*,1,8>", "sm_100a"): 1.95,
+    ("clamp_part_kernel<*,0,8>", "sm_100a"): 2.27,
+    ("clamp_part_kernel<fp32,1,8>", "sm_100a"): 1.05,
+    ("clamp_part_kernel<fp32,0,8>", "sm_100a"): 1.23,
 }
+
+
+SAMPLING = {"clamp_sketch_kernel"}  # reads one sector in 20, and its loops are those of a selection in shared memory
 
 
 def limit_of_busy(e: Evidence) -> float:
@@ -159,11 +169,11 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys, pinned):
 def test_no_kernel_breaks_its_promises(pinned):
     """One test, so that parallel workers compile the kernels once. Prints every broken promise."""
     rows = static_evidence.gather(static_evidence.kernel_sources())
-    streaming = [e for e in rows if e.logits is not None]
+    streaming = [e for e in rows if e.logits is not None and e.kernel.split("<")[0] not in SAMPLING]
     # The op kernels are templates on the logits' type; the merges of [R, T, fields] are not.
     assert {e.kernel.split("<")[0] for e in streaming} >= {
         "row_stats_kernel", "logits_grad_kernel", "covariance_stats_kernel", "logit_covariance_grad_kernel",
-        "clamped_stats_kernel",
+        "clamped_stats_kernel", "clamp_part_kernel",
     }  # fmt: skip
     assert all("<" in e.kernel for e in streaming) and all(e.logits for e in rows if "<" in e.kernel)
     broken = [f"{e.kernel} on {e.arch}: {what}" for e in rows for what in broken_promises(e)]
@@ -181,7 +191,7 @@ def broken_promises(e: Evidence) -> list[str]:
         f"{e.threads} threads a block": e.threads is not None,
         f"{e.occupancy} occupancy": e.occupancy is not None and e.occupancy >= 0.375,
     }
-    if e.logits is not None:
+    if e.logits is not None and e.kernel.split("<")[0] not in SAMPLING:
         promises |= {
             f"loads of {e.load_widths} and stores of {e.store_widths} bytes": e.wide_share == 1.0,
             f"{e.ex2_per_logit} exponentials a logit": 1.0 <= e.ex2_per_logit <= 1.15,

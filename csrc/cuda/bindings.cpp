@@ -62,6 +62,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("merge_row_stats", raw(cuda::merge_row_stats));
   m.def("logits_grad", raw(cuda::logits_grad));
   m.def("clamped_stats", raw(cuda::clamped_stats));
+  m.def("clamp_sketch", raw(cuda::clamp_sketch));
+  m.def("clamp_guess", raw(cuda::clamp_guess));
+  m.def("clamp_part", raw(cuda::clamp_part));
+  m.def("clamp_narrow", raw(cuda::clamp_narrow));
   m.def("covariance_stats", raw(cuda::covariance_stats));
   m.def("merge_covariance_stats", raw(cuda::merge_covariance_stats));
   m.def("logit_covariance_grad", raw(cuda::logit_covariance_grad));

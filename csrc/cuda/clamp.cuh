@@ -407,14 +407,17 @@ __device__ __forceinline__ void for_elements(const Reader<T, kAligned>& reader, 
   }
 }
 
-// Calls use(x) with the listed elements of its warp that a thread has to do, in a fixed order.
+// Calls use(x, place) with the listed elements of its warp that a thread has to do, in a fixed order. place: 0, 1, ... over
+// the lists of all warps.
 template <class T, class Use>
 __device__ __forceinline__ void for_listed(const T* list, const PassShared& shared, Use use) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const uint32_t seen = shared.listed[warp];
   const int size = seen <= kListOfWarp<T> ? static_cast<int>(seen) : 0;  // a list that has overflowed has holes
+  int before = 0;
+  for (int w = 0; w < warp; w++) before += static_cast<int>(shared.listed[w]);
 #pragma unroll 1
-  for (int i = lane; i < size; i += kWarp) use(Element<T>::widen(list[warp * kListOfWarp<T> + i]));
+  for (int i = lane; i < size; i += kWarp) use(Element<T>::widen(list[warp * kListOfWarp<T> + i]), before + i);
 }
 
 }  // namespace entcov::cuda

@@ -126,7 +126,7 @@ __device__ __forceinline__ Place select_listed(Shared& shared, uint32_t rank) {
     clear(shared.selection.count, kCounters);
     __syncthreads();
     const uint32_t digits = shift == 0 ? 0x3ffu : 0x7ffu;
-    for_listed(shared.listed<T>(), shared.pass, [&](float x) {
+    for_listed(shared.listed<T>(), shared.pass, [&](float x, int) {
       const uint32_t key = order_key(x);
       if ((key & mask) == prefix) atomicAdd(&shared.selection.count[key >> shift & digits], 1u);
     });
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
   const float threshold = key_value(at.counter);
   float sums[2] = {0.0f, 0.0f};
   if (b.lo != b.hi)
-    for_listed(shared.listed<T>(), shared.pass, [&](float x) {
+    for_listed(shared.listed<T>(), shared.pass, [&](float x, int) {
       if (x > threshold && x < p.max) {
         const float y = at_least((x - p.max) * c, kExp2Floor), e = exp2_fast(y);
         sums[0] += e, sums[1] = fmaf(y, e, sums[1]);

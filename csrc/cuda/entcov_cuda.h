@@ -47,6 +47,28 @@ cudaError_t clamped_stats(int dtype, const void* logits, int64_t row_stride, int
                           const int64_t* target, int64_t kept, int64_t ignore_index, float inv_temperature,
                           float* stats, float* clamp, cudaStream_t stream);
 
+// The same for rows that are split over ranks, in four steps that clamp_shards.cu tells of. bracket is [T, 4]: two keys, a
+// mode and nothing. sketches are [R, T, 64], parts [R, T, 167], R apart by shard_stride and rows by row_stride elements.
+cudaError_t clamp_sketch(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                         const int64_t* target, int64_t ignore_index, float* sketch, cudaStream_t stream);
+
+// columns [R]: how many each shard has. margin: ranks that the bracket reaches beyond `kept` on either side.
+cudaError_t clamp_guess(const float* sketches, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T,
+                        const int64_t* columns, const int64_t* target, int64_t ignore_index, int64_t vocab_size,
+                        int64_t kept, int64_t margin, uint32_t* bracket, cudaStream_t stream);
+
+// part is [T, 4 + 167]: RowStats of the shard, then its part.
+cudaError_t clamp_part(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                       const int64_t* target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
+                       const uint32_t* bracket, float inv_temperature, float* part, cudaStream_t stream);
+
+// stats: merged. Writes clamp [T, 4] of the rows that get done, and the brackets of all rows; adds the number of those
+// that are not done to unfinished [1].
+cudaError_t clamp_narrow(const float* parts, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T,
+                         const int64_t* target, const float* stats, int fields, int64_t ignore_index, int64_t kept,
+                         float inv_temperature, uint32_t* bracket, float* clamp, uint32_t* unfinished,
+                         cudaStream_t stream);
+
 cudaError_t covariance_stats(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
                              int64_t new_row_stride, int64_t T, int64_t num_columns, const uint8_t* row_mask,
                              float inv_temperature, float* stats, float* workspace, cudaStream_t stream);

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from entcov import clamp_ops, cuda_ops, ops, shard_ops
+from entcov import clamp_ops, clamp_rounds, cuda_ops, ops, shard_ops, vocab_parallel
 
 OPS = ("row_stats", "merge_row_stats", "logits_grad", "covariance_stats", "merge_covariance_stats")
 OPS += ("logit_covariance_grad",)
@@ -47,6 +47,12 @@ def install(monkeypatch, module: ModuleType) -> None:
         monkeypatch.setattr(shard_ops, name, getattr(shard_ops, f"_{name}_cuda"))
     monkeypatch.setattr(clamp_ops, "_clamped_stats_fake", _filled_with_nan(clamp_ops._clamped_stats_fake))
     monkeypatch.setattr(clamp_ops, "clamped_stats", clamp_ops._clamped_stats_cuda)
+    for name in ("clamp_sketch", "clamp_guess", "clamp_part"):
+        check = _filled_with_nan(getattr(clamp_rounds, f"_{name}_fake"))
+        monkeypatch.setattr(clamp_rounds, f"_{name}_fake", check)
+    for name in ("clamp_sketch", "clamp_guess", "clamp_part", "clamp_narrow"):
+        monkeypatch.setattr(clamp_rounds, name, getattr(clamp_rounds, f"_{name}_cuda"))
+    monkeypatch.setattr(vocab_parallel, "clamp_in_rounds", lambda device: True)
 
 
 def _filled_with_nan(check):
@@ -55,7 +61,7 @@ def _filled_with_nan(check):
     def filled(*args):
         out = check(*args)
         for tensor in out if isinstance(out, tuple) else (out,):
-            tensor.fill_(torch.nan)
+            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
         return out
 
     return filled

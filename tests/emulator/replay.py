@@ -173,9 +173,43 @@ def run_clamp_case(cuda, V: int, dtype: int) -> str:
         cuda.clamped_stats(
             dtype, logits.pointer, V, T, V, target.pointer, kept, IGNORE, 1.25, stats.pointer, clamp.pointer, 0
         )
-        for block in (stats, clamp):
+        for block in (stats, clamp, *clamp_over_shards(cuda, x, kept, dtype, target)):
             digest.update(one_nan(block.read()).tobytes())
     return digest.hexdigest()[:16]
+
+
+def clamp_over_shards(cuda, x: np.ndarray, kept: int, dtype: int, target: Block) -> tuple[Block, Block]:
+    """The clamp of three shards, one of them empty: merged statistics and clamp, after as many rounds as it takes."""
+    T, V = x.shape
+    bounds = (0, V // 3, V // 3, V)
+    shards = [(Block(narrow(x[:, i:j], dtype)), i, j - i) for i, j in zip(bounds, bounds[1:], strict=False)]
+    sketches = [floats(T, 64) for _ in shards]
+    for (logits, _, width), sketch in zip(shards, sketches, strict=True):
+        cuda.clamp_sketch(dtype, logits.pointer, width, T, width, target.pointer, IGNORE, sketch.pointer, 0)
+    gathered, columns = Block(np.stack([s.read() for s in sketches])), Block(np.int64([width for *_, width in shards]))
+    bracket, clamp, stats = Block(np.zeros((T, 4), np.int32)), floats(T, 4), floats(T, 4)
+    cuda.clamp_guess(
+        gathered.pointer, T * 64, 64, 3, T, columns.pointer, target.pointer, IGNORE, V, kept, V // 20, bracket.pointer, 0
+    )
+    for turn in range(7):
+        parts = [floats(T, 171) for _ in shards]
+        for (logits, start, width), part in zip(shards, parts, strict=True):
+            cuda.clamp_part(
+                dtype, logits.pointer, width, T, width, target.pointer, start, V, IGNORE, bracket.pointer, 1.25,
+                part.pointer, 0,
+            )  # fmt: skip
+        parts = np.stack([part.read() for part in parts])
+        if turn == 0:
+            own = Block(parts[..., :4].copy())
+            cuda.merge_row_stats(own.pointer, T * 4, 3, T, 4, target.pointer, IGNORE, 1.25, stats.pointer, 0)
+        parts, unfinished = Block(parts[..., 4:].copy()), Block(np.zeros(1, np.int32))
+        cuda.clamp_narrow(
+            parts.pointer, T * 167, 167, 3, T, target.pointer, stats.pointer, 4, IGNORE, kept, 1.25, bracket.pointer,
+            clamp.pointer, unfinished.pointer, 0,
+        )  # fmt: skip
+        if unfinished.read()[0] == 0:
+            return stats, clamp
+    raise RuntimeError(f"{unfinished.read()[0]} rows are not done after {turn + 1} rounds")
 
 
 CLAMP_CASES = {f"clamp, {V} {name}": (V, dtype) for V in (7, 9001) for name, dtype in DTYPES.items()}
