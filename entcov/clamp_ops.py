@@ -1,4 +1,5 @@
-"""The local ops of the clamped entropy: exact selection by value, in four steps that shards can take together.
+"""The local ops of the clamped entropy: exact selection by value, in four steps that shards can take together on the
+CPU. What shards do on CUDA is in entcov/clamp_rounds.py.
 
 Conventions, shapes and errors are those of entcov/ops.py; the algorithm is told in csrc/clamp.h, the formulas are
 docs/math.md (10) to (12). `stats` are merged row statistics; rows to ignore give zeros, rows with a NaN give NaN.

@@ -204,8 +204,10 @@ def _captured(tensor: Tensor) -> bool:
 
 
 def _margin(vocab_size: int, kept: int, world: int) -> int:
-    """Four and a half deviations of the estimated rank of a logit. It errs by the sample, one logit in 20 and at most 8,192 a shard,
-    taken to be worth two thirds of that since neighbours are alike; and by the grid of the quantiles."""
+    """Four and a half deviations of the estimated rank of a logit.
+
+    It errs by the sample, one logit in 20 and at most 8,192 a shard, taken to be worth two thirds of that since
+    neighbours are alike; and by the grid of the quantiles."""
     share = kept / vocab_size
     sampled = min(vocab_size / 20, 8192 * world) / 1.5
     deviation = vocab_size * math.sqrt(share * (1 - share) / sampled + 1 / (12 * SKETCH**2 * world))

@@ -33,12 +33,12 @@ NOT_MEMORY_BOUND = {
     ("clamped_stats_kernel<fp32,1,8>", "sm_100a"): 1.06,
     ("clamped_stats_kernel<fp32,0,8>", "sm_100a"): 1.15,
     ("clamp_part_kernel<*,1,8>", "sm_90a"): 1.06,
-    ("clamp_part_kernel<*,0,8>", "sm_90a"): 1.20,
-    ("clamp_part_kernel<*,0,8>", "sm_80"): 1.12,
+    ("clamp_part_kernel<*,0,8>", "sm_90a"): 1.13,
+    ("clamp_part_kernel<*,0,8>", "sm_80"): 1.05,
     ("clamp_part_kernel<*,1,8>", "sm_100a"): 1.95,
-    ("clamp_part_kernel<*,0,8>", "sm_100a"): 2.27,
+    ("clamp_part_kernel<*,0,8>", "sm_100a"): 2.05,
     ("clamp_part_kernel<fp32,1,8>", "sm_100a"): 1.05,
-    ("clamp_part_kernel<fp32,0,8>", "sm_100a"): 1.23,
+    ("clamp_part_kernel<fp32,0,8>", "sm_100a"): 1.13,
 }
 
 
