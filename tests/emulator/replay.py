@@ -189,8 +189,9 @@ def clamp_over_shards(cuda, x: np.ndarray, kept: int, dtype: int, target: Block)
     gathered, columns = Block(np.stack([s.read() for s in sketches])), Block(np.int64([width for *_, width in shards]))
     bracket, clamp, stats = Block(np.zeros((T, 4), np.int32)), floats(T, 4), floats(T, 4)
     cuda.clamp_guess(
-        gathered.pointer, T * 64, 64, 3, T, columns.pointer, target.pointer, IGNORE, V, kept, V // 20, bracket.pointer, 0
-    )
+        gathered.pointer, T * 64, 64, 3, T, columns.pointer, target.pointer, IGNORE, V, kept, V // 20, bracket.pointer,
+        0,
+    )  # fmt: skip
     for turn in range(7):
         parts = [floats(T, 171) for _ in shards]
         for (logits, start, width), part in zip(shards, parts, strict=True):
