@@ -60,6 +60,33 @@ def test_token_stats_against_float64(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_clamped_entropy_against_float64(dtype):
+    for rows, V in SHAPES:
+        for kind in ("gaussian", "ties", "-inf columns", "denormals", "ascending"):
+            logits = make_rows(kind, rows, V, dtype)
+            target = logits.float().argmax(-1)
+            for kept in sorted({1, max(1, int(0.67 * V)), V}):
+                got = token_stats(logits.to(DEVICE), target.to(DEVICE), top_k=kept, temperature=0.7).clamped_entropy
+                expected = reference.clamped_entropy(logits, kept, 0.7)
+                error = (got.cpu().double() - expected).abs()
+                assert (error <= value_bound("clamped_entropy", expected)).all(), f"{kind} {rows}x{V}, {kept} kept"
+
+
+@gpu_only
+def test_a_cuda_graph_replays_the_clamp():
+    logits, target = inputs()
+    expected = token_stats(inputs(seed=5)[0], target, clamp_p=0.33).clamped_entropy
+    token_stats(logits, target, clamp_p=0.33)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = token_stats(logits, target, clamp_p=0.33).clamped_entropy
+    logits.copy_(inputs(seed=5)[0])
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_logit_covariance_against_float64(dtype):
     for rows, V in SHAPES:
         old = make_rows("gaussian", rows, V, dtype)

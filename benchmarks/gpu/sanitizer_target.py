@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from entcov import ops, shard_ops
+from entcov import clamp_ops, clamp_rounds, ops, shard_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One column, a short row for one warp, one for a block, and one that is cut into segments; odd ends throughout.
@@ -58,10 +58,34 @@ def run_ops(dtype: torch.dtype, V: int, offset: int, device: str) -> int:
         ops.logits_grad(old, target, *given, *shard, 0.7, ignored)
         ops.logits_grad_(place(rows, offset, device), target, *given, *shard, 0.7, ignored)
         calls += 2
+    for kept in (1, V // 2 + 1):
+        clamp_ops.clamped_stats(old, target.clamp(max=V - 1), kept, V, 0.7, False, ignored)
+        calls += 1
+    if device == "cuda":  # the CPU takes other steps over ranks
+        calls += clamp_over_two_ranks(old, new, target, ignored)
     pair = ops.covariance_stats(old, new, *shard, 0.7, mask)
     pair = ops.merge_covariance_stats(pair[None], mask, 0.7)
     ops.logit_covariance_grad(old, new, pair, weight, weight, weight, mask, *shard, 0.7)
     return calls + 6
+
+
+def clamp_over_two_ranks(first: torch.Tensor, second: torch.Tensor, target: torch.Tensor, ignored: int) -> int:
+    """The steps of a clamp whose two shards are these, all of its rounds."""
+    width = first.shape[1]
+    shards, size = ((first, 0), (second, width)), 2 * width
+    sketches = torch.stack([clamp_rounds.clamp_sketch(x, target, start, size, ignored) for x, start in shards])
+    columns = torch.full((2,), width, dtype=torch.int64, device=target.device)
+    bracket = clamp_rounds.clamp_guess(sketches, columns, target, size, width, size // 20, ignored)
+    clamp, stats = torch.zeros(len(target), 4, device=target.device), None
+    for _ in range(clamp_rounds.MOST_ROUNDS):
+        parts = [clamp_rounds.clamp_part(x, target, bracket, start, size, 0.7, ignored) for x, start in shards]
+        parts = torch.stack(parts)
+        if stats is None:
+            stats = ops.merge_row_stats(parts[..., :4].contiguous(), target, 0.7, ignored)
+        bracket, clamp, _ = clamp_rounds.clamp_narrow(
+            parts[..., 4:], target, stats, bracket, clamp, width, 0.7, ignored
+        )
+    return 4 + 3 * clamp_rounds.MOST_ROUNDS
 
 
 if __name__ == "__main__":
