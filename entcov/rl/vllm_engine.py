@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import random
 import sys
@@ -82,14 +83,16 @@ def import_vllm() -> Any:
         ImportError: it is not installed; the message says how to install it.
     """
     cpu = not torch.cuda.is_available()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if cpu:
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        if "torch._dynamo.config" in sys.modules:  # it has read the variable already
-            torch._dynamo.config.disable = True
     try:
+        if importlib.util.find_spec("vllm") is None:  # nothing of the process is changed in vain
+            raise ImportError("No module named 'vllm'")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if cpu:
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+            if "torch._dynamo.config" in sys.modules:  # it has read the variable already
+                torch._dynamo.config.disable = True
         with _quiet():
             import vllm
     except ImportError as error:
