@@ -32,6 +32,36 @@ def test_a_sharded_call_has_the_bits_of_an_unsharded_one(world_of_one):
     assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
 
 
+def clamped(logits, target, **settings):
+    """(clamped entropy, its gradient), a third of the vocabulary left out."""
+    leaf = logits.detach().requires_grad_()
+    entropy = token_stats(leaf, target, clamp_p=1 / 3, **settings).clamped_entropy
+    return entropy.detach(), torch.autograd.grad(entropy.sum(), leaf)[0].float()
+
+
+def test_a_sharded_clamp_is_the_unsharded_one(world_of_one):
+    logits, target = inputs()
+    for shared, alone in zip(clamped(logits, target, group=world_of_one), clamped(logits, target), strict=True):
+        torch.testing.assert_close(shared, alone, atol=1e-5, rtol=2**-8)  # a gradient in bf16 may round the other way
+
+
+@gpu_only
+def test_a_sharded_clamp_fits_a_graph(world_of_one):
+    logits, target = inputs()
+    clamped(logits, target, group=world_of_one)  # makes the communicator
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = clamped(logits, target, group=world_of_one)
+    new_logits, new_target = inputs(seed=1)
+    logits.copy_(new_logits)
+    target.copy_(new_target)
+    graph.replay()
+    for shared, alone in zip(captured, clamped(new_logits, new_target), strict=True):
+        torch.testing.assert_close(shared, alone, atol=1e-5, rtol=2**-8)
+    del graph, captured
+
+
 @gpu_only
 def test_a_sharded_call_waits_for_nothing_and_fits_a_graph(world_of_one):
     logits, target = inputs()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ops_benchmark
-from benchmarks.gpu.workloads import Function
+from benchmarks.gpu.workloads import CLAMP_P, Function
 from entcov import linear_token_stats, logit_covariance, token_stats
 
 CHUNKS = 4
@@ -33,6 +33,11 @@ def _entcov(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     return {"logprob": stats.logprob, "entropy": stats.entropy}
 
 
+def _entcov_clamped(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    stats = token_stats(logits, target, clamp_p=CLAMP_P)
+    return {"logprob": stats.logprob, "clamped_entropy": stats.clamped_entropy}
+
+
 def _entcov_covariance(old: Tensor, new: Tensor) -> dict[str, Tensor]:
     change = logit_covariance(old, new)
     return {"covariance": change.covariance, "kl": change.kl}
@@ -41,6 +46,15 @@ def _entcov_covariance(old: Tensor, new: Tensor) -> dict[str, Tensor]:
 def _usual(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     logprob, entropy = ops_benchmark.usual(logits, target)
     return {"logprob": logprob, "entropy": entropy}
+
+
+def _usual_clamped(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """The entropy over the values of torch.topk, on the GPU; AEnt's own code selects on the CPU."""
+    columns = logits.shape[-1]
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    kept = torch.log_softmax(torch.topk(logits, columns - int(columns * CLAMP_P)).values.float(), dim=-1)
+    logprob = log_p.gather(-1, target[:, None])[:, 0]
+    return {"logprob": logprob, "clamped_entropy": -(kept.exp() * kept).sum(-1)}
 
 
 def _usual_covariance(old: Tensor, new: Tensor) -> dict[str, Tensor]:
@@ -61,7 +75,7 @@ def behind_a_head(function: Function) -> Function:
 
 
 def _entcov_traffic(workload: str, backward: bool, size: int) -> float | None:
-    if workload == "token_stats":
+    if workload in ("token_stats", "clamped_entropy"):  # the clamp's sample, a twentieth of the row, not counted
         return 3 * size if backward else size  # read; then read and write
     if workload == "logit_covariance":
         return 5 * size if backward else 2 * size  # read both; then read both and write
@@ -76,7 +90,10 @@ def _eager_traffic(workload: str, backward: bool, size: int) -> float | None:
 
 
 def entcov() -> Contender:
-    functions = {"token_stats": _entcov, "logit_covariance": _entcov_covariance, "lm_head": _entcov_head}
+    functions = {
+        "token_stats": _entcov, "logit_covariance": _entcov_covariance, "lm_head": _entcov_head,
+        "clamped_entropy": _entcov_clamped,
+    }  # fmt: skip
     return Contender("entcov", "this repository", functions, _entcov_traffic, "lm_head: logits kept")
 
 
@@ -92,7 +109,10 @@ def entcov_materialised() -> Contender:
 
 
 def eager() -> Contender:
-    functions = {"token_stats": _usual, "logit_covariance": _usual_covariance, "lm_head": behind_a_head(_usual)}
+    functions = {
+        "token_stats": _usual, "logit_covariance": _usual_covariance, "lm_head": behind_a_head(_usual),
+        "clamped_entropy": _usual_clamped,
+    }  # fmt: skip
     return Contender("eager torch", f"torch {torch.__version__}", functions, _eager_traffic)
 
 

@@ -18,8 +18,8 @@ def ours(context: Context, seconds: float) -> dict:
     wrong = [
         f"{name} of {r['workload']}, {r['columns']} columns {r['dtype']}: error {r['errors'][name]}"
         for r in found["measurements"]
-        if r["contender"] == "entcov" and r.get("workload") == "token_stats" and "errors" in r
-        for name in ("logprob", "entropy")
+        if r["contender"] == "entcov" and r.get("workload") in ("token_stats", "clamped_entropy") and "errors" in r
+        for name in ("logprob", "entropy", "clamped_entropy")
         if not _within(r["errors"].get(name, 0.0), PROMISED_ERROR + 1.2e-7 * 20)
     ]
     failed = [r["failure"] for r in found["measurements"] if r.get("contender") == "entcov" and "failure" in r]

@@ -9,9 +9,13 @@ from torch import Tensor
 from benchmarks.ops_benchmark import ENTROPY_COEF
 from entcov import reference
 
-WEIGHTS = {"logprob": -1.0, "entropy": -ENTROPY_COEF, "covariance": 1.0, "kl": 0.5}  # of the outputs in the loss
+# Of the outputs in the loss.
+WEIGHTS = {
+    "logprob": -1.0, "entropy": -ENTROPY_COEF, "clamped_entropy": -ENTROPY_COEF, "covariance": 1.0, "kl": 0.5,
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VOCABS = (152064, 19008, 38016)  # a whole vocabulary, and its shards at 8 and 4 ranks; none a multiple of 1024
+CLAMP_P = 1 / 3  # of the vocabulary that the clamped entropy leaves out
 HIDDEN = 4096  # of an 8B model; from there on, the products outweigh all else
 
 Inputs = tuple[Tensor, ...]
@@ -75,6 +79,12 @@ def _expected_stats(inputs: Inputs) -> dict[str, Tensor]:
     return {"logprob": found["logprob"], "entropy": found["entropy"]}
 
 
+def _expected_clamped(inputs: Inputs) -> dict[str, Tensor]:
+    logits, target = inputs
+    found = reference.token_stats(logits, target, clamp_p=CLAMP_P)
+    return {"logprob": found["logprob"], "clamped_entropy": found["clamped_entropy"]}
+
+
 def _expected_covariance(inputs: Inputs) -> dict[str, Tensor]:
     found = reference.logit_covariance(*inputs)
     return {"covariance": found["covariance"], "kl": found["kl"]}
@@ -89,7 +99,10 @@ SHAPES = tuple((dtype, columns) for dtype in ("bf16", "fp32") for columns in VOC
 TOKEN_STATS = Workload("token_stats", _logits_and_target, (0,), (0, 1), _expected_stats, SHAPES)
 COVARIANCE = Workload("logit_covariance", _two_logits, (1,), (0, 1), _expected_covariance, SHAPES)
 HEAD = Workload("lm_head", _head, (0, 1), (0, 2), _expected_head, (("bf16", 152064),))
-WORKLOADS = {w.name: w for w in (TOKEN_STATS, COVARIANCE, HEAD)}
+CLAMPED = Workload(
+    "clamped_entropy", _logits_and_target, (0,), (0, 1), _expected_clamped, (("bf16", 152064), ("bf16", 19008))
+)
+WORKLOADS = {w.name: w for w in (TOKEN_STATS, COVARIANCE, HEAD, CLAMPED)}
 
 
 def forward(function: Function, inputs: Inputs) -> dict[str, Tensor]:
