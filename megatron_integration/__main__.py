@@ -9,8 +9,10 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -24,12 +26,25 @@ _SECONDS_TO_BE_ENDED = 60
 def main(argv: list[str] | None = None) -> int:
     """Runs one command on every rank; returns the process's exit code as `entcov.cli.main` does."""
     args = _parser().parse_args(argv)
+    _quiet()
     try:
         return args.command(args)
     except (ValueError, TypeError, OSError) as error:
         return _fail(error, 2, args.debug)
     except RuntimeError as error:
         return _fail(error, 1, args.debug)
+
+
+def _quiet() -> None:
+    """Leaves out warnings of other packages that a user of this command can do nothing about, but for `python -W`."""
+    if sys.warnoptions:
+        return
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
+    warnings.filterwarnings("ignore", message="full scope is deprecated", module="megatron")
+    if not torch.cuda.is_available():  # where there is a GPU, these cost speed
+        warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def _parser() -> argparse.ArgumentParser:
