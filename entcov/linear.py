@@ -90,8 +90,9 @@ def linear_token_stats(
 
     Tokens whose target is ignore_index are left out of the products on the CPU. Elsewhere they cost as much as others,
     since their number is not known to the host: where you know them, pass `hidden[those that count]` instead. Nothing
-    waits for the GPU. The products are the library's, so a row's last bits may depend on how many rows are with it; the
-    kept and the chunked form may differ by that as well. Under torch.compile it runs eagerly (a graph break).
+    waits for the GPU (but a clamp over a group, as in `token_stats`). The products are the library's, so a row's last
+    bits may depend on how many rows are with it; the kept and the chunked form may differ by that as well. Under
+    torch.compile it runs eagerly (a graph break).
 
     Error: that of `token_stats` given the logits in the dtype of the product.
 
