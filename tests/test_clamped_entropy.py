@@ -5,7 +5,7 @@ import torch
 
 from entcov import clamp_ops, ops, reference
 from entcov.row_kinds import gradient_bound, value_bound
-from entcov.vocab_parallel import SKETCH_SIZE, token_stats
+from entcov.vocab_parallel import SKETCH_SIZE, _sketch_ranks, token_stats
 from tests.thread_ranks import ThreadRanks
 
 
@@ -158,6 +158,46 @@ def test_order_statistics_are_those_of_a_sort():
         assert torch.equal(got, in_order + 0.0)
         some = torch.tensor([1, 1, 17, 18, 19, 2500, 2500, 4999, 5000])
         assert torch.equal(clamp_ops.order_statistics(logits, target, some, 0, 5000, -100), in_order[:, some - 1])
+
+
+def test_two_ranks_in_one_counter_by_hand():
+    logits = torch.tensor([[1.0, 1.0001, 1.0003, 1.0002]])
+    got = clamp_ops.order_statistics(logits, torch.tensor([0]), torch.tensor([1, 4]), 0, 4, -100)
+    assert torch.equal(got, logits[:, [2, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_ranks_among_values_that_share_their_upper_bits(dtype):
+    """fp32 is counted by the upper 16 bits of a value, and ranks that fall into one counter are selected together: any
+    gaps between them, 2 to 8 above all, which the sketch of a shard of 255 to 1,143 columns has."""
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=rng))
+
+    target = torch.zeros(3, dtype=torch.int64)
+    for _ in range(300):
+        V = draw(1, 40) if draw(0, 2) else draw(40, 1200)
+        spread = 10.0 ** -draw(1, 8)  # of the values around one: from dozens of counters down to a few ties in one
+        logits = draw(-1, 2) + spread * torch.randn(3, V, generator=rng)
+        logits[1, torch.rand(V, generator=rng) < 0.2] = -torch.inf
+        logits[2, torch.rand(V, generator=rng) < 0.5] = logits[2, 0]
+        logits = logits.to(dtype)
+        in_order = logits.float().sort(-1, descending=True).values + 0.0
+        stepped = torch.arange(1 + draw(0, V), V + 1, draw(1, 12))
+        few = torch.randint(1, V + 1, (draw(1, 10),), generator=rng).sort().values
+        for ranks in (stepped, few, _sketch_ranks(torch.tensor(V))):
+            got = clamp_ops.order_statistics(logits, target, ranks, 0, V, -100)
+            assert torch.equal(got, in_order[:, ranks - 1]), (V, spread, ranks.tolist())
+
+
+@pytest.mark.parametrize("width", [260, 700, 1100])
+def test_shards_of_a_few_hundred_fp32_columns(width, monkeypatch):
+    """One wrong value of a shard's sketch moved the bracket away from the threshold, in up to 16 % of rows."""
+    rng = torch.Generator().manual_seed(width)
+    logits = 0.02 * torch.randn(40, 2 * width, generator=rng) + 3
+    for kept in (width // 5, width, 2 * width - 7):
+        assert_exact(logits, kept, monkeypatch=monkeypatch, splits=[even_split(2 * width, 2)])
 
 
 def test_nan_rows_do_not_disturb_the_selection(monkeypatch):

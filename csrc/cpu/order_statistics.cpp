@@ -113,8 +113,11 @@ void select_row(Float32, const float* x, int64_t n, const int64_t* ranks, int64_
     if (wanted[last].rank - wanted[i].rank > 8)  // many ranks in one bin: cheaper to sort it once
       std::sort(begin, end, descending);
     else
-      for (int64_t r = i; r <= last; r++)
-        std::nth_element(r == i ? begin : begin + wanted[r - 1].rank - 1, begin + wanted[r].rank - 1, end, descending);
+      for (int64_t r = i, placed = 0; r <= last; r++) {  // `placed`: so many of the bin are where they belong
+        if (wanted[r].rank == placed) continue;
+        std::nth_element(begin + placed, begin + wanted[r].rank - 1, end, descending);
+        placed = wanted[r].rank;
+      }
     for (; i <= last; i++) {
       const uint32_t bits = key_bits(static_cast<uint32_t>(bin) << 16 | begin[wanted[i].rank - 1]);
       memcpy(out + i, &bits, sizeof bits);
