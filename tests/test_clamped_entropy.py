@@ -228,7 +228,7 @@ def test_bytes_between_ranks(monkeypatch):
     ranks.all_gather_single = lambda out, x, group: (sent.append(x.shape), original(out, x, group))
     target = torch.zeros(T, dtype=torch.int64)
     ranks.run(lambda r: token_stats(logits[:, r * V // 4 : (r + 1) * V // 4], target, clamp_p=0.3, group=ranks))
-    first, second = sorted(set(sent), key=lambda shape: (shape[1] != 4 + SKETCH_SIZE))
+    first, second = sorted(set(sent), key=lambda shape: shape[1] != 4 + SKETCH_SIZE)
     assert len(sent) == 2 * world
     assert first[1] == 4 + SKETCH_SIZE and first[0] == T + 1  # one header row is enough at this width
     capacity = second[1] - clamp_ops.PART_FIELDS
@@ -262,3 +262,73 @@ def test_opcheck():
         ("clamp_finish", (part[None], target, stats, bracket, 6, 0.7, -100)),
     ]:
         torch.library.opcheck(getattr(torch.ops.entcov, op).default, arguments)
+
+
+# ---- buffers that no shard can have sent ----------------------------------------------------------------------------
+
+
+def steps(kept=6, V=13, T=3):
+    """Arguments of clamp_bracket, clamp_collect and clamp_finish for one shard, and what follows from the right ones."""
+    logits = torch.randn(T, V, generator=torch.Generator().manual_seed(0))
+    target, place = torch.zeros(T, dtype=torch.int64), (0, V)
+    stats = ops.merge_row_stats(ops.row_stats(logits, target, *place, 1.0, False, -100)[None], target, 1.0, -100)
+    ranks = torch.tensor([[1, 4, V]])
+    sketches = clamp_ops.order_statistics(logits, target, ranks[0], *place, -100)[None]
+    bracket = clamp_ops.clamp_bracket(sketches, ranks, target, stats, kept, -100)
+    collect = (logits, target, stats, bracket, int(bracket[:, 2].max()), *place, 1.0, -100)
+    finish = (clamp_ops.clamp_collect(*collect)[None], target, stats, bracket, kept, 1.0, -100)
+    return (sketches, ranks, target, stats, kept, -100), collect, finish
+
+
+@pytest.mark.parametrize("ranks", [[0, 4, 13], [1, 5, 4], [1, 4, 2**24 + 1], [-1, -1, 7], [2**62, 2**62, 2**62]])
+def test_ranks_that_are_none_are_an_error(ranks):
+    (sketches, _, *rest), _, _ = steps()
+    with pytest.raises(ValueError, match=r"ranks must ascend within \[1, 16777216\].*shard 0 has \["):
+        clamp_ops.clamp_bracket(sketches, torch.tensor([ranks]), *rest)
+
+
+@pytest.mark.parametrize("capacity", [-1, -7, -8, 2**24 + 1, 2**63 - 1])
+def test_a_capacity_that_is_none_is_an_error(capacity):
+    """-1 made a part whose rows were shorter than what was written to them."""
+    _, collect, _ = steps()
+    with pytest.raises(ValueError, match=rf"capacity must be in \[0, 16777216\].*got {capacity}"):
+        clamp_ops.clamp_collect(*collect[:4], capacity, *collect[5:])
+
+
+@pytest.mark.parametrize("kept", [0, -(2**63)])
+def test_keeping_nothing_is_an_error(kept):
+    *_, finish = steps()
+    with pytest.raises(ValueError, match="kept must be at least 1, got"):
+        clamp_ops.clamp_finish(*finish[:4], kept, *finish[5:])
+
+
+def test_sketches_that_are_none_give_their_row_no_bracket():
+    (sketches, *rest), _, _ = steps()
+    right = clamp_ops.clamp_bracket(sketches, *rest)
+    sketches = sketches.clone()
+    sketches[0, 1] = torch.tensor([2.0, torch.nan, 1.0])
+    bracket = clamp_ops.clamp_bracket(sketches, *rest)
+    assert bracket[1, :2].isnan().all() and bracket[1, 2] == 0
+    assert torch.equal(bracket[[0, 2]], right[[0, 2]])
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.5, 1e30, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("field", range(2, 9))
+def test_counts_that_are_none_make_their_row_nan(field, value):
+    """Fields 2 to 6 are counts; 7 is the first value between the bounds, which any number but NaN may be."""
+    *_, finish = steps()
+    right = clamp_ops.clamp_finish(*finish)
+    parts = finish[0].clone()
+    assert parts.shape[2] > 8 and right.isfinite().all()
+    parts[0, 1, field] = value
+    clamp = clamp_ops.clamp_finish(parts, *finish[1:])
+    assert torch.equal(clamp[[0, 2]], right[[0, 2]])
+    if field < 7 or torch.tensor(value).isnan():
+        assert clamp[1].isnan().all()
+
+
+def test_more_columns_than_counts_hold_are_an_error():
+    logits = torch.empty(1, 2**24 + 1, device="meta")
+    target = torch.zeros(1, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"at most 2\^24 columns on a rank for a clamp, got 16777217"):
+        clamp_ops.clamped_stats(logits, target, 5, 2**24 + 1, 1.0, False, -100)

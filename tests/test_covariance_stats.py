@@ -28,8 +28,9 @@ def merged(shards, temperature=1.0, mask=None):
     return ops.merge_covariance_stats(torch.stack(shards), mask, temperature)
 
 
-def derived(stats):
+def derived(stats, temperature=1.0):
     _, rest_old, xexp_old, _, rest_new, xexp_new, sum_d, sum_xd = stats.double().unbind(-1)
+    sum_d, sum_xd = sum_d * 2**26 / temperature, sum_xd * 2**26 / temperature
     total_old, total_new = 1 + rest_old, 1 + rest_new
     return {
         "covariance": sum_xd / total_old - (xexp_old / total_old) * (sum_d / total_old),
@@ -40,7 +41,7 @@ def derived(stats):
 
 def check(old, new, stats, temperature=1.0):
     expected = reference.logit_covariance(old, new, temperature=temperature)
-    actual = derived(stats)
+    actual = derived(stats, temperature)
     # E[x d] - E[x] E[d] cancels: its error is that of E|x d|.
     log_p = reference.log_probs(old, temperature)
     x = (old.double() - old.double().amax(-1, keepdim=True)) / temperature

@@ -7,10 +7,6 @@
 #include <memory>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "../clamp.h"
 #include "dispatch.h"
 
@@ -135,7 +131,7 @@ void order_statistics(int dtype, const void* logits, int64_t row_stride, int64_t
     return;
   }
   if (T * num_columns <= 16384) threads = 1;  // as in for_rows
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, T)));
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(usable_threads(threads), T)));
   std::vector<SelectScratch> scratch(threads);  // here and not in the threads, where running out of memory is fatal
   std::vector<Wanted> wanted(threads * num_ranks);
   if (dtype == kFloat32)
