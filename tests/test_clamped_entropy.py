@@ -268,7 +268,7 @@ def test_opcheck():
 
 
 def steps(kept=6, V=13, T=3):
-    """Arguments of clamp_bracket, clamp_collect and clamp_finish for one shard, and what follows from the right ones."""
+    """Right arguments of clamp_bracket, clamp_collect and clamp_finish, for one shard."""
     logits = torch.randn(T, V, generator=torch.Generator().manual_seed(0))
     target, place = torch.zeros(T, dtype=torch.int64), (0, V)
     stats = ops.merge_row_stats(ops.row_stats(logits, target, *place, 1.0, False, -100)[None], target, 1.0, -100)

@@ -100,8 +100,8 @@ def target(draw: Draw, z: Tensor) -> Tensor:
 
 
 def spread_out(draw: Draw, z: Tensor, padding: int) -> Tensor:
-    """The same [T, V] and `padding` columns of rubbish, as rows of a larger tensor: another row stride, any alignment, and
-    NaN around them."""
+    """The same [T, V] and `padding` columns of rubbish, as rows of a larger tensor: another row stride, any alignment,
+    and NaN around them."""
     T, V = z.shape
     step, left, right = draw.choice((1, 1, 2)), draw.randrange(9), draw.randrange(9)
     memory = torch.full((step * T + 1, left + V + padding + right), torch.nan, dtype=z.dtype)

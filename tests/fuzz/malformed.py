@@ -3,9 +3,9 @@ ValueError, TypeError or RuntimeError, and touches no memory that is not its own
 
     python -m tests.fuzz.malformed FIRST COUNT [--cpu-core EXTENSION] [--cuda EXTENSION]
 
-prints the seed of each call before it makes it, and "done" at the end: for a process of its own, which may crash.
---cpu-core: this build of entcov._cpu (tests/fuzz/sanitized.py). --cuda: the CUDA side of the ops instead, its kernels from
-this emulated build.
+prints each seed before it makes the calls of that seed, and "done" at the end: for a process of its own, which may
+crash. --cpu-core: this build of entcov._cpu (tests/fuzz/sanitized.py). --cuda: the CUDA side of the ops instead, its
+kernels from this emulated build.
 
 A call is one that token_stats or logit_covariance would make, on small random rows, with up to three arguments spoiled.
 """

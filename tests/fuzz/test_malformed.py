@@ -22,8 +22,8 @@ def make_calls(count: int, options: list[str], environment: dict[str, str]) -> N
     done = subprocess.run(command, env=environment, cwd=sanitized.ROOT, capture_output=True, text=True)
     printed = done.stdout.split()
     assert done.returncode == 0 and printed[-1:] == ["done"], (
-        f"exit status {done.returncode}; ENTCOV_FUZZ_SEED={printed[-1] if printed else cases[0]} ENTCOV_FUZZ_CASES=1 makes "
-        f"this case again\n{done.stderr[:4000]}\n...\n{done.stderr[-2000:]}"
+        f"exit status {done.returncode}; ENTCOV_FUZZ_SEED={printed[-1] if printed else cases[0]} ENTCOV_FUZZ_CASES=1 "
+        f"makes this case again\n{done.stderr[:4000]}\n...\n{done.stderr[-2000:]}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The public ops on random rows, shapes, strides, settings and shards against tests/fuzz/oracle.py, values and gradients.
+"""The public ops on random rows, shapes, strides, settings and shards against tests/fuzz/oracle.py: values, gradients.
 
 Each case follows from its seed, which the failure names. A longer run, or one case again:
 
@@ -72,8 +72,8 @@ def weights_of(draw: Draw, names: list[str], T: int) -> dict[str, Tensor]:
 
 
 def over_ranks(call, columns: Tensor, bounds: list[int], monkeypatch) -> tuple:
-    """What call(columns of a rank, arguments of its shard) returns: ([outputs], gradient) with the outputs the same bits
-    on every rank, and the gradients of all ranks side by side."""
+    """What call(columns of a rank, arguments of its shard) returns: ([outputs], gradient), with the outputs the same
+    bits on every rank, and the gradients of all ranks side by side."""
     ranks = ThreadRanks(len(bounds) - 1, monkeypatch)
     results = ranks.run(
         lambda r: call(columns[:, bounds[r] : bounds[r + 1]], {"group": ranks, "vocab_start": bounds[r]})
@@ -197,7 +197,7 @@ def check_linear_token_stats(draw: Draw) -> None:
     of_logits, terms = (torch.nn.functional.pad(x, (0, padding)) for x in (of_logits, terms))
     wrong = gradient_bound(of_logits, terms, dtype)
     h, w = hidden.detach().double(), weight.detach().double()
-    # Each gradient is a product of that of the logits, rounded to the dtype, and is itself rounded: once, or once a chunk.
+    # A gradient is a product of that of the logits, rounded to the dtype, and is itself rounded: once, or once a chunk.
     step, smallest = ROUNDING[dtype]
     for got, want, bound, size in zip(
         grads,
