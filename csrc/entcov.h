@@ -5,7 +5,7 @@
 // row_stride and any alignment. Column j is token vocab_start + j; columns of the padding are not counted in
 // num_columns and are never read. `dtype` is a DType. Everything else is contiguous fp32 or int64.
 //
-// Rows are shared out over `threads` OpenMP threads, a whole row to one thread and in a fixed order of columns, so a
+// Rows are shared out over `threads` OpenMP threads (at most as many as there are processors), a whole row to one thread and in a fixed order of columns, so a
 // row's result depends on that row alone: not on T, on the other rows, on the threads, on strides or on alignment.
 // It may differ in the last bits between instruction sets. Memory: a constant number of bytes a thread.
 //

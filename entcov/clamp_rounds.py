@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from entcov import cuda_ops, ops, shard_ops, shards
-from entcov.op_registry import check_logits, check_rows, check_shard, check_temperature, no_cpu, register
+from entcov.op_registry import (
+    check_columns,
+    check_logits,
+    check_rows,
+    check_shard,
+    check_temperature,
+    no_cpu,
+    register,
+)
 from entcov.shards import gather
 
 SKETCH, CELLS, PART = 64, 160, 167
@@ -48,6 +56,7 @@ def _check_gathered(tensor: Tensor, name: str, width: int) -> None:
 
 def _clamp_sketch_fake(logits, target, vocab_start, vocab_size, ignore_index):
     check_logits(logits)
+    check_columns(logits)
     check_rows(target, "target", torch.int64, logits.shape[:1], logits)
     check_shard(vocab_start, vocab_size)
     return logits.new_empty((logits.shape[0], SKETCH), dtype=torch.float32)
@@ -65,6 +74,8 @@ def _clamp_guess_fake(sketches, columns, target, vocab_size, kept, margin, ignor
     check_rows(target, "target", torch.int64, sketches.shape[1:2], sketches)
     if not 1 <= kept <= vocab_size < 2**25:  # 64 times that is counted in 32 bits
         raise ValueError(f"kept and vocab_size must have 1 <= kept <= vocab_size < 2^25, got {kept} and {vocab_size}")
+    if not 0 <= margin <= 2**25:
+        raise ValueError(f"margin must be in [0, 2^25] (ranks), got {margin}")
     return sketches.new_empty((sketches.shape[1], 4), dtype=torch.int32)
 
 
@@ -76,6 +87,7 @@ def _clamp_guess_cuda(*args):
 
 def _clamp_part_fake(logits, target, bracket, vocab_start, vocab_size, temperature, ignore_index):
     check_logits(logits)
+    check_columns(logits)
     check_rows(target, "target", torch.int64, logits.shape[:1], logits)
     _check_bracket(bracket, target, logits)
     check_temperature(temperature)
@@ -98,6 +110,8 @@ def _clamp_narrow_fake(parts, target, stats, bracket, clamp, kept, temperature, 
     check_rows(stats, "stats", torch.float32, (T, stats.shape[1]), parts)
     _check_bracket(bracket, target, parts)
     check_rows(clamp, "clamp", torch.float32, (T, 4), parts)
+    if not 1 <= kept < 2**25:
+        raise ValueError(f"kept must be in [1, 2^25), got {kept}")
     check_temperature(temperature)
     return torch.empty_like(bracket), torch.empty_like(clamp), bracket.new_empty(1)
 

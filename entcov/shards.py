@@ -48,8 +48,11 @@ def resolve_shard(width: int, group, vocab_start: int | None, vocab_size: int | 
         vocab_size = world * width if vocab_size is None else vocab_size
     elif vocab_size is None:
         raise ValueError("vocab_size must be given with vocab_start: shards may be uneven, so it cannot be inferred")
-    if vocab_start < 0 or vocab_size < 1:
-        raise ValueError(f"vocab_start must be >= 0 and vocab_size >= 1, got {vocab_start} and {vocab_size}")
+    if not (0 <= vocab_start < 2**63 and 1 <= vocab_size < 2**63):
+        raise ValueError(
+            "vocab_start must be >= 0 and vocab_size >= 1, and both must fit 64 bits, got "
+            f"{vocab_start} and {vocab_size}"
+        )
     return Shard(vocab_start, width, vocab_size)
 
 

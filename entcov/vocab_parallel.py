@@ -16,6 +16,7 @@ from entcov.clamp_rounds import sharded_clamped_statistics
 from entcov.shards import eager, gather, resolve_shard
 
 SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
+CHANGE_UNIT = 2.0**26  # of the sums of changes of logits, csrc/covariance_stats.h
 
 
 class TokenStats(NamedTuple):
@@ -252,18 +253,23 @@ def _moments(stats: Tensor, target: Tensor, temperature: float, ignore_index: in
     varentropy = sum_x2exp / total - mean**2
     # E_p[S] = H sum p^2 + sum p^2 log p;  S_target = p_target (H + log p_target)
     mean_s = entropy * collision + (sum_xexp2 - log_total * (1 + rest2)) / total**2
-    logprob = (picked - top) / temperature - log_total
+    logprob = _distance(picked, top, temperature) - log_total
     p = logprob.exp()
     s_target = torch.where(p == 0, p, p * (entropy + logprob))  # logprob may be -inf; a NaN stays
     # The zeroed statistics of an ignored row read as a certain token: everything 0 but the collision.
     return collision.masked_fill(target == ignore_index, 0.0), varentropy, mean_s - s_target
 
 
+def _distance(picked: Tensor, top: Tensor, temperature: float) -> Tensor:
+    """(picked - top) / temperature, which may fit fp32 where the difference does not. Halves are exact."""
+    return torch.sub(0.5 * picked, top, alpha=0.5) / (0.5 * temperature)
+
+
 def differentiable_outputs(stats: Tensor, clamp: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     """(logprob, entropy[, clamped_entropy]) [T] of merged statistics."""
     top, rest, sum_xexp, picked = stats[:, :4].unbind(-1)
     log_total = rest.log1p()
-    outputs = ((picked - top) / temperature - log_total, log_total - sum_xexp / (1 + rest))
+    outputs = (_distance(picked, top, temperature) - log_total, log_total - sum_xexp / (1 + rest))
     return outputs if clamp is None else (*outputs, clamp[:, 3].clone())
 
 
@@ -342,8 +348,7 @@ def logit_covariance(
     """
     if logits_old.shape != logits_new.shape:
         raise ValueError(
-            "logits_old must have the shape of logits_new, got "
-            f"{tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
+            f"logits_old must have the shape of logits_new, got {tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
         )
     leading = logits_new.shape[:-1]
     _check_rows("logits_old", logits_old, "logits_new", leading)
@@ -388,10 +393,12 @@ class _LogitCovariance(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         _, rest_old, sum_old, _, rest_new, sum_new, sum_d, sum_xd = stats.unbind(-1)
         total = 1 + rest_old
+        unit = CHANGE_UNIT / temperature  # of the means of d
         mean_x, mean_d = sum_old / total, sum_d / total
-        log_ratio = ((rest_new - rest_old) / total).log1p()  # L_new - L_old
+        grown = rest_new - rest_old
+        log_ratio = (grown.abs() / (1 + rest_new).minimum(total)).log1p().copysign(grown)  # L_new - L_old
         entropy_change = log_ratio - sum_new / (1 + rest_new) + mean_x
-        return sum_xd / total - mean_x * mean_d, entropy_change, log_ratio - mean_d
+        return (sum_xd / total - mean_x * mean_d) * unit, entropy_change, log_ratio - mean_d * unit
 
     @staticmethod
     def backward(ctx, grad_covariance, grad_entropy_change, grad_kl):

@@ -53,6 +53,7 @@ CPU_TESTS = {
         parts_impossible_afterwards_join_a_possible_one nan_stays_in_its_row masked_rows_are_zero_and_not_read
         padding_columns_do_not_exist no_rows_and_no_columns shards_merge_to_the_whole_row merge_is_associative
         a_row_depends_on_itself_alone gradient_matches_float64 half_gradients_are_the_fp32_gradient_rounded
+        changes_beyond_fp32_are_those_of_float64
     """,
     test_shard_ops: """
         checksum_in_integers_of_python checksum_sees_every_value_and_the_order bad_arguments_are_named

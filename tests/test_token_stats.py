@@ -360,3 +360,19 @@ def test_row_kinds_are_what_they_say():
     assert (peaked > 1e-7).all() and (peaked < 1e-4).all()
     masked = make_rows("-inf columns", 8, 1000, torch.float32)
     assert 0.6 < (masked == -torch.inf).float().mean() < 0.9 and masked.isfinite().any(-1).all()
+
+
+# ---- differences of logits that do not fit fp32 ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, 7.0, 1e6, 1e30, 1e-3, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_difference_beyond_fp32_is_divided_before_it_overflows(dtype, temperature):
+    """logprob = (target - max) / temperature - L was -inf from a difference of 3.4e38 on, whatever the temperature."""
+    logits = torch.tensor([[3e38, -3e38, 0.0], [3.3e38, 3.3e38, -3.3e38], [-3e38, -2e38, 1e38]]).to(dtype)
+    target = torch.tensor([1, 2, 0])
+    stats = token_stats(logits, target, temperature=temperature, moments=True, top_k=2)
+    for name, expected in reference.token_stats(logits, target, temperature=temperature, top_k=2).items():
+        # float() makes inf of what fp32 cannot hold.
+        torch.testing.assert_close(getattr(stats, name), expected.float(), rtol=1e-6, atol=1e-7, msg=name)
+    assert temperature < 2 or stats.logprob.isfinite().all()

@@ -85,7 +85,7 @@ struct LogitsGradOp {
       std::fill_n(g, n, narrow_one<D>(NAN));
     } else {
       // The target's column first: grad may overwrite logits.
-      const int64_t local = a.target[t] - a.vocab_start;
+      const int64_t local = column_of(a.target[t], a.vocab_start);
       const bool mine = local >= 0 && local < n;
       double at_target = 0;
       if (mine) {

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
   }
 
   const T* x = static_cast<const T*>(a.logits) + t * a.row_stride + at.begin;
-  const int64_t local = target - a.vocab_start - at.begin;
+  const int64_t local = column_of(target, a.vocab_start) - at.begin;
   const bool mine = local >= 0 && local < at.live && columns.owner(static_cast<int>(local), kSize) == rank;
   float at_target = 0.0f;
   if (mine) {  // read before this thread writes over it
