@@ -11,12 +11,16 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the results; default %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu"), help="folder for the results; default %(default)s"
+    )
     parser.add_argument("--only", nargs="+", default=None, metavar="STAGE", help="build, and run these stages alone")
     parser.add_argument("--merge", type=Path, default=None, metavar="FILE", help="an earlier results.json to add to; "
                         "that of --out is added to anyway")  # fmt: skip
     parser.add_argument("--rivals", type=Path, default=None, help="folder that `python -m benchmarks rivals` filled")
-    parser.add_argument("--wheels", type=Path, default=None, help="folder of packages that are missing here (docs/gpu.md)")
+    parser.add_argument(
+        "--wheels", type=Path, default=None, help="folder of packages that are missing here (docs/gpu.md)"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU; nothing is measured")
     parser.add_argument("--seconds", type=float, default=None, help="for everything together; stages share it in "
                         "proportion; default: what the chosen stages are promised")  # fmt: skip

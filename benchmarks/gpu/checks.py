@@ -159,8 +159,9 @@ def sanitizer(context: Context, seconds: float) -> dict:
     for tool in TOOLS:
         log = context.log(tool)
         # Without torch's cache every tensor is an allocation of its own, so that its ends are known.
-        running[tool] = log, start(
-            [program, "--tool", tool, *target], log, processes=len(TOOLS), PYTORCH_NO_CUDA_MEMORY_CACHING="1"
+        running[tool] = (
+            log,
+            start([program, "--tool", tool, *target], log, processes=len(TOOLS), PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         )
     tools = {}
     for tool, (log, process) in running.items():

@@ -4,13 +4,12 @@ import json
 import sys
 import time
 
-from benchmarks.gpu import contenders
 from benchmarks.gpu import rivals as known_rivals
 from benchmarks.gpu.report import NOT_REACHED
 from benchmarks.gpu.stages import FAILED, PARTIAL, PASSED, SKIPPED, Context, command
 
 START_UP = 12  # seconds that a process may take to begin and to end, beside those it measures in
-# Seconds of every 320 that each is promised; what one leaves goes to those after it. entcov's own come early and are most.
+# Seconds of every 320 that each is promised; what one leaves goes to those after it. entcov has most, and early.
 OWN_SHARES = {"ceilings": 25, "entcov": 95, "entcov, chunks": 25, "entcov, token_stats": 25, "eager torch": 60,
               "torch.compile": 90}  # fmt: skip
 PROMISED_ERROR = 1e-5  # of logprob and entropy, absolute; a value of 12 also carries its own rounding to fp32

@@ -37,7 +37,7 @@ def about(run: dict) -> str:
 
 
 def entry(runs: list[dict]) -> list[str]:
-    """Everything about one device in plain text, the latest run first. Runs of other code or versions are kept apart."""
+    """Everything about one device in plain text, the latest run first. Runs of other code or versions stay apart."""
     lines = []
     if len(runs) > 1:
         lines += [f"{len(runs)} runs that differ in code, driver or versions; each stage is of the latest that ran it:"]
@@ -68,6 +68,8 @@ def text(run: dict, runs: list[dict]) -> list[str]:
                if run["stages"].get(name, {}).get("steps")}  # fmt: skip
     if trained:
         lines += ["", "the tiny recipe, a line a step", *table_lines(*training_table(trained))]
+    if run["environment"].get("packages", {}).get("matplotlib", "") is None:
+        lines += ["", "No plot: matplotlib is not installed here."]
     return lines + tables(measurements(run), top)
 
 

@@ -1,7 +1,7 @@
 """What runs have found: one file that grows from command to command, and what is written beside it.
 
-A run is a mapping {"environment", "rehearsal", "ended", "stages": {name: findings}}. Commands on the same kind of machine
-and of the same code add to one run; others stay apart, and the report says so.
+A run is a mapping {"environment", "rehearsal", "ended", "stages": {name: findings}}. Commands of the same code on the
+same kind of machine add to one run; others stay apart, and the report says so.
 """
 
 import datetime
@@ -29,7 +29,9 @@ def load(path: Path) -> list[dict]:
         runs = json.loads(path.read_text())["runs"]
         return [dict(run, environment=run["environment"], stages=run["stages"], ended=run["ended"]) for run in runs]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be a results.json of this command, got {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"{path} must be a results.json of this command, got {type(error).__name__}: {error}"
+        ) from None
 
 
 def of(context: Context) -> dict:
@@ -70,7 +72,7 @@ def _replaced(name: str, run: dict) -> bool:
 
 
 def write(context: Context, earlier: list[dict], document: Path) -> None:
-    """The four files of `context.out`, and a new entry in `document` (benchmarks/RESULTS.md) unless it is a rehearsal."""
+    """The four files of `context.out`; a new entry in `document` (benchmarks/RESULTS.md) unless it is a rehearsal."""
     runs = merged([*earlier, of(context)])
     replace(context.out / RESULTS, lambda path: path.write_text(json.dumps({"runs": runs}, indent=1) + "\n"))
     device = runs[-1]["environment"].get("device", "unknown device")

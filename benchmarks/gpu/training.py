@@ -1,6 +1,6 @@
 """The tiny recipe trained for a few steps on the device: by the torch actor, and by the Megatron actor with one rank.
 
-A few steps teach nothing. They show that rollouts, scoring, entropy controls, updates and checkpoints go together there.
+A few steps teach nothing. They show that rollouts, scores, entropy controls, updates and checkpoints work there.
 """
 
 import json

@@ -51,7 +51,7 @@ class Worker:
         self.l2 = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
 
     def run(self) -> None:
-        """Every shape of every workload; first the first of each, which matter most, as time may not suffice for all."""
+        """Every shape of every workload; first the first of each, which matters most: time may not suffice for all."""
         shapes = [(n, name, *shape) for name in self.contender.functions
                   for n, shape in enumerate(WORKLOADS[name].shapes)]  # fmt: skip
         done = set()
