@@ -160,6 +160,9 @@ class MegatronConfig:
     overlap: bool = False  # gradient reduction and parameter gathering go on during the passes
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     optimizer_offload: Annotated[float, Field(ge=0, le=1)] = 0.0  # fraction of the optimizer's state kept on the CPU
+    # local: Megatron-Core's own layers with torch's attention, for a GPU without Transformer Engine; slower. A CPU has
+    # no others.
+    transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
     # What the covariance controls select by on the first update of a rollout, where the policy is still the scored one:
     # a forward pass of its own, or the scores. Later updates always take a pass.
     selection_logprob: Literal["recompute", "old"] = "old"
