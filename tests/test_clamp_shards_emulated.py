@@ -144,7 +144,7 @@ def test_nan_stays_in_its_row_and_a_bad_target_spoils_its_own(monkeypatch):
 
 
 def test_ranks_that_disagree_get_nan_and_one_that_fails_holds_nobody_up(monkeypatch):
-    monkeypatch.setattr(shards, "_host_may_read", lambda payload: False)
+    monkeypatch.setattr(shards.ranks, "host_may_read", lambda device: False)
     V = 300
     logits, target = real_looking(4, V, torch.float32, 0.0), torch.tensor([0, 5, -100, 299])
     ranks = ThreadRanks(2, monkeypatch)

@@ -22,7 +22,7 @@ MASK = torch.tensor([True, True, True, True, False])
 
 @pytest.fixture
 def ranks(monkeypatch):
-    monkeypatch.setattr(shards, "_host_may_read", lambda payload: False)
+    monkeypatch.setattr(shards.ranks, "host_may_read", lambda device: False)
     return ThreadRanks(WORLD, monkeypatch)
 
 
@@ -43,7 +43,7 @@ def outputs(ranks, rank, changes=None):
 def test_ranks_that_agree_get_the_bits_of_the_checked_way(monkeypatch):
     ranks = ThreadRanks(WORLD, monkeypatch)
     checked = ranks.run(lambda rank: outputs(ranks, rank))
-    monkeypatch.setattr(shards, "_host_may_read", lambda payload: False)
+    monkeypatch.setattr(shards.ranks, "host_may_read", lambda device: False)
     for mine, expected in zip(ranks.run(lambda rank: outputs(ranks, rank)), checked, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
         assert not any(x.isnan().any() for x in mine)
@@ -147,7 +147,8 @@ def test_reading_a_value_would_be_noticed():
 
 def test_the_host_reads_on_the_cpu_and_where_torch_is_asked_to_debug(monkeypatch):
     level = torch.distributed.DebugLevel
+    may_read, cpu, other = shards.ranks.host_may_read, torch.device("cpu"), torch.device("meta")
     monkeypatch.setattr(shards.dist, "get_debug_level", lambda: level.INFO)
-    assert shards._host_may_read(torch.empty(1)) and not shards._host_may_read(torch.empty(1, device="meta"))
+    assert may_read(cpu) and not may_read(other)
     monkeypatch.setattr(shards.dist, "get_debug_level", lambda: level.DETAIL)
-    assert shards._host_may_read(torch.empty(1, device="meta"))
+    assert may_read(other)
