@@ -36,7 +36,7 @@ def host_may_read(device: torch.device) -> bool:
 
 
 def attempt(function: Callable[[], Any], group: dist.ProcessGroup | None) -> tuple[Any, Exception | None]:
-    """(function(), None), or (None, its exception) where other ranks wait for this one; else the exception is raised."""
+    """(function(), None), or (None, its exception) where other ranks wait for this one; elsewhere it is raised."""
     check_member(group)
     try:
         return function(), None
@@ -75,11 +75,12 @@ def raise_together(
     for rank, (_, theirs, *_) in enumerate(everyone):
         if theirs is not None:
             raise RuntimeError(f"{op}: rank {rank} of the group cannot do its part: {theirs}")
-    (first_op, _, first_call, first_checksums), same = everyone[0], "all ranks of the group must be called with the same"
+    same = "all ranks of the group must be called with the same"
+    first_op, _, first_call, first_checksums = everyone[0]
     for rank, (other, *_) in enumerate(everyone):
         if other != first_op:
             raise RuntimeError(
-                f"{op}: all ranks of the group must make the same call: rank 0 makes {first_op}, rank {rank} {other}"
+                f"all ranks of the group must make the same call: rank 0 makes {first_op}, rank {rank} makes {other}"
             )
     for name, value in first_call.items():
         for rank, (_, _, theirs, _) in enumerate(everyone):
@@ -117,14 +118,15 @@ class AllReduces:
         self.op, self.call, self.failure = op, call, failure
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.refused: Tensor | None = None  # 0-d bool: the ranks do not agree; None: they do
-        own = torch.zeros(0, dtype=torch.int64, device=device) if own is None else own
-        self.own = own[None]  # [ranks, n] once the first sum is there
-        self._message: Tensor | None = None
+        self.own = None if own is None else own[None]  # [ranks, n] once the first sum is there
+        self._words: Tensor | None = None  # [ranks, 1 + n] of which this rank's row is filled in
         if self.group is not None:
-            self._message = torch.zeros((dist.get_world_size(group), 1 + len(own)), dtype=torch.int64, device=device)
-            self._message[dist.get_rank(group), 1:] = own
+            size = (dist.get_world_size(group), 1 + (0 if own is None else len(own)))
+            self._words = torch.zeros(size, dtype=torch.int64, device=device)
+            if own is not None:
+                self._words[dist.get_rank(group), 1:] = own
             if failure is None:
-                self._message[dist.get_rank(group), :1] = self._word(device)
+                self._words[dist.get_rank(group), :1] = self._word(device)
 
     def _word(self, device: torch.device) -> Tensor:
         tensors = {name: value for name, value in self.call.items() if isinstance(value, Tensor)}
@@ -140,15 +142,14 @@ class AllReduces:
         """The int64 `tensor` added up over the ranks, which it may overwrite."""
         if self.group is None:
             return tensor
-        if self._message is None:
+        if self._words is None:
             dist.all_reduce(tensor, group=self.group)
             return tensor
-        joined, places = torch.cat([tensor.flatten(), self._message.flatten()]), self._message.shape
-        self._message = None
+        joined = torch.cat([tensor.flatten(), self._words.flatten()])
         dist.all_reduce(joined, group=self.group)
-        places = joined[tensor.numel() :].view(places)
-        self.own = places[:, 1:]
-        differ = (places[:, 0] != places[0, 0]).any() | (places[0, 0] == 0)
+        words = joined[tensor.numel() :].view(self._words.shape)
+        self._words, self.own = None, words[:, 1:]
+        differ = (words[:, 0] != words[0, 0]).any() | (words[0, 0] == 0)
         if not host_may_read(tensor.device):
             self.refused = differ
         elif differ:

@@ -84,8 +84,8 @@ def gather(
     Raises:
         The exception of `prepare`.
         RuntimeError: on every rank but those whose `prepare` raised: it raised on another one, which the error names
-            with its message; ranks differ in `call`, the checksums, T, F or vocab_size; or their shards overlap or leave
-            a hole. On CUDA all of that shows as NaN in all of [R, T, F] instead, on every rank, unless
+            with its message; ranks differ in `call`, the checksums, T, F or vocab_size; or their shards overlap or
+            leave a hole. On CUDA all of that shows as NaN in all of [R, T, F] instead, on every rank, unless
             TORCH_DISTRIBUTED_DEBUG=DETAIL: then the host reads the headers there too, waits for the GPU in every call,
             and raises.
             Also when the all-gather itself fails. Different T or F are different message sizes, which a backend may

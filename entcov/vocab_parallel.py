@@ -419,8 +419,7 @@ def _resolved_pair(logits_old, logits_new, group, vocab_start, vocab_size, tempe
     """(logits before, logits after [T, V_local], mask [T] or None), (start of the shard, vocab_size, temperature)"""
     if logits_old.shape != logits_new.shape:
         raise ValueError(
-            "logits_old must have the shape of logits_new, got "
-            f"{tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
+            f"logits_old must have the shape of logits_new, got {tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
         )
     leading = logits_new.shape[:-1]
     _check_rows("logits_old", logits_old, "logits_new", leading)
@@ -441,8 +440,9 @@ def _sharded_covariance_parts(logits_old, logits_new, group, *arguments):
         start, vocab_size, temperature = place
         payload = ops.covariance_stats(old, new.detach(), *place, mask)
         call = {"dtype": str(new.dtype).removeprefix("torch."), "temperature": temperature}
+        call["loss_mask"] = None if mask is None else "given"
         checksums = {} if mask is None else {"loss_mask": shard_ops.checksum(mask.long())}
-        return Part(payload, Shard(start, new.shape[1], vocab_size), {**call, "loss_mask given": mask is not None}, checksums)
+        return Part(payload, Shard(start, new.shape[1], vocab_size), call, checksums)
 
     shape = (logits_new.shape[:-1].numel(), 8)
     parts, _ = gather("logit_covariance", group, shape, logits_new.device, prepare)

@@ -1,6 +1,7 @@
 """Ranks as threads of one process: sharded calls without process groups, thousands of cases a second.
 
-Only what entcov.shards and entcov.ranks use of torch.distributed is replaced; test_vocab_parallel.py runs the same code over gloo.
+Only what entcov.shards and entcov.ranks use of torch.distributed is replaced; test_vocab_parallel.py runs the same code
+over gloo.
 """
 
 import threading
