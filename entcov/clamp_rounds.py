@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from entcov import cuda_ops, ops, shard_ops, shards
+from entcov import cuda_ops, ops, ranks
 from entcov.op_registry import (
     check_columns,
     check_logits,
@@ -32,7 +32,7 @@ from entcov.op_registry import (
     no_cpu,
     register,
 )
-from entcov.shards import gather
+from entcov.shards import Part, gather
 
 SKETCH, CELLS, PART = 64, 160, 167
 # A row that its sample misled has 2^32 keys left: 160 times fewer each round, and one round to add up what is kept.
@@ -161,30 +161,40 @@ clamp_narrow = _register(
 # ---- the rounds -----------------------------------------------------------------------------------------------------
 
 
-def sharded_clamped_statistics(rows, shard, kept, temperature, moments, ignore_index, group, call):
-    """(merged row statistics [T, 4 | 7], clamp [T, 4]) over the ranks of `group`. For `rows` see
-    vocab_parallel.LogitRows, for `call` shards.gather.
+def sharded_clamped_statistics(op, group, T, device, moments, resolve, agreed):
+    """(rows, settings, merged row statistics [T, 4 | 7], clamp [T, 4]) over the ranks of `group`. For the arguments see
+    vocab_parallel.sharded_row_statistics; `agreed` is its function of that name.
 
     Two all-gathers, of 4 * SKETCH and 4 * (4 | 7 + PART) bytes a token and rank, and one more of the latter for every
     further round. The host reads one number a round, how many rows want another; captured in a CUDA graph, where it
     cannot, it runs as many rounds as any data may need.
     """
-    target, place = rows.target, (shard.start, shard.vocab_size)
     fields = 7 if moments else 4
-    failure, tokens = None, 0
-    sketch = torch.zeros((len(target), SKETCH), dtype=torch.float32, device=target.device)
+    rows = settings = alike = failure = None
+
+    def prepare():
+        nonlocal rows, settings, alike, failure
+        try:
+            rows, settings, call = resolve()
+            shard = settings.shard
+            sketch = rows.apply(clamp_sketch, shard.start, shard.vocab_size, settings.ignore_index)
+            alike = agreed(rows, settings, call)
+            return Part(sketch, shard, *alike)
+        except Exception as error:
+            failure = error
+            raise
+
+    def fail():
+        raise failure
+
     try:
-        sketch = rows.apply(clamp_sketch, *place, ignore_index)
-        tokens = shard_ops.checksum(target)
-    except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
-        failure = error
-    try:
-        sketches, layout = gather(rows.name, sketch, group, shard, call, {"target": tokens}, failure)
-    except (ValueError, TypeError) as error:
-        if error is failure and not shards._host_may_read(sketch):  # the others go on, with NaN: not alone
-            part = torch.zeros((len(target), fields + PART), dtype=torch.float32, device=target.device)
-            gather(rows.name, part, group, shard, call, {"target": tokens}, failure)
+        sketches, layout = gather(op, group, (T, SKETCH), device, prepare)
+    except Exception:
+        if failure is not None and not ranks.host_may_read(device):  # the others go on, with NaN: not alone
+            gather(op, group, (T, fields + PART), device, fail)
         raise
+    shard, kept, temperature, _, ignore_index = settings
+    target = rows.target
     start, width = layout.unbind(-1)
     columns = (shard.vocab_size - start).clamp(min=0).minimum(width)
     margin = _margin(shard.vocab_size, kept, len(layout))
@@ -192,17 +202,21 @@ def sharded_clamped_statistics(rows, shard, kept, temperature, moments, ignore_i
     clamp = torch.full((len(target), 4), torch.nan, dtype=torch.float32, device=target.device)
     stats = None
     for _ in range(MOST_ROUNDS):
-        with_moments = moments and stats is None
-        part = rows.apply(_part, shard, temperature, with_moments, ignore_index, per_row=(bracket,))
-        # What ranks must agree on goes with every part: a disagreement makes them all NaN each time.
-        parts, _ = gather(rows.name, part, group, shard, call, {"target": tokens}, None)
+        arguments = (shard, temperature, moments and stats is None, ignore_index)
+        width = PART + (4 if stats is not None else fields)
+
+        def narrow(arguments=arguments, bracket=bracket):
+            # What ranks must agree on goes with every part: a disagreement makes them all NaN each time.
+            return Part(rows.apply(_part, *arguments, per_row=(bracket,)), shard, *alike)
+
+        parts, _ = gather(op, group, (T, width), device, narrow)
         if stats is None:
             stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
         parts = parts[..., -PART:]
         bracket, clamp, unfinished = clamp_narrow(parts, target, stats, bracket, clamp, kept, temperature, ignore_index)
         if not _captured(target) and int(unfinished) == 0:
             break
-    return stats, clamp
+    return rows, settings, stats, clamp
 
 
 def _part(logits, target, bracket, shard, temperature, moments, ignore_index):

@@ -127,6 +127,15 @@ def check_columns(logits: Tensor) -> None:
         raise ValueError(f"logits must have at most 2^24 columns on a rank for a clamp, got {logits.shape[1]}")
 
 
+def constant_temperature(temperature: float) -> float:
+    """As a number. It is a constant: a tensor that is to learn would get no gradient, and nobody would notice."""
+    if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
+        raise ValueError("temperature must not require a gradient (it is a constant and would get none): detach it")
+    temperature = float(temperature)
+    check_temperature(temperature)
+    return temperature
+
+
 def check_shard(vocab_start: int, vocab_size: int) -> None:
     if vocab_start < 0:
         raise ValueError(f"vocab_start must be >= 0, got {vocab_start}")

@@ -180,5 +180,5 @@ def test_documented_collectives(ranks):
     assert ranks[1][0]["collectives"] == [(0, 0), (0, 0)]
     (clip, clip_bytes), (kl, kl_bytes) = ranks[2][0]["collectives"]
     assert (clip, kl) == (4 + 6, 4 + 8)
-    small = 400  # sums and counts
-    assert 0 < clip_bytes - 4 * 2**20 < small and 0 < kl_bytes - 5 * 2**20 < small
+    small = 600  # sums, counts, and what ranks must agree on
+    assert 0 < clip_bytes - 4.5 * 2**20 < small and 0 < kl_bytes - 5.5 * 2**20 < small
