@@ -62,7 +62,7 @@ def test_a_reward_function_of_your_own_is_never_called_twice_at_once():
 
 def test_the_built_in_rewards_work_side_by_side(monkeypatch):
     meeting = threading.Barrier(2, timeout=LIMIT)  # passes only if two calls are under way together
-    monkeypatch.setattr(scoring, "MAX_CHILDREN", 2)  # whatever the number of CPUs
+    monkeypatch.setattr(scoring, "free_cores", lambda: 2)  # whatever the number of CPUs
     monkeypatch.setattr(rewards, "_scorer", lambda example: lambda example, response: float(meeting.wait() >= 0))
     rollouts = [rollout("#12"), rollout("#12")]
     with Scorer(rewards.score) as scorer:
