@@ -1,4 +1,4 @@
-"""How long the answers of one step may take in sandboxes, so that a policy that writes slow answers cannot stop a run."""
+"""How long a step's answers may take in sandboxes, so that a policy that writes slow ones cannot stop a run."""
 
 from __future__ import annotations
 

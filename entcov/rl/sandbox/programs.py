@@ -24,8 +24,8 @@ class ProgramResult:
 def run_program(source: str, stdin: str = "", *, limit: float = 5.0, most_output: int = 1 << 16) -> ProgramResult:
     """Runs Python source in a sandbox: no network, no second process, no file but Python's library, 2 GiB of memory.
 
-    The interpreter is the trainer's, with its installed packages. Standard error goes nowhere. Safe to call from several
-    threads. A `Budget` that is used up ends the program before its start (`ended_by` is "time").
+    The interpreter is the trainer's, with its installed packages. Standard error goes nowhere. Safe to call from
+    several threads. A `Budget` that is used up ends the program before its start (`ended_by` is "time").
 
     Args:
         limit: seconds.

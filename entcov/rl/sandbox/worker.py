@@ -1,8 +1,8 @@
 """The process that scores answers and runs programs, and the child that it starts for each of them.
 
 Run as a script by `pool`, and it imports nothing of entcov. One JSON object a line comes in on stdin, first
-{"path": sys.path}; one goes out for each on the stdout that the process was started with. A request has a "nonce", which
-its reply repeats, and a "limit" in seconds; a reply says "timed_out" where the limit was reached:
+{"path": sys.path}; one goes out for each on the stdout that the process was started with. A request has a "nonce",
+which its reply repeats, and a "limit" in seconds; a reply says "timed_out" where the limit was reached:
 
     math            {"gold": ..., "answer": ...}                          -> {"score": 0 | 1}
     reasoning_gym   {"item": {...}, "question": ..., "answer": ...}       -> {"score": 0 | 1, "seconds": ...}

@@ -20,7 +20,7 @@ _REFUSED = {
     "game_of_life_halting": "its scorer gives every answer the full score",
     "puzzle24": "its scorer takes any four numbers that make 24, not only those of the question",
 }
-# Their scorers pass the answer to `eval`, or to sympy's parse_expr, which does. `sandbox/guard.py` leaves arithmetic of it.
+# Their scorers pass the answer to `eval`, or to sympy's parse_expr, which does. `sandbox/guard.py` leaves arithmetic.
 EVALUATED = frozenset(
     {
         *("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"),
@@ -40,9 +40,10 @@ class ReasoningGym:
 
     The splits draw from disjoint ranges of reasoning-gym's seeds, and a hash of the question gives every question to
     one split, as for the built-in tasks: no held-out question is ever trained on. Examples carry a `solution` where
-    the dataset records an answer. Questions are made and scored in a child process with a fixed hash seed (without it
-    some generators differ from process to process), answers in a confined child of it with a time limit. Scoring makes the question again from
-    `extra_info`, so exported rows need nothing but the reasoning-gym version that wrote them.
+    the dataset records an answer. Questions are made in a child process with a fixed hash seed (without it some
+    generators differ from process to process), and each answer is scored in a confined child of that one, with a time
+    limit. Scoring makes the question again from `extra_info`, so exported rows need nothing but the reasoning-gym
+    version that wrote them.
 
     Args:
         dataset: a registered name ("chain_sum"), or "composite".
