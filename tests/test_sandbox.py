@@ -56,8 +56,8 @@ TRACES = {
     "the environment of the parent": "import os; print(open(f'/proc/{os.getppid()}/environ').read())",
     "the environment": "import os; print(dict(os.environ))",
     "the memory of the parent": "import os; open(f'/proc/{os.getppid()}/mem', 'r+b'); open('CANARY/x', 'w')",
-    "the kernel's list of processes": "import os; print([open(f'/proc/{p}/cmdline').read() for p in os.listdir('/proc') "
-    "if p == 'VICTIM'])",
+    "the kernel's list of processes": "import os\n"
+    "for p in os.listdir('/proc'):\n    if p == 'VICTIM': print(open(f'/proc/{p}/cmdline').read())",
     "a connection": "import socket; socket.create_connection(('127.0.0.1', PORT))",
     "a Unix connection": "import socket; socket.socket(socket.AF_UNIX).connect('SOCKET')",
     "an abstract Unix connection": "import socket; socket.socket(socket.AF_UNIX).connect('\\0ABSTRACT')",
@@ -65,13 +65,14 @@ TRACES = {
     "socket.socket(fileno=s).connect(('127.0.0.1', PORT))",
     "killing another process": "import os; os.kill(VICTIM, 9)",
     "stopping another process": "import os; os.kill(VICTIM, 19)",
-    "a signal through a pipe's owner": "import fcntl, os, signal\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\n"
-    "fcntl.fcntl(r, 10, signal.SIGKILL)\nfcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')",
+    "a signal through a pipe's owner": "import fcntl, os, signal\nr, w = os.pipe()\n"
+    "fcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nfcntl.fcntl(r, 10, signal.SIGKILL)\nfcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')",
     "tracing another process": "import ctypes; ctypes.CDLL(None).ptrace(16, VICTIM, 0, 0) == 0 and "
     "ctypes.CDLL(None).kill(VICTIM, 9)",
     "limits of another process": "import resource; resource.prlimit(VICTIM, resource.RLIMIT_CPU, (0, 0)); "
     "__import__('os').kill(VICTIM, 9)",
-    "killing from a thread": "import os, threading\nt = threading.Thread(target=os.kill, args=(VICTIM, 9))\nt.start()\nt.join()",
+    "killing from a thread": "import os, threading\n"
+    "t = threading.Thread(target=os.kill, args=(VICTIM, 9))\nt.start()\nt.join()",
 }  # fmt: skip
 
 # Programs that would disturb the machine or the sandbox rather than leave a trace, and how they must end: the limit
@@ -119,7 +120,9 @@ DISTURBANCES = {
     "an end without clean-up": ("import os; os._exit(0)", 0),
     "a crash": ("import ctypes; ctypes.string_at(0)", -signal.SIGSEGV),
     "deep recursion": ("import sys; sys.setrecursionlimit(10**9)\ndef f(): return f()\nf()", None),
-    "deep recursion in C": ("import sys; sys.setrecursionlimit(10**9)\nx = None\nfor _ in range(10**6): x = [x]\nrepr(x)", None),
+    "deep recursion in C": (
+        "import sys; sys.setrecursionlimit(10**9)\nx = None\nfor _ in range(10**5): x = [x]\nrepr(x)", None,
+    ),
     "breaking the interpreter's modules": ("import sys, os\nsys.modules.clear()\nos._exit = os.write = print", 0),
     "breaking the built-ins": ("import builtins\nbuiltins.__dict__.clear()", None),
     "a trace function": ("import sys, os\nsys.settrace(lambda *a: os._exit(7))\ndef f(): pass\nf()", 7),
@@ -232,7 +235,7 @@ def test_the_same_programs_leave_traces_without_a_sandbox(surroundings):
 @needs_isolation
 def test_disturbances_are_ended_and_the_next_program_runs(surroundings):
     for name, (source, end) in DISTURBANCES.items():
-        done = run_program(source, limit=0.5 if end == "time" or name == "an endless loop in C" else 20.0)
+        done = run_program(source, limit=0.5 if end in ("time", None) else float(LIMIT))
         if isinstance(end, str):
             assert done.ended_by == end, (name, done)
         elif end is not None:
@@ -272,7 +275,8 @@ def children_of(pid: int) -> list[int]:
         ("import sys; sys.exit('no')", "", "", 1),
         ("print(1); raise ValueError", "", "1\n", 1),
         ("if __name__ == '__main__': print(__name__)", "", "__main__\n", 0),
-        ("import sys, math, json, re, heapq, bisect, collections; print(math.comb(5, 2), sys.argv)", "", "10 ['program.py']\n", 0),
+        ("import math, json, re, heapq, bisect, collections; print(math.comb(5, 2))", "", "10\n", 0),
+        ("import sys; print(sys.argv)", "", "['program.py']\n", 0),
         ("import random, numpy; print(numpy.arange(3).sum(), 0 <= random.random() < 1)", "", "3 True\n", 0),
         ("import sys, threading\nsys.setrecursionlimit(10**5)\nthreading.stack_size(1 << 26)\n"
          "t = threading.Thread(target=lambda: print('in a thread'))\nt.start()", "", "in a thread\n", 0),
@@ -310,7 +314,8 @@ def test_a_program_ends_with_the_trainer():
     source = (
         "import os, threading, time\n"
         "from entcov.rl.sandbox import programs, run_program\n"
-        "threading.Thread(target=run_program, args=('while True: pass',), kwargs={'limit': 1000}, daemon=True).start()\n"
+        "run = lambda: run_program('while True: pass', limit=1000)\n"
+        "threading.Thread(target=run, daemon=True).start()\n"
         "worker = None\n"
         "from pathlib import Path\n"
         "children = lambda pid: Path(f'/proc/{pid}/task/{pid}/children').read_text().split()\n"
@@ -354,7 +359,9 @@ for line in sys.stdin:
     elif what == "wrong nonce": say(nonce="0" * 32, score=1)
     elif what == "no nonce": say(score=1)
     elif what == "twice": os.write(1, 2 * (json.dumps(right).encode() + b"\n"))
-    elif what == "for the next twenty": say(**right); [say(score=1, nonce=right["nonce"]) for _ in range(20)]; time.sleep(99)
+    elif what == "for the next twenty":
+        for _ in range(21): say(**right)
+        time.sleep(99)
     elif what == "ready": say(ready=True); say(**right)
     elif what == "garbage": os.write(1, b"\xff{{{\n")
     elif what == "a list": os.write(1, b"[1]\n")
@@ -547,7 +554,10 @@ def test_system_call_numbers_are_the_kernel_headers(header, column):
         ("0::/a/b\n", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, None, 2),
         ("0::/not/here\n", {"cpu.max": "300000 100000"}, None, 3),
         ("0::/\n", {"cpu.max": "50000 100000"}, None, 1),
-        ("4:cpu,cpuacct:/x\n3:memory:/\n", {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"}, None, 4),
+        (
+            "4:cpu,cpuacct:/x\n3:memory:/\n",
+            {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"}, None, 4,
+        ),
         ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, 8),
         ("", {}, "3", 2),
         ("", {}, "100", 1),

@@ -19,6 +19,7 @@ The process that scores imports this file without the rest of entcov, so it impo
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import resource
@@ -70,10 +71,14 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _EPERM, _ENOSYS, _EOPNOTSUPP = 1, 38, 95
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _syscall(number: int, *arguments: object) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
     values = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    result = libc.syscall(ctypes.c_long(number), *values)
+    result = _libc().syscall(ctypes.c_long(number), *values)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
@@ -81,8 +86,7 @@ def _syscall(number: int, *arguments: object) -> int:
 
 
 def _prctl(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+    if _libc().prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
@@ -167,6 +171,7 @@ def readable(paths: Iterable[str]) -> int:
 # ---- seccomp -------------------------------------------------------------------------------------------------------
 
 
+@functools.cache  # a child inherits what its parent has made
 def _program(threads: bool) -> bytes:
     """The filter as classic BPF: an allow-list. Every other call fails as if the kernel did not have it."""
     column, architecture, *_ = _ARCHITECTURES[platform.machine()]

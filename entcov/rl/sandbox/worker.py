@@ -270,7 +270,7 @@ class _Children:
         output, sink = os.pipe()
         parent, child = os.getpid(), os.fork()
         if child == 0:
-            status = 1
+            status, leave = 1, os._exit  # the answer may replace the one in `os`
             try:
                 isolation.die_with(parent)
                 os.dup2(source, 0)
@@ -281,7 +281,7 @@ class _Children:
                 isolation.confine(files=files, memory=memory, seconds=cpu, threads=threads, lacking=self.lacking)
                 status = work()
             finally:
-                os._exit(status & 0xFF)
+                leave(status & 0xFF)
         os.close(source)
         os.close(sink)
         received, ended_by, status = _watch(child, output, started + limit, most_output, threads)
