@@ -37,7 +37,7 @@ def test_reasoning_gym_splits_and_scores():
     held_out = [task.example("held_out", i) for i in range(60)]
     assert not {text(e) for e in train} & {text(e) for e in held_out}
     assert len({text(e) for e in held_out}) > 20
-    for example in train[:100] + held_out:
+    for example in train[:20] + held_out[:20]:
         assert score(example, example.solution) == 1.0
         assert score(example, example.ground_truth) == 0.0  # no tags
         assert score(example, f"<answer>{int(example.ground_truth) + 1}</answer>") == 0.0
@@ -182,24 +182,26 @@ HOSTILE = [
 @needs_isolation
 def test_hostile_answers_earn_nothing_and_leave_no_trace(tmp_path, monkeypatch):
     """Once, nine scorers ran the answer in a process that scored those after it, with the trainer's environment."""
-    short = SandboxPool("reasoning_gym", limit=2.0, extra="tasks")  # some of them take all the time that they get
+    normal, short = reasoning_gym._pool(), SandboxPool("reasoning_gym", limit=1.0, extra="tasks")
     datasets = sorted(EVALUATED - {"puzzle24"})
     examples = {name: make_task("reasoning_gym", dataset=name).example("train", 0) for name in datasets}
-    monkeypatch.setattr(reasoning_gym, "_pool", lambda: short)
+    [worker] = normal._idle
     mark = tmp_path / "mark"
     slow = {"factorial(9**9)", "9**9**9"}
     for number, answer in enumerate(HOSTILE):
         answer = answer.format(mark=str(mark)) if "{" in answer else answer
+        monkeypatch.setattr(reasoning_gym, "_pool", lambda: short if answer in slow else normal)  # noqa: B023
         # Each answer to two datasets of both ways to evaluate; the bombs to one, for time.
         for name in [datasets[number % len(datasets)], datasets[(number + 4) % len(datasets)]][
             : 1 + (answer not in slow)
         ]:
             assert score(examples[name], f"<answer>{answer}</answer>") == 0.0, (name, answer)
             assert not mark.exists(), (name, answer)
+    monkeypatch.setattr(reasoning_gym, "_pool", lambda: normal)
     for example in examples.values():
         if example.solution is not None:
             assert score(example, example.solution) == 1.0
-    assert len(short._idle) == 1  # the same process all the time: nothing that an answer did reached it
+    assert normal._idle == [worker]  # the same process all the time: nothing that an answer did reached it
     short.close()
 
 
@@ -212,7 +214,7 @@ def test_an_answer_that_got_past_the_guard_would_still_be_confined(tmp_path, mon
     guard = re.sub(r"def (check_arithmetic|_must_refuse)\(.*\n", r"\g<0>    return\n", guard)
     (tmp_path / "guard.py").write_text(guard)
     monkeypatch.setattr(pool, "_SCRIPT", tmp_path / "worker.py")
-    unguarded = SandboxPool("reasoning_gym", limit=5.0, extra="tasks")
+    unguarded = SandboxPool("reasoning_gym", limit=60.0, extra="tasks")
     monkeypatch.setattr(reasoning_gym, "_pool", lambda: unguarded)
     example = make_task("reasoning_gym", dataset="polynomial_multiplication").example("train", 0)
     mark = tmp_path / "mark"
@@ -265,7 +267,7 @@ def test_ways_round_the_question_earn_nothing(dataset, trick, plain):
 def test_an_answer_that_is_stopped_is_ended_and_counted():
     """A stopped child once blocked the trainer for ever."""
     example = make_task("reasoning_gym", dataset="simple_integration").example("train", 0)
-    limited = SandboxPool("reasoning_gym", limit=1.0, extra="tasks")
+    limited = SandboxPool("reasoning_gym", limit=3.0, extra="tasks")
     item = {key: example.extra_info[key] for key in ("dataset", "settings", "seed", "size", "item")}
     question = limited.ask(item=item)["question"]
     [worker] = limited._idle

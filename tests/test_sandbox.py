@@ -66,7 +66,8 @@ TRACES = {
     "killing another process": "import os; os.kill(VICTIM, 9)",
     "stopping another process": "import os; os.kill(VICTIM, 19)",
     "a signal through a pipe's owner": "import fcntl, os, signal\nr, w = os.pipe()\n"
-    "fcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nfcntl.fcntl(r, 10, signal.SIGKILL)\nfcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')",
+    "fcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nfcntl.fcntl(r, 10, signal.SIGKILL)\n"
+    "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)\nos.write(w, b'x')",
     "tracing another process": "import ctypes; ctypes.CDLL(None).ptrace(16, VICTIM, 0, 0) == 0 and "
     "ctypes.CDLL(None).kill(VICTIM, 9)",
     "limits of another process": "import resource; resource.prlimit(VICTIM, resource.RLIMIT_CPU, (0, 0)); "
@@ -212,7 +213,7 @@ def surroundings(tmp_path, monkeypatch):
 @needs_isolation
 def test_programs_leave_no_trace(surroundings):
     for name, source in TRACES.items():
-        done = run_program(surroundings.fill_in(source))
+        done = run_program(surroundings.fill_in(source), limit=LIMIT)
         assert surroundings.traces(done.stdout) == [], (name, done)
         assert done.ended_by == "", (name, done)
 
@@ -235,7 +236,7 @@ def test_the_same_programs_leave_traces_without_a_sandbox(surroundings):
 @needs_isolation
 def test_disturbances_are_ended_and_the_next_program_runs(surroundings):
     for name, (source, end) in DISTURBANCES.items():
-        done = run_program(source, limit=0.5 if end in ("time", None) else float(LIMIT))
+        done = run_program(source, limit=0.5 if end in ("time", None) else LIMIT)
         if isinstance(end, str):
             assert done.ended_by == end, (name, done)
         elif end is not None:
@@ -579,16 +580,16 @@ def test_free_cores(tmp_path, monkeypatch, cgroup, files, ranks, cores):
 
 
 def test_a_budget_that_is_used_up_pays_for_nothing_more(taken_over):
-    budget = Budget(0.5)
-    outcomes = []
-    for _ in range(4):
-        with budget.charged() as charge:
-            taken_over.score(answer="silence", limit=0.3)
-        outcomes.append((charge.timed_out, budget.seconds > 0))
-    assert outcomes == [(True, True), (True, False), (True, False), (True, False)]
+    budget = Budget(LIMIT)
+    with budget.charged() as charge:
+        assert taken_over.score(answer="silence", limit=0.3) == 0.0 and charge.timed_out
+    assert budget.seconds <= LIMIT - 0.3
+    with budget.charged() as charge:
+        assert taken_over.score(answer="honest") == 1.0 and not charge.timed_out
+        charge.spend(LIMIT)
     before = budget.seconds
     with budget.charged() as charge:
-        assert taken_over.score(answer="honest") == 0.0 and charge.timed_out and budget.seconds == before
+        assert taken_over.score(answer="honest") == 0.0 and charge.timed_out and budget.seconds == before < 0
     assert taken_over.score(answer="honest") == 1.0  # outside of the budget
 
 
