@@ -25,6 +25,7 @@ from entcov.rl.types import Example
 pytestmark = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("reasoning_gym"), reason="reasoning-gym is an optional extra"
 )
+needs_isolation = pytest.mark.skipif(bool(isolation.missing()), reason=f"this system lacks {isolation.missing()}")
 
 
 def text(example: Example) -> str:
@@ -44,6 +45,7 @@ def test_reasoning_gym_splits_and_scores():
         assert score(example, f"<answer>0</answer> no: <answer> {example.ground_truth}\n</answer>") == 1.0
 
 
+@needs_isolation
 def test_reasoning_gym_partial_credit_is_no_success_and_its_exceptions_are_zeros():
     """countdown gives 0.01 for an answer that is merely there; prime_factorization's scorer raises on words."""
     for dataset in ("countdown", "prime_factorization"):
@@ -117,9 +119,6 @@ def test_reasoning_gym_rows_of_another_making_are_refused():
 
 
 # ---- scorers that evaluate the answer ------------------------------------------------------------------------------
-
-needs_isolation = pytest.mark.skipif(bool(isolation.missing()), reason=f"this system lacks {isolation.missing()}")
-
 
 def test_the_datasets_whose_scorers_evaluate_answers_are_known():
     """Every place in reasoning-gym where Python or sympy evaluates text: one more in a new version is noticed."""
