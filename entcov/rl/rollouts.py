@@ -144,10 +144,11 @@ def timed(seconds: dict[str, float], name: str):
 
 
 def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
-    """Rewards and lengths of everything that was drawn, before any filter."""
+    """Rewards and lengths of everything that was drawn, before any filter; how many were not scored in time."""
     groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
     return {
         **spread("critic/score", [r.reward for r in drawn]),
+        "reward/timeouts": float(sum(r.timed_out for r in drawn)),
         **spread("response_length", [len(r.tokens) for r in drawn]),
         "response_length/clip_ratio": mean(not r.finished for r in drawn),
         "prompt_length/mean": mean(len(r.prompt.tokens) for r in drawn),
