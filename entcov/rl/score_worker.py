@@ -28,6 +28,7 @@ _MEMORY_LIMIT = 4 << 30  # bytes of address space; "9**9**9" fails instead of ea
 
 
 def main(kind: str) -> None:
+    _outlive_interrupts()
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not break the protocol
     _limit_memory()
@@ -44,6 +45,14 @@ def main(kind: str) -> None:
         answer = handle(json.loads(line))
         arm(0)
         _send(reply, answer)
+
+
+def _outlive_interrupts() -> None:
+    """Ctrl-C and Slurm's SIGTERM reach children too, and the trainer still needs rewards to end its step."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def arm(seconds: float) -> None:

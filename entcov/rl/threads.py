@@ -66,5 +66,7 @@ def _once(future: Future[T], work: Callable[[], T]) -> Callable[[], None]:
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
+            if not isinstance(error, Exception):  # an interrupt is for the thread that it has struck
+                raise
 
     return run
