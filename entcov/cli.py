@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -14,13 +15,13 @@ _OVERRIDES = "keys of the recipe to change, such as actor.lr=1e-4 or control=[cl
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the process's exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 SIGTERM."""
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr)
-        return 130
+        return 128 + (stop.args or (signal.SIGINT,))[0]
     except ImportError as error:
         print(f"error: {error}\nThe trainer needs its extra: pip install 'entcov[train]'", file=sys.stderr)
         return 2
@@ -48,7 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--no-display", action="store_true", help="print nothing while running")
     train.set_defaults(command=_train)
 
-    evaluate = commands.add_parser("eval", help="held-out accuracy of a run's policy, a table by data source")
+    evaluate = commands.add_parser(
+        "eval",
+        help="held-out accuracy of a run's policy, a table by data source",
+        description="Prints held-out accuracy by data source, and keeps metrics and responses under RUN/eval. Where "
+        "they cannot be kept (a read-only folder), the output says why, and the exit code is 0 all the same.",
+    )
     evaluate.add_argument("run", help="a run directory")
     evaluate.add_argument(
         "overrides", nargs="*", metavar="key=value",
@@ -125,10 +131,13 @@ def _eval(args: argparse.Namespace) -> int:
     def progress(done: int, in_all: int) -> None:
         print(f"\r{done} of {in_all} responses", end="", file=sys.stderr, flush=True)
 
-    step, _, results = evaluate_run(config, checkpoint=args.checkpoint, progress=progress if shown else None)
+    unkept: list[OSError] = []
+    step, _, results = evaluate_run(
+        config, checkpoint=args.checkpoint, progress=progress if shown else None, on_unkept=unkept.append
+    )
     if shown:
         print(file=sys.stderr)
-    print(report(args.run, step, results, config.eval))
+    print(report(args.run, step, results, config.eval, *unkept))
     return 0
 
 

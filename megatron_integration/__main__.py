@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import warnings
@@ -29,6 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     try:
         return args.command(args)
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr, flush=True)
+        return 128 + (stop.args or (signal.SIGINT,))[0]
     except (ValueError, TypeError, OSError) as error:
         return _fail(error, 2, args.debug)
     except RuntimeError as error:
@@ -95,9 +100,10 @@ def _eval(args: argparse.Namespace) -> int:
 
     config = load_config(Path(args.run) / "config.yaml", [*args.overrides, f"run_dir={args.run}"])
     engine = MegatronEngine(config)
-    step, _, results = evaluate_run(config, checkpoint=args.checkpoint, engine=engine)
+    unkept: list[OSError] = []
+    step, _, results = evaluate_run(config, checkpoint=args.checkpoint, engine=engine, on_unkept=unkept.append)
     if engine.leads:
-        print(report(args.run, step, results, config.eval))
+        print(report(args.run, step, results, config.eval, *unkept))
     engine.close()
     return 0
 

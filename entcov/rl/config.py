@@ -16,6 +16,7 @@ from yaml import YAMLError
 from entcov.advantages import ADVANTAGES
 from entcov.controls import CONTROLS, Control, make_control
 from entcov.losses import PolicyLossConfig
+from entcov.rl.durable import replace_file
 
 _STRICT = ConfigDict(extra="forbid")
 Positive = Annotated[float, Field(gt=0)]
@@ -307,6 +308,4 @@ def _explain(error: Any) -> str:
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved recipe, loadable by `load_config`."""
     tree = dataclasses.asdict(config)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
-    temporary.replace(path)
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(tree)).encode())

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +17,6 @@ from entcov.rl.data import PromptStream
 from entcov.rl.rewards import RewardFunction
 from entcov.rl.scoring import Scorer
 from entcov.rl.types import Rollout
-
-T = TypeVar("T")
 
 
 def derived_seed(seed: int, *path: int) -> int:
@@ -120,20 +116,6 @@ class Collector:
         metrics = _described(drawn, config.group_size) | {"training/generation_batches": draw + 1}
         metrics |= {f"timing_s/{name}": value for name, value in seconds.items()}
         return Collected(kept[: config.prompts_per_step * config.group_size], position, metrics)
-
-
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """`work()` in a thread of its own, which does not keep the process alive."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="entcov-rollouts", daemon=True).start()
-    return future
 
 
 @contextmanager

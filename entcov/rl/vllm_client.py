@@ -21,6 +21,7 @@ import torch
 from transformers import AutoConfig
 
 from entcov.rl.config import VllmConfig
+from entcov.rl.threads import submit
 from entcov.rl.vllm_engine import Completion, Request, sampling_arguments
 from entcov.rl.weight_sync import ByFile, ExpectedWeights, Transport
 
@@ -73,7 +74,7 @@ class ServerEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """(number of the request, its response), each as soon as it is complete."""
         pool = ThreadPoolExecutor(min(self._at_once, max(1, len(requests))), thread_name_prefix="entcov-vllm")
-        waiting = {pool.submit(self._complete, request): number for number, request in enumerate(requests)}
+        waiting = {submit(pool, self._complete, request): number for number, request in enumerate(requests)}
         try:
             for done in as_completed(waiting):
                 yield waiting[done], done.result()

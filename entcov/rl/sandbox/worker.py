@@ -51,6 +51,9 @@ Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def main(kind: str) -> None:
+    # Ctrl-C and Slurm's SIGTERM may reach this process too, and the trainer still needs rewards to end its step.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries that print must not break the protocol
     sys.path[:] = [entry for entry in json.loads(sys.stdin.readline())["path"] if entry]

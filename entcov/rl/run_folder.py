@@ -1,0 +1,113 @@
+"""A run's folder: one process at a time runs in it, and it belongs to one recipe from its first step on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from entcov.rl.checkpoint import Checkpoint, list_steps, load_checkpoint, load_latest
+from entcov.rl.config import Config, ConfigError, load_config, save_config
+from entcov.rl.durable import clear_leftovers, locked, make_folder, replace_file
+from entcov.rl.metrics import has_rows
+from entcov.rl.types import Rollout
+
+SAMPLES = "samples"
+# Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
+_FREE_KEYS = (
+    "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
+)  # fmt: skip
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """The folder for this process alone. Leftovers of killed processes are then nobody's work, and removed.
+
+    Raises:
+        RuntimeError: another process runs in it.
+    """
+    make_folder(run_dir)
+    with locked(run_dir, wait=False) as ours:
+        if not ours:
+            raise RuntimeError(f"{run_dir} is in use by another process; two runs cannot share a directory")
+        for folder in (run_dir, run_dir / SAMPLES):
+            clear_leftovers(folder)
+        yield
+
+
+def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
+    """Makes the folder, which this process holds, this recipe's; the checkpoint to go on from.
+
+    A folder without a checkpoint and without a logged step is free: a start that failed before has done nothing.
+
+    Raises:
+        ConfigError: it is another recipe's, or `resume` is "never" and something is there.
+        CheckpointError, ValueError: there is no such checkpoint, or it is damaged. The folder is as it was.
+    """
+    checkpoints = run_dir / "checkpoints"
+    if (checkpoints.is_dir() and list_steps(checkpoints)) or has_rows(run_dir):
+        if resume == "never":
+            raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
+        _check_recipe(run_dir, config)
+    if resume in ("auto", "never"):
+        checkpoint = load_latest(checkpoints)
+    else:
+        checkpoint = load_checkpoint(resume)
+        if checkpoint.path.resolve().parent != checkpoints.resolve():
+            raise ValueError(f"resume: must be one of this run's checkpoints in {checkpoints}, got {resume}")
+    save_config(config, run_dir / "config.yaml")
+    return checkpoint
+
+
+def write_samples(path: Path, rollouts: list[Rollout], limit: int = 64) -> None:
+    """A few scored responses to read."""
+    make_folder(path.parent)
+    rows = [
+        {
+            "prompt": [m["content"] for m in r.prompt.example.prompt],
+            "response": r.text,
+            "ground_truth": r.prompt.example.ground_truth,
+            "reward": r.reward,
+            "finished": r.finished,
+        }
+        for r in rollouts[:limit]
+    ]
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def keep_evaluation(run_dir: Path, step: int, result: dict[str, Any], rollouts: list[Rollout]) -> None:
+    """Results and responses of an evaluation, under RUN/eval. Evaluations of one run may go on side by side.
+
+    Raises:
+        OSError: they cannot be written there, e.g. on a read-only disk.
+    """
+    folder = run_dir / "eval"
+    make_folder(folder)
+    with locked(folder, wait=True):
+        clear_leftovers(folder)
+        write_samples(folder / f"step_{step}.jsonl", rollouts, limit=len(rollouts))
+        replace_file(folder / f"step_{step}.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _check_recipe(run_dir: Path, config: Config) -> None:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    before, now = (_leaves(dataclasses.asdict(c)) for c in (load_config(path), config))
+    different = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)]
+    if different:
+        lines = "\n".join(f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in different)
+        raise ConfigError(
+            f"run_dir: {run_dir} holds a run of another recipe; choose another folder or restore these keys:\n{lines}"
+        )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The tree's values under dotted keys."""
+    found = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
