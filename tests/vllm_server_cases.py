@@ -61,9 +61,9 @@ def status(url: str, method: str, route: str, token: str | None = None) -> int |
     """What a request is answered, with the server's own token by default; None: it is not there."""
     try:
         bearer = client_token(url).value if token is None else token
-        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {bearer}"} if bearer else {})
         body = b"{}" if method == "POST" else None
-        request = urllib.request.Request(url + route, body, headers | {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(url + route, body, headers, method=method)
         with urllib.request.urlopen(request, timeout=10) as answer:
             return answer.status
     except urllib.error.HTTPError as error:

@@ -6,12 +6,11 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
-from entcov.rl.config import Config, ConfigError, load_config, save_config
+from entcov.rl.config import Config, ConfigError
 from entcov.rl.durable import replace_file
 from entcov.rl.engine import Parts, TorchEngine
 from entcov.rl.evaluation import SourceResult, evaluate, summarize
@@ -19,12 +18,9 @@ from entcov.rl.loop import Loop
 from entcov.rl.metrics import RunLogger
 from entcov.rl.progress import Progress
 from entcov.rl.rollouts import derived_seed
+from entcov.rl.run_folder import claim_folder
 from entcov.rl.types import Rollout
 
-# Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
-_FREE_KEYS = (
-    "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
-)  # fmt: skip
 _COMMANDS = {
     "torch": "Start it with: python -m entcov train RECIPE",
     "megatron": "Start it with: torchrun --nproc-per-node=N -m megatron_integration train RECIPE",
@@ -80,7 +76,7 @@ def train(
 def _take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
     """Makes the folder this run's; the checkpoint to go on from."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    _claim(run_dir, config, resume)
+    claim_folder(run_dir, config, new=resume == "never")
     checkpoints = run_dir / "checkpoints"
     if resume in ("auto", "never"):
         return load_latest(checkpoints)
@@ -225,32 +221,6 @@ class _Run:
         if self.engine.leads:
             _write_samples(self.run_dir / "samples" / f"step_{step}.jsonl", rollouts)
         return metrics
-
-
-def _claim(run_dir: Path, config: Config, resume: str) -> None:
-    """Makes the folder this run's, or checks that it already is."""
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        save_config(config, path)
-        return
-    if resume == "never":
-        raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
-    before, now = (_leaves(dataclasses.asdict(c)) for c in (load_config(path), config))
-    different = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)]
-    if different:
-        lines = "\n".join(f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in different)
-        raise ConfigError(
-            f"run_dir: {run_dir} holds a run of another recipe; choose another folder or restore these keys:\n{lines}"
-        )
-    save_config(config, path)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The tree's values under dotted keys."""
-    found = {}
-    for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 def _write_samples(path: Path, rollouts: list[Rollout], limit: int = 64) -> None:

@@ -3,7 +3,7 @@
     python -m entcov.rl.vllm_server RECIPE [key=value ...] [--host HOST] [--port PORT] [--transfer nccl|ipc]
 
 It is vLLM's own server, with the arguments that the recipe asks for, behind a token (entcov/rl/vllm_token.py) and a
-list of routes (entcov/rl/vllm_guard.py); it replaces this process. It listens on 127.0.0.1 unless --host says otherwise.
+list of routes (entcov/rl/vllm_guard.py); it replaces this process. It listens on 127.0.0.1 but for --host.
 """
 
 from __future__ import annotations
