@@ -195,10 +195,13 @@ def test_what_the_user_says_is_the_user_s_own(strangers, monkeypatch):
     assert config.run_dir == str(folder)
     config = load_run(folder, ["data.reward=null", "logging.wandb=null"], trusted=False)
     assert config.data.reward is None and config.logging.wandb is None
-    with pytest.raises(ConfigError, match="logging.wandb.a"):  # a key beside it, or whose name begins alike, is not it
-        load_run(folder, ["data.reward=null", "logging.wandb.b=1", "logging.wandb.aa=1"], trusted=False)
+    folder = strangers(**{"logging.wandb": {"a": 1, "ab": "${oc.env:SOME_TOKEN}"}})
+    for beside in ("logging.wandb.a=1", "logging.wandb.abc=1", "logging.wandb.b=1"):
+        with pytest.raises(ConfigError, match="logging.wandb.ab: "):
+            load_run(folder, [beside], trusted=False)
+    folder = strangers(**{"data.reward": "tests.stranger:reward"})
     with pytest.raises(ConfigError, match="data.reward"):
-        load_run(folder, ["data.overlong=filter", "logging.wandb=null"], trusted=False)
+        load_run(folder, ["data.overlong=filter"], trusted=False)
 
 
 def test_an_own_run_of_the_trainer_s_own_parts_needs_no_trust(strangers):
