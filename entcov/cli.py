@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         help="such as eval.samples=32, data.val_files=[data/aime24/test.parquet] or eval.sources.aime24.samples=32",
     )  # fmt: skip
     evaluate.add_argument("--checkpoint", help="default: the latest")
+    evaluate.add_argument(
+        "--trust-run", action="store_true",
+        help="let RUN/config.yaml import modules, read environment variables and choose a server, as overrides may",
+    )  # fmt: skip
     evaluate.set_defaults(command=_eval)
 
     compare = commands.add_parser("compare", help="matched runs of several entropy controls, a table and plots")
@@ -121,11 +125,11 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from entcov.rl.config import load_config
     from entcov.rl.evaluation import report
     from entcov.rl.run import evaluate_run
+    from entcov.rl.stored_recipe import load_run
 
-    config = load_config(Path(args.run) / "config.yaml", [*args.overrides, f"run_dir={args.run}"])
+    config = load_run(args.run, args.overrides, trusted=args.trust_run)
     shown = sys.stderr.isatty()
 
     def progress(done: int, in_all: int) -> None:

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--no-display", action="store_true", help="print nothing while running")
     train.set_defaults(command=_train)
     evaluate = commands.add_parser("eval", help="held-out accuracy of a run's policy, as `python -m entcov eval`")
-    evaluate.add_argument("run", help="a run directory")
+    evaluate.add_argument("run", help="a run directory that you trust: Megatron's checkpoints are pickles")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val_files=[...]")
     evaluate.add_argument("--checkpoint", help="default: the latest")
     evaluate.set_defaults(command=_eval)
@@ -96,9 +96,10 @@ def _train(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from entcov.rl.evaluation import report
     from entcov.rl.run import evaluate_run
+    from entcov.rl.stored_recipe import load_run
     from megatron_integration.engine import MegatronEngine
 
-    config = load_config(Path(args.run) / "config.yaml", [*args.overrides, f"run_dir={args.run}"])
+    config = load_run(args.run, args.overrides, trusted=True)
     engine = MegatronEngine(config)
     unkept: list[OSError] = []
     step, _, results = evaluate_run(config, checkpoint=args.checkpoint, engine=engine, on_unkept=unkept.append)

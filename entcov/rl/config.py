@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -211,7 +212,13 @@ _LossConfig = dataclass(PolicyLossConfig, frozen=True, config=_STRICT)
 
 @dataclass(config=_STRICT)
 class Config:
-    """A whole run. `python -m entcov train RECIPE key=value ...` overrides single keys."""
+    """A whole run. `python -m entcov train RECIPE key=value ...` overrides single keys.
+
+    interpolated: path of keys -> what the recipe says there, such as ${oc.env:HF_TOKEN}, and the value that it had. Set
+        by `load_config`. The value may be a secret, so it is what the recipe says that is stored and shown.
+    """
+
+    interpolated: ClassVar[dict[tuple[str, ...], tuple[Any, Any]]] = {}
 
     model: ModelConfig
     data: DataConfig
@@ -259,11 +266,16 @@ def _build_control(name: str, settings: dict[str, Any]) -> Control:
 
 
 def load_config(recipe: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML recipe, applies `a.b=value` overrides, and checks the whole.
+    """Reads a YAML recipe, applies `a.b=value` overrides, resolves interpolations, and checks the whole.
 
     Raises:
         ConfigError: unknown keys, wrong types, values out of range, unreadable YAML: one line for each offence.
     """
+    return resolve_config(read_recipe(recipe, overrides), str(recipe))
+
+
+def read_recipe(recipe: str | Path, overrides: list[str] | None = None) -> DictConfig:
+    """The recipe with its overrides, unchecked, nothing resolved: no environment variable has been read."""
     path = Path(recipe)
     if not path.is_file():
         raise ConfigError(f"recipe: {path} is not a file")
@@ -273,15 +285,36 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> Confi
             key, separator, _ = item.partition("=")
             if not separator or not key:
                 raise ConfigError(f"override {item!r}: must have the form key=value")
-            OmegaConf.update(tree, key, OmegaConf.select(OmegaConf.from_dotlist([item]), key), merge=True)
-        data = OmegaConf.to_container(tree, resolve=True)
+            value = OmegaConf.from_dotlist([f"value{item[len(key) :]}"])
+            OmegaConf.update(tree, key, OmegaConf.to_container(value, resolve=False)["value"], merge=True)
     except YAMLError as error:
         raise ConfigError(f"recipe {path}: not valid YAML: {error}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"recipe {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"recipe {path}: must be a mapping of keys, got {type(data).__name__}")
-    return parse_config(data, str(path))
+    if not isinstance(tree, DictConfig):
+        kind = type(OmegaConf.to_container(tree)).__name__
+        raise ConfigError(f"recipe {path}: must be a mapping of keys, got {kind}")
+    return tree
+
+
+def resolve_config(tree: DictConfig, origin: str) -> Config:
+    """The recipe with every interpolation resolved, checked. Messages show interpolations, and not their values."""
+    raw = OmegaConf.to_container(tree, resolve=False)
+    try:
+        data = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"recipe {origin}: {error}") from None
+    try:
+        config = parse_config(data, origin)
+    except ConfigError as error:
+        message = str(error)
+        for path, said in interpolations(raw):
+            for text in texts(value_at(data, path)):
+                message = message.replace(repr(text), repr(said))
+        raise ConfigError(message) from None
+    tree = dataclasses.asdict(config)
+    config.interpolated = {path: (said, value_at(tree, path)) for path, said in interpolations(raw)}
+    return config
 
 
 def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
@@ -305,7 +338,40 @@ def _explain(error: Any) -> str:
     return f"{key}: {message}, got {error['input']!r}"
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved recipe, loadable by `load_config`."""
+def interpolations(raw: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path of keys, what stands there) for each value that is interpolated, or is a list with such a value."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            yield from interpolations(value, (*above, key))
+        elif any("${" in text for text in texts(value)):
+            yield (*above, key), value
+
+
+def value_at(tree: Any, path: tuple[str, ...]) -> Any:
+    """What a plain tree holds under a path of keys; None where there is no such key."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def texts(value: Any) -> Iterator[str]:
+    """The strings that a plain value consists of, without keys and empty ones."""
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts(item)
+
+
+def as_written(config: Config) -> dict[str, Any]:
+    """The config as a plain tree with its interpolations unresolved: what may be stored and shown."""
     tree = dataclasses.asdict(config)
-    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(tree)).encode())
+    for path, (said, value) in config.interpolated.items():
+        if value_at(tree, path) == value:  # a key that the program has changed since is as the program says
+            value_at(tree, path[:-1])[path[-1]] = said
+    return tree
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the recipe with all its keys, loadable by `load_config`; interpolations stay as they are written."""
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(as_written(config))).encode())

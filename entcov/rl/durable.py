@@ -89,15 +89,19 @@ def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Give `path` the content `data` in one step: a reader, or a kill, sees the old content or the new, never a part.
+
+    Args:
+        mode: permissions of the new file, less what the umask takes; the content is never in a file with more.
 
     Raises:
         OSError: the new content could not be written; `path` is as it was.
     """
     temporary = temporary_path(path)
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        temporary.unlink(missing_ok=True)  # of a killed process with this number
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             write_all(fd, data)
             os.fsync(fd)

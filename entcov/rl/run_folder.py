@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from entcov.rl.checkpoint import Checkpoint, list_steps, load_checkpoint, load_latest
-from entcov.rl.config import Config, ConfigError, load_config, save_config
+from entcov.rl.config import Config, ConfigError
 from entcov.rl.durable import clear_leftovers, locked, make_folder, replace_file
 from entcov.rl.metrics import has_rows
+from entcov.rl.stored_recipe import check_recipe, store_recipe
 from entcov.rl.types import Rollout
 
 SAMPLES = "samples"
-# Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
-_FREE_KEYS = (
-    "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
-)  # fmt: skip
 
 
 @contextmanager
@@ -51,14 +47,14 @@ def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
     if (checkpoints.is_dir() and list_steps(checkpoints)) or has_rows(run_dir):
         if resume == "never":
             raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
-        _check_recipe(run_dir, config)
+        check_recipe(run_dir, config)
     if resume in ("auto", "never"):
         checkpoint = load_latest(checkpoints)
     else:
         checkpoint = load_checkpoint(resume)
         if checkpoint.path.resolve().parent != checkpoints.resolve():
             raise ValueError(f"resume: must be one of this run's checkpoints in {checkpoints}, got {resume}")
-    save_config(config, run_dir / "config.yaml")
+    store_recipe(run_dir, config)
     return checkpoint
 
 
@@ -90,24 +86,3 @@ def keep_evaluation(run_dir: Path, step: int, result: dict[str, Any], rollouts: 
         clear_leftovers(folder)
         write_samples(folder / f"step_{step}.jsonl", rollouts, limit=len(rollouts))
         replace_file(folder / f"step_{step}.json", (json.dumps(result, indent=1) + "\n").encode())
-
-
-def _check_recipe(run_dir: Path, config: Config) -> None:
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        return
-    before, now = (_leaves(dataclasses.asdict(c)) for c in (load_config(path), config))
-    different = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)]
-    if different:
-        lines = "\n".join(f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in different)
-        raise ConfigError(
-            f"run_dir: {run_dir} holds a run of another recipe; choose another folder or restore these keys:\n{lines}"
-        )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The tree's values under dotted keys."""
-    found = {}
-    for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
