@@ -75,9 +75,13 @@ class RecordedDisk:
             name, folder = str(path.relative_to(self.root)), path.is_dir()
             live["killed"].append((name, None if folder else path.read_bytes()))
             live["reordered"].append((name, None if folder else self._content.get(path.stat().st_ino, b"")))
-        trees = live | {"power cut": sorted(self._durable(os.stat(self.root).st_ino, ""))}
+        trees = live | {"power cut": sorted(self.after_a_power_cut().items())}
         for kind, tree in trees.items():
             self.stops[tuple(tree)] = kind, self.promised()
+
+    def after_a_power_cut(self) -> dict[str, bytes | None]:
+        """What would be on the disk if the power failed now."""
+        return dict(self._durable(os.stat(self.root).st_ino, ""))
 
     def _durable(self, folder: int, prefix: str):
         for name, (inode, is_folder) in self._entries.get(folder, {}).items():
@@ -99,7 +103,9 @@ def lay_out(tree: Tree, root: Path) -> None:
     """The tree on the real disk, with the temporary names of another process."""
     own = f".{os.getpid()}"
     for name, content in tree:
-        path = root / "/".join(part.removesuffix(own) + ".1" if part.endswith(own) else part for part in name.split("/"))
+        path = root / "/".join(
+            part.removesuffix(own) + ".1" if part.endswith(own) else part for part in name.split("/")
+        )
         if content is None:
             path.mkdir(parents=True, exist_ok=True)
         else:

@@ -15,7 +15,9 @@ import pytest
 
 from entcov.rl import checkpoint, metrics, run
 from entcov.rl.checkpoint import CheckpointError, load_latest
+from entcov.rl.durable import make_folder, replace_file
 from entcov.rl.metrics import read_metrics
+from entcov.rl.sealed import replace_sealed
 from tests.recorded_disk import RecordedDisk, changes, lay_out
 from tests.toy_run import outcome, toy_train, unfinished
 
@@ -86,6 +88,30 @@ def test_a_stop_before_any_file_operation(tmp_path, straight, quick_sync, capsys
             names = "\n".join(f"  {name}" for name, _ in tree)
             raise AssertionError(f"{kind} where checkpoint and rows {promised} were promised:\n{names}") from error
         shutil.rmtree(root)
+
+
+RETURNED = {
+    "replace_file": (lambda root: replace_file(root / "file", b"content"), "file"),
+    "make_folder": (lambda root: make_folder(root / "a" / "b" / "c"), "a/b/c"),
+    "replace_sealed": (
+        lambda root: replace_sealed(root / "sealed", {"w": lambda path: path.write_bytes(b"content")}, "a thing"),
+        "sealed/w",
+    ),
+    "RunLogger.log": (lambda root: metrics.RunLogger(root, tensorboard=False).log(1, {}), "metrics.jsonl"),
+    "save_checkpoint": (lambda root: checkpoint.save_checkpoint(root, 1, {}, {}, keep=1), "latest"),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_has_returned_survives_a_power_cut(tmp_path, name):
+    action, path = RETURNED[name]
+    with pytest.MonkeyPatch.context() as patch:
+        disk = RecordedDisk(tmp_path, lambda: None)
+        disk.start(patch)
+        action(tmp_path)
+        left = disk.after_a_power_cut()
+    disk.stop()
+    assert path in left and left[path] != b""
 
 
 def test_a_disk_that_is_full_from_any_file_operation_on(tmp_path, straight, quick_sync, capsys):
