@@ -17,13 +17,22 @@ from entcov.rl.checkpoint import Checkpoint, save_checkpoint
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.data import PromptStream
 from entcov.rl.engine import OnWarmStart, Parts, TorchEngine
+from entcov.rl.model_config import check_context
+from entcov.rl.preflight import check_recipe
 from entcov.rl.rewards import load_reward
 from entcov.rl.sampler import build_sampler
 from entcov.rl.tokenizer import load_tokenizer
 from entcov.rl.warm_start import warm_started
 from megatron_integration.actor import MegatronActor
 from megatron_integration.layout import agree, destroy_layout, make_layout, start_processes
-from megatron_integration.model import build_model, load_hf_weights, local_folder, make_bridge, save_hf
+from megatron_integration.model import (
+    build_model,
+    load_hf_weights,
+    local_folder,
+    make_bridge,
+    refuse_unsupported,
+    save_hf,
+)
 from megatron_integration.rollouts import CopySampler, Engines, SharedRollouts, engines_of
 from megatron_integration.sharded import load_sharded, save_sharded
 
@@ -49,6 +58,10 @@ class MegatronEngine(TorchEngine):
         """`make()` of rank 0 on every rank. If it fails there, the others raise PeerError."""
         return agree(self.layout, make)
 
+    def check(self, config: Config) -> None:
+        settings = self.agree(lambda: check_recipe(config))
+        refuse_unsupported(settings, config.megatron)
+
     def build(
         self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
     ) -> Parts:
@@ -65,6 +78,7 @@ class MegatronEngine(TorchEngine):
                 f"model: its vocabulary must hold the tokenizer's {len(tokenizer)} tokens, got "
                 f"{bridge.hf_config.vocab_size}"
             )
+        check_context(config, bridge.hf_config)
         model = build_model(bridge, self.layout)
         if checkpoint is None:
             load_hf_weights(bridge, model, folder, self.layout)

@@ -18,10 +18,12 @@ from torch import nn
 
 from entcov.controls import Control
 from entcov.rl.actor import TorchActor
-from entcov.rl.checkpoint import Checkpoint, save_checkpoint
+from entcov.rl.checkpoint import Checkpoint, load_plain, save_checkpoint
 from entcov.rl.config import Config
 from entcov.rl.data import PromptStream
 from entcov.rl.model import build_model, save_model
+from entcov.rl.model_config import check_context
+from entcov.rl.preflight import check_recipe, resolve_device
 from entcov.rl.rewards import RewardFunction, load_reward
 from entcov.rl.sampler import build_sampler
 from entcov.rl.warm_start import warm_started
@@ -56,12 +58,17 @@ class TorchEngine:
         """`make()` as the leader has it, on every process. Collective."""
         return make()
 
+    def check(self, config: Config) -> None:
+        """Raises for a recipe that cannot be run, before anything is written. Collective."""
+        check_recipe(config)
+
     def build(
         self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
     ) -> Parts:
         """The parts of a fresh run, warm-started, or with the weights of `checkpoint`. Collective."""
         device = resolve_device(config.device)
         model, tokenizer = policy(config, checkpoint, device)
+        check_context(config, model.config)
         stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
         controls = config.build_controls()
         if checkpoint is None and config.warm_start.steps:
@@ -77,12 +84,6 @@ class TorchEngine:
     def save(self, directory: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) -> None:
         """Stores a checkpoint, as `save_checkpoint`. Collective; `state` is the leader's."""
         save_checkpoint(directory, step, parts.writers, state, keep)
-
-
-def resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def policy(config: Config, checkpoint: Checkpoint | None, device: torch.device):
@@ -105,7 +106,7 @@ def _reference(config: Config, model: nn.Module, run_dir: Path, device: torch.de
         torch.save(reference.state_dict(), temporary)
         temporary.replace(stored)
     elif stored.exists():
-        reference.load_state_dict(torch.load(stored, map_location=device, weights_only=True))
+        reference.load_state_dict(load_plain(stored, map_location=device))
     else:
         raise RuntimeError(
             f"{stored} is missing: the reference policy of loss.kl_coef={config.loss.kl_coef} cannot be resumed"

@@ -58,6 +58,8 @@ def train(
             + _COMMANDS[config.actor.engine]
         )
     run_dir = Path(config.run_dir)
+    if not (run_dir / "config.yaml").exists():  # a run that began has been checked
+        engine.check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -79,15 +81,17 @@ def train(
 
 def _take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
     """Makes the folder this run's; the checkpoint to go on from."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints, checkpoint = run_dir / "checkpoints", None
+    if resume not in ("auto", "never"):
+        checkpoint = load_checkpoint(resume)
+        if checkpoint.path.resolve().parent != checkpoints.resolve():
+            raise ValueError(f"resume: must be one of this run's checkpoints in {checkpoints}, got {resume}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir: the folder {run_dir} cannot be made ({error.strerror})") from None
     _claim(run_dir, config, resume)
-    checkpoints = run_dir / "checkpoints"
-    if resume in ("auto", "never"):
-        return load_latest(checkpoints)
-    checkpoint = load_checkpoint(resume)
-    if checkpoint.path.resolve().parent != checkpoints.resolve():
-        raise ValueError(f"resume: must be one of this run's checkpoints in {checkpoints}, got {resume}")
-    return checkpoint
+    return load_latest(checkpoints) if checkpoint is None else checkpoint
 
 
 def _train(
@@ -135,6 +139,8 @@ def evaluate_run(
     Raises:
         FileNotFoundError: the run has no checkpoint.
     """
+    if config.eval.prompts == 0:
+        raise ConfigError("eval.prompts: must be at least 1, or null for all of data.val_files, to evaluate; got 0")
     engine = engine or TorchEngine()
     run_dir = Path(config.run_dir)
     found = engine.agree(lambda: _checkpoint(run_dir, checkpoint))

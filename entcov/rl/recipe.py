@@ -1,0 +1,91 @@
+"""A recipe's text: YAML plus `key=value` overrides, read into a plain mapping. What its keys mean: entcov/rl/config.py."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from entcov import _checks as check
+
+MOST_LEVELS = 20  # of nesting. A recipe has five; libyaml builds nested values recursively and ends the process at 100,000
+_KEY = re.compile(r"[^\s.\[\]=]+(\.[^\s.\[\]=]+)*")
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run; every line of the message names a key, the rule and the value."""
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The recipe at `path` as plain containers, with `a.b=value` overrides applied in order and `${...}` resolved.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not YAML, no mapping, nested too deep, or a malformed override.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"recipe: {path} is not a file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"recipe {path}: must be UTF-8 text, got the byte 0x{error.object[error.start]:02x} at {error.start}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: cannot be read ({error.strerror})") from None
+    where = f"recipe {path}"
+    try:
+        _check_levels(text)
+        tree = OmegaConf.load(io.StringIO(text))
+        if not isinstance(tree, DictConfig):
+            raise ConfigError(f"{where}: must be a mapping of keys, got {check.shown(OmegaConf.to_container(tree))}")
+        for item in overrides:
+            where = f"override {check.shown(item)}"
+            _override(tree, item, where)
+        where = f"recipe {path}"
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except (yaml.YAMLError, _TooDeepError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {_said(error)}") from None
+    except (OmegaConfBaseException, RecursionError, OSError) as error:
+        key = getattr(error, "full_key", None)
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{check.one_line(first)}") from None
+
+
+def _override(tree: DictConfig, item: str, where: str) -> None:
+    key, separator, value = item.partition("=")
+    if not separator or not _KEY.fullmatch(key):
+        raise ConfigError(f"{where}: must have the form key=value, with a key such as actor.lr")
+    if key.count(".") >= MOST_LEVELS:
+        raise ConfigError(f"{where}: a key has at most {MOST_LEVELS} levels, got {key.count('.') + 1}")
+    _check_levels(value)
+    OmegaConf.update(tree, key, OmegaConf.select(OmegaConf.from_dotlist([item]), key), merge=True)
+
+
+class _TooDeepError(Exception):
+    pass
+
+
+def _check_levels(text: str) -> None:
+    """Raises where values nest deeper than MOST_LEVELS. The parser's events are a flat stream, read up to that place."""
+    levels = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            levels += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            levels -= 1
+        if levels > MOST_LEVELS:
+            raise _TooDeepError(f"at most {MOST_LEVELS} levels of nesting, more at line {event.start_mark.line + 1}")
+
+
+def _said(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return check.one_line(error)
+    return f"{check.one_line(error.problem)}, line {mark.line + 1}, column {mark.column + 1}"
