@@ -57,9 +57,7 @@ def integer(name: str, value: object, low: int) -> None:
 def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ValueError(
-            f"{name} must be one of {', '.join(allowed)}; got {shown(value)}{suggestion(value, allowed)}"
-        )
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}{suggestion(value, allowed)}")
 
 
 def vector(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -28,6 +29,7 @@ Fraction = Annotated[Number, Field(ge=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
+Bytes = Annotated[int, Field(strict=True, ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 _SHOWN_OFFENDERS = 10
 
@@ -74,7 +76,9 @@ class DataConfig:
                 f"{self.task!r} and val_files {check.shown(self.val_files)}"
             )
         if self.task is None and self.settings:
-            raise ValueError(f"settings: are those of a task, got train_files and settings {check.shown(self.settings)}")
+            raise ValueError(
+                f"settings: are those of a task, got train_files and settings {check.shown(self.settings)}"
+            )
 
 
 @dataclass(config=_STRICT)
@@ -98,7 +102,7 @@ class VllmConfig:
     tensor_parallel: Count = 1  # processes that share an engine
     max_num_seqs: Count = 256  # sequences in a batch
     gpu_memory_utilization: Annotated[Positive, Field(le=1)] = 0.4  # fraction of a GPU that vLLM may fill
-    kv_cache_memory_bytes: Annotated[int, Field(strict=True, ge=1)] | None = None  # default: what is left of that; on CPU, room for max_num_seqs sequences
+    kv_cache_memory_bytes: Bytes | None = None  # default: what is left of that; on CPU, room for max_num_seqs sequences
     sleep: bool = False  # GPU: between rollouts vLLM's weights go to the CPU's memory and its cache is freed
     enforce_eager: bool = False  # GPU: no compilation and no CUDA graphs; on CPU it is always so
     engine_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of vLLM's engine
@@ -129,7 +133,9 @@ class RolloutConfig:
 
     def __post_init__(self):
         if self.filter_zero_variance and self.group_size == 1:
-            raise ValueError("filter_zero_variance: needs group_size > 1, a group of one never differs; got group_size 1")
+            raise ValueError(
+                "filter_zero_variance: needs group_size > 1, a group of one never differs; got group_size 1"
+            )
         if not self.filter_zero_variance and self.max_draws != RolloutConfig.max_draws:
             raise ValueError(
                 f"max_draws: has no effect without filter_zero_variance, got {self.max_draws} and "
@@ -373,7 +379,9 @@ def _explain(error: Any) -> str:
         return f"{key}: must be given"
     message = check.one_line(error["msg"].removeprefix("Value error, "), 300)
     if error["type"] == "value_error":  # from __post_init__: the message says the value itself
-        return f"{key}: {message}" if key and not message.startswith(key) else message
+        if not key or message.startswith(key):
+            return message
+        return f"{key}.{message}" if f"{key}.{re.split('[: ]', message)[0]}" in _keys(Config) else f"{key}: {message}"
     return f"{key}: {message}, got {check.shown(error['input'])}"
 
 

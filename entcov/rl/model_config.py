@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -70,7 +71,7 @@ def model_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
             ) from error
         if type(settings) not in AutoModelForCausalLM._model_mapping:
             raise ConfigError(
-                f"model.path: must hold a causal language model, got model_type {settings.model_type!r} in {config.path!r}"
+                f"model.path: must hold a causal language model, got a {settings.model_type} in {config.path!r}"
             )
     if len(tokenizer) > settings.get_text_config().vocab_size:
         key = "model.path" if config.path is not None else "model.config.vocab_size"
@@ -96,9 +97,9 @@ def _from_keys(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
     arguments = dict(config.config)
     kind = arguments.pop("model_type", None)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        rule = "must be given (for example qwen3)" if kind is None else "must be a causal language model of transformers"
+        rule = "given (for example qwen3)" if kind is None else "a causal language model of transformers"
         known = check.suggestion(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ConfigError(f"model.config.model_type: {rule}, got {check.shown(kind)}{known}")
+        raise ConfigError(f"model.config.model_type: must be {rule}, got {check.shown(kind)}{known}")
     _check_settled(arguments, tokenizer)
     _check_sizes(kind, arguments)
     given = dict(arguments)
@@ -120,7 +121,9 @@ def _from_keys(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> Pretr
 def _check_settled(arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
     for key, value in arguments.items():
         if key in _ELSEWHERE:
-            raise ConfigError(f"model.config.{key}: is set by {_ELSEWHERE[key]}, leave it out; got {check.shown(value)}")
+            raise ConfigError(
+                f"model.config.{key}: must be left out, {_ELSEWHERE[key]} sets it; got {check.shown(value)}"
+            )
         if key in _TOKENS and value != getattr(tokenizer, key):
             raise ConfigError(
                 f"model.config.{key}: must be the tokenizer's {getattr(tokenizer, key)}, or left out; got "
@@ -194,21 +197,21 @@ def _read(model: nn.Module) -> None:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
-def _blamed(
-    kind: str, arguments: Mapping[str, Any], given: Mapping[str, Any], attention: str, error: Exception
-) -> str:
+def _blamed(kind: str, arguments: Mapping[str, Any], given: Mapping[str, Any], attention: str, error: Exception) -> str:
     """The message about `error`: it names the first key of the recipe without which there would be none."""
     if attention != "eager" and _failure(kind, arguments, "eager") is None:
         return f"model.attn_implementation: a {kind} model cannot have it ({_said(error)}), got {attention!r}"
     for key, value in given.items():
         others = {name: other for name, other in arguments.items() if name != key}
         if _failure(kind, others, attention) is None:
-            return f"model.config.{key}: no {kind} model can be built with it ({_said(error)}), got {check.shown(value)}"
+            return f"model.config.{key}: no {kind} model can have it ({_said(error)}), got {check.shown(value)}"
     return f"model.config: no {kind} model can be built of it ({_said(error)})"
 
 
 def _said(error: Exception) -> str:
     """The library's own words, shortened."""
+    while isinstance(error, StrictDataclassError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     name = "" if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: "
     return check.one_line(f"{name}{error}", 200)
 

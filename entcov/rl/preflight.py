@@ -15,6 +15,7 @@ from entcov.controls import clamp_arguments
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.data import PromptStream
 from entcov.rl.model_config import check_context, model_settings, model_tokenizer
+from entcov.rl.recipe import naming
 from entcov.rl.rewards import load_reward
 from entcov.rl.types import Example
 from entcov.rl.warm_start import check_solved
@@ -32,7 +33,8 @@ def check_recipe(config: Config) -> PretrainedConfig:
     clamp_arguments(config.build_controls())
     if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError("logging.wandb: wandb is not installed (pip install wandb), got settings for it")
-    load_reward(config.data.reward)
+    with naming("data.reward"):
+        load_reward(config.data.reward)
     tokenizer = model_tokenizer(config.model)
     settings = model_settings(config.model, tokenizer)
     check_context(config, settings)

@@ -1,10 +1,11 @@
-"""A recipe's text: YAML plus `key=value` overrides, read into a plain mapping. What its keys mean: entcov/rl/config.py."""
+"""A recipe's text: YAML plus `key=value` overrides, read into a plain mapping. entcov/rl/config.py has the keys."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from entcov import _checks as check
 
-MOST_LEVELS = 20  # of nesting. A recipe has five; libyaml builds nested values recursively and ends the process at 100,000
+MOST_LEVELS = 20  # of nesting. A recipe has five; libyaml calls itself for each, and 100,000 would end the process
 _KEY = re.compile(r"[^\s.\[\]=]+(\.[^\s.\[\]=]+)*")
 
 
 class ConfigError(ValueError):
     """A recipe that cannot be run; every line of the message names a key, the rule and the value."""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Errors about what `key` of the recipe names begin with the key."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -73,7 +83,7 @@ class _TooDeepError(Exception):
 
 
 def _check_levels(text: str) -> None:
-    """Raises where values nest deeper than MOST_LEVELS. The parser's events are a flat stream, read up to that place."""
+    """Raises where values nest deeper than MOST_LEVELS. The events are a flat stream, read up to that place."""
     levels = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
