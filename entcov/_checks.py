@@ -19,7 +19,10 @@ def one_line(text: object, most: int = 160) -> str:
 
 def shown(value: object) -> str:
     """`repr(value)` for a message, cut to 80 characters."""
-    return one_line(repr(value), 80)
+    try:
+        return one_line(repr(value), 80)
+    except ValueError:  # Python does not spell integers of more than some thousand digits
+        return "a number of thousands of digits"
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:

@@ -21,7 +21,10 @@ _DESCRIPTION = (
     "Reinforcement learning of language models with control of the policy's entropy: train from a recipe, evaluate, "
     "compare controls in matched runs, plot, prepare data, plan a large run, check the ops on this machine."
 )
-_EPILOG = "A recipe is a YAML file, such as examples/tiny_cpu.yaml, and key=value changes it. %(prog)s COMMAND --help has more."
+_EPILOG = (
+    "A recipe is a YAML file, such as examples/tiny_cpu.yaml, and key=value changes it. "
+    "%(prog)s COMMAND --help has more."
+)
 _OVERRIDES = "keys of the recipe to change, such as actor.lr=1e-4 or control=[clip_cov]"
 # What a comparison decides itself, and which option says it.
 _SET_BY_COMPARE = {
@@ -197,6 +200,8 @@ def _compare(args: argparse.Namespace) -> int:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds: must be integers parted by commas, got {check.shown(args.seeds)}") from None
+    if min(seeds) < 0:
+        raise ValueError(f"--seeds: must be at least 0, got {min(seeds)}")
     labels = args.controls.split(",")
     for option, values in (("--controls", labels), ("--seeds", seeds)):
         if len(set(values)) < len(values):

@@ -163,12 +163,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path` (a `step_N` directory), checked against its manifest.
 
     Raises:
-        CheckpointError: it is missing or damaged; the message names the file.
+        ValueError, FileNotFoundError: `path` cannot be a checkpoint, or is missing.
+        CheckpointError: it is damaged; the message names the file.
     """
     path = Path(path)
     match = _STEP.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"a checkpoint's directory is named step_N, got {path}")
+        raise ValueError(f"a checkpoint's directory is named step_N, got {path}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} is missing")
     if problem := _verify(path, int(match[1])):
         raise CheckpointError(problem)
     return Checkpoint(path, int(match[1]))

@@ -96,7 +96,7 @@ def check_context(config: Config, settings: PretrainedConfig) -> None:
 def _from_keys(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     arguments = dict(config.config)
     kind = arguments.pop("model_type", None)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         rule = "given (for example qwen3)" if kind is None else "a causal language model of transformers"
         known = check.suggestion(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise ConfigError(f"model.config.model_type: must be {rule}, got {check.shown(kind)}{known}")

@@ -62,7 +62,9 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except (yaml.YAMLError, _TooDeepError) as error:
         raise ConfigError(f"{where}: not valid YAML: {_said(error)}") from None
-    except (OmegaConfBaseException, RecursionError, OSError) as error:
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
         key = getattr(error, "full_key", None)
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{check.one_line(first)}") from None
