@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 from numbers import Real
 
 import torch
 from torch import Tensor
+
+
+def one_line(text: object, most: int = 160) -> str:
+    """`text` for a message: white space becomes single blanks, and what is longer than `most` characters is cut."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def shown(value: object) -> str:
+    """`repr(value)` for a message, cut to 80 characters."""
+    try:
+        return one_line(repr(value), 80)
+    except ValueError:  # Python does not spell integers of more than some thousand digits
+        return "a number of thousands of digits"
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: "; did you mean X?" where one of `known` is close to it, else ""."""
+    close = difflib.get_close_matches(str(name), [str(one) for one in known], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def number(name: str, value: object, low: float = -math.inf, high: float = math.inf, hint: str = "") -> None:
@@ -39,7 +60,7 @@ def integer(name: str, value: object, low: int) -> None:
 def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {shown(value)}{suggestion(value, allowed)}")
 
 
 def vector(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:

@@ -1,43 +1,91 @@
 """`python -m entcov train | eval | compare | plot | data | plan | check`.
 
-Parsing and printing; the work is done elsewhere.
+Parsing and printing, and how failures are told. The work is done elsewhere, and imported when a command needs it.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+from entcov import _checks as check
+
+_DESCRIPTION = (
+    "Reinforcement learning of language models with control of the policy's entropy: train from a recipe, evaluate, "
+    "compare controls in matched runs, plot, prepare data, plan a large run, check the ops on this machine."
+)
+_EPILOG = (
+    "A recipe is a YAML file, such as examples/tiny_cpu.yaml, and key=value changes it. "
+    "%(prog)s COMMAND --help has more."
+)
 _OVERRIDES = "keys of the recipe to change, such as actor.lr=1e-4 or control=[clip_cov]"
+# What a comparison decides itself, and which option says it.
+_SET_BY_COMPARE = {
+    "control": "--controls", "seed": "--seeds", "threads": "--jobs", "run_dir": "--out",
+    "warm_start.cache_dir": "--out",
+}  # fmt: skip
+_BAD_INPUT = (ValueError, TypeError, OSError, UnpicklingError)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 SIGTERM."""
-    args = _parser().parse_args(argv)
+    args = parse(_parser(), argv)
     try:
         return args.command(args)
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr)
         return 128 + (stop.args or (signal.SIGINT,))[0]
-    except ImportError as error:
-        print(f"error: {error}\nThe trainer needs its extra: pip install 'entcov[train]'", file=sys.stderr)
-        return 2
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
+    except (*_BAD_INPUT, ImportError, RuntimeError) as error:
         if args.debug:
             raise
-        print(f"error: {error}\n(--debug shows where)", file=sys.stderr)
-        return 1
+        text, code = explain(error)
+        print(text, file=sys.stderr)
+        return code
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line. argparse alone takes overrides on one side of the options, here they stand anywhere."""
+    args, rest = parser.parse_known_args(argv)
+    if any(item.startswith("-") for item in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {check.one_line(' '.join(rest))}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """What a user is told of a failure, and the process's exit code."""
+    if isinstance(error, ModuleNotFoundError) and error.name in _extra("train"):
+        return f"error: {error}. The trainer needs its extra: pip install 'entcov[train]'", 2
+    if isinstance(error, UnpicklingError):
+        return f"error: a file holds more than tensors and plain values and is not loaded: {check.one_line(error)}", 2
+    if isinstance(error, (*_BAD_INPUT, ImportError)):
+        return f"error: {error}", 2
+    return f"error: {error}\n(--debug shows where)", 1
+
+
+def _extra(name: str) -> set[str]:
+    """Modules that the packages of an extra bring."""
+    wanted = {r.partition(";")[0].strip() for r in metadata.requires("entcov") or () if f'extra == "{name}"' in r}
+    return {re.split(r"[^\w-]", one)[0].replace("-", "_") for one in wanted} | {"yaml"}
+
+
+def add_debug(parser: argparse.ArgumentParser, **options: Any) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure", **options)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m entcov", description=__doc__)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    prog = "python -m entcov" if Path(sys.argv[0]).name == "__main__.py" else "entcov"
+    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION, epilog=_EPILOG)
+    add_debug(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a recipe, or go on with it where it stopped")
@@ -105,8 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--mean-response", type=int, metavar="TOKENS", help="default: half of the limit")
     plan.set_defaults(command=_plan)
 
-    check = commands.add_parser("check", help="every op against its float64 oracle, on this machine")
-    check.set_defaults(command=_check)
+    ops = commands.add_parser("check", help="every op against its float64 oracle, on this machine")
+    ops.set_defaults(command=_check)
+    for command in commands.choices.values():
+        add_debug(command, default=argparse.SUPPRESS)
     return parser
 
 
@@ -148,17 +198,41 @@ def _eval(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from entcov.compare import compare
     from entcov.rl.config import load_config
+    from entcov.rl.preflight import check_recipe
 
     out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: must be a folder, got the file {out}")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs: must be at least 1, got {args.jobs}")
+    for item in args.overrides:
+        key = item.partition("=")[0]
+        if key in _SET_BY_COMPARE:
+            raise ValueError(f"{check.shown(item)}: compare sets {key} itself, see {_SET_BY_COMPARE[key]}")
     try:
         seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
-        raise ValueError(f"--seeds: must be integers parted by commas, got {args.seeds!r}") from None
+        raise ValueError(f"--seeds: must be integers parted by commas, got {check.shown(args.seeds)}") from None
+    if min(seeds) < 0:
+        raise ValueError(f"--seeds: must be at least 0, got {min(seeds)}")
+    labels = args.controls.split(",")
+    for option, values in (("--controls", labels), ("--seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{option}: must not repeat an entry, got {check.shown(values)}")
     arms = {}  # label -> overrides
-    for label in args.controls.split(","):
+    for label in labels:
         name, *knobs = label.split(":")
+        if not re.fullmatch(r"\w+", name) or not all(re.fullmatch(r"\w+=[^/]+", knob) for knob in knobs):
+            raise ValueError(
+                "--controls: must be names parted by commas, each with :knob=value as needed, got "
+                f"{check.shown(args.controls)}"
+            )
         arms[label] = [f"control=[{name}]", *(f"controls.{name}.{knob}" for knob in knobs)]
     configs = {label: load_config(args.recipe, [*args.overrides, *arms[label]]) for label in arms}
+    first = next(iter(configs.values()))
+    if first.actor.engine != "torch":
+        raise ValueError(f"actor.engine: must be torch for compare, got {first.actor.engine}")
+    check_recipe(first)  # the model and the data are the same for all
 
     twins = {}
     for label, config in configs.items():
@@ -179,13 +253,17 @@ def _compare(args: argparse.Namespace) -> int:
 
     return compare(
         arguments, controls=list(arms), seeds=seeds, out_dir=out, jobs=args.jobs, twins=twins,
-        total_steps=next(iter(configs.values())).steps, command="python -m entcov " + shlex.join(sys.argv[1:]),
+        total_steps=first.steps, command="python -m entcov " + shlex.join(sys.argv[1:]),
     )  # fmt: skip
 
 
 def _plot(args: argparse.Namespace) -> int:
-    runs = {Path(run).name: run for run in args.runs}
-    out = args.out or (Path(args.runs[0]) / "plots" if len(args.runs) == 1 else "plots")
+    paths = list(dict.fromkeys(args.runs))
+    names = [Path(run).resolve().name for run in paths]
+    runs = {run if names.count(name) > 1 else name: run for name, run in zip(names, paths, strict=True)}
+    out = args.out or (Path(paths[0]) / "plots" if len(paths) == 1 else "plots")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"--out: must be a folder, got the file {out}")
     for path in _plot_runs(runs, Path(out)):
         print(path)
     return 0

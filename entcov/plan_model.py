@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entcov import _checks as check
+
 _KNOWN_TYPES = ("qwen2", "qwen3", "llama")
 
 
@@ -159,7 +161,8 @@ def shape_of(path: str | None, config: dict[str, Any] | None) -> ModelShape:
         return ModelShape.from_config(json.loads(file.read_text()), path)
     if path in PUBLISHED:
         return ModelShape.from_config(PUBLISHED[path], path)
+    near, known = check.suggestion(path, PUBLISHED), ", ".join(name.partition("/")[2] for name in PUBLISHED)
     raise ValueError(
-        f"model.path: must be a folder with a config.json or one of {', '.join(PUBLISHED)}, got {path!r}; for another "
-        "model give its shape: model.path=null model.tokenizer=NAME model.config.model_type=llama model.config...."
+        f"model.path: must be a folder with a config.json or a published model, got {path!r}{near}; for another give "
+        f"model.path=null model.tokenizer=NAME model.config.model_type=llama model.config.... Known: {known}"
     )

@@ -12,13 +12,19 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from entcov.cli import add_debug, explain, parse
 from entcov.rl.config import ConfigError, load_config
 
+_DESCRIPTION = (
+    "Trains and evaluates on Megatron-Core, in as many processes as torchrun starts: a model divided by "
+    "megatron.tensor_parallel, megatron.pipeline_parallel and megatron.context_parallel of the recipe."
+)
 # How long a rank that has lost another waits for torchrun to end it, so that the report names the one that died.
 _SECONDS_TO_BE_ENDED = 60
 
@@ -26,7 +32,7 @@ _SECONDS_TO_BE_ENDED = 60
 @record
 def main(argv: list[str] | None = None) -> int:
     """Runs one command on every rank; returns the process's exit code as `entcov.cli.main` does."""
-    args = _parser().parse_args(argv)
+    args = parse(_parser(), argv)
     _quiet()
     try:
         return args.command(args)
@@ -34,10 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr, flush=True)
         return 128 + (stop.args or (signal.SIGINT,))[0]
-    except (ValueError, TypeError, OSError) as error:
-        return _fail(error, 2, args.debug)
-    except RuntimeError as error:
-        return _fail(error, 1, args.debug)
+    except (ValueError, TypeError, OSError, ImportError, UnpicklingError, RuntimeError) as error:
+        return _fail(error, args.debug)
 
 
 def _quiet() -> None:
@@ -53,8 +57,8 @@ def _quiet() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="torchrun ... -m megatron_integration", description=__doc__)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser = argparse.ArgumentParser(prog="torchrun ... -m megatron_integration", description=_DESCRIPTION)
+    add_debug(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="run a recipe, or go on with it where it stopped")
     train.add_argument("recipe")
@@ -69,14 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val_files=[...]")
     evaluate.add_argument("--checkpoint", help="default: the latest")
     evaluate.set_defaults(command=_eval)
+    for command in commands.choices.values():
+        add_debug(command, default=argparse.SUPPRESS)
     return parser
 
 
 def _train(args: argparse.Namespace) -> int:
+    from entcov.rl.preflight import resolve_device
     from entcov.rl.run import train
     from megatron_integration.engine import MegatronEngine
 
     config = load_config(args.recipe, ["actor.engine=megatron", *args.overrides])
+    resolve_device(config.device)
     engine = MegatronEngine(config)
     metrics = train(config, resume=args.resume, display=False if args.no_display else "auto", engine=engine)
     if engine.leads:
@@ -95,11 +103,13 @@ def _train(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from entcov.rl.evaluation import report
+    from entcov.rl.preflight import resolve_device
     from entcov.rl.run import evaluate_run
     from entcov.rl.stored_recipe import load_run
     from megatron_integration.engine import MegatronEngine
 
     config = load_run(args.run, args.overrides, trusted=True)
+    resolve_device(config.device)
     engine = MegatronEngine(config)
     unkept: list[OSError] = []
     step, _, results = evaluate_run(config, checkpoint=args.checkpoint, engine=engine, on_unkept=unkept.append)
@@ -109,12 +119,13 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fail(error: Exception, code: int, debug: bool) -> int:
+def _fail(error: Exception, debug: bool) -> int:
     """Says what failed, once: on the rank where it did."""
     from megatron_integration.layout import PeerError
 
     if debug:
         raise error
+    text, code = explain(error)
     everyones = isinstance(error, ConfigError) or not dist.is_initialized()
     if everyones and os.environ.get("LOCAL_RANK", "0") != "0":
         return code  # the recipe's fault, on every rank alike: the first process of each node says so
@@ -128,7 +139,7 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
         )
         time.sleep(_SECONDS_TO_BE_ENDED)
     elif not isinstance(error, PeerError):
-        print(f"error: rank {rank}: {error}\n(--debug shows where)", file=sys.stderr, flush=True)
+        print(text.replace("error: ", f"error: rank {rank}: ", 1), file=sys.stderr, flush=True)
     return code
 
 

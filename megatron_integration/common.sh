@@ -60,7 +60,7 @@ use_model() {
         SMOKE_ARGS=(
             model.path=null "model.tokenizer=${MODEL_PATH:-$MODEL}"
             "${MODEL_SHAPE_ARGS[@]}" "model.config.num_hidden_layers=$SMOKE_LAYERS"
-            steps=2 run_dir=runs/smoke rollout.prompts_per_step=32 rollout.filter_zero_variance=false
+            steps=2 run_dir=runs/smoke rollout.prompts_per_step=32 rollout.filter_zero_variance=false rollout.max_draws=3
             rollout.max_response_length=256 eval.prompts=0
         )
     fi

@@ -16,6 +16,8 @@ from entcov.rl.checkpoint import Checkpoint, save_checkpoint
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.data import PromptStream
 from entcov.rl.engine import REFERENCE, OnWarmStart, Parts, TorchEngine
+from entcov.rl.model_config import check_context
+from entcov.rl.preflight import check_recipe
 from entcov.rl.rewards import load_reward
 from entcov.rl.sampler import build_sampler
 from entcov.rl.sealed import CheckpointError, damage, replace_sealed
@@ -23,7 +25,14 @@ from entcov.rl.tokenizer import load_tokenizer
 from entcov.rl.warm_start import warm_started
 from megatron_integration.actor import MegatronActor
 from megatron_integration.layout import agree, destroy_layout, make_layout, start_processes
-from megatron_integration.model import build_model, load_hf_weights, local_folder, make_bridge, save_hf
+from megatron_integration.model import (
+    build_model,
+    load_hf_weights,
+    local_folder,
+    make_bridge,
+    refuse_unsupported,
+    save_hf,
+)
 from megatron_integration.rollouts import CopySampler, Engines, SharedRollouts, engines_of
 from megatron_integration.sharded import load_sharded, save_sharded
 
@@ -53,6 +62,9 @@ class MegatronEngine(TorchEngine):
         everyones = torch.tensor(value)
         dist.all_reduce(everyones, op=dist.ReduceOp.MAX, group=self.layout.control)
         return int(everyones)
+    def check(self, config: Config) -> None:
+        settings = self.agree(lambda: check_recipe(config))
+        refuse_unsupported(settings, config.megatron)
 
     def build(
         self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
@@ -73,6 +85,7 @@ class MegatronEngine(TorchEngine):
                 f"model: its vocabulary must hold the tokenizer's {len(tokenizer)} tokens, got "
                 f"{bridge.hf_config.vocab_size}"
             )
+        check_context(config, bridge.hf_config)
         model = build_model(bridge, self.layout)
         if checkpoint is None:
             load_hf_weights(bridge, model, folder, self.layout)

@@ -54,7 +54,7 @@ def make_bridge(folder: str, config: MegatronConfig, layout: Layout, *, dtype: t
         ConfigError: an architecture, or a variant of one, that Megatron-Core would compute differently.
     """
     hf_config = AutoConfig.from_pretrained(folder)
-    _refuse_unsupported(hf_config, config)
+    refuse_unsupported(hf_config, config)
     on_gpu = layout.device.type == "cuda"
     local = not on_gpu or config.transformer_impl == "local"
     base = BRIDGES[hf_config.model_type]
@@ -233,7 +233,8 @@ def _rope(hf_config: PretrainedConfig) -> dict[str, Any]:
 _LLAMA3_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
-def _refuse_unsupported(hf_config: PretrainedConfig, config: MegatronConfig) -> None:
+def refuse_unsupported(hf_config: PretrainedConfig, config: MegatronConfig) -> None:
+    """Raises ConfigError for what Megatron-Core would compute differently, or cannot divide so."""
     kind = hf_config.model_type
     if kind not in BRIDGES:
         raise ConfigError(f"model: its model_type must be one of {', '.join(BRIDGES)} for megatron, got {kind}")

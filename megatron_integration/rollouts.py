@@ -163,7 +163,8 @@ def _unpack(packed: dict[str, Any], prompts: Sequence[Prompt]) -> list[Rollout]:
     out, start = [], 0
     tokens, logprob = packed["tokens"].tolist(), packed["logprob"].tolist()
     for i, (prompt, length) in enumerate(zip(prompts, packed["length"], strict=True)):
-        own = {name: packed[name][i] for name in ("sample", "finished", "weight_version", "text", "reward", "timed_out")}
+        names = ("sample", "finished", "weight_version", "text", "reward", "timed_out")
+        own = {name: packed[name][i] for name in names}
         end = start + length
         out.append(Rollout(prompt, tokens=tokens[start:end], logprob=logprob[start:end], **own))
         start = end

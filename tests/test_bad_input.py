@@ -6,22 +6,36 @@ One line each, from the op to the run's folder; the details are tested beside ea
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from entcov import Tokens, logit_covariance, policy_loss, token_stats
+from entcov.cli import main
 from entcov.controls import make_control, select
 from entcov.covariance import token_covariance
 from entcov.losses import PolicyLossConfig
 from entcov.rl.checkpoint import CheckpointError, load_latest, save_checkpoint
+from entcov.rl.config import parse_config
 from entcov.rl.data import load_rows
 from entcov.rl.metrics import RunLogger, read_metrics
+from entcov.rl.run import train
+from tests.bad_recipes import CHANGES, COMMANDS, DATA, RECIPES
 from tests.thread_ranks import ThreadRanks
+from tests.tiny_run import recipe
 
 REWARD = {"style": "exact", "ground_truth": "1"}
+BIG = str(Path(__file__).parents[1] / "examples" / "qwen2.5_32b_dapo_math.yaml")
+PATHS = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 LOGITS, TARGET = torch.linspace(-3, 3, 24).view(3, 8), torch.tensor([1, 2, 3])
 
 
@@ -221,3 +235,163 @@ def test_full_disk(tmp_path, monkeypatch):
                 logger.log(2, {"x": 2.0})
         logger.log(3, {"x": 3.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Folder with what the command lines of COMMANDS name."""
+    base = tmp_path_factory.mktemp("bad")
+    run = base / "finished"
+    tiny = recipe(run, steps=0, **{"warm_start.steps": 1, "eval.prompts": 1, "eval.samples": 1})
+    train(parse_config(tiny), display=False)
+    (base / "recipe.yaml").write_text(yaml.safe_dump(recipe(base / "run")))
+    (base / "file.txt").write_text("no recipe")
+    (base / "folder").mkdir()
+    return base
+
+
+def refused(arguments: list[str], words: tuple[str, ...], capsys) -> str:
+    """Runs a command line that must end with code 2 and a short message; what it says on stderr."""
+    try:
+        code = main(arguments)
+    except SystemExit as exit:  # argparse's
+        code = exit.code
+    said = capsys.readouterr()
+    assert code == 2, said.err
+    assert said.out == "" and "Traceback" not in said.err
+    lines = said.err.strip().splitlines()
+    if lines[0].startswith("usage"):
+        lines = lines[-1:]
+    assert len(lines) == 1 or len(said.err) < 1000 and len(lines) <= 12, said.err
+    assert len(lines) > 1 or len(lines[0]) < 400, said.err
+    for word in words:
+        assert word in said.err
+    return said.err
+
+
+def tree(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change[:60])
+def test_a_bad_change_of_the_recipe(place, capsys, change):
+    shutil.rmtree(place / "run", ignore_errors=True)  # of a change that was not refused
+    before = tree(place)
+    said = refused(["train", str(place / "recipe.yaml"), *change.split(" ")], CHANGES[change], capsys)
+    key = change.split(" ")[-1].partition("=")[0].rpartition(".")[2]
+    assert key[:60] in said
+    assert tree(place) == before
+
+
+def test_the_space_in_an_override_is_no_separator(place, capsys):
+    refused(["train", str(place / "recipe.yaml"), "actor lr=1"], ("key=value",), capsys)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_bad_recipe_file(tmp_path, capsys, name):
+    content, words = RECIPES[name]
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    refused(["train", str(tmp_path / "recipe.yaml")], ("recipe.yaml", *words), capsys)
+    assert list(tree(tmp_path)) == ["recipe.yaml"]
+
+
+def test_a_recipe_that_may_not_be_read(place, capsys, monkeypatch):
+    def refuse(self, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    words = ("recipe.yaml: cannot be read", "Permission denied")
+    refused(["train", str(place / "recipe.yaml")], words, capsys)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_bad_data_file(tmp_path, capsys, name):
+    file, content, words = DATA[name]
+    path = tmp_path / file
+    if content is not None:
+        path.write_bytes(content)
+    files = {"train_files": [str(path)], "val_files": [str(path)], "max_prompt_length": 16}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tmp_path / "run", data=files)))
+    refused(["train", str(tmp_path / "recipe.yaml")], words, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_bad_command_line(place, capsys, monkeypatch, line):
+    monkeypatch.chdir(place)
+    names = {"recipe": "recipe.yaml", "run": "finished", "file": "file.txt", "folder": "folder", "big": BIG}
+    before = tree(place)
+    refused(shlex.split(line.format(**names)), COMMANDS[line], capsys)
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize("damage", ["no config.json", "no JSON", "no weights", "a cut file", "a stub", "another kind"])
+def test_a_bad_model_folder(place, tmp_path, capsys, damage):
+    model = tmp_path / "model"
+    shutil.copytree(place / "finished" / "checkpoints" / "step_0" / "model", model)
+    weights = model / "model.safetensors"
+    if damage == "no config.json":
+        (model / "config.json").unlink()
+    elif damage == "no JSON":
+        (model / "config.json").write_text("{")
+    elif damage == "another kind":
+        (model / "config.json").write_text('{"model_type": "clip"}')
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "a cut file":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    else:
+        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    changed = recipe(tmp_path / "run", model={"path": str(model), "tokenizer": "char"})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(changed))
+    refused(["train", str(tmp_path / "recipe.yaml")], ("model.path", str(model)), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_torch_refuses_to_unpickle(place, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(place / "finished", run)
+    step = run / "checkpoints" / "step_0"
+    torch.save({"loss": Path("x")}, step / "state.pt")
+    manifest = json.loads((step / "manifest.json").read_text())
+    content = (step / "state.pt").read_bytes()
+    manifest["files"]["state.pt"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(yaml.safe_load((run / "config.yaml").read_text())))
+    words = ("state.pt", "cannot be loaded safely")
+    refused(["train", str(tmp_path / "recipe.yaml"), f"run_dir={run}", "steps=1", "--no-display"], words, capsys)
+
+
+def test_a_run_folder_that_is_a_file(place, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    arguments = ["train", str(place / "recipe.yaml"), f"run_dir={tmp_path / 'run'}"]
+    refused(arguments, ("run_dir", "cannot be made", str(tmp_path / "run")), capsys)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_gpu_that_is_not_there(place, capsys):
+    refused(
+        ["train", str(place / "recipe.yaml"), "device=cuda"], ("device: torch finds 0 devices of type cuda",), capsys
+    )
+
+
+def test_yaml_that_nests_too_deep_ends_in_a_message(tmp_path):
+    """It ended in a segmentation fault, so in a process of its own."""
+    texts = "a: " + "[" * 100_000, "{a: " * 100_000, "\n".join(" " * level + "a:" for level in range(2000))
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.yaml").write_text(text)
+    program = "from entcov.cli import main; print([main(['train', f'{number}.yaml']) for number in range(3)])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=PATHS)
+    assert done.stdout == "[2, 2, 2]\n" and done.stderr.count("at most 20 levels") == 3 and len(done.stderr) < 400
+
+
+def test_runs_of_one_name_are_all_plotted(tmp_path, capsys):
+    for parent in ("a", "b"):
+        with RunLogger(tmp_path / parent / "run", tensorboard=False) as logger:
+            logger.log(1, {"actor/entropy": 1.0})
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("entcov.plots.plot_runs", lambda runs, out: seen.update(runs) or [])
+        assert main(["plot", str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), "--out", str(tmp_path)]) == 0
+    assert list(seen) == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]

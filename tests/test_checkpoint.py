@@ -256,7 +256,7 @@ def test_missing_directory_pointer_and_version(tmp_path):
     (tmp_path / "latest").write_text("../elsewhere\n")
     with pytest.raises(CheckpointError, match=r"latest is damaged: it must name a checkpoint .* got '\.\./elsewhere'"):
         load_latest(tmp_path)
-    with pytest.raises(CheckpointError, match="is named step_N, got"):
+    with pytest.raises(ValueError, match="is named step_N, got"):
         load_checkpoint(tmp_path)
     manifest = tmp_path / "step_10" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))

@@ -29,7 +29,7 @@ def recipe_file(tmp_path):
         ("rollout.temperature", 0.0, "rollout.temperature: .*greater than 0"),
         ("steps", 1.5, "steps: .*integer.*got 1.5"),
         ("advantage", "gae", "advantage: must be one of grpo.*got 'gae'"),
-        ("control", ["clip_cow"], "control: must be among none, .*clip_cov.*got 'clip_cow'"),
+        ("control", ["clip_cow"], "control: must be one of none, .*clip_cov.*got 'clip_cow'"),
         ("controls.kl_cov", {"kl_cov_ratio": 20}, "controls.kl_cov: kl_cov_ratio .*20.*fraction, not a percent"),
         ("controls.kl_cov", {"kl_coef": 1}, "controls.kl_cov: .*no knob 'kl_coef'"),
         ("controls.aent", {"clamp_p": 33}, "controls.aent: clamp_p .*33"),

@@ -170,11 +170,11 @@ def test_layouts_that_cannot_be(settings, message):
 def test_models_that_megatron_would_compute_differently(changes, message):
     from transformers import AutoConfig
 
-    from megatron_integration.model import _refuse_unsupported
+    from megatron_integration.model import refuse_unsupported
 
     config = AutoConfig.for_model(**({"vocab_size": 53} | SHAPE | MODELS["llama"] | changes))
     with pytest.raises(ConfigError, match=message):
-        _refuse_unsupported(config, MegatronConfig(tensor_parallel=2, pipeline_parallel=2))
+        refuse_unsupported(config, MegatronConfig(tensor_parallel=2, pipeline_parallel=2))
 
 
 def test_a_hub_name_is_downloaded_with_its_weights_and_a_folder_is_not(tmp_path, monkeypatch):

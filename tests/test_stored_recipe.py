@@ -14,7 +14,7 @@ import yaml
 from entcov.cli import main
 from entcov.rl.config import ConfigError, load_config, save_config
 from entcov.rl.run import train
-from entcov.rl.stored_recipe import check_recipe, load_run, store_recipe
+from entcov.rl.stored_recipe import check_same_recipe, load_run, store_recipe
 from tests.tiny_run import recipe
 
 SECRET = "s3cret-of-the-user-0123456789"
@@ -22,7 +22,7 @@ SECRET = "s3cret-of-the-user-0123456789"
 
 def go_on(run, config):
     """What a start does with the folder's recipe."""
-    check_recipe(run, config)
+    check_same_recipe(run, config)
     store_recipe(run, config)
 
 

@@ -35,7 +35,10 @@ def make_control(name: str, **knobs: Any) -> Control:
     known = {field.name for field in fields(CONTROLS[name])}
     for knob in knobs:
         if knob not in known:
-            raise ValueError(f"control {name} has no knob {knob!r}; it has {', '.join(sorted(known)) or 'none'}")
+            raise ValueError(
+                f"control {name} has no knob {knob!r}; it has {', '.join(sorted(known)) or 'none'}"
+                + check.suggestion(knob, known)
+            )
     return CONTROLS[name](**knobs)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 import shutil
 from collections import OrderedDict
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from entcov import _checks as check
 from entcov.rl.durable import fsync_path, locked, make_folder, replace_file
 from entcov.rl.sealed import MANIFEST, CheckpointError, damage, write_sealed
 
@@ -46,7 +48,7 @@ class Checkpoint:
     @cached_property
     def state(self) -> dict[str, Any]:
         """The dictionary that was given to `save_checkpoint`, tensors on the CPU. Read on first use."""
-        return torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+        return load_plain(self.path / STATE, map_location="cpu")
 
     def file(self, name: str) -> Path:
         """The file or directory that the writer `name` wrote.
@@ -151,15 +153,34 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path` (a `step_N` directory), checked against its manifest.
 
     Raises:
-        CheckpointError: it is missing or damaged; the message names the file.
+        ValueError, FileNotFoundError: `path` cannot be a checkpoint, or is missing.
+        CheckpointError: it is damaged; the message names the file.
     """
     path = Path(path)
     match = _STEP.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"a checkpoint's directory is named step_N, got {path}")
+        raise ValueError(f"a checkpoint's directory is named step_N, got {path}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} is missing")
     if problem := _verify(path, int(match[1])):
         raise CheckpointError(problem)
     return Checkpoint(path, int(match[1]))
+
+
+def load_plain(path: Path, *, map_location: str | torch.device) -> Any:
+    """What `torch.save` wrote at `path`: tensors and plain values.
+
+    Raises:
+        ValueError: the file holds other objects, which could run code as they are loaded, or was not written by torch.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        first = str(error).partition("Please file an issue")[0]
+        raise ValueError(
+            f"{path}: must hold tensors and plain values as torch saves them, and cannot be loaded safely "
+            f"({check.one_line(first)})"
+        ) from error
 
 
 def make_latest(checkpoint: Checkpoint) -> None:

@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from yaml import YAMLError
 
+from entcov import _checks as check
 from entcov.advantages import ADVANTAGES
 from entcov.controls import CONTROLS, Control, make_control
 from entcov.losses import PolicyLossConfig
 from entcov.rl.durable import replace_file
+from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolve_recipe, texts, value_at
 
 _STRICT = ConfigDict(extra="forbid")
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-
-
-class ConfigError(ValueError):
-    """A recipe that cannot be run; every line of the message names a key, the rule and the value."""
+# Strict: a number is a number, where pydantic would take true for 1 and "3" for 3.
+_MOST = 2**31 - 1  # what every library below takes for a size
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
+Whole = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
+Bytes = Annotated[int, Field(strict=True, ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+_SHOWN_OFFENDERS = 10
 
 
 @dataclass(config=_STRICT)
 class ModelConfig:
     """Which policy is trained. Exactly one of `path` and `config` is given."""
 
-    path: str | None = None  # a folder or hub name that transformers' from_pretrained takes
+    path: Text | None = None  # a folder or hub name that transformers' from_pretrained takes
     config: dict[str, Any] | None = None  # a transformers configuration with model_type: random weights from the seed
-    tokenizer: str | None = None  # "char" or a path; default: the model's path
+    tokenizer: Text | None = None  # "char" or a path; default: the model's path
     # Weights and optimizer are float32: at this trade's learning rates bfloat16 weights would round a step away.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: forward and backward under autocast
-    attn_implementation: str = "sdpa"
+    attn_implementation: Text = "sdpa"
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
         if (self.path is None) == (self.config is None):
-            raise ValueError("exactly one of path and config must be given")
+            both = "both" if self.path is not None else "neither"
+            raise ValueError(f"exactly one of path and config must be given, got {both}")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("tokenizer must be given (char, or a path) where the model comes from config")
 
@@ -53,17 +59,27 @@ class ModelConfig:
 class DataConfig:
     """Where prompts come from: a generated task, or files in verl's row format."""
 
-    task: str | None = None
+    task: Text | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # the task's own arguments
-    train_files: list[str] = dataclasses.field(default_factory=list)
-    val_files: list[str] = dataclasses.field(default_factory=list)
+    train_files: list[Text] = dataclasses.field(default_factory=list)
+    val_files: list[Text] = dataclasses.field(default_factory=list)
     max_prompt_length: Count = 1024
     overlong: Literal["error", "filter"] = "error"  # longer prompts: refused, or left out and counted
-    reward: str | None = None  # "module:function" instead of the built-in rewards
+    reward: Text | None = None  # "module:function" instead of the built-in rewards
 
     def __post_init__(self):
         if (self.task is None) == (not self.train_files):
-            raise ValueError("exactly one of task and train_files must be given")
+            both = "both" if self.train_files else "neither"
+            raise ValueError(f"exactly one of task and train_files must be given, got {both}")
+        if self.task is not None and self.val_files:
+            raise ValueError(
+                "val_files: goes with train_files, a task has a held-out split of its own; got task "
+                f"{self.task!r} and val_files {check.shown(self.val_files)}"
+            )
+        if self.task is None and self.settings:
+            raise ValueError(
+                f"settings: are those of a task, got train_files and settings {check.shown(self.settings)}"
+            )
 
 
 @dataclass(config=_STRICT)
@@ -74,7 +90,7 @@ class WarmStartConfig:
     batch_size: Count = 64
     lr: Positive = 1e-3
     warmup_steps: Whole = 20
-    cache_dir: str | None = None  # keeps the result, so that runs which differ only after the warm start share it
+    cache_dir: Text | None = None  # keeps the result, so that runs which differ only after the warm start share it
 
 
 @dataclass(config=_STRICT)
@@ -86,8 +102,8 @@ class VllmConfig:
     url: str | None = None  # of the server, such as http://node1:8000
     tensor_parallel: Count = 1  # processes that share an engine
     max_num_seqs: Count = 256  # sequences in a batch
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.4  # fraction of a GPU that vLLM may fill
-    kv_cache_memory_bytes: Count | None = None  # default: what is left of that; on CPU, room for max_num_seqs sequences
+    gpu_memory_utilization: Annotated[Positive, Field(le=1)] = 0.4  # fraction of a GPU that vLLM may fill
+    kv_cache_memory_bytes: Bytes | None = None  # default: what is left of that; on CPU, room for max_num_seqs sequences
     sleep: bool = False  # GPU: between rollouts vLLM's weights go to the CPU's memory and its cache is freed
     enforce_eager: bool = False  # GPU: no compilation and no CUDA graphs; on CPU it is always so
     engine_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of vLLM's engine
@@ -111,12 +127,21 @@ class RolloutConfig:
     max_response_length: Count = 1024
     batch_size: Count = 256  # sequences that engine in_process generates at once
     # Steps that rollouts may lag behind. 1: the next step's are sampled while the policy is being updated (vllm only).
-    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    max_staleness: Annotated[Whole, Field(le=1)] = 0
     # Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing; draw until the step is full of others.
     filter_zero_variance: bool = False
     max_draws: Count = 3
 
     def __post_init__(self):
+        if self.filter_zero_variance and self.group_size == 1:
+            raise ValueError(
+                "filter_zero_variance: needs group_size > 1, a group of one never differs; got group_size 1"
+            )
+        if not self.filter_zero_variance and self.max_draws != RolloutConfig.max_draws:
+            raise ValueError(
+                f"max_draws: has no effect without filter_zero_variance, got {self.max_draws} and "
+                f"filter_zero_variance false; set that to true, or leave max_draws at {RolloutConfig.max_draws}"
+            )
         if not self.max_staleness:
             return
         if self.engine == "in_process":
@@ -134,7 +159,7 @@ class ActorConfig:
     lr: Positive = 1e-6
     warmup_steps: Whole = 10  # optimizer steps of linear warm-up
     weight_decay: NonNegative = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
     updates_per_rollout: Count = 8  # mini-batches a rollout batch is divided into, per epoch
     epochs: Count = 1
@@ -161,7 +186,7 @@ class MegatronConfig:
     distributed_optimizer: bool = True  # optimizer state split over data-parallel ranks
     overlap: bool = False  # gradient reduction and parameter gathering go on during the passes
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
-    optimizer_offload: Annotated[float, Field(ge=0, le=1)] = 0.0  # fraction of the optimizer's state kept on the CPU
+    optimizer_offload: Fraction = 0.0  # fraction of the optimizer's state kept on the CPU
     # local: Megatron-Core's own layers with torch's attention, for a GPU without Transformer Engine; slower. A CPU has
     # no others.
     transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
@@ -222,35 +247,69 @@ class Config:
 
     model: ModelConfig
     data: DataConfig
-    run_dir: str
+    run_dir: Text
     steps: Whole = 100
-    seed: Whole = 0
-    device: str = "auto"
-    threads: Whole = 0  # CPU threads of torch and of the kernels; 0: leave torch's choice
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
+    device: Text = "auto"
+    threads: Annotated[Whole, Field(le=1024)] = 0  # CPU threads of torch and of the kernels; 0: leave torch's choice
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     warm_start: WarmStartConfig = dataclasses.field(default_factory=WarmStartConfig)
     actor: ActorConfig = dataclasses.field(default_factory=ActorConfig)
     megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
     loss: _LossConfig = dataclasses.field(default_factory=_LossConfig)  # type: ignore[valid-type]
     advantage: str = "grpo"
-    control: list[str] = dataclasses.field(default_factory=list)  # entropy controls in force, in order
+    control: list[Text] = dataclasses.field(default_factory=list)  # entropy controls in force, in order
     controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, in force or not
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
+    @pydantic.field_validator("loss", mode="before")
+    @classmethod
+    def _no_flags(cls, loss: Any) -> Any:
+        """The objective's own types are not strict, and no knob of the loss is a yes or no."""
+        for key, value in loss.items() if isinstance(loss, dict) else ():
+            if isinstance(value, bool):
+                raise ValueError(f"{key} must not be true or false, got {value}")
+        return loss
+
     def __post_init__(self):
-        if self.advantage not in ADVANTAGES:
-            raise ValueError(f"advantage: must be one of {', '.join(ADVANTAGES)}, got {self.advantage!r}")
-        for name in [*self.control, *self.controls]:
-            if name not in CONTROLS:
-                raise ValueError(f"control: must be among {', '.join(CONTROLS)}, got {name!r}")
+        for key, names, known in (
+            ("advantage", [self.advantage], ADVANTAGES), ("control", self.control, CONTROLS),
+            ("controls", self.controls, CONTROLS),
+        ):  # fmt: skip
+            for name in names:
+                if name not in known:
+                    raise ValueError(
+                        f"{key}: must be one of {', '.join(known)}, got {check.shown(name)}"
+                        + check.suggestion(name, known)
+                    )
+        if len(set(self.control)) < len(self.control):
+            raise ValueError(f"control: must not repeat an entry, got {self.control}")
         for name in self.controls:
             _build_control(name, self.controls[name])
         if self.actor.updates_per_rollout > self.rollout.prompts_per_step:
             raise ValueError(
                 "actor.updates_per_rollout: must not exceed rollout.prompts_per_step (a mini-batch holds whole "
                 f"groups), got {self.actor.updates_per_rollout} > {self.rollout.prompts_per_step}"
+            )
+        if self.eval.prompts is None and self.data.task is not None:
+            raise ValueError(
+                "eval.prompts: null means all of data.val_files, and the held-out split of a task has no end; got null "
+                f"and data.task {self.data.task!r}"
+            )
+        if self.eval.prompts != 0 and self.data.task is None and not self.data.val_files:
+            raise ValueError(
+                f"data.val_files: must be given where eval.prompts is not 0, got none and {self.eval.prompts}"
+            )
+        if self.loss.kl_coef == 0 and self.loss.kl_estimator != PolicyLossConfig.kl_estimator:
+            raise ValueError(
+                f"loss.kl_estimator: has no effect where loss.kl_coef is 0, got {self.loss.kl_estimator!r}; set "
+                f"loss.kl_coef, or leave it at {PolicyLossConfig.kl_estimator}"
+            )
+        if self.actor.engine == "megatron" and self.model.gradient_checkpointing:
+            raise ValueError(
+                "model.gradient_checkpointing: is for actor.engine torch, got true and megatron; set megatron.recompute"
             )
 
     def build_controls(self) -> list[Control]:
@@ -265,45 +324,29 @@ def _build_control(name: str, settings: dict[str, Any]) -> Control:
         raise ValueError(f"controls.{name}: {error}") from None
 
 
-def load_config(recipe: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML recipe, applies `a.b=value` overrides, resolves interpolations, and checks the whole.
 
     Raises:
-        ConfigError: unknown keys, wrong types, values out of range, unreadable YAML: one line for each offence.
+        ConfigError: unknown keys, wrong types, values out of range, unreadable YAML: one line for each offence. Or an
+            override that can have no effect.
     """
-    return resolve_config(read_recipe(recipe, overrides), str(recipe))
-
-
-def read_recipe(recipe: str | Path, overrides: list[str] | None = None) -> DictConfig:
-    """The recipe with its overrides, unchecked, nothing resolved: no environment variable has been read."""
-    path = Path(recipe)
-    if not path.is_file():
-        raise ConfigError(f"recipe: {path} is not a file")
-    try:
-        tree = OmegaConf.load(path)
-        for item in overrides or []:
-            key, separator, _ = item.partition("=")
-            if not separator or not key:
-                raise ConfigError(f"override {item!r}: must have the form key=value")
-            value = OmegaConf.from_dotlist([f"value{item[len(key) :]}"])
-            OmegaConf.update(tree, key, OmegaConf.to_container(value, resolve=False)["value"], merge=True)
-    except YAMLError as error:
-        raise ConfigError(f"recipe {path}: not valid YAML: {error}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"recipe {path}: {error}") from None
-    if not isinstance(tree, DictConfig):
-        kind = type(OmegaConf.to_container(tree)).__name__
-        raise ConfigError(f"recipe {path}: must be a mapping of keys, got {kind}")
-    return tree
+    config = resolve_config(read_recipe(recipe, overrides), str(recipe))
+    changed = [item.partition("=")[0] for item in overrides]
+    for section, choice, wanted, engine in (
+        ("megatron.", "actor.engine", "megatron", config.actor.engine),
+        ("rollout.vllm.", "rollout.engine", "vllm", config.rollout.engine),
+    ):
+        # A recipe may hold settings of an engine that is not in force, and a change of the engine leaves them behind.
+        for key in changed:
+            if key.startswith(section) and engine != wanted and choice not in changed:
+                raise ConfigError(f"{key}: has no effect with {choice}={engine}; it needs {choice}={wanted}")
+    return config
 
 
 def resolve_config(tree: DictConfig, origin: str) -> Config:
     """The recipe with every interpolation resolved, checked. Messages show interpolations, and not their values."""
-    raw = OmegaConf.to_container(tree, resolve=False)
-    try:
-        data = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"recipe {origin}: {error}") from None
+    raw, data = OmegaConf.to_container(tree, resolve=False), resolve_recipe(tree, origin)
     try:
         config = parse_config(data, origin)
     except ConfigError as error:
@@ -322,45 +365,45 @@ def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
     try:
         return pydantic.TypeAdapter(Config).validate_python(data)
     except pydantic.ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
-        raise ConfigError(f"{origin} cannot be run:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        lines = [_explain(e) for e in error.errors(include_url=False)]
+    if len(lines) == 1:
+        raise ConfigError(f"{origin}: {lines[0]}")
+    more = len(lines) - _SHOWN_OFFENDERS
+    lines = lines[:_SHOWN_OFFENDERS] + ([f"... and {more} more"] if more > 0 else [])
+    raise ConfigError(f"{origin} cannot be run:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "unexpected_keyword_argument":
-        return f"{key}: unknown key"
+        return f"{check.one_line(key, 80)}: unknown key{_suggestion(key)}"
     if error["type"] == "missing":
         return f"{key}: must be given"
-    message = error["msg"].removeprefix("Value error, ")
+    message = check.one_line(error["msg"].removeprefix("Value error, "), 300)
     if error["type"] == "value_error":  # from __post_init__: the message says the value itself
-        return f"{key}: {message}" if key and not message.startswith(key) else message
-    return f"{key}: {message}, got {error['input']!r}"
+        if not key or message.startswith(key):
+            return message
+        return f"{key}.{message}" if f"{key}.{re.split('[: ]', message)[0]}" in _keys(Config) else f"{key}: {message}"
+    return f"{key}: {message}, got {check.shown(error['input'])}"
 
 
-def interpolations(raw: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path of keys, what stands there) for each value that is interpolated, or is a list with such a value."""
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            yield from interpolations(value, (*above, key))
-        elif any("${" in text for text in texts(value)):
-            yield (*above, key), value
+def _suggestion(key: str) -> str:
+    """The nearest key of the same section, else keys of the same name in other sections."""
+    section, _, name = key.rpartition(".")
+    keys = list(_keys(Config))
+    if near := check.suggestion(name, [one.rpartition(".")[2] for one in keys if one.rpartition(".")[0] == section]):
+        return near.replace("mean ", f"mean {section}." if section else "mean ")
+    same = [one for one in keys if one.rpartition(".")[2] == name]
+    return f"; did you mean {' or '.join(same)}?" if same else ""
 
 
-def value_at(tree: Any, path: tuple[str, ...]) -> Any:
-    """What a plain tree holds under a path of keys; None where there is no such key."""
-    for key in path:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
-
-
-def texts(value: Any) -> Iterator[str]:
-    """The strings that a plain value consists of, without keys and empty ones."""
-    if isinstance(value, str) and value:
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from texts(item)
+def _keys(section: Any, prefix: str = "") -> Iterator[str]:
+    """All keys of a recipe, dotted, sections included."""
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _keys(hints[field.name], f"{prefix}{field.name}.")
 
 
 def as_written(config: Config) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entcov.rl.recipe import naming
 from entcov.rl.tasks.base import Task, make_task
 from entcov.rl.tokenizer import encode
 from entcov.rl.types import Example, Prompt
@@ -286,9 +287,14 @@ class PromptStream:
         """
         options = {"seed": seed, "max_prompt_length": data.max_prompt_length, "overlong": data.overlong}
         if data.task is not None:
-            return cls(make_task(data.task, **{"seed": seed, **data.settings}), tokenizer, **options)
-        held_out = load_rows(*data.val_files) if data.val_files else None
-        return cls(load_rows(*data.train_files), tokenizer, held_out=held_out, **options)
+            with naming("data.task"):
+                task = make_task(data.task, **{"seed": seed, **data.settings})
+            return cls(task, tokenizer, **options)
+        with naming("data.val_files"):
+            held_out = load_rows(*data.val_files) if data.val_files else None
+        with naming("data.train_files"):
+            rows = load_rows(*data.train_files)
+        return cls(rows, tokenizer, held_out=held_out, **options)
 
     @property
     def num_rows(self) -> int | None:

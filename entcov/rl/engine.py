@@ -18,10 +18,12 @@ from torch import nn
 
 from entcov.controls import Control
 from entcov.rl.actor import TorchActor
-from entcov.rl.checkpoint import Checkpoint, save_checkpoint
+from entcov.rl.checkpoint import Checkpoint, load_plain, save_checkpoint
 from entcov.rl.config import Config
 from entcov.rl.data import PromptStream
 from entcov.rl.model import build_model, save_model
+from entcov.rl.model_config import check_context
+from entcov.rl.preflight import check_recipe, resolve_device
 from entcov.rl.rewards import RewardFunction, load_reward
 from entcov.rl.sampler import build_sampler
 from entcov.rl.sealed import CheckpointError, damage, replace_sealed
@@ -63,6 +65,9 @@ class TorchEngine:
     def greatest(self, value: int) -> int:
         """The greatest of all processes' values, on every process. Collective."""
         return value
+    def check(self, config: Config) -> None:
+        """Raises for a recipe that cannot be run, before anything is written. Collective."""
+        check_recipe(config)
 
     def build(
         self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
@@ -70,6 +75,7 @@ class TorchEngine:
         """The parts of a fresh run, warm-started, or with the weights of `checkpoint`. Collective."""
         device = resolve_device(config.device)
         model, tokenizer = policy(config, checkpoint, device)
+        check_context(config, model.config)
         stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
         controls = config.build_controls()
         if checkpoint is None and config.warm_start.steps:
@@ -85,12 +91,6 @@ class TorchEngine:
     def save(self, directory: Path, step: int, parts: Parts, state: dict[str, Any], keep: int) -> None:
         """Stores a checkpoint, as `save_checkpoint`. Collective; `state` is the leader's."""
         save_checkpoint(directory, step, parts.writers, state, keep)
-
-
-def resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 def policy(config: Config, checkpoint: Checkpoint | None, device: torch.device):
@@ -114,5 +114,5 @@ def _reference(config: Config, model: nn.Module, run_dir: Path, device: torch.de
     else:
         if problem := damage(stored, REFERENCE):
             raise CheckpointError(f"{problem}; without it a run with loss.kl_coef={config.loss.kl_coef} cannot go on")
-        reference.load_state_dict(torch.load(stored / "weights.pt", map_location=device, weights_only=True))
+        reference.load_state_dict(load_plain(stored / "weights.pt", map_location=device))
     return reference.requires_grad_(False).eval()

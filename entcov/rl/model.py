@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from entcov import _checks as check
 from entcov.rl.batch import IGNORE_INDEX, Batch
-from entcov.rl.config import ModelConfig
-from entcov.rl.tokenizer import load_tokenizer
+from entcov.rl.config import ConfigError, ModelConfig
+from entcov.rl.model_config import model_settings, model_tokenizer
 from entcov.vocab_parallel import TokenStats, token_stats
 
 
@@ -21,39 +22,29 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
     Dropout is off: the policy that is trained must be the one that was sampled and scored.
     A model from `config.config` gets random weights from `seed`, and the tokenizer's vocabulary size and special
     tokens.
+
+    Raises:
+        ConfigError: the recipe's model cannot be loaded, or cannot be built; the message names the key.
     """
     transformers.logging.disable_progress_bar()  # its bars would cut through the run's own display
-    tokenizer = load_tokenizer(config.tokenizer or config.path)
+    tokenizer = model_tokenizer(config)
+    settings = model_settings(config, tokenizer)
     options = {"dtype": torch.float32, "attn_implementation": config.attn_implementation}
     if config.path is not None:
-        settings = _without_dropout(AutoConfig.from_pretrained(config.path))
-        model = AutoModelForCausalLM.from_pretrained(config.path, config=settings, **options)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(config.path, config=settings, **options)
+        except Exception as error:  # missing, damaged or unsafe weights, in any library's words
+            raise ConfigError(
+                f"model.path: transformers cannot load the model in {config.path!r} ({check.one_line(error)})"
+            ) from error
     else:
-        arguments = dict(config.config)
-        if "model_type" not in arguments:
-            raise ValueError("model.config.model_type: must be given (for example qwen3)")
-        arguments.setdefault("vocab_size", len(tokenizer))
-        arguments |= {k: getattr(tokenizer, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            settings = _without_dropout(AutoConfig.for_model(**arguments))
             model = AutoModelForCausalLM.from_config(settings, **options)
-    if len(tokenizer) > model.config.get_text_config().vocab_size:
-        raise ValueError(
-            f"model: its vocabulary must hold the tokenizer's {len(tokenizer)} tokens, got "
-            f"{model.config.get_text_config().vocab_size}"
-        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.compute_dtype = getattr(torch, config.compute_dtype)
     return model.to(device).train(), tokenizer
-
-
-def _without_dropout(settings: PretrainedConfig) -> PretrainedConfig:
-    for name, value in settings.to_dict().items():
-        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
-            setattr(settings, name, 0.0)
-    return settings
 
 
 def forward(model: nn.Module, **inputs):

@@ -19,7 +19,7 @@ from entcov.rl.loop import Loop
 from entcov.rl.metrics import RunLogger
 from entcov.rl.progress import Progress
 from entcov.rl.rollouts import derived_seed
-from entcov.rl.run_folder import SAMPLES, held, keep_evaluation, take_up, write_samples
+from entcov.rl.run_folder import SAMPLES, has_begun, held, keep_evaluation, take_up, write_samples
 
 _COMMANDS = {
     "torch": "Start it with: python -m entcov train RECIPE",
@@ -57,6 +57,8 @@ def train(
             + _COMMANDS[config.actor.engine]
         )
     run_dir = Path(config.run_dir)
+    if not has_begun(run_dir):  # a run that began has been checked
+        engine.check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -135,6 +137,8 @@ def evaluate_run(
         FileNotFoundError: the run has no checkpoint.
         OSError: the results cannot be written, e.g. on a read-only disk, and `on_unkept` is not given.
     """
+    if config.eval.prompts == 0:
+        raise ConfigError("eval.prompts: must be at least 1, or null for all of data.val_files, to evaluate; got 0")
     engine = engine or TorchEngine()
     run_dir = Path(config.run_dir)
     found = engine.agree(lambda: _checkpoint(run_dir, checkpoint))

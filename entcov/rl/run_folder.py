@@ -12,7 +12,7 @@ from entcov.rl.checkpoint import Checkpoint, list_steps, load_checkpoint, load_l
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.durable import clear_leftovers, locked, make_folder, replace_file
 from entcov.rl.metrics import has_rows
-from entcov.rl.stored_recipe import check_recipe, store_recipe
+from entcov.rl.stored_recipe import check_same_recipe, store_recipe
 from entcov.rl.types import Rollout
 
 SAMPLES = "samples"
@@ -24,8 +24,12 @@ def held(run_dir: Path) -> Iterator[None]:
 
     Raises:
         RuntimeError: another process runs in it.
+        ConfigError: the folder cannot be made.
     """
-    make_folder(run_dir)
+    try:
+        make_folder(run_dir)
+    except OSError as error:
+        raise ConfigError(f"run_dir: the folder {run_dir} cannot be made ({error.strerror})") from None
     with locked(run_dir, wait=False) as ours:
         if not ours:
             raise RuntimeError(f"{run_dir} is in use by another process; two runs cannot share a directory")
@@ -34,20 +38,24 @@ def held(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def has_begun(run_dir: Path) -> bool:
+    """Whether the folder holds a checkpoint or a logged step. Without either, a start that failed has done nothing."""
+    checkpoints = run_dir / "checkpoints"
+    return (checkpoints.is_dir() and bool(list_steps(checkpoints))) or has_rows(run_dir)
+
+
 def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
     """Makes the folder, which this process holds, this recipe's; the checkpoint to go on from.
-
-    A folder without a checkpoint and without a logged step is free: a start that failed before has done nothing.
 
     Raises:
         ConfigError: it is another recipe's, or `resume` is "never" and something is there.
         CheckpointError, ValueError: there is no such checkpoint, or it is damaged. The folder is as it was.
     """
     checkpoints = run_dir / "checkpoints"
-    if (checkpoints.is_dir() and list_steps(checkpoints)) or has_rows(run_dir):
+    if has_begun(run_dir):
         if resume == "never":
             raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
-        check_recipe(run_dir, config)
+        check_same_recipe(run_dir, config)
     if resume in ("auto", "never"):
         checkpoint = load_latest(checkpoints)
     else:

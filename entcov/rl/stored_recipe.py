@@ -18,28 +18,23 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from entcov.rl.config import (
-    Config,
-    ConfigError,
-    as_written,
-    interpolations,
-    load_config,
-    read_recipe,
-    resolve_config,
-    save_config,
-    texts,
-    value_at,
-)
+from entcov import _checks as check
+from entcov.rl.config import Config, as_written, load_config, resolve_config, save_config
 from entcov.rl.durable import replace_file
+from entcov.rl.recipe import ConfigError, interpolations, read_recipe, texts, value_at
 
 _CONFIG, _DIGESTS = "config.yaml", "config.digests.json"
 # Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
 _FREE_KEYS = (
     "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
 )  # fmt: skip
+# Of a finished policy: what it is asked, how it is sampled and scored, and what it runs on.
+_KEYS_OF_AN_EVALUATION = (
+    "eval.", "data.", "rollout.", "megatron.", "device", "threads", "model.compute_dtype", "model.attn_implementation",
+)  # fmt: skip
 
 
-def check_recipe(run_dir: Path, config: Config) -> None:
+def check_same_recipe(run_dir: Path, config: Config) -> None:
     """Raises ConfigError, whose message lists the keys that differ, where the folder's recipe is another one."""
     if not (run_dir / _CONFIG).exists():
         return
@@ -56,16 +51,26 @@ def store_recipe(run_dir: Path, config: Config) -> None:
 
 
 def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Config:
-    """The recipe in a run's folder, with overrides.
+    """The recipe in a run's folder, to evaluate its policy with overrides.
 
     Args:
         trusted: whether config.yaml may import modules, read environment variables and choose a server. What an
             override says may do so in any case.
 
     Raises:
-        ConfigError: the recipe is not trusted and wants such a thing, or it cannot be run.
+        ConfigError: `run` holds no run; an override is of a key that an evaluation does not depend on (what the policy
+            is, and how it was trained, is settled); or the recipe is not trusted and wants such a thing.
     """
     path = Path(run) / _CONFIG
+    if not path.is_file():
+        raise ConfigError(f"run: must be the folder of a run, with its {_CONFIG}, got {run}")
+    for item in overrides:
+        key = item.partition("=")[0]
+        if not key.startswith(_KEYS_OF_AN_EVALUATION):
+            raise ConfigError(
+                f"{check.one_line(key, 80)}: has no effect on an evaluation; of the recipe's keys it depends on "
+                f"{', '.join(one.rstrip('.') for one in _KEYS_OF_AN_EVALUATION)}"
+            )
     tree = read_recipe(path, [*overrides, f"run_dir={run}"])
     if trusted:
         return resolve_config(tree, str(path))

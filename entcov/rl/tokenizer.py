@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from entcov import _checks as check
 from entcov.rl.tasks.base import ALPHABET
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer: cannot load {source!r} (a directory, a hub name or 'char'): {error}") from error
+        said = check.one_line(str(error).partition("\n")[0])
+        raise ValueError(f"tokenizer: cannot load {source!r} (a directory, a hub name or 'char'): {said}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {source!r} has no end-of-sequence token; responses could not end")
     if tokenizer.pad_token_id is None:

@@ -103,12 +103,17 @@ def _backward(model: nn.Module, part: Batch, batch: Batch, actor: ActorConfig) -
     return loss.item()
 
 
-def _solved(prompt: Prompt, tokenizer) -> Rollout:
-    """The worked solution as a rollout: what the model would have to sample."""
+def check_solved(prompt: Prompt) -> None:
+    """Raises ValueError for a prompt without a worked solution."""
     if prompt.example.solution is None:
         raise ValueError(
             f"warm_start.steps: needs worked solutions, but prompt {prompt.uid} ({prompt.example.data_source}) has "
             "none; set warm_start.steps=0 or add a solution column"
         )
+
+
+def _solved(prompt: Prompt, tokenizer) -> Rollout:
+    """The worked solution as a rollout: what the model would have to sample."""
+    check_solved(prompt)
     ids = encode(tokenizer, prompt.example.solution) + [tokenizer.eos_token_id]
     return Rollout(prompt, sample=0, tokens=ids, logprob=[0.0] * len(ids), finished=True, weight_version=0)

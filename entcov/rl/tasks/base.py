@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
+from entcov import _checks as check
 from entcov.rl.types import Example
 
 SPLITS = ("train", "held_out")
@@ -63,11 +64,17 @@ def make_task(name: str, **settings: Any) -> Task:
     """
     cls = import_object(name, "task") if ":" in name else TASKS.get(name)
     if cls is None:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(sorted(TASKS))}, or 'module:Class' for your own")
+        raise ValueError(
+            f"unknown task {check.shown(name)}; known: {', '.join(sorted(TASKS))}, or 'module:Class' for your own"
+            + check.suggestion(name, TASKS)
+        )
     known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
     unknown = [key for key in settings if known is not None and key not in known]
     if unknown:
-        raise TypeError(f"task {name!r} has no setting {unknown[0]!r}; it has: {', '.join(known)}")
+        raise TypeError(
+            f"task {name!r} has no setting {unknown[0]!r}; it has: {', '.join(known)}"
+            + check.suggestion(unknown[0], known)
+        )
     return cls(**settings)
 
 

@@ -1,0 +1,93 @@
+"""What of a recipe can be found wrong before a run writes anything: what it names is there, and fits together."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+
+from entcov import _checks as check
+from entcov.controls import clamp_arguments
+from entcov.rl.config import Config, ConfigError
+from entcov.rl.data import PromptStream
+from entcov.rl.model_config import check_context, model_settings, model_tokenizer
+from entcov.rl.recipe import naming
+from entcov.rl.rewards import load_reward
+from entcov.rl.types import Example
+from entcov.rl.warm_start import check_solved
+
+
+def check_recipe(config: Config) -> PretrainedConfig:
+    """Raises for a recipe that a run would fail with, having written to its folder; the policy's configuration.
+
+    Reads the data once more than the run does. Nothing is written.
+
+    Raises:
+        ConfigError, ValueError, TypeError, OSError, ImportError: naming the key or the file, the rule and the value.
+    """
+    resolve_device(config.device)
+    clamp_arguments(config.build_controls())
+    if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logging.wandb: wandb is not installed (pip install wandb), got settings for it")
+    with naming("data.reward"):
+        load_reward(config.data.reward)
+    tokenizer = model_tokenizer(config.model)
+    settings = model_settings(config.model, tokenizer)
+    check_context(config, settings)
+    if config.model.path is not None:
+        _check_weights(Path(config.model.path))
+    stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
+    for prompt in stream.take(0, config.warm_start.batch_size if config.warm_start.steps else 1):
+        if config.warm_start.steps:
+            check_solved(prompt)
+    if config.eval.prompts != 0:
+        _check_sources(config, (prompt.example for prompt in stream.held_out(1)))
+    return settings
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto": a GPU where torch finds one.
+
+    Raises:
+        ConfigError: torch knows no such device, or finds none on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: must be auto, cpu, or a device of torch such as cuda:0, got {name!r}") from None
+    if device.type == "cpu":
+        return device
+    module = getattr(torch, device.type, None)
+    count = module.device_count() if hasattr(module, "device_count") and module.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ConfigError(f"device: torch finds {count} devices of type {device.type} on this machine, got {name!r}")
+    return device
+
+
+def _check_weights(folder: Path) -> None:
+    """A local model has weights, and none of its files is a stub or was cut off."""
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not any(folder.glob("*.bin")):
+        raise ConfigError(f"model.path: must hold weights (*.safetensors), got {folder} without any")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ConfigError(f"model.path: {file} is not a whole safetensors file ({check.one_line(error)})") from None
+
+
+def _check_sources(config: Config, held_out: Iterable[Example]) -> None:
+    """A misspelt data source is an error; one that is like none of them may be of files that are not read this time."""
+    known = {example.data_source for example in held_out}
+    for name in sorted(config.eval.sources.keys() - known):
+        if near := check.suggestion(name, known - config.eval.sources.keys()):
+            raise ConfigError(f"eval.sources.{name}: no held-out prompt has that data_source{near}")

@@ -1,0 +1,140 @@
+"""A recipe's text: YAML plus `key=value` overrides, read into a plain mapping. entcov/rl/config.py has the keys."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from entcov import _checks as check
+
+MOST_LEVELS = 20  # of nesting. A recipe has five; libyaml calls itself for each, and 100,000 would end the process
+_KEY = re.compile(r"[^\s.\[\]=]+(\.[^\s.\[\]=]+)*")
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run; every line of the message names a key, the rule and the value."""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Errors about what `key` of the recipe names begin with the key."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """The recipe at `path` with `a.b=value` overrides applied in order. Nothing is resolved: no variable has been read.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not YAML, no mapping, nested too deep, or a malformed override.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"recipe: {path} is not a file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"recipe {path}: must be UTF-8 text, got the byte 0x{error.object[error.start]:02x} at {error.start}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: cannot be read ({error.strerror})") from None
+    where = f"recipe {path}"
+    try:
+        _check_levels(text)
+        tree = OmegaConf.load(io.StringIO(text))
+        if not isinstance(tree, DictConfig):
+            raise ConfigError(f"{where}: must be a mapping of keys, got {check.shown(OmegaConf.to_container(tree))}")
+        for item in overrides:
+            where = f"override {check.shown(item)}"
+            _override(tree, item, where)
+        return tree
+    except (yaml.YAMLError, _TooDeepError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {_said(error)}") from None
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
+        raise _explained(error, where) from None
+
+
+def resolve_recipe(tree: DictConfig, origin: str) -> dict[str, Any]:
+    """The recipe as plain containers, `${...}` resolved. Raises ConfigError where that cannot be done."""
+    try:
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
+        raise _explained(error, f"recipe {origin}") from None
+
+
+def _explained(error: Exception, where: str) -> ConfigError:
+    key = getattr(error, "full_key", None)
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return ConfigError(f"{where}: {f'{key}: ' if key else ''}{check.one_line(first)}")
+
+
+def interpolations(raw: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path of keys, what stands there) for each value that is interpolated, or is a list with such a value."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            yield from interpolations(value, (*above, key))
+        elif any("${" in text for text in texts(value)):
+            yield (*above, key), value
+
+
+def value_at(tree: Any, path: tuple[str, ...]) -> Any:
+    """What a plain tree holds under a path of keys; None where there is no such key."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def texts(value: Any) -> Iterator[str]:
+    """The strings that a plain value consists of, without keys and empty ones."""
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts(item)
+
+
+def _override(tree: DictConfig, item: str, where: str) -> None:
+    key, separator, value = item.partition("=")
+    if not separator or not _KEY.fullmatch(key):
+        raise ConfigError(f"{where}: must have the form key=value, with a key such as actor.lr")
+    if key.count(".") >= MOST_LEVELS:
+        raise ConfigError(f"{where}: a key has at most {MOST_LEVELS} levels, got {key.count('.') + 1}")
+    _check_levels(value)
+    given = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+    OmegaConf.update(tree, key, given["value"], merge=True)
+
+
+class _TooDeepError(Exception):
+    pass
+
+
+def _check_levels(text: str) -> None:
+    """Raises where values nest deeper than MOST_LEVELS. The events are a flat stream, read up to that place."""
+    levels = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            levels += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            levels -= 1
+        if levels > MOST_LEVELS:
+            raise _TooDeepError(f"at most {MOST_LEVELS} levels of nesting, more at line {event.start_mark.line + 1}")
+
+
+def _said(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return check.one_line(error)
+    return f"{check.one_line(error.problem)}, line {mark.line + 1}, column {mark.column + 1}"
