@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import stat
 import sys
@@ -53,6 +54,7 @@ def test_no_byte_of_a_run_s_folder_holds_a_secret_from_the_environment(tmp_path,
     wandb.init = lambda **settings: (
         given.append(settings) or types.SimpleNamespace(id="1", log=lambda *_, **__: None, finish=lambda: None)
     )
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     arguments = {"hf_token": "${logging.wandb.settings.api_key}", "list": ["a", "x-${oc.env:SOME_TOKEN}"]}
     path = recipe_file(**{
@@ -113,7 +115,7 @@ def test_what_decides_a_run_is_compared_by_value_however_it_is_written(tmp_path,
         ("advantage", "${oc.env:SOME_TOKEN}", r"advantage: must be one of .*got '\$\{oc.env:SOME_TOKEN\}'"),
         ("logging.wandb", "${oc.env:SOME_TOKEN}", r"logging.wandb: .*got '\$\{oc.env:SOME_TOKEN\}'"),
         ("eval", {"x": "a-${oc.env:SOME_TOKEN}"}, "eval.x: unknown key"),
-        ("control", ["none", "${oc.env:SOME_TOKEN}"], "control: must be among .*got .*SOME_TOKEN"),
+        ("control", ["none", "${oc.env:SOME_TOKEN}"], "control: must be one of .*got .*SOME_TOKEN"),
         ("data.train_files", {"a": ["${oc.env:SOME_TOKEN}"]}, "data.train_files: .*SOME_TOKEN"),
     ],
 )
@@ -162,7 +164,7 @@ WANTS = [
     ),
     ({"seed": "${oc.decode:${oc.env:SOME_LENGTH}}"}, "seed: .* reads more than other keys"),
     ({"model.config.x": ["b", "${oc.${advantage}:SOME_TOKEN}"]}, "model.config.x: .* reads more than other keys"),
-    ({"logging.wandb": {"a": "http://e/${oc.env:SOME_TOKEN}"}}, "logging.wandb.a: .* reads more than other keys"),
+    ({"data.settings": {"a": "http://e/${oc.env:SOME_TOKEN}"}}, "data.settings.a: .* reads more than other keys"),
     ({"model.attn_implementation": "stranger/kernel"}, "runs a kernel from the Hugging Face hub"),
     (
         {"rollout.engine": "vllm", "rollout.vllm": SERVER},
@@ -190,20 +192,25 @@ def test_a_stranger_s_config_is_refused_by_name_before_anything_of_it_is_done(
     assert "--trust-run" in str(error.value) or "unknown key" in message
 
 
+def test_tokens_for_logging_are_not_read_to_evaluate(strangers, monkeypatch):
+    monkeypatch.delenv("SOME_TOKEN", raising=False)
+    folder = strangers(**{"logging.wandb": {"settings": {"api_key": "${oc.env:SOME_TOKEN}"}}})
+    assert load_run(folder, [], trusted=False).logging.wandb == {"settings": {"api_key": None}}
+
+
 def test_what_the_user_says_is_the_user_s_own(strangers, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", SECRET)
-    folder = strangers(**{"data.reward": "tests.stranger:reward", "logging.wandb": {"a": "${oc.env:SOME_TOKEN}"}})
+    key = "rollout.vllm.engine_args"
+    folder = strangers(**{"data.reward": "tests.stranger:reward", key: {"a": "${oc.env:SOME_TOKEN}"}})
     config = load_run(folder, [], trusted=True)
-    assert config.data.reward == "tests.stranger:reward" and config.logging.wandb == {"a": SECRET}
+    assert config.data.reward == "tests.stranger:reward" and config.rollout.vllm.engine_args == {"a": SECRET}
     own = "tests.test_stored_recipe:reward"
-    config = load_run(folder, [f"data.reward={own}", "logging.wandb.a=${oc.env:SOME_TOKEN}"], trusted=False)
-    assert config.data.reward == own and config.logging.wandb == {"a": SECRET}
+    config = load_run(folder, [f"data.reward={own}", f"{key}.a=${{oc.env:SOME_TOKEN}}"], trusted=False)
+    assert config.data.reward == own and config.rollout.vllm.engine_args == {"a": SECRET}
     assert config.run_dir == str(folder)
-    config = load_run(folder, ["data.reward=null", "logging.wandb=null"], trusted=False)
-    assert config.data.reward is None and config.logging.wandb is None
-    folder = strangers(**{"logging.wandb": {"a": 1, "ab": "${oc.env:SOME_TOKEN}"}})
-    for beside in ("logging.wandb.a=1", "logging.wandb.abc=1", "logging.wandb.b=1"):
-        with pytest.raises(ConfigError, match="logging.wandb.ab: "):
+    folder = strangers(**{key: {"a": 1, "ab": "${oc.env:SOME_TOKEN}"}})
+    for beside in (f"{key}.a=1", f"{key}.abc=1", f"{key}.b=1"):
+        with pytest.raises(ConfigError, match=f"{key}.ab: "):
             load_run(folder, [beside], trusted=False)
     folder = strangers(**{"data.reward": "tests.stranger:reward"})
     with pytest.raises(ConfigError, match="data.reward"):

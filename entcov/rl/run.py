@@ -19,7 +19,7 @@ from entcov.rl.loop import Loop
 from entcov.rl.metrics import RunLogger
 from entcov.rl.progress import Progress
 from entcov.rl.rollouts import derived_seed
-from entcov.rl.run_folder import SAMPLES, has_begun, held, keep_evaluation, take_up, write_samples
+from entcov.rl.run_folder import SAMPLES, check_resume, has_begun, held, keep_evaluation, take_up, write_samples
 
 _COMMANDS = {
     "torch": "Start it with: python -m entcov train RECIPE",
@@ -65,6 +65,7 @@ def train(
     with Interrupts() as interrupts, ExitStack() as stack:
 
         def take() -> Checkpoint | None:
+            check_resume(run_dir, resume)
             stack.enter_context(held(run_dir))
             return take_up(run_dir, config, resume)
 

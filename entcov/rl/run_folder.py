@@ -28,7 +28,7 @@ def held(run_dir: Path) -> Iterator[None]:
     """
     try:
         make_folder(run_dir)
-    except OSError as error:
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise ConfigError(f"run_dir: the folder {run_dir} cannot be made ({error.strerror})") from None
     with locked(run_dir, wait=False) as ours:
         if not ours:
@@ -42,6 +42,15 @@ def has_begun(run_dir: Path) -> bool:
     """Whether the folder holds a checkpoint or a logged step. Without either, a start that failed has done nothing."""
     checkpoints = run_dir / "checkpoints"
     return (checkpoints.is_dir() and bool(list_steps(checkpoints))) or has_rows(run_dir)
+
+
+def check_resume(run_dir: Path, resume: str) -> None:
+    """Raises ValueError unless `resume` is "auto", "never" or the path of one of this run's checkpoints."""
+    checkpoints = run_dir / "checkpoints"
+    if resume in ("auto", "never"):
+        return
+    if Path(resume).resolve().parent != checkpoints.resolve() or not Path(resume).is_dir():
+        raise ValueError(f"resume: must be auto, never or one of this run's checkpoints {checkpoints}/step_N, got {resume}")
 
 
 def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
@@ -60,8 +69,6 @@ def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
         checkpoint = load_latest(checkpoints)
     else:
         checkpoint = load_checkpoint(resume)
-        if checkpoint.path.resolve().parent != checkpoints.resolve():
-            raise ValueError(f"resume: must be one of this run's checkpoints in {checkpoints}, got {resume}")
     store_recipe(run_dir, config)
     return checkpoint
 

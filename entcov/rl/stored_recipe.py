@@ -9,6 +9,7 @@ anything nor read the environment nor name a server, unless it is told to trust 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import secrets
@@ -76,11 +77,14 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
         return resolve_config(tree, str(path))
     given = [item.partition("=")[0] for item in overrides]
     # A resolver is the only way to the environment, and its call has a colon. Without one nothing but keys is read.
-    wants = [
-        (".".join(path), said, "reads more than other keys")
-        for path, said in interpolations(OmegaConf.to_container(tree, resolve=False))
-        if any("${" in text and ":" in text for text in texts(said))
-    ]
+    wants = []
+    for keys, said in interpolations(OmegaConf.to_container(tree, resolve=False)):
+        if not any("${" in text and ":" in text for text in texts(said)):
+            continue
+        if keys[0] == "logging" and len(keys) > 1:  # where a recipe has its tokens; an evaluation does not log
+            functools.reduce(lambda node, key: node[key], keys[:-1], tree)[keys[-1]] = None
+        else:
+            wants.append((".".join(keys), said, "reads more than other keys"))
     _refuse(path, wants, given)
     config = resolve_config(tree, str(path))
     model, data, vllm = config.model, config.data, config.rollout.vllm
