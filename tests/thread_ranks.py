@@ -1,6 +1,7 @@
 """Ranks as threads of one process: sharded calls without process groups, thousands of cases a second.
 
-Only what entcov.shards uses of torch.distributed is replaced; test_vocab_parallel.py runs the same code over gloo.
+Only what entcov.shards and entcov.covariance use of torch.distributed is replaced; test_vocab_parallel.py and
+test_selection_splits.py run the same code over gloo.
 """
 
 import threading
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from entcov import shards
+from entcov import covariance, shards
 
 
 class ThreadRanks:
@@ -21,6 +22,7 @@ class ThreadRanks:
         self._rank, self._slots = threading.local(), [None] * world
         self._barrier = threading.Barrier(world)
         monkeypatch.setattr(shards, "dist", self)
+        monkeypatch.setattr(covariance, "dist", self)
 
     def get_rank(self, group) -> int:
         return self._rank.value
@@ -40,6 +42,18 @@ class ThreadRanks:
         if len({x.shape for x in self._slots}) > 1:
             raise RuntimeError("sizes differ")
         output.copy_(torch.cat(self._slots))
+        self._barrier.wait(timeout=60)
+        if rank == 0:
+            self.collectives += 1
+            self.bytes_sent += tensor.nbytes
+
+    def all_reduce(self, tensor: Tensor, group) -> None:
+        rank = self._rank.value
+        self._slots[rank] = tensor.clone()
+        self._barrier.wait(timeout=60)
+        if len({x.shape for x in self._slots}) > 1:
+            raise RuntimeError("sizes differ")
+        tensor.copy_(torch.stack(self._slots).sum(0))
         self._barrier.wait(timeout=60)
         if rank == 0:
             self.collectives += 1
