@@ -20,6 +20,7 @@ from entcov.controls import (
     select,
 )
 from entcov.losses import PolicyLossConfig, Tokens, policy_loss
+from tests.objective_oracle import top_by_hash
 
 CONFIG = PolicyLossConfig()
 
@@ -186,6 +187,15 @@ def test_reference_clip_cov_excludes_ppo_clipped_tokens():
     wide = PolicyLossConfig(clip_low=1.0, clip_high=1.0)
     draws = {tuple(chosen(wide, semantics="reference", seed=s)) for s in range(40)}
     assert [any(column) for column in zip(*draws, strict=True)] == [True] * 4
+
+
+def test_kl_cov_settles_ties_by_seed_and_step():
+    """All four covariances are 2: which two are taken is the hash's choice."""
+    logprob, advantage = torch.tensor([-1.0, -3.0, -1.0, -3.0]), torch.tensor([2.0, -2.0, 2.0, -2.0])
+    tokens = Tokens(logprob, logprob, advantage, torch.ones(4, dtype=torch.bool), token_id=torch.tensor([7, 8, 40, 41]))
+    for seed, step in ((0, 0), (0, 1), (0, 2), (3, 2), (4, 2)):
+        selections, _ = select([KLCov(kl_cov_ratio=0.5, seed=seed)], [tokens], step=step, config=CONFIG)
+        assert set(tokens.token_id[selections[0][0]].tolist()) == top_by_hash([7, 8, 40, 41], 2, seed, step)
 
 
 # --- invariants -----------------------------------------------------------------------------------------------------

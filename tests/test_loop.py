@@ -240,9 +240,7 @@ def test_rollouts_sampled_ahead_are_resumed_as_they_were():
 
 
 def test_kept_rollouts_are_the_same_rollouts():
-    rollouts = Sampler().generate(
-        Stream().take(4, 2), group_size=2, temperature=1.0, max_response_length=3, seed=0
-    )
+    rollouts = Sampler().generate(Stream().take(4, 2), group_size=2, temperature=1.0, max_response_length=3, seed=0)
     for number, rollout in enumerate(rollouts):
         rollout.reward, rollout.weight_version = number / 4, 3
     again = Collected.from_state(Collected(rollouts, 6, {"a": 1.0}).state_dict(), Stream())

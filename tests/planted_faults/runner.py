@@ -49,9 +49,7 @@ class Outcome:
         return None
 
 
-def survivors(
-    faults: Sequence[Fault], *, jobs: int = 1, tell: Callable[[str], None] = print
-) -> dict[str, str]:
+def survivors(faults: Sequence[Fault], *, jobs: int = 1, tell: Callable[[str], None] = print) -> dict[str, str]:
     """What went wrong, by the name of the fault: nothing if every fault makes all tests that it names fail.
 
     Args:

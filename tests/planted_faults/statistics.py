@@ -5,7 +5,10 @@ from tests.planted_faults.fault import Fault
 STATS, SHARDS, PLAN, SHAPE, TIME = (
     f"entcov/{name}.py" for name in ("vocab_parallel", "shards", "plan", "plan_model", "plan_time")
 )
-T_STATS, T_COVARIANCE, T_PLAN, T_RANKS, T_SHARD_OPS, T_REFERENCE = (f"tests/test_{name}.py" for name in ("token_stats", "logit_covariance", "plan", "vocab_parallel", "shard_ops", "reference"))
+T_STATS, T_COVARIANCE, T_PLAN, T_RANKS, T_SHARD_OPS, T_REFERENCE = (
+    f"tests/test_{name}.py"
+    for name in ("token_stats", "logit_covariance", "plan", "vocab_parallel", "shard_ops", "reference")
+)
 GLOO = "the processes of a gloo group take seconds to start"
 
 FAULTS = (

@@ -6,7 +6,9 @@ DURABLE, CHECKPOINT, METRICS, DATA, REWARDS = (
     f"entcov/rl/{name}.py" for name in ("durable", "checkpoint", "metrics", "data", "rewards")
 )
 TASK = "entcov/rl/tasks/base.py"
-T_CHECKPOINT, T_METRICS, T_DATA, T_TASKS, T_REWARDS = (f"tests/test_{name}.py" for name in ("checkpoint", "metrics", "data", "tasks", "rewards"))
+T_CHECKPOINT, T_METRICS, T_DATA, T_TASKS, T_REWARDS = (
+    f"tests/test_{name}.py" for name in ("checkpoint", "metrics", "data", "tasks", "rewards")
+)
 
 FAULTS = (
     Fault("replaced_file_is_not_forced_to_the_disk", DURABLE, "            write_all(fd, data)\n            os.fsync(fd)\n", "            write_all(fd, data)\n", [T_CHECKPOINT, T_METRICS]),
