@@ -224,10 +224,11 @@ def test_the_reference_is_a_copy_that_is_kept_on_disk(rolled_out, tmp_path):
     made = engine._reference(config, model, tmp_path, cpu, fresh=True)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
+    assert torch.equal(made.get_output_embeddings().weight, before)
     resumed = engine._reference(config, model, tmp_path, cpu, fresh=False)
     for reference in (made, resumed):
         assert torch.equal(reference.get_output_embeddings().weight, before)
-        assert not any(p.requires_grad for p in reference.parameters())
+        assert reference is not model and not any(p.requires_grad for p in reference.parameters())
     (tmp_path / "reference.pt").unlink()
     with pytest.raises(RuntimeError, match="reference.pt is missing: .*kl_coef=0.1 cannot be resumed"):
         engine._reference(config, model, tmp_path, cpu, fresh=False)

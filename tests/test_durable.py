@@ -1,4 +1,4 @@
-"""What is forced to the disk, and in which order: every fsync and rename of a write, as the kernel is asked for them."""
+"""What is forced to the disk, and in which order: every fsync and rename of a write, as the kernel is asked."""
 
 from __future__ import annotations
 

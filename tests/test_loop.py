@@ -1,4 +1,4 @@
-"""The loop with an actor and a sampler that are scripted: every number of a step by hand, and what a resume brings back."""
+"""The loop with a scripted actor and sampler: every number of a step by hand, and what a resume brings back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESPONSES = {
     (0, 0): ([11, 12], [-1.0, -2.0], True, "1"),
     (0, 1): ([13], [-0.5], False, "0"),
     (1, 0): ([14, 15, 16], [-1.0, -1.0, -1.0], True, "1"),
-    (1, 1): ([17, 18], [-2.0, -2.0], False, "0"),
+    (1, 1): ([17, 18], [-2.0, -2.0], True, "0"),
 }
 POLICY = {11: -1.1, 12: -1.8, 13: -0.5, 14: -1.0, 15: -1.3, 16: -1.0, 17: -2.0, 18: -2.4}  # the trainer's own
 A = 0.5 / (math.sqrt(0.5) + 1e-6)  # GRPO's advantage of rewards 1 and 0
@@ -130,7 +130,7 @@ def test_one_step_by_hand():
         "critic/advantages/max": A,
         "critic/advantages/min": -A,
         "response_length/mean": 2.0,
-        "response_length/clip_ratio": 0.5,
+        "response_length/clip_ratio": 0.25,
         "prompt_length/mean": 1.5,
         "training/staleness": 0.0,
         "training/zero_variance_groups": 0.0,
@@ -234,7 +234,7 @@ def test_rollouts_sampled_ahead_are_resumed_as_they_were():
     resumed = loop_of(**ahead)
     resumed.load_state_dict(state)
     metrics = resumed.step()
-    assert metrics["training/staleness"] == 1 and metrics["response_length/clip_ratio"] == 0.5
+    assert metrics["training/staleness"] == 1 and metrics["response_length/clip_ratio"] == 0.25
     resumed.state_dict()  # waits for the rollouts of step 3
     assert [call["uids"] for call in resumed.sampler.calls] == [[4, 5]]  # those of step 2 were not sampled again
 

@@ -7,6 +7,8 @@ from one fault to the next, processes that a test starts see the fault too, and 
 
 from __future__ import annotations
 
+import gc
+import io
 import multiprocessing
 import os
 import shutil
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -107,9 +109,15 @@ def _preload() -> None:
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
+    # pytest imports most of itself when it runs, and so do its first plugins: one empty run, and 0.7 s a child are saved.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    with tempfile.TemporaryDirectory() as empty, redirect_stdout(io.StringIO()):
+        pytest.main(["-p", "no:cacheprovider", f"--rootdir={empty}", empty])
     loaded = [name for name in sys.modules if name.partition(".")[0] in ("entcov", "megatron_integration")]
     if loaded:
         raise RuntimeError(f"children must import the faulty code afresh, and {loaded[0]} is imported already")
+    gc.collect()
+    gc.freeze()  # children share what is here, and their collector leaves it alone
 
 
 def _copy(tree: Path) -> Path:
@@ -174,13 +182,13 @@ def _child(tree: Path, tests: Sequence[str], keep_compiled: bool, out: Connectio
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
     sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, Path.cwd()))]
-    os.environ |= {"PYTHONPATH": str(tree), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    os.environ["PYTHONPATH"] = str(tree)
     sys.dont_write_bytecode = not keep_compiled
     if not keep_compiled:
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     watch = _Watch(tests)
     scratch = tree.with_name(f"{tree.name}_tmp")
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={scratch}"]
+    options = ["-q", "--tb=line", "-p", "no:cacheprovider", f"--basetemp={scratch}"]
     with open(tree.with_name(f"{tree.name}.log"), "w") as log, _redirected(log):
         pytest.main([*options, f"--rootdir={tree}", *tests], plugins=[watch])
     import entcov
