@@ -102,3 +102,22 @@ def test_ranks_in_threads_get_the_values_of_whole_rows(monkeypatch):
             torch.testing.assert_close(values[name].double(), want.detach(), atol=2e-5, rtol=2e-5, msg=name)
         for got, want in zip(gradient, gradients, strict=True):
             torch.testing.assert_close(got.double(), want[:, width * rank : width * (rank + 1)], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "starts, vocab_size, message",
+    [
+        ((0, 16, 33), 49, "rank 2 starts at 33, leaving a hole from 32"),
+        ((0, 16, 31), 47, "rank 2 starts at 31, overlapping what ends at 32"),
+        ((0, 16, 32), 50, "they end at 48, vocab_size is 50"),
+    ],
+)
+def test_shards_in_threads_that_do_not_cover_the_vocabulary_once(monkeypatch, starts, vocab_size, message):
+    ranks = ThreadRanks(3, monkeypatch)
+
+    def call(rank):
+        with pytest.raises(RuntimeError, match=message):
+            place = {"group": ranks, "vocab_start": starts[rank], "vocab_size": vocab_size}
+            token_stats(torch.zeros(2, 16), torch.tensor([0, 1]), **place)
+
+    ranks.run(call)

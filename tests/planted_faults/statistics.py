@@ -76,13 +76,6 @@ FAULTS = (
         [T_STATS + "ignored_rows_are_zero_even_where_they_hold_nan_or_nothing_finite"],
     ),
     Fault(
-        "moments_have_a_graph",
-        STATS,
-        "        with torch.no_grad():\n            scaled",
-        "        if True:\n            scaled",
-        [T_STATS + "moments_are_detached_and_unused_outputs_cost_nothing"],
-    ),
-    Fault(
         "predicted_entropy_change_has_the_wrong_sign",
         STATS,
         "(covariance, -covariance,",
@@ -125,11 +118,11 @@ FAULTS = (
         [T_RANKS + "ranks_in_threads_get_the_values_of_whole_rows"],
     ),
     Fault(
-        "holes_between_shards_are_not_seen",
+        "shards_that_end_early_are_not_seen",
         SHARDS,
-        "        if shard.start != at:\n",
-        "        if shard.start < at:\n",
-        [T_BAD_INPUT + "ranks_that_call_differently"],
+        "    if at != layout[0].vocab_size:\n",
+        "    if False:\n",
+        [T_RANKS + "shards_in_threads_that_do_not_cover_the_vocabulary_once"],
     ),
     Fault(
         "ranks_called_differently_are_not_seen",

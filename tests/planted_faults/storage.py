@@ -1,4 +1,4 @@
-"""Faults of what is written (durable files, checkpoints, the metrics record, data files), and of data, tasks and rewards."""
+"""Faults of what is written (files, checkpoints, the metrics record), and of data, tasks and rewards."""
 
 from tests.planted_faults.fault import Fault
 
@@ -68,13 +68,6 @@ FAULTS = (
         [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
     ),
     Fault(
-        "checkpoint_folder_is_not_forced_to_the_disk",
-        CHECKPOINT,
-        "        fsync_path(temporary)\n",
-        "",
-        [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
-    ),
-    Fault(
         "checkpoint_name_is_not_forced_to_the_disk",
         CHECKPOINT,
         "        temporary.rename(final)\n        fsync_path(directory)\n",
@@ -85,7 +78,8 @@ FAULTS = (
         "pointer_moves_before_the_checkpoint_has_its_name",
         CHECKPOINT,
         "        temporary.rename(final)\n        fsync_path(directory)\n",
-        '        replace_file(directory / "latest", f"{final.name}\\n".encode())\n        temporary.rename(final)\n        fsync_path(directory)\n',
+        '        replace_file(directory / "latest", f"{final.name}\\n".encode())\n        temporary.rename(final)\n'
+        "        fsync_path(directory)\n",
         [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
     ),
     Fault(
@@ -148,7 +142,8 @@ FAULTS = (
         "damage_falls_back_silently",
         CHECKPOINT,
         '            raise CheckpointError(\n                f"{problem}. Step',
-        '            return Checkpoint(directory / f"step_{earlier}", earlier)\n            raise CheckpointError(\n                f"{problem}. Step',
+        '            return Checkpoint(directory / f"step_{earlier}", earlier)\n'
+        '            raise CheckpointError(\n                f"{problem}. Step',
         [T_CHECKPOINT + "damage_is_named_and_the_way_back_is_told"],
     ),
     Fault(
@@ -217,7 +212,11 @@ FAULTS = (
         [T_DATA + "every_epoch_shows_each_row_once_in_an_order_of_its_own"],
     ),
     Fault(
-        "order_ignores_the_seed", DATA, "{self.seed}|{epoch}", "0|{epoch}", [T_DATA + "the_order_of_epochs_is_pinned"]
+        "order_ignores_the_seed",
+        DATA,
+        "{self.seed}|{epoch}",
+        "0|{epoch}",
+        [T_DATA + "every_epoch_shows_each_row_once_in_an_order_of_its_own"],
     ),
     Fault(
         "first_held_out_prompts_of_all_sources_together",
