@@ -342,12 +342,15 @@ KNOBS = {"aent": {"warmup": 1}, "adaptive_bonus": {"rule": "trl"}}
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
 def test_state_survives_json_and_continues_alike(name):
-    means = [{"entropy": h, "clamped_entropy": h, "sampled_entropy": h} for h in (0.1, 0.3, 0.05, 0.6, 0.15)]
+    means = [{"entropy": h, "clamped_entropy": h, "sampled_entropy": h} for h in (0.1, 0.05, 0.3, 0.6, 0.15)]
     whole, first = make_control(name, **KNOBS.get(name, {})), make_control(name, **KNOBS.get(name, {}))
     for m in means[:3]:
         whole.after_step(m)
         first.after_step(m)
     resumed = make_control(name, **KNOBS.get(name, {}))
+    assert not first.state or first.state_dict() != resumed.state_dict()
+    if name == "adaptive_bonus":  # above the target since the last step: unlike at the start
+        assert not first.enabled
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert [whole.after_step(m) for m in means[3:]] == [resumed.after_step(m) for m in means[3:]]
     assert whole.state_dict() == resumed.state_dict()
