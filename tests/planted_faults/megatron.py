@@ -31,12 +31,4 @@ FAULTS = (
         [T_PARITY + "context_parallel_ranks_hold_each_loss_token_once"],
         slow=SLOW,
     ),
-    Fault(
-        "sequences_padded_to_one_unit_too_many",
-        BATCHES,
-        "return -(-length // unit) * unit",
-        "return (length // unit + 1) * unit",
-        [T_PARITY + "context_parallel_ranks_hold_each_loss_token_once"],
-        slow=SLOW,
-    ),
 )
