@@ -55,13 +55,8 @@ def run_compare(tmp_path, trainer, wishes=(), **changes):
     if not recipe.exists():
         recipe.write_text("steps: 20\n")
     settings = dict(
-        controls=list(ENTROPY),
-        seeds=[0, 1, 2],
-        out_dir=tmp_path / "out",
-        jobs=2,
-        command="entcov compare r.yaml",
-        display=False,
-        program=trainer,
+        controls=list(ENTROPY), seeds=[0, 1, 2], out_dir=tmp_path / "out", jobs=2, command="entcov compare r.yaml",
+        display=False, program=trainer,
     )
     return compare(arguments(recipe, wishes), **settings | changes)
 
