@@ -22,6 +22,8 @@ def main() -> int:
     chosen = [fault for fault in FAULTS if not options.only or options.only in fault.name + " " + fault.file]
     if options.quick:
         chosen = [fault for fault in chosen if fault.slow is None]
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if not chosen:
         parser.error(f"--only: no fault's name or file contains {options.only!r}")
     started = time.monotonic()

@@ -68,8 +68,9 @@ def survivors(faults: Sequence[Fault], *, jobs: int = 1, tell: Callable[[str], N
     planted = {fault.name: fault.planted_in((ROOT / fault.file).read_text()) for fault in faults}
     _preload()
     with tempfile.TemporaryDirectory(prefix="entcov_faults_") as folder:
-        trees = [_copy(Path(folder) / f"copy_{i}") for i in range(jobs)]
         tests = sorted({test for fault in faults for test in fault.tests})
+        # No more copies than tests: pytest without a test's name would run them all.
+        trees = [_copy(Path(folder) / f"copy_{i}") for i in range(min(jobs, len(tests)))]
         # A run in each copy, with a share of the tests each, leaves compiled files there that all later runs use.
         started = [_Run(tree, tests[i::jobs], keep_compiled=True) for i, tree in enumerate(trees)]
         for run in started:
@@ -177,7 +178,7 @@ class _Run:
 
 
 def _child(tree: Path, tests: Sequence[str], keep_compiled: bool, out: Connection) -> None:
-    os.setsid()  # what its tests start ends with it
+    os.setsid()  # a test that hangs is ended with all that it has started
     os.chdir(tree)
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
