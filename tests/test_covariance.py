@@ -210,6 +210,14 @@ def test_ties_are_settled_by_the_hash():
         assert set(ids[order][got.mask].tolist()) == expected
 
 
+def test_masked_tokens_are_never_drawn():
+    """Their covariance reads 0, which lies inside these bounds."""
+    logprob, advantage, mask = hand_example()
+    result = cov.token_covariance(logprob, advantage, mask)
+    chosen = cov.select_clip_cov(result, torch.arange(8), ratio=1, low=-9.0, high=9.0, seed=0, step=0)
+    assert torch.equal(chosen.mask, mask) and int(chosen.count) == 7
+
+
 def test_interval_closed_and_open():
     advantage = torch.tensor([2.0, -2.0, 2.0, -2.0])
     logprob = torch.tensor([-1.0, -3.0, -1.0, -3.0])  # covariance 1 * 2 = 2, exactly, for all

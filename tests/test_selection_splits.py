@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from entcov.controls import ClipCov, KLCov, select
 from entcov.losses import PolicyLossConfig
 from tests.objective_oracle import chosen_ids, clip_cov_oracle, exact_covariance, kl_cov_oracle, make_batch, part
+from tests.thread_ranks import ThreadRanks
 
 CONFIG = PolicyLossConfig()
 WORLDS = (1, 2, 4)
@@ -154,6 +155,16 @@ def expected():
 def test_one_process_any_split(expected):
     for data_seed, picks, metrics in run_cases(0, 1, None):
         assert (picks, metrics) == expected[data_seed]
+
+
+def test_ranks_in_threads(expected, monkeypatch):
+    """As below, without processes to start."""
+    ranks = ThreadRanks(2, monkeypatch)
+    for case in zip(*ranks.run(lambda rank: run_cases(rank, 2, ranks)), strict=True):
+        data_seed = case[0][0]
+        joined = [sorted(i for _, picks, _ in case for i in picks[k]) for k in range(len(CONTROLS))]
+        assert joined == expected[data_seed][0]
+        assert [metrics for _, _, metrics in case] == [expected[data_seed][1]] * 2
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -1,7 +1,7 @@
 """Ranks as threads of one process: sharded calls without process groups, thousands of cases a second.
 
-Only what entcov.shards and entcov.ranks use of torch.distributed is replaced; test_vocab_parallel.py runs the same code
-over gloo.
+Only what entcov.shards and entcov.ranks use of torch.distributed is replaced; test_vocab_parallel.py and
+test_selection_splits.py run the same code over gloo.
 """
 
 import threading
@@ -56,6 +56,7 @@ class ThreadRanks:
         self._barrier.wait(timeout=60)
         if self._rank.value == 0:
             self.collectives += 1
+            self.bytes_sent += tensor.nbytes
 
     def all_gather_object(self, output: list, value: object, group) -> None:
         self._slots[self._rank.value] = value

@@ -46,11 +46,11 @@ def has_begun(run_dir: Path) -> bool:
 
 def check_resume(run_dir: Path, resume: str) -> None:
     """Raises ValueError unless `resume` is "auto", "never" or the path of one of this run's checkpoints."""
-    checkpoints = run_dir / "checkpoints"
     if resume in ("auto", "never"):
         return
-    if Path(resume).resolve().parent != checkpoints.resolve() or not Path(resume).is_dir():
-        raise ValueError(f"resume: must be auto, never or one of this run's checkpoints {checkpoints}/step_N, got {resume}")
+    path, checkpoints = Path(resume), run_dir / "checkpoints"
+    if path.resolve().parent != checkpoints.resolve() or not path.is_dir():
+        raise ValueError(f"resume: must be one of this run's checkpoints {checkpoints}/step_N, got {resume}")
 
 
 def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
