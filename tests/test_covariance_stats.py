@@ -266,8 +266,8 @@ def test_half_gradients_are_the_fp32_gradient_rounded(dtype, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 1e30])
 def test_changes_beyond_fp32_are_those_of_float64(temperature, dtype, isa):
-    """Differences of logits overflow fp32, and sums of differences; what they give need not. In one part, in shards, and
-    with the largest changes where the probability was 0 before."""
+    """Differences of logits overflow fp32, and sums of differences; what they give need not. In one part, in shards,
+    and with the largest changes where the probability was 0 before."""
     V = 3000
     rng = torch.Generator().manual_seed(0)
     ends = 3e38 * (2 * torch.randint(0, 2, (6, V), generator=rng) - 1)
