@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)  # fp32 has most ways to go wrong
 
 
-def seeds(default: int) -> Iterator[int]:
-    """The seeds of one fuzzer's cases: ENTCOV_FUZZ_CASES of them (unless set: `default`), from ENTCOV_FUZZ_SEED on."""
-    first, count = (
-        int(os.environ.get(f"ENTCOV_FUZZ_{name}", value)) for name, value in (("SEED", 0), ("CASES", default))
-    )
+def seeds(default: int, run: int = 0) -> Iterator[int]:
+    """The seeds of one fuzzer's cases: ENTCOV_FUZZ_CASES of them (unless set: `default`), from ENTCOV_FUZZ_SEED on
+    (unless set, other ones for each `run` of the fuzzer)."""
+    count = int(os.environ.get("ENTCOV_FUZZ_CASES", default))
+    first = int(os.environ.get("ENTCOV_FUZZ_SEED", run * count))
     return iter(range(first, first + count))
 
 
@@ -34,6 +34,10 @@ class Draw(random.Random):
     def size(self, most: int) -> int:
         """1 to `most`, small ones more often."""
         return min(most, int(2 ** self.uniform(0, 1 + torch.tensor(float(most)).log2().item())))
+
+    def columns(self, most: int) -> int:
+        """Any width up to `most`: a handful, or hundreds, where a shard's sketch has ranks a few apart."""
+        return self.size(most) if self.chance(0.5) else self.randint(most // 8, most)
 
     def temperature(self) -> float:
         return self.choice((1.0, 10 ** self.uniform(-1, 1), 10 ** self.uniform(-3, 6)))
@@ -61,7 +65,8 @@ def _ties(draw, T, V):
 
 
 def _shared_upper_bits(draw, T, V):
-    return draw.choice((-3.0, 0.7, 20.0)) + 10 ** -draw.uniform(1, 7) * draw.normal(T, V)
+    spread = 10 ** -draw.choice((draw.uniform(0, 1.5), draw.uniform(1, 7)))  # a few such columns or many in each share
+    return draw.choice((-3.0, 0.7, 3.0, 20.0)) + spread * draw.normal(T, V)
 
 
 def _offset(draw, T, V):
@@ -70,7 +75,7 @@ def _offset(draw, T, V):
 
 def _huge(draw, T, V):
     """The whole range of the dtype: differences of two such logits overflow it."""
-    z = (2 * torch.rand(T, V, generator=draw.torch) - 1) * draw.choice((1e4, 3e38, 3.4e38))
+    z = (2 * torch.rand(T, V, generator=draw.torch) - 1) * draw.choice((1e4, 3e38, 3e38, 3.4e38))
     return torch.where(torch.rand(T, V, generator=draw.torch) < draw.choice((0.0, 0.5)), z.sign() * z.abs().max(), z)
 
 
@@ -82,7 +87,8 @@ def _constant(draw, T, V):
     return torch.full((T, V), draw.gauss(0, 5))
 
 
-KINDS = (_gaussian, _gaussian, _peaked, _masked, _ties, _shared_upper_bits, _offset, _huge, _tiny, _constant)
+KINDS = (_gaussian, _gaussian, _peaked, _masked, _ties, _shared_upper_bits, _shared_upper_bits, _offset, _huge, _huge)
+KINDS += (_tiny, _constant)
 
 
 def logits(draw: Draw, T: int, V: int, dtype: torch.dtype) -> Tensor:
@@ -91,6 +97,11 @@ def logits(draw: Draw, T: int, V: int, dtype: torch.dtype) -> Tensor:
     z = torch.where(torch.arange(T)[:, None] % len(pieces) == 0, pieces[0], pieces[-1])
     most = torch.finfo(dtype).max
     return torch.where(z == -torch.inf, z, z.clamp(-most, most)).to(dtype)
+
+
+def near_threshold(draw: Draw, T: int, V: int) -> Tensor:
+    """[T, V] of which many share their upper bits, or are equal: what selecting the k-th largest can get wrong."""
+    return draw.choice((_shared_upper_bits, _shared_upper_bits, _gaussian, _ties))(draw, T, V).to(draw.choice(DTYPES))
 
 
 def target(draw: Draw, z: Tensor) -> Tensor:
