@@ -17,7 +17,8 @@ logits_grad(logits, target, stats, grad_logprob, grad_entropy, grad_clamped, cla
     L_k, H_k). Zeros in padding columns, ignored rows and rows whose gradients are all zero.
     RuntimeError where the target's logit in this shard is not the one in `stats`: the logits were written since.
 logits_grad_(logits, ...)
-    the same, written over the logits, which are not compared; returns nothing (PyTorch cannot functionalise an op that returns its argument).
+    the same, written over the logits, which are not compared; returns nothing (PyTorch cannot functionalise an op that
+    returns its argument).
 
 covariance_stats(logits_old, logits_new, vocab_start, vocab_size, temperature, row_mask) -> [T, 8]
     columns max_old, rest_old, sum_xexp_old, max_new, rest_new, sum_xexp_new, sum_d, sum_xd, defined in
