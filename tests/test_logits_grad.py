@@ -247,9 +247,7 @@ def test_logits_that_are_not_those_of_the_statistics_are_an_error(dtype, isa):
     grads[0][4] = grads[1][4] = 0
     gradient(logits, target, grads, stats=stats)
     for change in (2 * logits, logits + 1, logits * 0, logits / 0.7):
-        with pytest.raises(
-            RuntimeError, match="not be changed between forward and backward.* in row 0 the target"
-        ):
+        with pytest.raises(RuntimeError, match="not be changed between forward and backward.* in row 0 the target"):
             gradient(change, target, grads, stats=stats)
     one = logits.clone()
     one[[3, 4]] = 0
