@@ -333,12 +333,17 @@ def _check_selection(covariance, token_id, ratio, at_least, seed, step) -> None:
     check.vector("token_id", token_id, (torch.int64,), covariance.value)
     check.fraction("ratio", ratio)
     check.integer("at_least", at_least, 0)
-    for name, value in (("seed", seed), ("step", step)):
-        if not isinstance(value, Tensor):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-        elif value.dim() or value.dtype != torch.int64:
-            raise TypeError(f"{name} must be an integer or a 0-d int64 tensor, got {value.dtype} {tuple(value.shape)}")
+    check_counter("seed", seed)
+    check_counter("step", step)
+
+
+def check_counter(name: str, value: object) -> None:
+    """`value` is an integer, or a 0-d int64 tensor."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    elif value.dim() or value.dtype != torch.int64:
+        raise TypeError(f"{name} must be an integer or a 0-d int64 tensor, got {value.dtype} {tuple(value.shape)}")
 
 
 def token_hash(token_id: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:

@@ -52,7 +52,8 @@ def linear_token_stats(
     the outputs, with its arguments of the same names.
 
     Args:
-        hidden: [..., D] float32, bfloat16 or float16, the same on every rank of the group.
+        hidden: [..., D] float32, bfloat16 or float16, the same bits on every rank of the group. Four values a token are
+            compared over the ranks.
         weight: [V_local, D], this rank's rows of the LM head, in the dtype of hidden. Under autocast both may have any
             of the three dtypes and are cast as `linear` would cast them.
         target: [...] int64, global token ids.

@@ -135,7 +135,7 @@ class AllReduces:
         )
         if not tensors:
             return word
-        values = [value.reshape(1).view(torch.int64) for value in tensors.values()]
+        values = [value.reshape(1).view(torch.int64).to(device) for value in tensors.values()]
         return shard_ops.checksum(torch.cat([word, *values]))[None] | 1
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def token_stats(
         vocab_start: global id of column 0. Default: rank * V_local. Shards may be uneven, empty, and in any order.
         vocab_size: true size of the whole vocabulary; columns from there on are padding and do not exist. Default: all
             columns (world * V_local). Required with vocab_start.
-        temperature: divides the logits, as the sampler's does.
+        temperature: divides the logits, as the sampler's does. A constant: a tensor must not require a gradient.
         clamp_p: fraction (not percent) of the vocabulary to leave out of clamped_entropy, lowest logits first; [0, 1).
         top_k: or the number of logits to keep in it.
         moments: also return collision, varentropy and entropy_drift.
@@ -93,7 +93,9 @@ def token_stats(
     use cost nothing in backward.
 
     Mutated: nothing. Kept for backward: the caller's logits and target, and 16 bytes a token (28 with moments, 16 more
-    with a clamp); nothing of size V.
+    with a clamp); nothing of size V. The logits must not be written before backward. Autograd raises if they are, but
+    does not see what a compiled function writes itself: there the CPU raises, and a GPU makes the target's gradient
+    NaN, where a target's logit has changed. `torch.compiler.disable(token_stats)` in such a function sees every change.
 
     Collectives, in forward, which every rank of the group must enter: one all-gather of 16 bytes a token and rank (28
     with moments) plus about 40 bytes. A clamp adds 512 bytes a token and rank to it, and a second all-gather of 28 +
@@ -112,7 +114,8 @@ def token_stats(
             are not looked for, since that would wait for the GPU: all outputs of such a row and its gradient are NaN.
         TypeError: dtypes.
         RuntimeError: ranks called differently (shards that do not cover the vocabulary once, another temperature,
-            target, ...): the same error on every rank. On CUDA all outputs of all rows that are not ignored, and their
+            target, ...): the same error on every rank. Or another rank's arguments are wrong: that rank raises its own
+            error, the others one that names it. On CUDA all outputs of all rows that are not ignored, and their
             gradients, are NaN on every rank instead; TORCH_DISTRIBUTED_DEBUG=DETAIL gives the errors there too. See
             `entcov.shards.gather` for different numbers of tokens.
 
@@ -397,7 +400,8 @@ def logit_covariance(
         LogitCovariance: fp32 [...], in nats; bit-identical on all ranks of the group.
 
     Differentiable: all outputs, with respect to logits_new, once.
-    Mutated: nothing. Kept for backward: the two logits, the mask, and 32 bytes a token.
+    Mutated: nothing. Kept for backward: the two logits, the mask, and 32 bytes a token. Nobody sees that a compiled
+    function writes these logits before backward: keep this call out of it then, by `torch.compiler.disable`.
     Collectives: one all-gather of 32 bytes a token and rank plus about 40 bytes in forward, none in backward.
 
     Error against float64: 2e-5 absolute where the logits change by a few units. A logit that becomes -inf makes the kl

@@ -156,6 +156,7 @@ FAILURES = {
     "select_kl_cov seed": (selection(cov.select_kl_cov, {"seed": None}), "seed must be an integer, got None"),
     "select_kl_cov covariance": (selection(cov.select_kl_cov, {"covariance": 1}), "covariance must be what token_cova"),
     "select without ids": (chosen(without_ids), "tokens.token_id must be given, control clip_cov"),
+    "select step": (chosen({"step": torch.tensor(2.0)}), "step must be an integer or a 0-d int64 tensor"),
     "select without tokens": (chosen({"micro_batches": []}), "parts must hold at least one micro-batch"),
     "select with half a field": (
         chosen(lambda tokens: {"micro_batches": [tokens, replace(tokens, token_id=None)]}),

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -309,15 +310,16 @@ def token_ids_that_ranks_have_in_common_are_an_error_on_all(rank, world):
 
 @case
 def after_all_those_errors_the_group_goes_on(rank, world):
-    calls = {**disagreements.FAILURES, **disagreements.DISAGREEMENTS, **disagreements.REPEATED}
-    for call, _ in calls.values():
+    for call, _ in disagreements.DISAGREEMENTS.values():
         call(dist.group.WORLD, rank, world, False)
 
 
 def different_tokens(rank, world):
     """Not among CASES: gloo may end the process. Prints the error it gets."""
     T = 4 + 60 * rank
+    began = time.monotonic()
     error = raised(lambda: token_stats(torch.randn(T, 8), torch.zeros(T, dtype=torch.int64), group=dist.group.WORLD))
+    assert time.monotonic() - began < 25  # the group's timeout is 30 s
     print(f"{type(error).__name__}: {error}", flush=True)
 
 

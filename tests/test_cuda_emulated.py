@@ -152,6 +152,23 @@ def test_a_target_on_another_shard_is_no_bad_target():
     assert stats[0, 3] == -math.inf and stats[1, 3] == logits[1, 5]
 
 
+@pytest.mark.parametrize("V", [60, 41003])  # a row of one block, and one that is cut
+def test_logits_written_since_the_forward_pass_make_the_targets_gradient_nan(V):
+    logits = rows("gaussian", 4, V, torch.bfloat16)
+    target = targets(logits)
+    target[3] = IGNORE
+    stats = ops.row_stats(logits, target, 0, V, 1.0, False, IGNORE)
+    stats = ops.merge_row_stats(stats[None], target, 1.0, IGNORE)
+    settings = (target, stats, torch.ones(4), None, None, None, 0, V, 1.0, IGNORE)
+    for factor in (1.0, 2.0, 0.5):
+        grad = ops.logits_grad(logits * factor, *settings)
+        at_target = torch.arange(V) == target[:, None]
+        assert torch.equal(grad.isnan(), at_target & (target != IGNORE)[:, None] & (factor != 1.0))
+        in_place = logits * factor
+        ops.logits_grad_(in_place, *settings)
+        assert not in_place.isnan().any()
+
+
 def test_a_row_without_a_finite_logit_is_nan():
     logits = rows("gaussian", 4, 60)
     logits[1] = -math.inf

@@ -108,8 +108,16 @@ BLIND = [  # a clamp takes another way on a GPU: tests/test_clamp_shards_emulate
 ] + ["select_clip_cov percent"]
 
 
+def test_a_rank_that_fails_raises_and_the_others_get_nan(ranks):
+    """With the kernels of a GPU too: tests/test_cuda_emulated.py."""
+    call, message = disagreements.FAILURES["logit_covariance mask"]
+    *others, failed = on_every_rank(ranks, call)
+    assert isinstance(failed, TypeError) and re.search(message, str(failed))
+    assert all(spoilt(other) for other in others)
+
+
 @pytest.mark.parametrize("name", BLIND)
-def test_a_rank_that_fails_raises_and_the_others_get_nan(ranks, monkeypatch, name):
+def test_a_rank_that_fails_in_any_call_raises_and_the_others_get_nan(ranks, monkeypatch, name):
     monkeypatch.setattr(cov.check, "readable", lambda tensor: False)
     call, message = disagreements.FAILURES[name]
     *others, failed = on_every_rank(ranks, call)

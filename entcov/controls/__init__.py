@@ -18,7 +18,7 @@ from entcov.controls.clip_cov import ClipCov
 from entcov.controls.entropy_bonus import EntropyBonus
 from entcov.controls.kl_cov import KLCov
 from entcov.controls.none import NoControl
-from entcov.covariance import covariance_over, covariance_summary
+from entcov.covariance import check_counter, covariance_over, covariance_summary
 from entcov.losses import PolicyLossConfig, Tokens
 from entcov.ranks import AllReduces, attempt
 
@@ -88,6 +88,7 @@ def select(
     alone: dict[int, list[Tensor]] = {}  # selections of the controls that see one micro-batch at a time
 
     def prepared() -> Tokens:
+        check_counter("step", step)
         everything = Tokens.cat(micro_batches)
         for i, control in enumerate(controls):
             if "selection" in control.needs:
@@ -99,7 +100,7 @@ def select(
     everything, failure = attempt(prepared, group)
     if failure is not None:  # the other ranks go on, perhaps to the end: this one does so too, without tokens
         everything = _no_tokens(micro_batches)
-        micro_batches = [everything]
+        micro_batches, step = [everything], 0
     call = {"step": step, "config": config, "controls": [_knobs(control) for control in controls]}
     ranks = AllReduces("select", group, everything.logprob.device, call, failure=failure)
     parts = everything.logprob, everything.advantage, everything.loss_mask
