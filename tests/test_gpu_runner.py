@@ -86,7 +86,7 @@ def test_three_commands_rehearse_every_stage_and_add_to_one_result(tmp_path):
         "training": "passed", "megatron": "passed" if find_spec("mbridge") else "not run",
     }  # fmt: skip
     assert "its program ran" in stages["sanitizer"]["reason"]
-    assert stages["op tests"]["passed"] > 10 and stages["device tests"]["passed"] > 20
+    assert stages["op tests"]["passed"] > 10 and stages["device tests"]["passed"] > 10
     check_measurements(stages["benchmarks"])
     check_training(stages)
     assert " x three products" in printed
