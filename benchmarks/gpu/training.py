@@ -15,7 +15,7 @@ RECIPE = Path("examples/tiny_cpu.yaml")
 NEEDED = ("omegaconf", "pydantic", "transformers", "safetensors", "rich", "matplotlib")
 NEEDED_BY_MEGATRON = (*NEEDED, "megatron.core", "mbridge", "einops")
 STEPS = 3
-SETTINGS = ("control=[clip_cov,aent]", "warm_start.steps=100", "eval.prompts=32", "eval.samples=1", "eval.every=0",
+SETTINGS = ("control=[clip_cov,aent]", "warm_start.steps=300", "eval.prompts=32", "eval.samples=1", "eval.every=0",
             "checkpoint.every=0", "logging.tensorboard=false")  # fmt: skip
 # Of a rehearsal, beside these: as little as goes through every part.
 SMALL = ("warm_start.steps=4", "rollout.prompts_per_step=6", "rollout.group_size=4", "actor.updates_per_rollout=2",
