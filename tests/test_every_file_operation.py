@@ -1,8 +1,8 @@
 """A run that stops, or finds the disk full, at any one of its file operations, and is started again.
 
 The run is the trainer's own code on a toy policy (tests/toy_run.py): it takes the folder, keeps a reference policy,
-evaluates, logs, stores two checkpoints and removes the first. However it has stopped, the same command goes on from what
-had been promised or later, ends as the run that nothing has struck, and leaves nothing behind.
+evaluates, logs, stores two checkpoints and removes the first. However it has stopped, the same command goes on from
+what had been promised or later, ends as the run that nothing has struck, and leaves nothing behind.
 """
 
 from __future__ import annotations
