@@ -54,9 +54,7 @@ class MegatronEngine(TorchEngine):
         dist.all_reduce(everyones, op=dist.ReduceOp.MAX, group=self.layout.control)
         return int(everyones)
 
-    def build(
-        self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
-    ) -> Parts:
+    def build(self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart) -> Parts:
         if not (run_dir / "config.yaml").exists():
             raise ConfigError(f"run_dir: must be on a file system that all nodes share, rank {self.rank} finds no run "
                               f"in {run_dir}")  # fmt: skip

@@ -64,9 +64,7 @@ class TorchEngine:
         """The greatest of all processes' values, on every process. Collective."""
         return value
 
-    def build(
-        self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
-    ) -> Parts:
+    def build(self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart) -> Parts:
         """The parts of a fresh run, warm-started, or with the weights of `checkpoint`. Collective."""
         device = resolve_device(config.device)
         model, tokenizer = policy(config, checkpoint, device)
