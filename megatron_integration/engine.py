@@ -66,9 +66,7 @@ class MegatronEngine(TorchEngine):
         settings = self.agree(lambda: check_recipe(config))
         refuse_unsupported(settings, config.megatron)
 
-    def build(
-        self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
-    ) -> Parts:
+    def build(self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart) -> Parts:
         if not (run_dir / "config.yaml").exists():
             raise ConfigError(f"run_dir: must be on a file system that all nodes share, rank {self.rank} finds no run "
                               f"in {run_dir}")  # fmt: skip

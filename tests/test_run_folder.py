@@ -190,10 +190,10 @@ def boom():
     raise RuntimeError("boom")
 
 
-def assert_goes_on_from(run, step, tmp_path):
+def assert_goes_on_from(run, step, tmp_path, **settings):
     assert load_latest(run / "checkpoints").step == step
-    toy_train(run, **RARE)
-    toy_train(tmp_path / "straight", **RARE)
+    toy_train(run, **RARE | settings)
+    toy_train(tmp_path / "straight", **RARE | settings)
     assert outcome(run) == outcome(tmp_path / "straight")
 
 
@@ -221,6 +221,13 @@ def test_a_step_that_fails_before_its_update_loses_nothing_before_it(tmp_path, c
     else:
         toy_train(tmp_path / "run", **RARE)
         assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(7))
+
+
+def test_rollouts_that_were_sampled_ahead_are_stored_as_the_step_found_them(tmp_path):
+    ahead = {"rollout.engine": "vllm", "rollout.max_staleness": 1}  # the toy engine brings its own sampler
+    with pytest.raises(RuntimeError, match="boom"):
+        toy_train(tmp_path / "run", Failing("actor", "score", 4, boom), **RARE | ahead)
+    assert_goes_on_from(tmp_path / "run", 3, tmp_path, **ahead)
 
 
 def test_a_step_that_fails_in_its_update_is_not_stored(tmp_path, capsys):

@@ -222,7 +222,7 @@ class EvalConfig:
 
 @dataclass(config=_STRICT)
 class CheckpointConfig:
-    every: Whole = 20  # steps; 0: only after the warm start and after the last
+    every: Whole = 20  # steps; 0: after the warm start, after the last, and where the run is stopped
     keep: Count = 2
 
 

@@ -69,9 +69,7 @@ class TorchEngine:
         """Raises for a recipe that cannot be run, before anything is written. Collective."""
         check_recipe(config)
 
-    def build(
-        self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
-    ) -> Parts:
+    def build(self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart) -> Parts:
         """The parts of a fresh run, warm-started, or with the weights of `checkpoint`. Collective."""
         device = resolve_device(config.device)
         model, tokenizer = policy(config, checkpoint, device)

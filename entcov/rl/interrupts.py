@@ -20,12 +20,14 @@ _SAME_INTERRUPT = 1.0  # seconds
 class Interrupts:
     """Takes the two signals over where nobody else has. A context manager.
 
+    tells: whether this process says on stderr that it waits; of several, one is enough.
     received: the first signal that was remembered, 0 while there is none.
     at_once: whether a second Ctrl-C has asked not to wait for the step's end. A second SIGTERM changes nothing: several
         senders may pass the same one on, and there is SIGKILL.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells: bool = True) -> None:
+        self.tells = tells
         self.waits_for_step = False
         self.received = 0
         self.at_once = False
@@ -50,7 +52,8 @@ class Interrupts:
             raise KeyboardInterrupt(number)
         if not self.received:
             self.received, self._since = number, now
-            _tell("stopping when this step is done and stored; Ctrl-C again stops at once")
+            if self.tells:
+                _tell("stopping when this step is done and stored; Ctrl-C again stops at once")
         elif number == signal.SIGINT and now - self._since > _SAME_INTERRUPT:
             self.at_once = True
             raise KeyboardInterrupt(number)

@@ -62,7 +62,7 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with Interrupts() as interrupts, ExitStack() as stack:
+    with Interrupts(tells=engine.leads) as interrupts, ExitStack() as stack:
 
         def take() -> Checkpoint | None:
             check_resume(run_dir, resume)
