@@ -37,7 +37,7 @@ def recipe_file(tmp_path):
         ("loss", {"clip_lo": 0.2}, "loss.clip_lo: unknown key"),
         ("loss", {"aggregation": "mean"}, "aggregation .*'mean'"),
         ("model.path", "somewhere", "model: exactly one of path and config"),
-        ("model.tokenizer", None, "model: tokenizer must be given"),
+        ("model.tokenizer", None, "model.tokenizer must be given"),
         ("data.train_files", ["x.parquet"], "data: exactly one of task and train_files"),
         ("actor.updates_per_rollout", 7, "updates_per_rollout: must not exceed rollout.prompts_per_step .*7 > 6"),
     ],

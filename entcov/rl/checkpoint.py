@@ -42,6 +42,7 @@ MANIFEST = "manifest.json"
 STATE = "state.pt"
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.(tmp|old)_(step_\d+|latest)\.\d+")
+_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 _PLAIN = (torch.Tensor, int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -243,7 +244,7 @@ def _write(temporary: Path, step: int, writers: dict[str, Callable[[Path], None]
         fsync_path(temporary.parent)
     except Exception as error:
         # torch and safetensors turn ENOSPC into errors of their own, so the file system is asked as well.
-        if is_disk_full(error) or "No space left" in str(error) or _no_space_left(temporary):
+        if is_disk_full(error) or any(words in str(error) for words in _FULL) or _no_space_left(temporary):
             raise CheckpointError(
                 f"disk full: cannot write {current.name} of step {step} in {temporary.parent}; "
                 "what was written of it is removed, earlier checkpoints are intact"

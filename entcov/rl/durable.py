@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from entcov import _checks as check
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,6 +50,16 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise write_error(error, path, "its earlier content is intact") from error
     fsync_path(path.parent)
+
+
+@contextmanager
+def as_os_error(path: Path) -> Iterator[None]:
+    """Makes an OSError of what safetensors raises where the disk refuses a write: it has an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = next((number for number in _FULL if os.strerror(number) in str(error)), errno.EIO)
+        raise OSError(number, f"cannot write {path}: {check.one_line(error)}") from error
 
 
 def is_disk_full(error: BaseException) -> bool:

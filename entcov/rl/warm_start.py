@@ -18,6 +18,7 @@ from torch import nn
 from entcov.rl.batch import Batch, micro_batches, pack
 from entcov.rl.config import ActorConfig, Config, WarmStartConfig
 from entcov.rl.data import PromptStream
+from entcov.rl.durable import as_os_error
 from entcov.rl.model import batch_token_stats
 from entcov.rl.tokenizer import encode
 from entcov.rl.types import Prompt, Rollout
@@ -47,7 +48,8 @@ def warm_started(
     warm_start(model, tokenizer, stream, settings, config.actor, on_step=on_step)
     stored.parent.mkdir(parents=True, exist_ok=True)
     temporary = stored.with_suffix(f".tmp.{os.getpid()}")
-    save_model(model, str(temporary))
+    with as_os_error(stored):
+        save_model(model, str(temporary))
     shutil.move(temporary, stored)
     return None
 
