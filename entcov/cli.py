@@ -63,12 +63,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 def explain(error: Exception) -> tuple[str, int]:
     """What a user is told of a failure, and the process's exit code."""
+    from entcov.rl.checkpoint import CheckpointError
+
     if isinstance(error, ModuleNotFoundError) and error.name in _extra("train"):
         return f"error: {error}. The trainer needs its extra: pip install 'entcov[train]'", 2
     if isinstance(error, UnpicklingError):
         return f"error: a file holds more than tensors and plain values and is not loaded: {check.one_line(error)}", 2
     if isinstance(error, (*_BAD_INPUT, ImportError)):
         return f"error: {error}", 2
+    if isinstance(error, CheckpointError):
+        return f"error: {error}", 1
     return f"error: {error}\n(--debug shows where)", 1
 
 

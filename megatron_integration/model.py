@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from entcov.rl.config import ConfigError, MegatronConfig
+from entcov.rl.durable import as_os_error
 from megatron_integration.layout import Layout
 
 BRIDGES = {"qwen2": Qwen2Bridge, "qwen3": Qwen3Bridge, "llama": LLaMABridge}
@@ -138,7 +139,9 @@ def save_hf(
     total = size = 0
 
     def flush() -> None:
-        save_file(held, folder / f"part-{len(written)}", metadata={"format": "pt"})
+        part = folder / f"part-{len(written)}"
+        with as_os_error(part):
+            save_file(held, part, metadata={"format": "pt"})
         written.append(list(held))
         held.clear()
 

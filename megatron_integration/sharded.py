@@ -11,7 +11,9 @@ loaded is checked in any case: a wrong number of steps means a wrong bias correc
 
 from __future__ import annotations
 
+import errno
 import queue
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +24,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
+from entcov import _checks as check
 from entcov.rl.checkpoint import CheckpointError
 from megatron_integration.actor import MegatronActor
+from megatron_integration.layout import PeerError
 from megatron_integration.model import unwrapped
 
 # Optimizer state is gathered by gloo on one data-parallel rank's CPU memory; the other way needs room on every GPU.
@@ -42,8 +47,20 @@ def save_sharded(actor: MegatronActor, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier(group=actor.layout.control)
     with actor.layout.running(), _results_in_this_process():
-        dist_checkpointing.save(_tree(actor, is_loading=False), str(folder))
+        try:
+            dist_checkpointing.save(_tree(actor, is_loading=False), str(folder))
+        except CheckpointException as failure:  # no Exception, so that it would pass by everything that reports one
+            raise _told(failure, folder) from failure
     dist.barrier(group=actor.layout.control)
+
+
+def _told(failure: CheckpointException, folder: Path) -> Exception:
+    """What a rank's file system has said, with its number, which Megatron-Core keeps as text and tells one rank."""
+    if not failure.failures:
+        return PeerError(f"another rank could not write {folder}")
+    said = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in failure.failures.items())
+    number = re.search(r"\[Errno (\d+)\]", said)
+    return OSError(int(number[1]) if number else errno.EIO, f"cannot write {folder}: {check.one_line(said)}")
 
 
 @contextmanager

@@ -13,11 +13,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from entcov import Tokens, logit_covariance, policy_loss, token_stats
 from entcov.cli import main
@@ -27,6 +30,7 @@ from entcov.losses import PolicyLossConfig
 from entcov.rl.checkpoint import CheckpointError, load_latest, save_checkpoint
 from entcov.rl.config import parse_config
 from entcov.rl.data import load_rows
+from entcov.rl.durable import as_os_error
 from entcov.rl.metrics import RunLogger, read_metrics
 from entcov.rl.run import train
 from tests.bad_recipes import CHANGES, COMMANDS, DATA, RECIPES
@@ -250,7 +254,7 @@ def place(tmp_path_factory):
     return base
 
 
-def refused(arguments: list[str], words: tuple[str, ...], capsys) -> str:
+def refused(arguments: list[str], words: tuple[str, ...], capsys, main=main) -> str:
     """Runs a command line that must end with code 2 and a short message; what it says on stderr."""
     try:
         code = main(arguments)
@@ -395,3 +399,66 @@ def test_runs_of_one_name_are_all_plotted(tmp_path, capsys):
         patch.setattr("entcov.plots.plot_runs", lambda runs, out: seen.update(runs) or [])
         assert main(["plot", str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), "--out", str(tmp_path)]) == 0
     assert list(seen) == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+
+
+MEGATRON = {
+    "train {recipe} actor.lrr=1": ("error: rank 0: ", "did you mean actor.lr?"),
+    "train {recipe} model.gradient_checkpointing=true": ("set megatron.recompute",),
+    "train {recipe} device=cuda:99": ("device: torch finds", "got 'cuda:99'"),
+    "train {folder}": ("is not a file",),
+    "train {recipe} --speed": ("unrecognized arguments: --speed",),
+    "eval {folder}": ("must be the folder of a run",),
+    "eval {run} actor.lr=1": ("has no effect on an evaluation",),
+    "eval {run} device=gpu": ("device: must be auto, cpu",),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+@pytest.mark.parametrize("line", MEGATRON)
+def test_a_bad_command_line_of_megatron(place, capsys, monkeypatch, line):
+    pytest.importorskip("megatron.core")
+    pytest.importorskip("mbridge")
+    from megatron_integration.__main__ import main as megatron
+
+    monkeypatch.chdir(place)
+    names = {"recipe": "recipe.yaml", "run": "finished", "folder": "folder"}
+    before = tree(place)
+    refused(shlex.split(line.format(**names)), MEGATRON[line], capsys, megatron)
+    assert tree(place) == before
+
+
+def test_a_full_disk_under_megatron(tmp_path, monkeypatch):
+    """Megatron-Core's error is no Exception: it passed by everything that reports one, and ended in a traceback."""
+    pytest.importorskip("megatron.core")
+    pytest.importorskip("mbridge")
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megatron_integration import sharded
+    from megatron_integration.layout import PeerError
+
+    failures = {0: (RuntimeError("Worker failure: [Errno 28] No space left on device"), None)}
+
+    def refuse(state, folder):
+        raise CheckpointException("write", failures)
+
+    layout = SimpleNamespace(control=None, running=nullcontext)
+    actor = SimpleNamespace(gather_parameters=lambda: None, layout=layout)
+    monkeypatch.setattr(sharded.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(sharded.dist, "barrier", lambda group: None)
+    monkeypatch.setattr(sharded, "_tree", lambda actor, is_loading: {})
+    monkeypatch.setattr(sharded.dist_checkpointing, "save", refuse)
+    writers = {"megatron": lambda path: sharded.save_sharded(actor, path)}
+    with pytest.raises(CheckpointError, match="disk full: cannot write megatron of step 1"):
+        save_checkpoint(tmp_path, 1, writers, {}, keep=1)
+    failures.clear()  # as the ranks have it that do not coordinate
+    with pytest.raises(PeerError, match="another rank could not write"):
+        save_checkpoint(tmp_path, 1, writers, {}, keep=1)
+
+
+def test_a_full_disk_under_safetensors(tmp_path):
+    with (
+        pytest.raises(OSError, match="cannot write .*model: .*No space left") as error,
+        as_os_error(tmp_path / "model"),
+    ):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert error.value.errno == errno.ENOSPC

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
 
-from entcov.cli import main
+from entcov.cli import explain, main
+from entcov.rl.config import ConfigError
 from tests.tiny_run import recipe
 
 
@@ -48,6 +52,41 @@ def test_mistakes_are_one_line_of_stderr_and_exit_code_2(recipe_file, tmp_path, 
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_the_help_is_for_a_user(capsys):
+    for arguments in ([], ["train"], ["eval"], ["compare"], ["plot"], ["data"], ["plan"], ["check"]):
+        with pytest.raises(SystemExit) as done:
+            main([*arguments, "--help"])
+        shown = capsys.readouterr().out
+        assert done.value.code == 0 and "usage: " in shown and "elsewhere" not in shown
+        assert arguments or "A recipe is a YAML file" in shown
+
+
+def test_overrides_may_stand_after_options(recipe_file, tmp_path, capsys):
+    line = ["train", recipe_file, "steps=0", "--no-display", "eval.samples=1", "warm_start.steps=0", "eval.prompts=0"]
+    assert main(line) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["steps"], saved["eval"]["samples"]) == (0, 1)
+
+
+def test_the_installed_command_is_the_same():
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["entcov"].partition(":")
+    assert getattr(importlib.import_module(module), function) is main
+
+
+def test_debug_shows_where_on_either_side_of_the_command(recipe_file):
+    for line in (["--debug", "train", recipe_file, "actor.lr=-1"], ["train", recipe_file, "actor.lr=-1", "--debug"]):
+        with pytest.raises(ConfigError, match="actor.lr"):
+            main(line)
+
+
+def test_a_missing_package_of_the_trainer_names_the_extra():
+    assert explain(ModuleNotFoundError("No module named 'rich'", name="rich")) == (
+        "error: No module named 'rich'. The trainer needs its extra: pip install 'entcov[train]'", 2
+    )  # fmt: skip
+    assert "extra" not in explain(ModuleNotFoundError("No module named 'mine'", name="mine"))[0]
 
 
 def test_compare_holds_each_control_against_its_twin(recipe_file, tmp_path, capsys):

@@ -15,6 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from entcov import _checks as check
+
 LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = re.compile(r"\.tmp_.+\.\d+")
@@ -114,9 +118,20 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     fsync_path(path.parent)
 
 
+@contextmanager
+def as_os_error(path: Path) -> Iterator[None]:
+    """Makes an OSError of what safetensors raises where the disk refuses a write: it has an error of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = next((number for number in _FULL if os.strerror(number) in str(error)), errno.EIO)
+        raise OSError(number, f"cannot write {path}: {check.one_line(error)}") from error
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error` says that the disk, a quota or a file-size limit is used up."""
-    return isinstance(error, OSError) and error.errno in _FULL
+    # torch makes a RuntimeError of it, whose message has the system's words.
+    return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
 def write_error(error: OSError, path: Path, consequence: str) -> OSError:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from entcov import _checks as check
 from entcov.rl.batch import IGNORE_INDEX, Batch
 from entcov.rl.config import ConfigError, ModelConfig
+from entcov.rl.durable import as_os_error
 from entcov.rl.model_config import model_settings, model_tokenizer
 from entcov.vocab_parallel import TokenStats, token_stats
 
@@ -56,7 +57,8 @@ def forward(model: nn.Module, **inputs):
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes weights (safetensors), configuration and tokenizer: a folder that `from_pretrained` loads."""
-    model.save_pretrained(folder)
+    with as_os_error(folder):
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
