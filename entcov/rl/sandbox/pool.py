@@ -40,8 +40,8 @@ class IsolationError(RuntimeError):
         reasons = "; ".join(f"no {layer}: {reason}" for layer, reason in lacking.items())
         super().__init__(
             f"{what} must be confined by Landlock and seccomp, which is not possible here ({reasons}). It takes Linux "
-            "5.13 or newer on x86-64 or aarch64 with Landlock switched on, as Debian 12 and Ubuntu 22.04 have it, and in "
-            "a container a seccomp profile that allows it, as Docker's own does since version 23"
+            "5.13 or newer on x86-64 or aarch64 with Landlock switched on, as Debian 12 and Ubuntu 22.04 have it, and "
+            "in a container a seccomp profile that allows it, as Docker's own does since version 23"
         )
 
 
@@ -247,7 +247,7 @@ class _Worker:
                     if not data:
                         raise _Ended
                     received += data
-            if b"\n" in received[:-1] or len(received) > _MOST_REPLY or (received and rest):
+            if len(received) > _MOST_REPLY or (received and rest):
                 raise _Disorder
         return received
 
