@@ -205,6 +205,16 @@ def test_hostile_answers_earn_nothing_and_leave_no_trace(tmp_path, monkeypatch):
 
 
 @needs_isolation
+def test_a_recorded_answer_that_is_the_question_again_is_no_solution():
+    """Nine of sixty answers of intermediate_integration are unevaluated integrals, and earned the full score."""
+    example = make_task("reasoning_gym", dataset="intermediate_integration").example("train", 1)
+    assert "-x**2*sin(3*x) dx" in text(example) and example.solution is None
+    found = "x**2*cos(3*x)/3 - 2*x*sin(3*x)/9 - 2*cos(3*x)/27 + C"
+    assert score(example, f"<answer>{found}</answer>") == 1.0
+    assert score(example, "<answer>-Integral(x**2*sin(3*x), x) + C</answer>") == 0.0
+
+
+@needs_isolation
 def test_an_answer_that_got_past_the_guard_would_still_be_confined(tmp_path, monkeypatch):
     """With a guard that lets everything pass, the answer runs: it leaves no trace and cannot reach other answers."""
     for file in Path(pool.__file__).parent.glob("*.py"):
