@@ -120,6 +120,7 @@ def test_reasoning_gym_rows_of_another_making_are_refused():
 
 # ---- scorers that evaluate the answer ------------------------------------------------------------------------------
 
+
 def test_the_datasets_whose_scorers_evaluate_answers_are_known():
     """Every place in reasoning-gym where Python or sympy evaluates text: one more in a new version is noticed."""
     evaluates = re.compile(r"\b(eval|exec|__import__|parse_expr|parse_latex|sympify|lambdify)\(")
