@@ -120,6 +120,7 @@ def test_reasoning_gym_rows_of_another_making_are_refused():
 
 # ---- scorers that evaluate the answer ------------------------------------------------------------------------------
 
+
 def test_the_datasets_whose_scorers_evaluate_answers_are_known():
     """Every place in reasoning-gym where Python or sympy evaluates text: one more in a new version is noticed."""
     evaluates = re.compile(r"\b(eval|exec|__import__|parse_expr|parse_latex|sympify|lambdify)\(")
@@ -202,6 +203,16 @@ def test_hostile_answers_earn_nothing_and_leave_no_trace(tmp_path, monkeypatch):
             assert score(example, example.solution) == 1.0
     assert normal._idle == [worker]  # the same process all the time: nothing that an answer did reached it
     short.close()
+
+
+@needs_isolation
+def test_a_recorded_answer_that_is_the_question_again_is_no_solution():
+    """Nine of sixty answers of intermediate_integration are unevaluated integrals, and earned the full score."""
+    example = make_task("reasoning_gym", dataset="intermediate_integration").example("train", 1)
+    assert "-x**2*sin(3*x) dx" in text(example) and example.solution is None
+    found = "x**2*cos(3*x)/3 - 2*x*sin(3*x)/9 - 2*cos(3*x)/27 + C"
+    assert score(example, f"<answer>{found}</answer>") == 1.0
+    assert score(example, "<answer>-Integral(x**2*sin(3*x), x) + C</answer>") == 0.0
 
 
 @needs_isolation

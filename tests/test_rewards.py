@@ -193,10 +193,13 @@ def test_a_child_that_died_is_replaced():
     assert pool._idle == [] and child.process.returncode is not None
 
 
-def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
-    (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=r'No module named math_verify.*pip install "entcov\[train\]"'):
+@pytest.mark.parametrize("there", ["not at all", "broken"])
+def test_a_missing_package_names_the_extra(monkeypatch, tmp_path, there):
+    if there == "broken":
+        (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
+    installed = [entry for entry in sys.path if "-packages" not in entry]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *installed])
+    with pytest.raises(ImportError, match=r'No module named .?math_verify.*pip install "entcov\[train\]"'):
         SandboxPool("math", limit=5.0, extra="train").score(gold="1", answer="2")
 
 

@@ -190,10 +190,10 @@ class _Worker:
             raise
         if "lacking" not in hello:
             self.end()
-            if "ImportError" in hello:
-                reason = hello["ImportError"]
+            if "missing_package" in hello:
+                reason = hello["missing_package"]
                 raise ImportError(f'scoring needs a missing package ({reason}): pip install "entcov[{extra}]"')
-            raise RuntimeError(f"the {kind} scoring process did not start: {next(iter(hello.values()))}")
+            raise RuntimeError(f"the {kind} scoring process did not start: {hello.get('error')}")
         self.lacking: dict[str, str] = hello["lacking"]
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class _Worker:
                     if not data:
                         raise _Ended
                     received += data
-            if b"\n" in received[:-1] or len(received) > _MOST_REPLY or (received and rest):
+            if len(received) > _MOST_REPLY or (received and rest):
                 raise _Disorder
         return received
 

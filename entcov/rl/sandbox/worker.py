@@ -62,8 +62,11 @@ def main(kind: str) -> None:
     lacking = isolation.missing()
     try:
         handle = {"math": _math, "reasoning_gym": _reasoning_gym, "program": _program}[kind](lacking)
-    except (ImportError, RuntimeError) as error:
-        _send(reply, {type(error).__name__: str(error)})
+    except ImportError as error:
+        _send(reply, {"missing_package": str(error)})
+        return
+    except Exception as error:
+        _send(reply, {"error": f"{type(error).__name__}: {error}"})
         return
     _send(reply, {"lacking": lacking})
     for line in sys.stdin:
