@@ -17,7 +17,7 @@ from entcov import _checks as check
 from entcov.advantages import ADVANTAGES
 from entcov.controls import CONTROLS, Control, make_control
 from entcov.losses import PolicyLossConfig
-from entcov.rl.recipe import ConfigError, read_recipe
+from entcov.rl.recipe import ConfigError, read_recipe, resolved
 
 _STRICT = ConfigDict(extra="forbid")
 # Strict: a number is a number, where pydantic would take true for 1 and "3" for 3.
@@ -325,7 +325,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: unknown keys, wrong types, values out of range, unreadable YAML: one line for each offence. Or an
             override that can have no effect.
     """
-    config = parse_config(read_recipe(recipe, overrides), str(recipe))
+    config = parse_config(resolved(read_recipe(recipe, overrides), str(recipe)), str(recipe))
     changed = [item.partition("=")[0] for item in overrides]
     for section, choice, wanted, engine in (
         ("megatron.", "actor.engine", "megatron", config.actor.engine),
