@@ -18,7 +18,7 @@ from entcov.advantages import ADVANTAGES
 from entcov.controls import CONTROLS, Control, make_control
 from entcov.losses import PolicyLossConfig
 from entcov.rl.durable import replace_file
-from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolve_recipe, texts, value_at
+from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolved, texts, value_at
 
 _STRICT = ConfigDict(extra="forbid")
 # Strict: a number is a number, where pydantic would take true for 1 and "3" for 3.
@@ -346,7 +346,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def resolve_config(tree: DictConfig, origin: str) -> Config:
     """The recipe with every interpolation resolved, checked. Messages show interpolations, and not their values."""
-    raw, data = OmegaConf.to_container(tree, resolve=False), resolve_recipe(tree, origin)
+    raw, data = OmegaConf.to_container(tree, resolve=False), resolved(tree, origin)
     try:
         config = parse_config(data, origin)
     except ConfigError as error:
