@@ -29,15 +29,15 @@ FAULTS = (
     Fault(
         "logprob_without_the_temperature_in_token_stats",
         STATS,
-        "outputs = ((picked - top) / temperature - log_total",
-        "outputs = ((picked - top) - log_total",
+        "alpha=0.5) / (0.5 * temperature)",
+        "alpha=0.5) / 0.5",
         [T_STATS + "leading_dims_vocab_size_and_temperature"],
     ),
     Fault(
         "gradient_at_temperature_one",
         STATS,
-        "rows, tokens, stats, clamp, shard.start, shard.vocab_size, float(temperature), ignore_index",
-        "rows, tokens, stats, clamp, shard.start, shard.vocab_size, 1.0, ignore_index",
+        "ctx.place = (vocab_start, vocab_size, temperature, ignore_index)",
+        "ctx.place = (vocab_start, vocab_size, 1.0, ignore_index)",
         [T_STATS + "leading_dims_vocab_size_and_temperature"],
     ),
     Fault(
@@ -127,8 +127,8 @@ FAULTS = (
     Fault(
         "ranks_called_differently_are_not_seen",
         SHARDS,
-        "for i, (name, value) in enumerate(call.items(), start=4):",
-        "for i, (name, value) in ():",
+        "header[3:] != seen[0][3:] or header[3] == 0",
+        "header[3] == 0",
         [T_BAD_INPUT + "ranks_that_call_differently"],
     ),
     # ---- the plan ----------------------------------------------------------------------------------------------------
