@@ -254,6 +254,13 @@ def test_a_program_has_less_than_2_gib():
 
 
 @needs_isolation
+def test_a_program_cannot_write_to_the_trainer():
+    source = DISTURBANCES["writing to every file it has"][0]
+    assert (run_program(source).status, run_program(source).stdout) == (0, "")
+    assert run_program("print(6 * int(input()))", "7\n").stdout == "42\n"
+
+
+@needs_isolation
 def test_no_program_outlives_its_end():
     """Not one of the programs above, nor of these, leaves a process behind: the worker is alone in its group."""
     worker = next_worker()
