@@ -243,15 +243,21 @@ def test_full_disk(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Folder with what the command lines of COMMANDS name."""
+    """Folder with a recipe, a file that is none, and an empty folder."""
     base = tmp_path_factory.mktemp("bad")
-    run = base / "finished"
-    tiny = recipe(run, steps=0, **{"warm_start.steps": 1, "eval.prompts": 1, "eval.samples": 1})
-    train(parse_config(tiny), display=False)
     (base / "recipe.yaml").write_text(yaml.safe_dump(recipe(base / "run")))
     (base / "file.txt").write_text("no recipe")
     (base / "folder").mkdir()
     return base
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """The folder of a finished run, beside the recipe."""
+    run = place / "finished"
+    tiny = recipe(run, steps=0, **{"warm_start.steps": 1, "eval.prompts": 1, "eval.samples": 1})
+    train(parse_config(tiny), display=False)
+    return run
 
 
 def refused(arguments: list[str], words: tuple[str, ...], capsys, main=main) -> str:
@@ -321,7 +327,7 @@ def test_a_bad_data_file(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_bad_command_line(place, capsys, monkeypatch, line):
+def test_a_bad_command_line(place, finished, capsys, monkeypatch, line):
     monkeypatch.chdir(place)
     names = {"recipe": "recipe.yaml", "run": "finished", "file": "file.txt", "folder": "folder", "big": BIG}
     before = tree(place)
@@ -330,9 +336,9 @@ def test_a_bad_command_line(place, capsys, monkeypatch, line):
 
 
 @pytest.mark.parametrize("damage", ["no config.json", "no JSON", "no weights", "a cut file", "a stub", "another kind"])
-def test_a_bad_model_folder(place, tmp_path, capsys, damage):
+def test_a_bad_model_folder(finished, tmp_path, capsys, damage):
     model = tmp_path / "model"
-    shutil.copytree(place / "finished" / "checkpoints" / "step_0" / "model", model)
+    shutil.copytree(finished / "checkpoints" / "step_0" / "model", model)
     weights = model / "model.safetensors"
     if damage == "no config.json":
         (model / "config.json").unlink()
@@ -352,9 +358,9 @@ def test_a_bad_model_folder(place, tmp_path, capsys, damage):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_that_torch_refuses_to_unpickle(place, tmp_path, capsys):
+def test_a_checkpoint_that_torch_refuses_to_unpickle(finished, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(place / "finished", run)
+    shutil.copytree(finished, run)
     step = run / "checkpoints" / "step_0"
     torch.save({"loss": Path("x")}, step / "state.pt")
     manifest = json.loads((step / "manifest.json").read_text())
@@ -415,7 +421,7 @@ MEGATRON = {
 
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 @pytest.mark.parametrize("line", MEGATRON)
-def test_a_bad_command_line_of_megatron(place, capsys, monkeypatch, line):
+def test_a_bad_command_line_of_megatron(place, finished, capsys, monkeypatch, line):
     pytest.importorskip("megatron.core")
     pytest.importorskip("mbridge")
     from megatron_integration.__main__ import main as megatron

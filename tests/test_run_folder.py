@@ -14,7 +14,7 @@ import yaml
 
 from entcov.cli import main
 from entcov.rl import run_folder
-from entcov.rl.checkpoint import load_latest
+from entcov.rl.checkpoint import list_steps, load_latest
 from entcov.rl.config import ConfigError, load_config, parse_config
 from entcov.rl.metrics import read_metrics
 from entcov.rl.run import evaluate_run, train
@@ -76,6 +76,20 @@ class FailingFirstStep(ToyEngine):
 
         actor.score = score
         return actor
+
+
+def test_a_lock_that_another_process_holds_is_respected(tmp_path):
+    (tmp_path / ".tmp_config.yaml.77").write_text("work in progress")
+    program = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", program, tmp_path / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"\n"
+        with pytest.raises(RuntimeError, match=f"{tmp_path} is in use by another process"), run_folder.held(tmp_path):
+            pass
+        assert unfinished(tmp_path) != []
+        child.communicate(b"\n")
+    with run_folder.held(tmp_path):
+        assert unfinished(tmp_path) == []
 
 
 HOLD = """
@@ -153,6 +167,12 @@ def test_an_evaluation_clears_what_a_killed_one_has_left(tmp_path):
     (tmp_path / "eval" / ".tmp_step_1.jsonl.77").write_text("half")
     run_folder.keep_evaluation(tmp_path, 1, {}, [])
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == [".lock", "step_1.json", "step_1.jsonl"]
+
+
+@pytest.mark.parametrize("every", [0, 2, 3])
+def test_the_last_step_is_stored_whatever_the_interval(tmp_path, every):
+    toy_train(tmp_path, **{"steps": 3, "checkpoint.every": every, "checkpoint.keep": 9})
+    assert list_steps(tmp_path / "checkpoints") == {0: [0, 3], 2: [0, 2, 3], 3: [0, 3]}[every]
 
 
 # ---- the end of a run that ends early --------------------------------------------------------------------------------

@@ -248,6 +248,19 @@ def test_disturbances_are_ended_and_the_next_program_runs(surroundings):
 
 
 @needs_isolation
+def test_a_program_has_less_than_2_gib():
+    for size, status in ((1 << 30, 0), (2 << 30, 1)):
+        assert run_program(f"import mmap; mmap.mmap(-1, {size})", limit=LIMIT).status == status
+
+
+@needs_isolation
+def test_a_program_cannot_write_to_the_trainer():
+    source = DISTURBANCES["writing to every file it has"][0]
+    assert (run_program(source).status, run_program(source).stdout) == (0, "")
+    assert run_program("print(6 * int(input()))", "7\n").stdout == "42\n"
+
+
+@needs_isolation
 def test_no_program_outlives_its_end():
     """Not one of the programs above, nor of these, leaves a process behind: the worker is alone in its group."""
     worker = next_worker()
@@ -402,6 +415,7 @@ for line in sys.stdin:
     elif what == "stopped": os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "closed": os.close(1); time.sleep(99)
     elif what == "ended": sys.exit()
+    elif what == "slow": say(nonce=request["nonce"], score=0, seconds=7, timed_out=True)
 """
 
 
@@ -431,6 +445,28 @@ def test_a_process_that_does_not_answer_is_ended(taken_over, attack):
         assert taken_over.score(answer="honest") == 1.0 and not charge.timed_out
         assert taken_over.score(answer=attack, limit=0.3) == 0.0 and charge.timed_out
     assert taken_over._idle == [] and taken_over.score(answer="honest") == 1.0
+
+
+def test_a_process_that_ends_is_replaced_once(taken_over, monkeypatch):
+    """Anyone may have ended it, so another one gets the request; an answer that ends that one too scores nothing."""
+    started = []
+
+    class Ends:
+        lacking: dict[str, str] = {}
+
+        def __init__(self, kind, extra):
+            started.append(self)
+
+        def ask(self, request, seconds):
+            if len(started) < 9:
+                raise pool._Ended
+            return {"score": 1}
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr(pool, "_Worker", Ends)
+    assert taken_over.score(answer="ended") == 0.0 and len(started) == 2
 
 
 def test_replies_in_advance_earn_nothing(taken_over):
@@ -634,6 +670,13 @@ def test_a_budget_that_is_used_up_pays_for_nothing_more(taken_over):
     with budget.charged() as charge:
         assert taken_over.score(answer="honest") == 0.0 and charge.timed_out and budget.seconds == before < 0
     assert taken_over.score(answer="honest") == 1.0  # outside of the budget
+
+
+def test_a_time_out_that_the_process_kept_itself_counts_and_is_paid_by_its_own_clock(taken_over):
+    budget = Budget(LIMIT)
+    with budget.charged() as charge:
+        assert taken_over.score(answer="slow") == 0.0 and charge.timed_out
+    assert budget.seconds == LIMIT - 7
 
 
 def test_threads_do_not_share_a_charge(taken_over):

@@ -108,6 +108,19 @@ def test_what_decides_a_run_is_compared_by_value_however_it_is_written(tmp_path,
         claim(**{"model.config.hidden_size": 12, "data.settings.seed": 3})
 
 
+def test_digests_have_a_salt_of_their_own_and_are_closed_to_others(tmp_path, recipe_file):
+    """So that nobody looks a value up in a table of digests, or sees that two runs have the same one."""
+    config = load_config(recipe_file(**{"data.settings.key": "${oc.env:SOME_TOKEN}", "data.max_prompt_length": 16}))
+    digests = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        store_recipe(tmp_path / name, config)
+        file = tmp_path / name / "config.digests.json"
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        digests.append(json.loads(file.read_text())["values"]["data.settings.key"])
+    assert digests[0] != digests[1] and SECRET not in digests
+
+
 @pytest.mark.parametrize(
     "key, value, message",
     [

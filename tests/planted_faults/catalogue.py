@@ -1,5 +1,12 @@
 """Every planted fault."""
 
-from tests.planted_faults import megatron, objective, statistics, storage, trainer
+from tests.planted_faults import confinement, megatron, objective, statistics, storage, trainer
 
-FAULTS = objective.FAULTS + trainer.FAULTS + storage.FAULTS + statistics.FAULTS + megatron.FAULTS
+FAULTS = (
+    *objective.FAULTS,
+    *trainer.FAULTS,
+    *storage.FAULTS,
+    *confinement.FAULTS,
+    *statistics.FAULTS,
+    *megatron.FAULTS,
+)

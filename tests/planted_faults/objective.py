@@ -210,15 +210,15 @@ FAULTS = (
     Fault(
         "means_of_one_rank",
         COVARIANCE,
-        "    sums = _sum_over_ranks(sums, group)\n",
-        "",
+        "    sums = ranks.sum(sums)\n",
+        "    ranks.sum(sums.clone())\n",
         [RANKS],
     ),
     Fault(
         "ranks_select_by_their_own_counts",
         COVARIANCE,
-        "_sum_over_ranks(histogram, group).view",
-        "histogram.view",
+        "histogram = ranks.sum(histogram).view",
+        "ranks.sum(histogram.clone())\n        histogram = histogram.view",
         [RANKS],
     ),
     Fault(
@@ -273,15 +273,15 @@ FAULTS = (
     Fault(
         "excluded_tokens_are_drawn",
         COVARIANCE,
-        "candidate = candidate & ~exclude",
-        "candidate = candidate & candidate",
+        "candidate & inside & ~exclude",
+        "candidate & inside",
         [T_CONTROLS + "test_reference_clip_cov_excludes_ppo_clipped_tokens"],
     ),
     Fault(
         "masked_tokens_are_candidates",
         COVARIANCE,
-        "candidate = inside & covariance.mask",
-        "candidate = inside",
+        "candidate, value = covariance.mask, covariance.value",
+        "candidate, value = torch.ones_like(covariance.mask), covariance.value",
         [T_COVARIANCE + "test_masked_tokens_are_never_drawn"],
     ),
     Fault(

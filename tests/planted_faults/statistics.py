@@ -1,4 +1,4 @@
-"""Faults of token_stats and logit_covariance (autograd, shards), and of the plan's arithmetic."""
+"""Faults of token_stats and logit_covariance (autograd, shards, what ranks agree on), and of the plan's arithmetic."""
 
 from tests.planted_faults.fault import Fault
 
@@ -9,6 +9,12 @@ T_STATS, T_COVARIANCE, T_RANKS, T_BAD_INPUT, T_PLAN = (
     f"tests/test_{name}.py::test_"
     for name in ("token_stats", "logit_covariance", "vocab_parallel", "bad_input", "plan")
 )
+AGREEMENT = "entcov/ranks.py"
+FAILS = "tests/test_ranks.py::test_a_rank_that_fails_raises_its_error_and_the_others_name_it"
+DISAGREE = "tests/test_ranks.py::test_ranks_that_disagree_all_raise_the_same_error"
+BLIND = "tests/test_sharded_without_waiting.py::test_"  # the host does not look, as on a GPU
+FAILS_BLIND = BLIND + "a_rank_that_fails_in_any_call_raises_and_the_others_get_nan"
+DISAGREE_BLIND = BLIND + "ranks_that_disagree_in_anything_all_get_nan"
 
 FAULTS = (
     # ---- token_stats and logit_covariance ----------------------------------------------------------------------------
@@ -29,16 +35,16 @@ FAULTS = (
     Fault(
         "logprob_without_the_temperature_in_token_stats",
         STATS,
-        "outputs = ((picked - top) / temperature - log_total",
-        "outputs = ((picked - top) - log_total",
+        "alpha=0.5) / (0.5 * temperature)",
+        "alpha=0.5) / 0.5",
         [T_STATS + "leading_dims_vocab_size_and_temperature"],
     ),
     Fault(
         "gradient_at_temperature_one",
         STATS,
-        "rows, tokens, stats, clamp, shard.start, shard.vocab_size, float(temperature), ignore_index",
-        "rows, tokens, stats, clamp, shard.start, shard.vocab_size, 1.0, ignore_index",
-        [T_STATS + "leading_dims_vocab_size_and_temperature"],
+        "ctx.place = (vocab_start, vocab_size, temperature, ignore_index)",
+        "ctx.place = (vocab_start, vocab_size, 1.0, ignore_index)",
+        [T_STATS + "values_and_gradients_on_small_rows"],
     ),
     Fault(
         "varentropy_is_not_centred",
@@ -127,9 +133,80 @@ FAULTS = (
     Fault(
         "ranks_called_differently_are_not_seen",
         SHARDS,
-        "for i, (name, value) in enumerate(call.items(), start=4):",
-        "for i, (name, value) in ():",
+        "header[3:] != seen[0][3:] or header[3] == 0",
+        "header[3] == 0",
         [T_BAD_INPUT + "ranks_that_call_differently"],
+    ),
+    # ---- what ranks must agree on ------------------------------------------------------------------------------------
+    Fault(
+        "rank_that_failed_looks_like_one_that_agrees",
+        AGREEMENT,
+        "            if failure is None:\n                self._words",
+        "            if True:\n                self._words",
+        [FAILS + "[token_covariance dtype]", FAILS_BLIND + "[token_covariance dtype]"],
+    ),
+    Fault(
+        "rank_that_failed_returns_a_result",
+        AGREEMENT,
+        "        if self.failure is not None:\n",
+        "        if False:\n",
+        [FAILS_BLIND + "[select_kl_cov seed]"],
+    ),
+    Fault(
+        "rank_that_failed_in_a_gather_blames_another",
+        SHARDS,
+        "ranks.raise_together(op, group, failure, call",
+        "ranks.raise_together(op, group, None, call",
+        [FAILS + "[linear bias]"],
+    ),
+    Fault(
+        "host_does_not_look_at_what_ranks_say",
+        AGREEMENT,
+        "        elif differ:\n",
+        "        elif False:\n",
+        [DISAGREE + "[token_covariance eps]", FAILS + "[token_covariance dtype]"],
+    ),
+    Fault(
+        "results_of_ranks_that_disagree_look_good",
+        AGREEMENT,
+        "self.refused = differ",
+        "self.refused = differ & False",
+        [DISAGREE_BLIND + "[select_clip_cov step]", FAILS_BLIND + "[token_covariance dtype]"],
+    ),
+    Fault(
+        "digest_ignores_the_call",
+        AGREEMENT,
+        "repr((op, list(call.items())))",
+        "repr(op)",
+        [DISAGREE + "[token_stats temperature]", DISAGREE + "[select_clip_cov low]"],
+    ),
+    Fault(
+        "values_of_tensors_are_not_compared",
+        AGREEMENT,
+        "        if not tensors:\n",
+        "        if True:\n",
+        [DISAGREE + "[covariance_summary]", DISAGREE_BLIND + "[covariance_summary]"],
+    ),
+    Fault(
+        "rank_that_failed_is_not_named",
+        AGREEMENT,
+        "        if theirs is not None:\n",
+        "        if False:\n",
+        [FAILS],
+    ),
+    Fault(
+        "checksums_that_differ_are_not_named",
+        AGREEMENT,
+        "            if theirs.get(name) != value:\n",
+        "            if False:\n",
+        [DISAGREE + "[linear hidden]"],
+    ),
+    Fault(
+        "token_ids_may_repeat",
+        "entcov/covariance.py",
+        "repeated = sums[1] - _num_bits(sums[2:]).sum()",
+        "repeated = 0 * sums[1]",
+        [DISAGREE + "[select_kl_cov one id]", DISAGREE_BLIND + "[select_kl_cov one id]"],
     ),
     # ---- the plan ----------------------------------------------------------------------------------------------------
     Fault(

@@ -2,12 +2,19 @@
 
 from tests.planted_faults.fault import Fault
 
-DURABLE, CHECKPOINT, METRICS, DATA, REWARDS, TASK = (
-    f"entcov/rl/{name}.py" for name in ("durable", "checkpoint", "metrics", "data", "rewards", "tasks/base")
-)
-T_DURABLE, T_CHECKPOINT, T_METRICS, T_DATA, T_TASKS, T_REWARDS, T_RUN = (
-    f"tests/test_{name}.py::test_" for name in ("durable", "checkpoint", "metrics", "data", "tasks", "rewards", "run")
-)
+DURABLE, SEALED, CHECKPOINT, RUN_FOLDER, STORED_RECIPE, METRICS, DATA, REWARDS, TASK = (
+    f"entcov/rl/{name}.py"
+    for name in (
+        "durable", "sealed", "checkpoint", "run_folder", "stored_recipe", "metrics", "data", "rewards", "tasks/base",
+    )
+)  # fmt: skip
+T_DURABLE, T_CHECKPOINT, T_RUN_FOLDER, T_STORED_RECIPE, T_METRICS, T_DATA, T_TASKS, T_REWARDS, T_RUN = (
+    f"tests/test_{name}.py::test_"
+    for name in (
+        "durable", "checkpoint", "run_folder", "stored_recipe", "metrics", "data", "tasks", "rewards", "run",
+    )
+)  # fmt: skip
+STRANGERS = T_STORED_RECIPE + "a_stranger_s_config_is_refused_by_name_before_anything_of_it_is_done"
 
 FAULTS = (
     # ---- files and checkpoints ---------------------------------------------------------------------------------------
@@ -28,14 +35,14 @@ FAULTS = (
     Fault(
         "fsync_path_forces_nothing",
         DURABLE,
-        "    try:\n        os.fsync(fd)\n    finally:",
-        "    try:\n        pass\n    finally:",
+        "    try:\n        os.fsync(fd)\n    except",
+        "    try:\n        pass\n    except",
         [T_DURABLE + "a_replaced_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_too"],
     ),
     Fault(
         "file_is_written_in_place",
         DURABLE,
-        'temporary = path.with_name(f".tmp_{path.name}.{os.getpid()}")',
+        "temporary = temporary_path(path)",
         "temporary = path",
         [T_DURABLE + "a_replaced_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_too"],
     ),
@@ -55,16 +62,16 @@ FAULTS = (
     ),
     Fault(
         "checkpoint_files_are_not_forced_to_the_disk",
-        CHECKPOINT,
-        "            fsync_path(current)\n",
-        "            pass\n",
+        SEALED,
+        "        fsync_path(path)\n    files = {",
+        "        pass\n    files = {",
         [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
     ),
     Fault(
         "folders_in_a_checkpoint_are_not_forced_to_the_disk",
-        CHECKPOINT,
-        "            fsync_path(folder)\n",
-        "            pass\n",
+        SEALED,
+        "        fsync_path(inner)\n",
+        "        pass\n",
         [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
     ),
     Fault(
@@ -83,30 +90,30 @@ FAULTS = (
         [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
     ),
     Fault(
-        "checkpoint_is_written_under_its_final_name",
+        "a_replaced_checkpoint_is_removed_before_the_new_one_has_its_name",
         CHECKPOINT,
-        'temporary = directory / f".tmp_step_{step}.{os.getpid()}"\n        try:',
-        'temporary = directory / f"step_{step}"\n        try:',
-        [T_CHECKPOINT + "round_trip_and_keep"],
+        "final.rename(old)",
+        "shutil.rmtree(final)",
+        [T_CHECKPOINT + "kill_before_every_file_operation[same step again]"],
     ),
     Fault(
         "digest_is_not_checked",
-        CHECKPOINT,
+        SEALED,
         "if digest != expected[name][1]:",
         "if False:",
         [T_CHECKPOINT + "damage_is_named_and_the_way_back_is_told"],
     ),
     Fault(
         "sizes_are_not_checked",
-        CHECKPOINT,
+        SEALED,
         "if file.stat().st_size != size:",
         "if False:",
         [T_CHECKPOINT + "damage_is_named_and_the_way_back_is_told"],
     ),
     Fault(
         "step_of_the_manifest_is_not_checked",
-        CHECKPOINT,
-        "if stored_step != step:",
+        SEALED,
+        "if manifest.get(key) != value:",
         "if False:",
         [T_CHECKPOINT + "damage_is_named_and_the_way_back_is_told"],
     ),
@@ -149,9 +156,37 @@ FAULTS = (
     Fault(
         "leftovers_of_a_live_writer_are_removed",
         CHECKPOINT,
-        "        if locked:\n",
-        "        if True:\n",
+        "            if mine:\n",
+        "            if True:\n",
         [T_CHECKPOINT + "leftovers_of_a_process_that_is_writing_are_left_alone"],
+    ),
+    Fault(
+        "another_format_is_read",
+        SEALED,
+        "if version != FORMAT_VERSION:",
+        "if False:",
+        [T_CHECKPOINT + "missing_directory_pointer_and_version"],
+    ),
+    Fault(
+        "files_in_folders_are_not_sealed",
+        SEALED,
+        'sorted(path for path in folder.rglob("*") if path.is_file())',
+        'sorted(path for path in folder.glob("*") if path.is_file())',
+        [T_CHECKPOINT + "damage_is_named_and_the_way_back_is_told"],
+    ),
+    Fault(
+        "failed_write_leaves_a_folder",
+        SEALED,
+        "            shutil.rmtree(folder, ignore_errors=True)\n",
+        "            pass\n",
+        [T_CHECKPOINT + "a_failing_writer_leaves_the_earlier_checkpoint"],
+    ),
+    Fault(
+        "entry_that_was_not_written_is_not_missed",
+        SEALED,
+        "if not current.exists():",
+        "if False:",
+        [T_CHECKPOINT + "a_failing_writer_leaves_the_earlier_checkpoint"],
     ),
     # ---- the record --------------------------------------------------------------------------------------------------
     Fault(
@@ -184,10 +219,102 @@ FAULTS = (
     ),
     Fault(
         "two_runs_share_a_folder",
-        METRICS,
-        "fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "pass",
-        [T_METRICS + "two_processes_cannot_share_a_run"],
+        RUN_FOLDER,
+        "if not ours:",
+        "if False:",
+        [T_RUN_FOLDER + "a_lock_that_another_process_holds_is_respected"],
+    ),
+    # ---- whose a folder is, and its recipe ---------------------------------------------------------------------------
+    Fault(
+        "recipe_is_stored_before_the_checkpoint_is_found_whole",
+        RUN_FOLDER,
+        "        check_same_recipe(run_dir, config)\n",
+        "        check_same_recipe(run_dir, config)\n        store_recipe(run_dir, config)\n",
+        [T_RUN_FOLDER + "a_refused_recipe_changes_nothing"],
+    ),
+    Fault(
+        "folder_without_a_checkpoint_is_free",
+        RUN_FOLDER,
+        " or has_rows(run_dir)",
+        "",
+        [T_RUN_FOLDER + "a_logged_step_makes_the_folder_its_recipes"],
+    ),
+    Fault(
+        "leftovers_of_a_killed_run_stay",
+        RUN_FOLDER,
+        "            clear_leftovers(folder)\n        yield",
+        "            pass\n        yield",
+        [T_RUN_FOLDER + "leftovers_of_killed_processes_go_and_other_files_stay"],
+    ),
+    Fault(
+        "files_of_others_are_taken_for_leftovers",
+        DURABLE,
+        r'r"\.tmp_.+\.\d+"',
+        r'r"\.tmp_.+"',
+        [T_RUN_FOLDER + "leftovers_of_killed_processes_go_and_other_files_stay"],
+    ),
+    Fault(
+        "resumed_run_may_have_another_recipe",
+        STORED_RECIPE,
+        "if before.get(key) == now.get(key) or",
+        "if True or",
+        [T_STORED_RECIPE + "what_decides_a_run_is_compared_by_value_however_it_is_written"],
+    ),
+    Fault(
+        "resumed_run_may_have_another_actor",
+        STORED_RECIPE,
+        '    "run_dir", "steps", "checkpoint.",',
+        '    "run_dir", "steps", "actor.", "checkpoint.",',
+        [T_RUN_FOLDER + "a_start_that_failed_leaves_the_folder_free"],
+    ),
+    Fault(
+        "value_of_an_interpolation_is_not_compared",
+        STORED_RECIPE,
+        "value if digests.match(path, value) else said",
+        "value",
+        [T_STORED_RECIPE + "what_decides_a_run_is_compared_by_value_however_it_is_written"],
+    ),
+    Fault(
+        "digests_have_no_salt",
+        STORED_RECIPE,
+        "secrets.token_hex(16)",
+        '""',
+        [T_STORED_RECIPE + "digests_have_a_salt_of_their_own_and_are_closed_to_others"],
+    ),
+    Fault(
+        "digests_are_open_to_others",
+        STORED_RECIPE,
+        "text.encode(), mode=0o600",
+        "text.encode()",
+        [T_STORED_RECIPE + "digests_have_a_salt_of_their_own_and_are_closed_to_others"],
+    ),
+    Fault(
+        "every_run_is_trusted",
+        STORED_RECIPE,
+        "    if trusted:\n",
+        "    if True:\n",
+        [STRANGERS],
+    ),
+    Fault(
+        "strangers_recipe_may_import_a_reward",
+        STORED_RECIPE,
+        "if data.reward is not None else None",
+        "if False else None",
+        [STRANGERS],
+    ),
+    Fault(
+        "strangers_recipe_may_read_the_environment",
+        STORED_RECIPE,
+        "    _refuse(path, wants, given)\n    config =",
+        "    config =",
+        [STRANGERS],
+    ),
+    Fault(
+        "key_that_is_given_covers_its_neighbours",
+        STORED_RECIPE,
+        'f"{key}.".startswith(f"{own}.")',
+        "key.startswith(own)",
+        [T_STORED_RECIPE + "what_the_user_says_is_the_user_s_own"],
     ),
     # ---- data, tasks, rewards ----------------------------------------------------------------------------------------
     Fault(

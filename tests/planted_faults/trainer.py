@@ -6,10 +6,13 @@ LOOP, ROLLOUTS, ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, ENGINE = (
     f"entcov/rl/{name}.py"
     for name in ("loop", "rollouts", "actor", "batch", "sampler", "run", "evaluation", "warm_start", "engine")
 )
-T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN, T_STALENESS, T_WARM_START = (
+INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "model_config"))
+T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_BAD_INPUT, T_STALENESS, T_WARM_START = (
     f"tests/test_{name}.py::test_"
-    for name in ("loop", "actor", "batch", "sampler", "evaluation", "run", "staleness", "warm_start")
-)
+    for name in (
+        "loop", "actor", "batch", "sampler", "evaluation", "run_folder", "bad_input", "staleness", "warm_start",
+    )
+)  # fmt: skip
 
 FAULTS = (
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -476,20 +479,126 @@ FAULTS = (
         slow="a whole run",
     ),
     Fault(
-        "resumed_run_may_have_another_recipe",
+        "last_step_is_not_stored",
         RUN,
-        "before.get(key) != now.get(key) and not",
-        "False and not",
-        [T_RUN + "another_recipe_may_not_take_over_a_folder"],
+        "if last or stop or (",
+        "if stop or (",
+        [T_RUN_FOLDER + "the_last_step_is_stored_whatever_the_interval"],
+    ),
+    # ---- the end of a run that ends early ----------------------------------------------------------------------------
+    Fault(
+        "signal_ends_a_step_in_its_middle",
+        INTERRUPTS,
+        "if not self.waits_for_step:",
+        "if True:",
+        [T_RUN_FOLDER + "a_signal_waits_for_the_step_and_its_checkpoint"],
+    ),
+    Fault(
+        "second_sigterm_does_not_wait",
+        INTERRUPTS,
+        "elif number == signal.SIGINT and now",
+        "elif now",
+        [T_RUN_FOLDER + "a_second_interrupt_does_not_wait"],
+    ),
+    Fault(
+        "torchruns_copy_counts_as_a_second_interrupt",
+        INTERRUPTS,
+        "_SAME_INTERRUPT = 1.0",
+        "_SAME_INTERRUPT = -1.0",
+        [T_RUN_FOLDER + "a_second_interrupt_does_not_wait"],
+    ),
+    Fault(
+        "signal_handlers_stay",
+        INTERRUPTS,
+        "            signal.signal(number, handler)\n",
+        "            pass\n",
+        [T_RUN_FOLDER + "a_signal_waits_for_the_step_and_its_checkpoint"],
+    ),
+    Fault(
+        "step_of_the_signal_is_not_stored",
+        RUN,
+        "if last or stop or (",
+        "if last or (",
+        [T_RUN_FOLDER + "a_signal_waits_for_the_step_and_its_checkpoint"],
+    ),
+    Fault(
+        "state_in_the_middle_of_an_update_is_stored",
+        RUN,
+        "elif self.loop.unstorable:",
+        "elif False:",
+        [T_RUN_FOLDER + "a_step_that_fails_in_its_update_is_not_stored"],
+    ),
+    Fault(
+        "last_good_checkpoint_is_removed_for_a_doubtful_one",
+        RUN,
+        "self.save(more=1)",
+        "self.save()",
+        [T_RUN_FOLDER + "nothing_earlier_is_removed_for_a_state_that_may_be_the_failures_cause"],
+    ),
+    # ---- what is checked before a run writes -------------------------------------------------------------------------
+    Fault(
+        "recipe_is_not_checked_before_the_folder_is_made",
+        RUN,
+        "        engine.check(config)\n",
+        "        pass\n",
+        [T_BAD_INPUT + "a_bad_change_of_the_recipe[device=cuda:99]"],
+    ),
+    Fault(
+        "device_that_is_not_there_is_taken",
+        PREFLIGHT,
+        "if (device.index or 0) >= count:",
+        "if False:",
+        [T_BAD_INPUT + "a_bad_change_of_the_recipe[device=cuda:99]"],
+    ),
+    Fault(
+        "misspelt_source_of_an_evaluation_is_ignored",
+        PREFLIGHT,
+        "    if config.eval.prompts != 0:\n",
+        "    if False:\n",
+        [T_BAD_INPUT + "a_bad_change_of_the_recipe[eval.sources.carry_arithmetic={}]"],
+    ),
+    Fault(
+        "weights_that_were_cut_off_are_found_by_the_run",
+        PREFLIGHT,
+        '            raise ConfigError(f"model.path: {file} is not',
+        '            continue\n            raise ConfigError(f"model.path: {file} is not',
+        [T_BAD_INPUT + "a_bad_model_folder[a cut file]", T_BAD_INPUT + "a_bad_model_folder[a stub]"],
         slow="a whole run",
     ),
     Fault(
-        "last_step_is_not_stored",
-        RUN,
-        "if last or (self.config.checkpoint.every and",
-        "if (self.config.checkpoint.every and",
-        [T_RUN + "what_a_run_leaves"],
-        slow="a whole run",
+        "model_may_be_too_short",
+        MODEL_CONFIG,
+        "0 < limit < prompt + response",
+        "0 < limit < prompt",
+        [T_BAD_INPUT + "a_bad_change_of_the_recipe[model.config.max_position_embeddings=23]"],
+    ),
+    Fault(
+        "vocabulary_may_lack_tokens",
+        MODEL_CONFIG,
+        "if len(tokenizer) > settings.get_text_config().vocab_size:",
+        "if False:",
+        [T_BAD_INPUT + "a_bad_change_of_the_recipe[model.config.vocab_size=5]"],
+    ),
+    Fault(
+        "unknown_keys_of_the_model_are_ignored",
+        MODEL_CONFIG,
+        '    _check_known(settings, given, "model.config")\n',
+        "",
+        [T_BAD_INPUT + "a_bad_change_of_the_recipe[model.config.hiden_size=12]"],
+    ),
+    Fault(
+        "recipe_may_ask_for_dropout",
+        MODEL_CONFIG,
+        "if _is_dropout(key) and value:",
+        "if False:",
+        [T_BAD_INPUT + "a_bad_change_of_the_recipe[model.config.attention_dropout=0.1]"],
+    ),
+    Fault(
+        "policy_has_the_dropout_of_its_file",
+        MODEL_CONFIG,
+        "            setattr(settings, name, 0.0)\n",
+        "            pass\n",
+        [T_SAMPLER + "dropout_is_off"],
     ),
     Fault(
         "warm_start_rate_is_constant",
