@@ -23,8 +23,8 @@ bench: setup  ## speed of the ops against eager and compiled torch, with byte co
 static: setup  ## registers, spills, load widths and hot loops of the CUDA kernels, from their machine code; no GPU
 	$(PYTHON) -m benchmarks static
 
-gpu:  ## on a machine with a GPU, torch and nvcc, offline: build, tests, sanitizer, benchmarks. RIVALS=folder, GPU_PYTHON=...
-	$(GPU_PYTHON) -m benchmarks gpu $(if $(RIVALS),--rivals $(RIVALS))
+gpu:  ## on a machine with a GPU, torch and nvcc, offline: build, tests, sanitizer, benchmarks, trainings. RIVALS=, WHEELS=folder
+	$(GPU_PYTHON) -m benchmarks gpu $(if $(RIVALS),--rivals $(RIVALS)) $(if $(WHEELS),--wheels $(WHEELS))
 
 rivals:  ## download what `make gpu RIVALS=rivals` compares with into rivals/ (17 MB)
 	$(GPU_PYTHON) -m benchmarks rivals rivals

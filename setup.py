@@ -5,7 +5,8 @@ ENTCOV_CUDA=auto|1|0   auto: build entcov._cuda if nvcc is found or an NVIDIA dr
 ENTCOV_CUDA_ARCHS      default "80;90;100": machine code for each, and PTX of the last for GPUs to come
 CXX, CUDA_HOME, MAX_JOBS as usual.
 
-Objects stay in build/objects and are compiled again when their command, their source or a header of theirs changed.
+Ninja compiles, in parallel, what changed since the last build: the command, the source or a header. Objects stay in
+build/objects.
 """
 
 import os
@@ -14,9 +15,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -88,44 +89,49 @@ def cuda_library_folder(nvcc: Path) -> Path:
     raise SystemExit(f"entcov: no libcudart_static.a beside {nvcc}; looked in {', '.join(map(str, folders))}")
 
 
-def stale(obj: Path, command: str) -> bool:
-    """Whether `obj` must be compiled again."""
-    depfile, commandfile = obj.with_suffix(".d"), obj.with_suffix(".cmd")
-    if not (obj.exists() and depfile.exists() and commandfile.exists()) or commandfile.read_text() != command:
-        return True
-    inputs = depfile.read_text().replace("\\\n", " ").split(": ", 1)[1].split()
-    built = obj.stat().st_mtime
-    return any(not (ROOT / name).exists() or (ROOT / name).stat().st_mtime > built for name in inputs)
+def ninja_file(sources: list[str], output: Path, folder: Path, commands: tuple[list[str], list[str], list[str]]) -> str:
+    """The build of one extension. Paths are relative to ROOT; the compiler lists the headers that each object needs."""
+    compile_, link, libraries = (shlex.join(part).replace("$", "$$") for part in commands)
+    lines = [
+        f"builddir = {_escape(folder)}",  # where ninja keeps its log
+        "rule compile",
+        f"  command = {compile_} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compiling $in",
+        "rule link",  # under another name first: a process that has the old file open keeps it
+        f"  command = {link} $in {libraries} -o $out.partial && mv -f $out.partial $out",
+        "  description = linking $out",
+    ]
+    objects = []
+    for source in sources:
+        objects.append(_escape(folder / (source.replace("/", "_") + ".o")))
+        lines.append(f"build {objects[-1]}: compile {_escape(source)}")
+    lines.append(f"build {_escape(output)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
 
 
-def run(command: list[str], what: str) -> None:
-    sys.stdout.write(shlex.join(command) + "\n")
-    sys.stdout.flush()
-    if subprocess.run(command, cwd=ROOT).returncode:
-        raise SystemExit(f"entcov: {what} failed; the messages of the compiler are above")
+def _escape(path: Path | str) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 class Build(build_ext):
     def build_extension(self, ext):
-        compile_, link, libraries = cuda_commands() if ext.name == "entcov._cuda" else cpu_commands()
-        folder = ROOT / "build" / "objects" / ext.name
-        folder.mkdir(parents=True, exist_ok=True)
-
-        def compile_one(source: str) -> str:
-            obj = folder / (source.replace("/", "_") + ".o")
-            command = [*compile_, "-MMD", "-MF", str(obj.with_suffix(".d")), "-c", source, "-o", str(obj)]
-            if self.force or stale(obj, shlex.join(command)):
-                run(command, f"compiling {source}")
-                obj.with_suffix(".cmd").write_text(shlex.join(command))
-            return str(obj)
-
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_one, ext.sources))
+        commands = cuda_commands() if ext.name == "entcov._cuda" else cpu_commands()
+        folder = Path("build", "objects", ext.name)
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_suffix(".partial")  # a process that has the old one open keeps it
-        run([*link, *objects, *libraries, "-o", str(partial)], f"linking {ext.name}")
-        partial.replace(output)
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        if self.force:
+            output.unlink(missing_ok=True)
+            for obj in (ROOT / folder).glob("*.o"):
+                obj.unlink()
+        graph = folder / "build.ninja"
+        (ROOT / graph).write_text(ninja_file(ext.sources, output, folder, commands))
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        command = [Path(ninja.BIN_DIR) / "ninja", "-f", graph, "-j", jobs]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise SystemExit(f"entcov: building {ext.name} failed; the messages of the compiler are above")
 
 
 cpu_sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))

@@ -39,7 +39,7 @@ auto raw(R (*launch)(A...)) {
 PYBIND11_MODULE(_cpu, m) {
   namespace cpu = entcov::cpu;
   m.def("isa", &cpu::isa);
-  m.def("set_isa", &cpu::set_isa);
+  m.def("set_isa", &cpu::set_isa, py::arg("name").none(false));
   m.def("first_bad_target", raw(cpu::first_bad_target));
   m.def("row_stats", raw(cpu::row_stats));
   m.def("merge_row_stats", raw(cpu::merge_row_stats));

@@ -37,8 +37,8 @@ void order_statistics(int dtype, const void* logits, int64_t row_stride, int64_t
                       int threads);
 
 // sketches [R, T, m], R apart by shard_stride and rows by row_stride elements; ranks [R, m] is what each shard's m order
-// statistics are, all 0 for a shard without columns. out [T, 3]: lo, hi, and a bound on how many values lie strictly
-// between them on any one shard.
+// statistics are, ascending from 1 to 2^24, or all 0 for a shard without columns. out [T, 3]: lo, hi, and a bound on how
+// many values lie strictly between them on any one shard; NaN, NaN, 0 for sketches that hold a NaN or no bracket.
 void clamp_bracket(const float* sketches, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T, int64_t m,
                    const int64_t* ranks, const float* stats, int fields, const int64_t* target, int64_t ignore_index,
                    int64_t kept, float* out, int threads);
@@ -49,7 +49,8 @@ void clamp_collect(int dtype, const void* logits, int64_t row_stride, int64_t T,
                    int bracket_fields, int64_t capacity, float inv_temperature, float* part, int threads);
 
 // parts [R, T, kPartFields + capacity] -> clamp [T, 4]: threshold (raw), weight of the logits that equal it,
-// L_k = log sum_kept w e^y, H_k.
+// L_k = log sum_kept w e^y, H_k. Four NaN for parts that contradict themselves: counts that are none, values that are NaN,
+// or a kept-th logit that is nowhere.
 void clamp_finish(const float* parts, int64_t R, int64_t T, int64_t capacity, const float* bracket, int bracket_fields,
                   const float* stats, int fields, const int64_t* target, int64_t ignore_index, int64_t kept,
                   float inv_temperature, float* clamp, int threads);

@@ -1,18 +1,22 @@
 // CovarianceStats: what one row of two logit tensors becomes, before and after a step, and the merge of two parts.
 //
 // With x = (logit_old - max_old) / temperature, z = (logit_new - max_new) / temperature and d = z - x (the change of
-// the tempered logit up to a constant of the row), sums' leaving out one occurrence of their maximum as in row_stats.h:
+// the tempered logit up to a constant of the row), sums' leaving out one occurrence of their maximum as in row_stats.h,
+// and U = kChangeUnit / temperature:
 //
 //   max_old, rest_old, sum_xexp_old     as RowStats of logits_old:  sum' e^x, sum x e^x
 //   max_new, rest_new, sum_xexp_new     as RowStats of logits_new:  sum' e^z, sum z e^z
-//   sum_d                               sum e^x d                   E_old[d]   = sum_d  / (1 + rest_old)
-//   sum_xd                              sum e^x x d                 E_old[x d] = sum_xd / (1 + rest_old)
+//   sum_d                               sum e^x d / U               E_old[d]   = U sum_d  / (1 + rest_old)
+//   sum_xd                              sum e^x x d / U             E_old[x d] = U sum_xd / (1 + rest_old)
 //
 //   covariance  Cov_{a~old}(log p_old(a), dz_a) = E[x d] - E[x] E[d]; the entropy change to first order, negated
-//   KL(old || new) = L_new - L_old - E_old[d];  take L_new - L_old as log1p((rest_new - rest_old) / (1 + rest_old))
+//   KL(old || new) = L_new - L_old - E_old[d];  take |L_new - L_old| as log1p(|rest_new - rest_old| / (1 + the smaller rest)):
+//                    neither a small step cancels, nor the collapse of a flat row
 //   entropy change = H_new - H_old
 //
-// d is formed from logit_new - logit_old, which is exact for a small step, and not from z - x.
+// d is formed from logit_new - logit_old, which is exact for a small step, and not from z - x. The logits are divided by
+// kChangeUnit first, a power of 2, so that neither their differences (1.4e39) nor the sums of 2^24 of those overflow: what
+// the sums give is finite wherever it fits fp32. What this loses below is 1e-37 of a logit.
 // A column with probability 0 before (-inf, or e^x = 0) is left out of sum_d and sum_xd, whatever it is afterwards. One
 // that only the new logits exclude makes sum_d = -inf, so the KL is +inf and the covariance need not be finite.
 // NaN or +inf on either side: rest is NaN on that side, sum_d and sum_xd are NaN.
@@ -34,6 +38,7 @@ struct CovarianceStats {
 };
 
 constexpr int kCovarianceFields = 8;
+constexpr float kChangeUnit = 67108864.0f;  // 2^26
 
 // Joins two parts of a row. Associative and commutative up to rounding.
 ENTCOV_HD CovarianceStats merge(const CovarianceStats& a, const CovarianceStats& b, float inv_temperature) {
@@ -49,8 +54,10 @@ ENTCOV_HD CovarianceStats merge(const CovarianceStats& a, const CovarianceStats&
   for (const CovarianceStats* p : parts) {
     const Shift s = shift_between(p->max_old, r.max_old, inv_temperature);
     if (!(s.factor > 0.0f)) continue;
-    // What d gains by the new maxima. Both sides of the difference may be -inf.
-    const float moved = (p->max_new == r.max_new ? 0.0f : (p->max_new - r.max_new) * inv_temperature) - s.distance;
+    // What d gains by the new maxima, in its unit. Both sides of the difference may be -inf.
+    constexpr float kUnits = 1.0f / kChangeUnit;
+    const float moved = (p->max_new == r.max_new ? 0.0f : p->max_new * kUnits - r.max_new * kUnits) -
+                        (p->max_old * kUnits - r.max_old * kUnits);
     const float total = 1.0f + p->rest_old;
     r.sum_d += (p->sum_d + moved * total) * s.factor;
     r.sum_xd +=

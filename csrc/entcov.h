@@ -5,7 +5,7 @@
 // row_stride and any alignment. Column j is token vocab_start + j; columns of the padding are not counted in
 // num_columns and are never read. `dtype` is a DType. Everything else is contiguous fp32 or int64.
 //
-// Rows are shared out over `threads` OpenMP threads, a whole row to one thread and in a fixed order of columns, so a
+// Rows are shared out over `threads` OpenMP threads (at most as many as there are processors), a whole row to one thread and in a fixed order of columns, so a
 // row's result depends on that row alone: not on T, on the other rows, on the threads, on strides or on alignment.
 // It may differ in the last bits between instruction sets. Memory: a constant number of bytes a thread.
 //
@@ -46,11 +46,13 @@ int64_t merge_row_stats(const float* shards, int64_t shard_stride, int64_t R, in
 // (threshold as a raw logit, weight of its ties, L_k, H_k); null without grad_clamped. grad may be logits itself.
 // Columns from num_columns up to total_columns, ignored rows, and rows whose gradients are all 0 get zeros; the logits
 // of such rows are not read.
-void logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
-                 int64_t total_columns, const int64_t* target, int64_t vocab_start, int64_t ignore_index,
-                 const float* stats, int fields, const float* grad_logprob, const float* grad_entropy,
-                 const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
-                 int64_t grad_row_stride, int threads);
+// Returns the first row whose target's logit is not that in stats, so that the logits were written since; -1: none, or
+// grad is logits, where it is not looked for.
+int64_t logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                    int64_t total_columns, const int64_t* target, int64_t vocab_start, int64_t ignore_index,
+                    const float* stats, int fields, const float* grad_logprob, const float* grad_entropy,
+                    const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
+                    int64_t grad_row_stride, int threads);
 
 // Two logit tensors of the same shape and dtype -> stats [T, 8], the members of CovarianceStats (covariance_stats.h).
 // row_mask [T] (bytes, 0: the row is not read and gets zeros) may be null.

@@ -13,7 +13,9 @@
 //
 // Numerics. Both terms of H are >= 0, so nothing cancels. Leaving the maximum out keeps the digits of a peaked row:
 // there 1 + rest rounds to 1, but rest itself (1e-7, say) still has 24 bits, and so have L and H. `max` and `target`
-// stay raw, so the subtraction comes before the division by the temperature and an offset of 1e4 costs nothing.
+// stay raw, so the subtraction comes before the division by the temperature and an offset of 1e4 costs nothing. Where a
+// difference of logits overflows fp32, y is beyond -3e38 / 1e30 and e^y = 0 all the same; who wants y itself, as logprob
+// does, has to subtract halves.
 //
 // A row that holds a NaN or a +inf has rest = NaN, and merge passes it on. A part without a finite logit is the default
 // RowStats; merging it changes nothing.
@@ -22,6 +24,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #ifdef __CUDACC__
 #define ENTCOV_HD __host__ __device__ __forceinline__
@@ -44,6 +47,9 @@ struct RowStats {
 
 constexpr int kRowStatsFields = 4;         // without moments
 constexpr int kRowStatsMomentsFields = 7;  // with them
+
+// The column of a token in a shard that begins with token `start` >= 0; -1: it lies before. Any int64 may be a target.
+ENTCOV_HD int64_t column_of(int64_t token, int64_t start) { return token < start ? -1 : token - start; }
 
 // e^d below this is 0 in fp32 (the smallest denormal is e^-103.97).
 constexpr float kExpFloor = -104.0f;

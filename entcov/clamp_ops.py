@@ -18,6 +18,7 @@ clamp_collect(logits, target, stats, bracket, capacity, vocab_start, vocab_size,
 clamp_finish(parts [R, T, ...], target, stats, bracket, kept, temperature, ignore_index) -> [T, 4]
     threshold (raw), weight of the logits equal to it, L_k = log(sum of kept e^y), H_k: what logits_grad calls `clamp`
 
+Sketches with a NaN give a bracket of NaN, and parts that contradict themselves a clamp of NaN, for their row alone.
 `bracket` is [T, 2 or 3], lo and hi first; on an unsharded row both are the order statistic of rank `kept`.
 None of them mutates an argument or has a derivative: the gradient of the clamped entropy is in logits_grad.
 """
@@ -27,6 +28,8 @@ import torch
 from entcov import _cpu, cuda_ops, ops
 from entcov.op_registry import (
     DTYPES,
+    MAX_COLUMNS,
+    check_columns,
     check_logits,
     check_rows,
     check_shard,
@@ -36,7 +39,6 @@ from entcov.op_registry import (
 )
 
 PART_FIELDS = 7
-MAX_COLUMNS = 2**24  # of a shard: counts travel as fp32
 _DERIVATIVE_ERROR = "{} is a building block without a derivative; entcov.token_stats has one"
 
 
@@ -57,6 +59,7 @@ def _check_bracket(bracket, target, like) -> None:
 
 def _clamped_stats_fake(logits, target, kept, vocab_size, temperature, moments, ignore_index):
     check_logits(logits)
+    check_columns(logits)
     check_rows(target, "target", torch.int64, logits.shape[:1], logits)
     check_temperature(temperature)
     if not 1 <= vocab_size <= logits.shape[1]:
@@ -105,6 +108,7 @@ clamped_stats = register(
 
 def _order_statistics_fake(logits, target, ranks, vocab_start, vocab_size, ignore_index):
     check_logits(logits)
+    check_columns(logits)
     check_rows(target, "target", torch.int64, logits.shape[:1], logits)
     if ranks.dim() != 1 or ranks.shape[0] < 1:
         raise ValueError(f"ranks must be [m >= 1], got {tuple(ranks.shape)}")
@@ -154,6 +158,14 @@ def _clamp_bracket_fake(sketches, ranks, target, stats, kept, ignore_index):
 
 def _clamp_bracket_cpu(sketches, ranks, target, stats, kept, ignore_index):
     out = _clamp_bracket_fake(sketches, ranks, target, stats, kept, ignore_index)
+    within = (ranks[:, 0] >= 1) & (ranks[:, -1] <= MAX_COLUMNS) & (ranks[:, 1:] >= ranks[:, :-1]).all(1)
+    sound = within | (ranks == 0).all(1)
+    if not bool(sound.all()):
+        shard = int((~sound).nonzero()[0])
+        raise ValueError(
+            f"ranks must ascend within [1, {MAX_COLUMNS}], or be 0 for a shard without columns; shard {shard} has "
+            f"{ranks[shard].tolist()}"
+        )
     columns = int(ranks[:, -1].sum())
     if not 1 <= kept <= columns:
         raise ValueError(f"kept must be in [1, {columns}] (the columns of all shards), got {kept}")
@@ -177,13 +189,14 @@ clamp_bracket = register(
 # ---- clamp_collect --------------------------------------------------------------------------------------------------
 
 
-def _clamp_collect_fake(
-    logits, target, stats, bracket, capacity, vocab_start, vocab_size, temperature, ignore_index
-):
+def _clamp_collect_fake(logits, target, stats, bracket, capacity, vocab_start, vocab_size, temperature, ignore_index):
     check_logits(logits)
+    check_columns(logits)
     check_rows(target, "target", torch.int64, logits.shape[:1], logits)
     _check_stats(stats, target, logits)
     _check_bracket(bracket, target, logits)
+    if not 0 <= capacity <= MAX_COLUMNS:
+        raise ValueError(f"capacity must be in [0, {MAX_COLUMNS}] (values that a shard may send), got {capacity}")
     check_temperature(temperature)
     check_shard(vocab_start, vocab_size)
     return logits.new_empty((logits.shape[0], PART_FIELDS + capacity), dtype=torch.float32)
@@ -222,6 +235,8 @@ def _clamp_finish_fake(parts, target, stats, bracket, kept, temperature, ignore_
     check_rows(target, "target", torch.int64, parts.shape[1:2], parts)
     _check_stats(stats, target, parts)
     _check_bracket(bracket, target, parts)
+    if kept < 1:
+        raise ValueError(f"kept must be at least 1, got {kept}")
     check_temperature(temperature)
     return parts.new_empty((parts.shape[1], 4))
 

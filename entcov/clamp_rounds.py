@@ -22,9 +22,17 @@ import math
 import torch
 from torch import Tensor
 
-from entcov import cuda_ops, ops, shard_ops, shards
-from entcov.op_registry import check_logits, check_rows, check_shard, check_temperature, no_cpu, register
-from entcov.shards import gather
+from entcov import cuda_ops, ops, ranks
+from entcov.op_registry import (
+    check_columns,
+    check_logits,
+    check_rows,
+    check_shard,
+    check_temperature,
+    no_cpu,
+    register,
+)
+from entcov.shards import Part, gather
 
 SKETCH, CELLS, PART = 64, 160, 167
 # A row that its sample misled has 2^32 keys left: 160 times fewer each round, and one round to add up what is kept.
@@ -48,6 +56,7 @@ def _check_gathered(tensor: Tensor, name: str, width: int) -> None:
 
 def _clamp_sketch_fake(logits, target, vocab_start, vocab_size, ignore_index):
     check_logits(logits)
+    check_columns(logits)
     check_rows(target, "target", torch.int64, logits.shape[:1], logits)
     check_shard(vocab_start, vocab_size)
     return logits.new_empty((logits.shape[0], SKETCH), dtype=torch.float32)
@@ -65,6 +74,8 @@ def _clamp_guess_fake(sketches, columns, target, vocab_size, kept, margin, ignor
     check_rows(target, "target", torch.int64, sketches.shape[1:2], sketches)
     if not 1 <= kept <= vocab_size < 2**25:  # 64 times that is counted in 32 bits
         raise ValueError(f"kept and vocab_size must have 1 <= kept <= vocab_size < 2^25, got {kept} and {vocab_size}")
+    if not 0 <= margin <= 2**25:
+        raise ValueError(f"margin must be in [0, 2^25] (ranks), got {margin}")
     return sketches.new_empty((sketches.shape[1], 4), dtype=torch.int32)
 
 
@@ -76,6 +87,7 @@ def _clamp_guess_cuda(*args):
 
 def _clamp_part_fake(logits, target, bracket, vocab_start, vocab_size, temperature, ignore_index):
     check_logits(logits)
+    check_columns(logits)
     check_rows(target, "target", torch.int64, logits.shape[:1], logits)
     _check_bracket(bracket, target, logits)
     check_temperature(temperature)
@@ -98,6 +110,8 @@ def _clamp_narrow_fake(parts, target, stats, bracket, clamp, kept, temperature, 
     check_rows(stats, "stats", torch.float32, (T, stats.shape[1]), parts)
     _check_bracket(bracket, target, parts)
     check_rows(clamp, "clamp", torch.float32, (T, 4), parts)
+    if not 1 <= kept < 2**25:
+        raise ValueError(f"kept must be in [1, 2^25), got {kept}")
     check_temperature(temperature)
     return torch.empty_like(bracket), torch.empty_like(clamp), bracket.new_empty(1)
 
@@ -147,30 +161,40 @@ clamp_narrow = _register(
 # ---- the rounds -----------------------------------------------------------------------------------------------------
 
 
-def sharded_clamped_statistics(rows, shard, kept, temperature, moments, ignore_index, group, call):
-    """(merged row statistics [T, 4 | 7], clamp [T, 4]) over the ranks of `group`. For `rows` see
-    vocab_parallel.LogitRows, for `call` shards.gather.
+def sharded_clamped_statistics(op, group, T, device, moments, resolve, agreed):
+    """(rows, settings, merged row statistics [T, 4 | 7], clamp [T, 4]) over the ranks of `group`. For the arguments see
+    vocab_parallel.sharded_row_statistics; `agreed` is its function of that name.
 
     Two all-gathers, of 4 * SKETCH and 4 * (4 | 7 + PART) bytes a token and rank, and one more of the latter for every
     further round. The host reads one number a round, how many rows want another; captured in a CUDA graph, where it
     cannot, it runs as many rounds as any data may need.
     """
-    target, place = rows.target, (shard.start, shard.vocab_size)
     fields = 7 if moments else 4
-    failure, tokens = None, 0
-    sketch = torch.zeros((len(target), SKETCH), dtype=torch.float32, device=target.device)
+    rows = settings = alike = failure = None
+
+    def prepare():
+        nonlocal rows, settings, alike, failure
+        try:
+            rows, settings, call = resolve()
+            shard = settings.shard
+            sketch = rows.apply(clamp_sketch, shard.start, shard.vocab_size, settings.ignore_index)
+            alike = agreed(rows, settings, call)
+            return Part(sketch, shard, *alike)
+        except Exception as error:
+            failure = error
+            raise
+
+    def fail():
+        raise failure
+
     try:
-        sketch = rows.apply(clamp_sketch, *place, ignore_index)
-        tokens = shard_ops.checksum(target)
-    except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
-        failure = error
-    try:
-        sketches, layout = gather(rows.name, sketch, group, shard, call, {"target": tokens}, failure)
-    except (ValueError, TypeError) as error:
-        if error is failure and not shards._host_may_read(sketch):  # the others go on, with NaN: not alone
-            part = torch.zeros((len(target), fields + PART), dtype=torch.float32, device=target.device)
-            gather(rows.name, part, group, shard, call, {"target": tokens}, failure)
+        sketches, layout = gather(op, group, (T, SKETCH), device, prepare)
+    except Exception:
+        if failure is not None and not ranks.host_may_read(device):  # the others go on, with NaN: not alone
+            gather(op, group, (T, fields + PART), device, fail)
         raise
+    shard, kept, temperature, _, ignore_index = settings
+    target = rows.target
     start, width = layout.unbind(-1)
     columns = (shard.vocab_size - start).clamp(min=0).minimum(width)
     margin = _margin(shard.vocab_size, kept, len(layout))
@@ -178,17 +202,21 @@ def sharded_clamped_statistics(rows, shard, kept, temperature, moments, ignore_i
     clamp = torch.full((len(target), 4), torch.nan, dtype=torch.float32, device=target.device)
     stats = None
     for _ in range(MOST_ROUNDS):
-        with_moments = moments and stats is None
-        part = rows.apply(_part, shard, temperature, with_moments, ignore_index, per_row=(bracket,))
-        # What ranks must agree on goes with every part: a disagreement makes them all NaN each time.
-        parts, _ = gather(rows.name, part, group, shard, call, {"target": tokens}, None)
+        arguments = (shard, temperature, moments and stats is None, ignore_index)
+        width = PART + (4 if stats is not None else fields)
+
+        def narrow(arguments=arguments, bracket=bracket):
+            # What ranks must agree on goes with every part: a disagreement makes them all NaN each time.
+            return Part(rows.apply(_part, *arguments, per_row=(bracket,)), shard, *alike)
+
+        parts, _ = gather(op, group, (T, width), device, narrow)
         if stats is None:
             stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
         parts = parts[..., -PART:]
         bracket, clamp, unfinished = clamp_narrow(parts, target, stats, bracket, clamp, kept, temperature, ignore_index)
         if not _captured(target) and int(unfinished) == 0:
             break
-    return stats, clamp
+    return rows, settings, stats, clamp
 
 
 def _part(logits, target, bracket, shard, temperature, moments, ignore_index):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -35,13 +36,13 @@ _BAD_INPUT = (ValueError, TypeError, OSError, UnpicklingError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the process's exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 SIGTERM."""
     args = parse(_parser(), argv)
     try:
         return args.command(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr)
-        return 130
+        return 128 + (stop.args or (signal.SIGINT,))[0]
     except (*_BAD_INPUT, ImportError, RuntimeError) as error:
         if args.debug:
             raise
@@ -100,13 +101,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--no-display", action="store_true", help="print nothing while running")
     train.set_defaults(command=_train)
 
-    evaluate = commands.add_parser("eval", help="held-out accuracy of a run's policy, a table by data source")
+    evaluate = commands.add_parser(
+        "eval",
+        help="held-out accuracy of a run's policy, a table by data source",
+        description="Prints held-out accuracy by data source, and keeps metrics and responses under RUN/eval. Where "
+        "they cannot be kept (a read-only folder), the output says why, and the exit code is 0 all the same.",
+    )
     evaluate.add_argument("run", help="a run directory")
     evaluate.add_argument(
         "overrides", nargs="*", metavar="key=value",
         help="such as eval.samples=32, data.val_files=[data/aime24/test.parquet] or eval.sources.aime24.samples=32",
     )  # fmt: skip
     evaluate.add_argument("--checkpoint", help="default: the latest")
+    evaluate.add_argument(
+        "--trust-run", action="store_true",
+        help="let RUN/config.yaml import modules, read environment variables and choose a server, as overrides may",
+    )  # fmt: skip
     evaluate.set_defaults(command=_eval)
 
     compare = commands.add_parser("compare", help="matched runs of several entropy controls, a table and plots")
@@ -169,20 +179,23 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from entcov.rl.config import load_run_config
     from entcov.rl.evaluation import report
     from entcov.rl.run import evaluate_run
+    from entcov.rl.stored_recipe import load_run
 
-    config = load_run_config(args.run, args.overrides)
+    config = load_run(args.run, args.overrides, trusted=args.trust_run)
     shown = sys.stderr.isatty()
 
     def progress(done: int, in_all: int) -> None:
         print(f"\r{done} of {in_all} responses", end="", file=sys.stderr, flush=True)
 
-    step, _, results = evaluate_run(config, checkpoint=args.checkpoint, progress=progress if shown else None)
+    unkept: list[OSError] = []
+    step, _, results = evaluate_run(
+        config, checkpoint=args.checkpoint, progress=progress if shown else None, on_unkept=unkept.append
+    )
     if shown:
         print(file=sys.stderr)
-    print(report(args.run, step, results, config.eval))
+    print(report(args.run, step, results, config.eval, *unkept))
     return 0
 
 

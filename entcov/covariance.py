@@ -12,14 +12,22 @@ The chosen set is bit-identical for every split of the batch, every order of the
   - The n-th largest of a key is found by a radix search: a histogram of 16 bits of the key, summed over ranks, picks
     the next 16 bits. Integers again; the number of collectives depends on the key's width alone, not on the data.
   - Draws and ties go by a 64-bit hash of (seed, step, token_id) that is one-to-one in token_id.
-Ranks may hold different numbers of tokens, none included. Nothing makes the host wait on an accelerator: values are
+Ranks may hold different numbers of tokens, none included. What they must agree on, and whether one of them has an error
+to raise, travels in the first all-reduce of each call (entcov/ranks.py): where they do not agree, all of them raise, or
+on an accelerator get results that cannot be taken for good ones.
+
+No two tokens may have one id. Each sets the bit of its id in a map of 2^22 bits, and the maps are added up over ranks:
+numbers with a bit in common have a sum with fewer bits. Ids are looked at as they are where they lie within 4,194,303
+of one another; of ids that lie further apart, within s times that, every s-th is.
+
+Nothing makes the host wait on an accelerator: values are
 checked on the CPU only, and elsewhere bad values show as NaN in the covariance and its summary. Shapes depend on T and
 the number of ranks alone, so calls can be captured in a CUDA graph (with `step` as a tensor there: a number would be
 part of the capture). The bits are the same on every device.
 
 What an accelerator does for T tokens (tests/test_covariance.py counts it; reads plus writes of the T-sized operations):
   token_covariance 37 launches, 609 bytes a token       covariance_summary 72 launches, 474 bytes a token
-  select_clip_cov 119 launches, 951 bytes a token       select_kl_cov     170 launches, 1166 bytes a token
+  select_clip_cov 169 launches, 1184 bytes a token      select_kl_cov     222 launches, 1399 bytes a token
 For KL-Cov on a million tokens that is 0.6 ms at 3 TB/s, and launches of about a millisecond, once in an optimizer step
 that takes seconds. A kernel of our own would save most of it, and is not worth its code.
 
@@ -29,6 +37,7 @@ Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models",
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +45,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import _checks as check
+from entcov.ranks import AllReduces, attempt
 
 COARSE = 2.0**10
 FINE = 2.0**31  # of a remainder of at most 1/2: 2^30 a token
 LARGEST = 2.0**20
 DIGIT_BITS = 16
 BINS = 2**DIGIT_BITS  # of a histogram: 512 KiB of int64
+MAP_WORDS = 2**16  # of the map of token ids: 2^22 bits, 512 KiB
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 SIGN = -(2**63)
 
@@ -85,13 +96,33 @@ def token_covariance(
         denominator_eps: added to the token count in the means; verl's masked_mean has 1e-8.
         empty_ok: with no unmasked token anywhere, return zeros instead of an error.
     Not differentiable (constants, as in the method). Nothing is mutated.
-    Collectives: 1 all-reduce of 48 bytes; every rank must call.
-    Raises: TypeError, ValueError for dtypes and shapes, on the rank that has them; ValueError on every rank (CPU) if
-        any unmasked value of any rank is not finite or exceeds 2^20, or no token is unmasked on any rank.
+    Collectives: 1 all-reduce of 48 bytes, and 8 for each rank; every rank must call.
+    Raises: TypeError, ValueError for dtypes and shapes; ValueError on every rank (CPU) if any unmasked value of any
+        rank is not finite or exceeds 2^20, or no token is unmasked on any rank. RuntimeError where another rank failed
+        or was called differently; on an accelerator the covariance is NaN there instead.
     """
-    check.vector("logprob", logprob, (torch.float32, torch.float64))
-    check.vector("advantage", advantage, (torch.float32, torch.float64), logprob)
-    check.vector("mask", mask, (torch.bool,), logprob)
+
+    def checked() -> tuple[Tensor, Tensor, Tensor]:
+        check.vector("logprob", logprob, (torch.float32, torch.float64))
+        check.vector("advantage", advantage, (torch.float32, torch.float64), logprob)
+        check.vector("mask", mask, (torch.bool,), logprob)
+        check.number("denominator_eps", denominator_eps, 0.0)
+        return logprob, advantage, mask
+
+    tokens, failure = attempt(checked, group)
+    device = _device_of(logprob, advantage, mask)
+    call = {"denominator_eps": denominator_eps, "empty_ok": empty_ok}
+    ranks = AllReduces("token_covariance", group, device, call, failure=failure)
+    eps, empty_ok = (0.0, True) if failure else (denominator_eps, empty_ok)
+    result = covariance_over(ranks, *(tokens or _no_tokens(device)), eps, empty_ok)
+    ranks.finish()
+    return result
+
+
+def covariance_over(
+    ranks: AllReduces, logprob: Tensor, advantage: Tensor, mask: Tensor, denominator_eps: float, empty_ok: bool
+) -> TokenCovariance:
+    """`token_covariance` with its one all-reduce."""
     values = torch.where(mask, torch.stack([logprob, advantage]).double(), 0.0)
     bad = ~(values.abs() <= LARGEST)  # NaN too
     sums = torch.cat(
@@ -100,7 +131,7 @@ def token_covariance(
             torch.stack([mask.sum(), bad.sum()]),
         ]
     )
-    sums = _sum_over_ranks(sums, group)
+    sums = ranks.sum(sums)
     num_tokens, num_bad = sums[4], sums[5]
     if check.readable(sums):
         if num_bad > 0:
@@ -112,7 +143,8 @@ def token_covariance(
         if num_tokens == 0 and not empty_ok:
             raise ValueError("mask must have a True token on at least one rank, got none in the whole mini-batch")
     mean = _from_fixed_point(sums[:4].reshape(2, 2)) / (num_tokens + denominator_eps)
-    mean = torch.where(num_bad > 0, torch.nan, mean)
+    bad_anywhere = num_bad > 0 if ranks.refused is None else (num_bad > 0) | ranks.refused
+    mean = torch.where(bad_anywhere, torch.nan, mean)
     centred = values - mean[:, None]
     value = torch.where(mask, (centred[0] * centred[1]).float(), 0.0)
     return TokenCovariance(value, mask, num_tokens, mean[0], mean[1])
@@ -126,18 +158,27 @@ def covariance_summary(covariance: TokenCovariance, *, group: dist.ProcessGroup 
 
     Returns: {"actor/cov_mean", "actor/cov_max", "actor/cov_p999"}, 0-d tensors, the same on every rank and split: they
         describe the mini-batch and must not be added up. The mean is the population covariance.
-    Collectives: 3 all-reduces, 2 MiB in total.
+    Collectives: 3 all-reduces, 2 MiB in total; every rank must call, with the covariance of one `token_covariance`.
+    Raises: RuntimeError where ranks do not; on an accelerator all values are NaN there instead.
     """
-    sums = _sum_over_ranks(_fixed_point(covariance.value.double()).sum(-1), group)
+    _, failure = attempt(lambda: _check_covariance(covariance), group)
+    if failure is not None:
+        covariance = _nothing(_device_of())
+    ranks = AllReduces("covariance_summary", group, covariance.value.device, _means(covariance), failure=failure)
+    sums = ranks.sum(_fixed_point(covariance.value.double()).sum(-1))
     n = covariance.num_tokens
     rank = torch.stack([torch.ones_like(n), n - (999 * n + 999) // 1000 + 1])
-    key, _, _ = _radix_select(_float_key(covariance.value), covariance.mask, rank, 32, group)
+    key, _, _ = _radix_select(_float_key(covariance.value), covariance.mask, rank, 32, ranks)
+    ranks.finish()
     largest, quantile = _key_to_float(key).unbind()
-    return {
+    summary = {
         "actor/cov_mean": _from_fixed_point(sums) / n + 0.0 * covariance.mean_logprob,  # NaN if the inputs were bad
         "actor/cov_max": largest,
         "actor/cov_p999": quantile,
     }
+    if ranks.refused is not None:
+        summary = {name: torch.where(ranks.refused, torch.nan, value) for name, value in summary.items()}
+    return summary
 
 
 @torch.no_grad()
@@ -166,19 +207,31 @@ def select_clip_cov(
         at_least: lower bound of the number of tokens to take (reference code: 1).
         strict: low < covariance < high (reference code).
         exclude: [T] bool, tokens that are no candidates.
-    Collectives: 5 all-reduces of at most 512 KiB; every rank must call.
-    Raises: ValueError (CPU) if token ids repeat.
+    Collectives: 5 all-reduces of at most 512 KiB and some words; every rank must call.
+    Raises: TypeError, ValueError for arguments. ValueError on every rank if token ids repeat, on one rank or over
+        ranks, among those that are looked at (head of this file). RuntimeError where another rank failed or was called
+        differently. On an accelerator the last two show instead as a count of -1, a threshold of NaN, and a mask of all
+        unmasked tokens, on every rank.
     """
-    check.fraction("ratio", ratio)
-    value = covariance.value
-    inside = (value > low) & (value < high) if strict else (value >= low) & (value <= high)
-    candidate = inside & covariance.mask
-    if exclude is not None:
-        check.vector("exclude", exclude, (torch.bool,), value)
-        candidate = candidate & ~exclude
-    n = _count(covariance, ratio, at_least)
-    chosen, num_candidates = _draw(token_id, candidate, n, seed, step, group)
-    return _finish(chosen, torch.minimum(n, num_candidates), token_id, covariance.mask, None, group)
+
+    def check_own() -> None:
+        check.number("low", low)
+        check.number("high", high)
+        if exclude is not None:
+            check.vector("exclude", exclude, (torch.bool,), covariance.value)
+
+    def choose(ranks: AllReduces, covariance: TokenCovariance, n: Tensor, draw: Callable):
+        candidate, value = covariance.mask, covariance.value
+        if ranks.failure is None:
+            inside = (value > low) & (value < high) if strict else (value >= low) & (value <= high)
+            candidate = candidate & inside if exclude is None else candidate & inside & ~exclude
+        chosen, num_candidates = draw(candidate, n)
+        return chosen, torch.minimum(n, num_candidates), None
+
+    own = {"low": low, "high": high, "strict": strict}
+    return _select(
+        "select_clip_cov", group, covariance, token_id, ratio, at_least, seed, step, own, check_own, choose
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -195,19 +248,102 @@ def select_kl_cov(
     """The floor(ratio * N) tokens with the largest covariance; a tie at the threshold is settled by the hash.
 
     Args: as `select_clip_cov`.
-    Collectives: 7 all-reduces of at most 512 KiB; every rank must call.
-    Raises: ValueError (CPU) if token ids repeat.
+    Collectives: 7 all-reduces of at most 512 KiB and some words; every rank must call.
+    Raises: as `select_clip_cov`.
     """
+
+    def choose(ranks: AllReduces, covariance: TokenCovariance, n: Tensor, draw: Callable):
+        n = torch.minimum(n, covariance.num_tokens)
+        key = _float_key(covariance.value)
+        threshold, of_tied, _ = _radix_select(key, covariance.mask, n[None], 32, ranks)
+        some = n > 0
+        from_tied, _ = draw(covariance.mask & (key == threshold) & some, of_tied[0])
+        chosen = (covariance.mask & (key > threshold) & some) | from_tied
+        return chosen, n, torch.where(some, _key_to_float(threshold)[0], torch.inf)
+
+    return _select("select_kl_cov", group, covariance, token_id, ratio, at_least, seed, step, {}, None, choose)
+
+
+def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, check_own, choose) -> Selection:
+    """What the selections have in common.
+
+    Args:
+        own: what else every rank must be called with, and `check_own` its check.
+        choose: (ranks, covariance, number to choose, draw) -> (chosen tokens [T] bool, how many are due over all ranks,
+            threshold), where draw(candidates [T] bool, n) -> (n of them by the hash, number of candidates).
+    """
+
+    def checked() -> None:
+        _check_selection(covariance, token_id, ratio, at_least, seed, step)
+        if check_own is not None:
+            check_own()
+
+    _, failure = attempt(checked, group)
+    call = {}
+    if failure is None:
+        call = {"ratio": ratio, "at_least": at_least, "seed": seed, "step": step, **own, **_means(covariance)}
+    else:
+        covariance = _nothing(_device_of(token_id, getattr(covariance, "value", None)))
+        token_id, ratio, at_least, seed, step = covariance.value.long(), 0.0, 0, 0, 0
+    ends = _ends(token_id, covariance.mask)
+    ranks = AllReduces(op, group, token_id.device, call, ends, failure)
+
+    def draw(candidate: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        return _draw(token_id, candidate, n, seed, step, ranks)
+
+    chosen, due, threshold = choose(ranks, covariance, _count(covariance, ratio, at_least), draw)
+    selection = _finish(chosen, due, token_id, covariance.mask, threshold, ranks)
+    ranks.finish()
+    return selection
+
+
+# ---- what the ranks agree on ----------------------------------------------------------------------------------------
+
+
+def _device_of(*values: object) -> torch.device:
+    return next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
+
+
+def _no_tokens(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The logprob, advantage and mask of a rank that has no tokens."""
+    nothing = torch.zeros(0, device=device)
+    return nothing, nothing, nothing.bool()
+
+
+def _nothing(device: torch.device) -> TokenCovariance:
+    """The covariance of a rank without tokens, in a mini-batch without any."""
+    value, _, mask = _no_tokens(device)
+    mean = torch.zeros((), dtype=torch.float64, device=device)
+    return TokenCovariance(value, mask, mean.long(), mean, mean)
+
+
+def _check_covariance(covariance: object) -> None:
+    if not isinstance(covariance, TokenCovariance):
+        raise TypeError(f"covariance must be what token_covariance returns, got {type(covariance).__name__}")
+
+
+def _means(covariance: TokenCovariance) -> dict[str, Tensor]:
+    """What the covariances of all ranks have alike if they are those of one mini-batch."""
+    names = ("num_tokens", "mean_logprob", "mean_advantage")
+    return {f"covariance.{name}": getattr(covariance, name) for name in names}
+
+
+def _check_selection(covariance, token_id, ratio, at_least, seed, step) -> None:
+    _check_covariance(covariance)
+    check.vector("token_id", token_id, (torch.int64,), covariance.value)
     check.fraction("ratio", ratio)
-    n = torch.minimum(_count(covariance, ratio, at_least), covariance.num_tokens)
-    key = _float_key(covariance.value)
-    threshold, of_tied, _ = _radix_select(key, covariance.mask, n[None], 32, group)
-    some = n > 0
-    tied = covariance.mask & (key == threshold) & some
-    from_tied, _ = _draw(token_id, tied, of_tied[0], seed, step, group)
-    chosen = (covariance.mask & (key > threshold) & some) | from_tied
-    lowest = torch.where(some, _key_to_float(threshold)[0], torch.inf)
-    return _finish(chosen, n, token_id, covariance.mask, lowest, group)
+    check.integer("at_least", at_least, 0)
+    check_counter("seed", seed)
+    check_counter("step", step)
+
+
+def check_counter(name: str, value: object) -> None:
+    """`value` is an integer, or a 0-d int64 tensor."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    elif value.dim() or value.dtype != torch.int64:
+        raise TypeError(f"{name} must be an integer or a 0-d int64 tensor, got {value.dtype} {tuple(value.shape)}")
 
 
 def token_hash(token_id: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
@@ -244,12 +380,6 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & (2 ** (64 - bits) - 1) if bits < 64 else torch.zeros_like(x)
 
 
-def _sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(tensor, group=group)
-    return tensor
-
-
 def _fixed_point(x: Tensor) -> Tensor:
     """float64 [..., T], at most 2^20 in size -> int64 [..., 2, T]: coarse and fine part."""
     coarse = (x * COARSE).round()
@@ -277,7 +407,7 @@ def _count(covariance: TokenCovariance, ratio: float, at_least: int) -> Tensor:
 
 
 def _radix_select(
-    key: Tensor, valid: Tensor, rank: Tensor, bits: int, group: dist.ProcessGroup | None
+    key: Tensor, valid: Tensor, rank: Tensor, bits: int, ranks: AllReduces
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rank[j]-th largest of the valid keys of all ranks, keys read as unsigned numbers of `bits` (32 or 64) bits.
 
@@ -298,7 +428,7 @@ def _radix_select(
         # One-dimensional: there torch's deterministic mode has an answer, and integers add up to the same in any order.
         histogram = torch.zeros(m * BINS, dtype=torch.int64, device=key.device)
         histogram.scatter_add_(0, (digit + first_bin).flatten(), member.flatten().long())
-        histogram = _sum_over_ranks(histogram, group).view(m, BINS)
+        histogram = ranks.sum(histogram).view(m, BINS)
         up_to = histogram.cumsum(1)
         members = up_to[:, -1]
         if total is None:
@@ -313,32 +443,58 @@ def _radix_select(
 
 
 def _draw(
-    token_id: Tensor, candidate: Tensor, n: Tensor, seed: int | Tensor, step: int | Tensor,
-    group: dist.ProcessGroup | None,
+    token_id: Tensor, candidate: Tensor, n: Tensor, seed: int | Tensor, step: int | Tensor, ranks: AllReduces
 ) -> tuple[Tensor, Tensor]:
     """The n candidates of all ranks with the largest hash (all, if fewer): mask [T], number of candidates."""
-    check.vector("token_id", token_id, (torch.int64,), candidate)
     key = token_hash(token_id, seed, step)
-    threshold, _, total = _radix_select(key, candidate, n[None], 64, group)
+    threshold, _, total = _radix_select(key, candidate, n[None], 64, ranks)
     reached = (key ^ SIGN) >= (threshold ^ SIGN)  # unsigned comparison
     return candidate & reached & (n > 0), total
 
 
+def _ends(token_id: Tensor, mask: Tensor) -> Tensor:
+    """The smallest and the largest id under the mask [2]; the extremes of int64, crossed, where there is none."""
+    low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    if len(token_id) == 0:
+        return torch.stack([token_id.new_full((), high), token_id.new_full((), low)])
+    return torch.stack([token_id.masked_fill(~mask, high).amin(), token_id.masked_fill(~mask, low).amax()])
+
+
+def _bits_of_ids(token_id: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+    """[1 + MAP_WORDS]: how many ids are looked at, and the map of their bits. `ends` [ranks, 2]: of the ids."""
+    span = (ends[:, 1].amax().double() - ends[:, 0].amin()).clamp(min=0)
+    stride = (span / (64 * MAP_WORDS - 2)).long() + 1
+    place = token_id.div(stride, rounding_mode="floor")
+    looked_at = mask & (place * stride == token_id)
+    bit = torch.bitwise_left_shift(torch.ones_like(place), place & 63)
+    bits = torch.zeros(MAP_WORDS, dtype=torch.int64, device=token_id.device)
+    bits.scatter_add_(0, (place >> 6) & (MAP_WORDS - 1), torch.where(looked_at, bit, 0))
+    return torch.cat([looked_at.sum()[None], bits])
+
+
+def _num_bits(x: Tensor) -> Tensor:
+    """The number of bits that are set, of int64."""
+    x = x - ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (x * 0x0101010101010101) >> 56
+
+
 def _finish(
-    chosen: Tensor,
-    expected: Tensor,
-    token_id: Tensor,
-    mask: Tensor,
-    threshold: Tensor | None,
-    group: dist.ProcessGroup | None,
+    chosen: Tensor, due: Tensor, token_id: Tensor, mask: Tensor, threshold: Tensor | None, ranks: AllReduces
 ) -> Selection:
-    count = _sum_over_ranks(chosen.sum(), group)
-    if check.readable(count):
-        ids = token_id[mask]
-        if count != expected or len(ids.unique()) != len(ids):
+    sums = ranks.sum(torch.cat([chosen.sum()[None], _bits_of_ids(token_id, mask, ranks.own)]))
+    count = sums[0]
+    repeated = sums[1] - _num_bits(sums[2:]).sum()  # at least so many
+    if check.readable(sums):
+        if repeated > 0 or count != due:
             raise ValueError(
-                "token_id must be different for every unmasked token of the mini-batch, on all ranks: "
-                f"{len(ids) - len(ids.unique())} ids repeat on this rank, {int(count)} tokens were chosen where "
-                f"{int(expected)} were due"
+                "token_id must be different for every unmasked token of the mini-batch, on all ranks: at least "
+                f"{max(int(repeated), 1)} tokens have the id of another one; {int(count)} tokens were chosen where "
+                f"{int(due)} were due"
             )
-    return Selection(chosen, count, threshold)
+        return Selection(chosen, count, threshold)
+    spoilt = repeated > 0 if ranks.refused is None else (repeated > 0) | ranks.refused
+    if threshold is not None:
+        threshold = torch.where(spoilt, torch.nan, threshold)
+    return Selection((chosen | spoilt) & mask, torch.where(spoilt, -1, count), threshold)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from entcov import ops
 from entcov.lm_head import HeadRows, add_product, fresh, product_into
-from entcov.op_registry import DTYPES, check_temperature
-from entcov.shards import eager, resolve_shard
+from entcov.op_registry import DTYPES
+from entcov.ranks import eager
 from entcov.vocab_parallel import (
     TokenStats,
     differentiable_outputs,
-    kept_count,
     named_outputs,
+    resolved_settings,
     row_statistics,
     sharded_row_statistics,
 )
@@ -52,7 +52,8 @@ def linear_token_stats(
     the outputs, with its arguments of the same names.
 
     Args:
-        hidden: [..., D] float32, bfloat16 or float16, the same on every rank of the group.
+        hidden: [..., D] float32, bfloat16 or float16, the same bits on every rank of the group. Four values a token are
+            compared over the ranks.
         weight: [V_local, D], this rank's rows of the LM head, in the dtype of hidden. Under autocast both may have any
             of the three dtypes and are cast as `linear` would cast them.
         target: [...] int64, global token ids.
@@ -110,32 +111,43 @@ def _linear_token_stats(
     hidden, weight, target, bias, group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index,
     memory_budget, chunk_size, reduce_hidden_grad, main_grad,
 ) -> TokenStats:  # fmt: skip
-    dtype = _check(hidden, weight, target, bias, main_grad)
-    for name, value in (("memory_budget", memory_budget), ("chunk_size", chunk_size)):
-        if value is not None and not value >= 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    temperature = float(temperature)
-    check_temperature(temperature)
-    shard = resolve_shard(weight.shape[0], group, vocab_start, vocab_size)
-    kept = kept_count(shard.vocab_size, clamp_p, top_k)
-    tokens = target.reshape(-1).contiguous()
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = operands = None
+    autocast = _autocast_dtype(hidden.device.type)
     reduces = group is not None and reduce_hidden_grad and torch.is_grad_enabled() and hidden.requires_grad
-    sums = torch.is_grad_enabled() and weight.requires_grad and weight.dtype != torch.float32 and main_grad is None
-    with torch.no_grad(), _without_autocast(hidden.device.type):
-        operands = tuple(None if x is None else x.detach().to(dtype) for x in (flat, weight, bias))
+
+    def resolve():
+        nonlocal flat, operands
+        dtype = _check(hidden, weight, target, bias, main_grad, autocast)
+        for name, value in (("memory_budget", memory_budget), ("chunk_size", chunk_size)):
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        settings = resolved_settings(
+            weight.shape[0], group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index
+        )
+        sums = torch.is_grad_enabled() and weight.requires_grad and weight.dtype != torch.float32 and main_grad is None
         sum_bytes = 4 * weight.numel() if sums else 0
-        rows = HeadRows(*operands, tokens, shard.vocab_size, ignore_index, chunk_size, memory_budget, sum_bytes)
-        settings = (shard, kept, temperature, moments, ignore_index)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        operands = tuple(None if x is None else x.detach().to(dtype) for x in (flat, weight, bias))
+        rows = HeadRows(
+            *operands, target.reshape(-1).contiguous(), settings.shard.vocab_size, ignore_index, chunk_size,
+            memory_budget, sum_bytes,
+        )  # fmt: skip
+        return rows, settings, {"reduction of hidden's gradient (0: none)": int(reduces)}
+
+    with _without_autocast(hidden.device.type):
         if group is None:
+            rows, settings, _ = resolve()
             stats, clamp = _unsharded(rows, *settings)
         else:
-            call = {"reduction of hidden's gradient (0: none)": int(reduces)}
-            stats, clamp = sharded_row_statistics(rows, *settings, group, **call)
+            T, clamped = hidden.shape[:-1].numel(), clamp_p is not None or top_k is not None
+            rows, settings, stats, clamp = sharded_row_statistics(
+                HeadRows.name, group, T, hidden.device, moments, clamped, resolve
+            )
     outputs = _LinearTokenStats.apply(
-        flat, weight, bias, operands, rows, stats, clamp, shard, temperature, group if reduces else None, main_grad
-    )
-    return named_outputs(outputs, stats, target, temperature, moments, ignore_index)
+        flat, weight, bias, operands, rows, stats, clamp, settings.shard, settings.temperature,
+        group if reduces else None, main_grad,
+    )  # fmt: skip
+    return named_outputs(outputs, stats, target, settings.temperature, moments, ignore_index)
 
 
 def _unsharded(rows: HeadRows, shard, kept, temperature, moments, ignore_index):
@@ -149,8 +161,13 @@ def _unsharded(rows: HeadRows, shard, kept, temperature, moments, ignore_index):
         raise
 
 
-def _check(hidden, weight, target, bias, main_grad) -> torch.dtype:
-    """Shapes, dtypes and devices; returns the dtype of the products."""
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None
+
+
+def _check(hidden, weight, target, bias, main_grad, autocast) -> torch.dtype:
+    """Shapes, dtypes and devices; returns the dtype of the products. `autocast`: the dtype that it would give them."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
@@ -181,8 +198,8 @@ def _check(hidden, weight, target, bias, main_grad) -> torch.dtype:
                 f"main_grad must be {tuple(weight.shape)} on {weight.device} like weight, got "
                 f"{tuple(main_grad.shape)} on {main_grad.device}"
             )
-    if torch.amp.is_autocast_available(hidden.device.type) and torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
+    if autocast is not None:
+        return autocast
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise TypeError(

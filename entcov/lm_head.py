@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from entcov import ops
+from entcov import ops, shard_ops
 
+SAMPLED_VALUES = 4  # of each hidden state, that ranks compare
 CHUNK_MULTIPLE = 128  # rows of a chunk: the tiles of the libraries' matrix products
 BLOCK_ROWS = 1024  # of the gradient of the weight that go through a temporary, where no product adds into fp32
 _ADDS_INTO_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
@@ -80,6 +81,15 @@ class HeadRows:
         if isinstance(chunks[0], tuple):
             return tuple(self._joined(pieces) for pieces in zip(*chunks, strict=True))
         return self._joined(chunks)
+
+    def checksums(self, ignore_index: int) -> dict[str, Tensor]:
+        """Of what every rank must have alike, for `shards.Part`: all targets, and the bits of a few values of each
+        hidden state that counts. To read them all would cost more than it is worth: other tokens, another layer's
+        output or another dropout mask show in a few; a change of other values of a state does not."""
+        sampled = self.hidden[:, :: max(1, -(-self.hidden.shape[1] // SAMPLED_VALUES))].contiguous()
+        bits = sampled.view(torch.int32 if self.dtype.itemsize == 4 else torch.int16).long()
+        bits = bits.masked_fill((self.target == ignore_index)[:, None], 0)
+        return {"target": shard_ops.checksum(self.target), "hidden": shard_ops.checksum(bits.flatten())}
 
     def _joined(self, pieces: Sequence[Tensor | None]) -> Tensor | None:
         if pieces[0] is None:

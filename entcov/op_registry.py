@@ -4,6 +4,7 @@ An op is its schema, a `check` that raises on bad arguments and returns what the
 device. `check` runs under fake tensors too, so torch.compile reports the same errors as eager code.
 """
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ except ImportError as error:
     ) from error
 
 LIBRARY = torch.library.Library("entcov", "DEF")
+MAX_COLUMNS = 2**24  # of a shard, with a clamp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the values of DType in csrc/entcov.h
 
 
@@ -46,16 +48,31 @@ def register(
     differentiated by itself). None: the op writes into an argument, which autograd refuses by itself.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda or _no_cuda(name), "CUDA")
-    torch.library.register_fake(f"entcov::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.entcov, name).default
+    LIBRARY.impl(name, _without_none(op, cpu), "CPU")
+    LIBRARY.impl(name, _without_none(op, cuda or _no_cuda(name)), "CUDA")
+    torch.library.register_fake(f"entcov::{name}", _without_none(op, fake), lib=LIBRARY)
     if derivative_error is not None:
 
         def backward(ctx, *grads):
             raise RuntimeError(f"entcov: {derivative_error}")
 
         torch.library.register_autograd(f"entcov::{name}", backward, lib=LIBRARY)
-    return getattr(torch.ops.entcov, name).default
+    return op
+
+
+def _without_none(op: torch._ops.OpOverload, kernel: Callable) -> Callable:
+    """`kernel`, given tensors where the schema says Tensor: the dispatcher lets a None pass there."""
+    tensors = [(i, a.name) for i, a in enumerate(op._schema.arguments) if isinstance(a.type, torch.TensorType)]
+
+    @functools.wraps(kernel)
+    def run(*args):
+        for i, name in tensors:
+            if args[i] is None:
+                raise TypeError(f"{name} must be a tensor, got None")
+        return kernel(*args)
+
+    return run
 
 
 def _no_cuda(name: str) -> Callable:
@@ -102,6 +119,21 @@ def check_temperature(temperature: float) -> None:
     # The kernels multiply by 1 / temperature in fp32, which has to exist there.
     if not (1e-30 <= temperature <= 1e30):
         raise ValueError(f"temperature must be positive and finite (1e-30 to 1e30), got {temperature}")
+
+
+def check_columns(logits: Tensor) -> None:
+    """Of the ops of the clamp, whose counts travel as fp32."""
+    if logits.shape[1] > MAX_COLUMNS:
+        raise ValueError(f"logits must have at most 2^24 columns on a rank for a clamp, got {logits.shape[1]}")
+
+
+def constant_temperature(temperature: float) -> float:
+    """As a number. It is a constant: a tensor that is to learn would get no gradient, and nobody would notice."""
+    if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
+        raise ValueError("temperature must not require a gradient (it is a constant and would get none): detach it")
+    temperature = float(temperature)
+    check_temperature(temperature)
+    return temperature
 
 
 def check_shard(vocab_start: int, vocab_size: int) -> None:

@@ -15,8 +15,10 @@ logits_grad(logits, target, stats, grad_logprob, grad_entropy, grad_clamped, cla
     d sum(grad_logprob * logprob + grad_entropy * entropy + grad_clamped * clamped_entropy) / d logits. `stats` are the
     merged ones; the three gradients are [T] or None; `clamp` [T, 4] is (threshold as a raw logit, weight of its ties,
     L_k, H_k). Zeros in padding columns, ignored rows and rows whose gradients are all zero.
+    RuntimeError where the target's logit in this shard is not the one in `stats`: the logits were written since.
 logits_grad_(logits, ...)
-    the same, written over the logits; returns nothing (PyTorch cannot functionalise an op that returns its argument).
+    the same, written over the logits, which are not compared; returns nothing (PyTorch cannot functionalise an op that
+    returns its argument).
 
 covariance_stats(logits_old, logits_new, vocab_start, vocab_size, temperature, row_mask) -> [T, 8]
     columns max_old, rest_old, sum_xexp_old, max_new, rest_new, sum_xexp_new, sum_d, sum_xd, defined in
@@ -33,7 +35,8 @@ the number of threads, strides or alignment. Errors: ValueError for shapes and v
 
 On CUDA they run on the current stream of the tensors' device and never wait for it, so they can be captured in a
 graph. Values are not looked at from the host there. What the CPU raises for becomes NaN in every output of its row
-instead, and in its gradient: a target outside [0, vocab_size), and a row without a finite logit.
+instead, and in its gradient: a target outside [0, vocab_size), and a row without a finite logit. For logits that were
+written since the forward pass it is the target's gradient that becomes NaN.
 """
 
 from functools import partial
@@ -197,12 +200,18 @@ def _write_logits_grad(
     out, logits, target, stats, grad_logprob, grad_entropy, grad_clamped, clamp, vocab_start, vocab_size, temperature,
     ignore_index,
 ):  # fmt: skip
-    _cpu.logits_grad(
+    changed = _cpu.logits_grad(
         DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), logits.shape[0],
         num_columns(logits, vocab_start, vocab_size), logits.shape[1], target.data_ptr(), vocab_start, ignore_index,
         stats.data_ptr(), stats.shape[1], pointer(grad_logprob), pointer(grad_entropy), pointer(grad_clamped),
         pointer(clamp), 1.0 / temperature, out.data_ptr(), out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
+    if changed >= 0:
+        raise RuntimeError(
+            "logits must not be changed between forward and backward, which reads them again: in row "
+            f"{changed} the target's logit was {float(stats[changed, 3])} and is "
+            f"{float(logits[changed, target[changed] - vocab_start])}"
+        )
     return out
 
 

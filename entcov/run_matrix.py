@@ -16,6 +16,7 @@ from pathlib import Path
 from entcov.rl.durable import replace_file
 from entcov.rl.metrics import read_metrics
 from entcov.rl.progress import RunsProgress, duration
+from entcov.rl.threads import submit
 
 LOG, FINISHED = "log.txt", "finished.json"
 _TAIL_LINES = 20
@@ -95,8 +96,8 @@ def run_matrix(
                 shown.state(job.label, "finished before")
                 shown.metrics(job.label, _metrics_so_far(job))
         with ThreadPoolExecutor(parallel) as pool:
-            futures = [pool.submit(run, job) for job in left]
             try:
+                futures = [submit(pool, run, job) for job in left]
                 while wait(futures, timeout=1).not_done:
                     for job in left:
                         if job.label in running:

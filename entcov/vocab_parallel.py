@@ -13,9 +13,12 @@ from torch import Tensor
 
 from entcov import clamp_ops, ops, shard_ops
 from entcov.clamp_rounds import sharded_clamped_statistics
-from entcov.shards import eager, gather, resolve_shard
+from entcov.op_registry import constant_temperature
+from entcov.ranks import eager
+from entcov.shards import Part, Shard, gather, resolve_shard
 
 SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
+CHANGE_UNIT = 2.0**26  # of the sums of changes of logits, csrc/covariance_stats.h
 
 
 class TokenStats(NamedTuple):
@@ -75,7 +78,7 @@ def token_stats(
         vocab_start: global id of column 0. Default: rank * V_local. Shards may be uneven, empty, and in any order.
         vocab_size: true size of the whole vocabulary; columns from there on are padding and do not exist. Default: all
             columns (world * V_local). Required with vocab_start.
-        temperature: divides the logits, as the sampler's does.
+        temperature: divides the logits, as the sampler's does. A constant: a tensor must not require a gradient.
         clamp_p: fraction (not percent) of the vocabulary to leave out of clamped_entropy, lowest logits first; [0, 1).
         top_k: or the number of logits to keep in it.
         moments: also return collision, varentropy and entropy_drift.
@@ -90,10 +93,12 @@ def token_stats(
     use cost nothing in backward.
 
     Mutated: nothing. Kept for backward: the caller's logits and target, and 16 bytes a token (28 with moments, 16 more
-    with a clamp); nothing of size V.
+    with a clamp); nothing of size V. The logits must not be written before backward. Autograd raises if they are, but
+    does not see what a compiled function writes itself: there the CPU raises, and a GPU makes the target's gradient
+    NaN, where a target's logit has changed. `torch.compiler.disable(token_stats)` in such a function sees every change.
 
     Collectives, in forward, which every rank of the group must enter: one all-gather of 16 bytes a token and rank (28
-    with moments) plus about 100 bytes. A clamp adds 512 bytes a token and rank to it, and a second all-gather of 28 +
+    with moments) plus about 40 bytes. A clamp adds 512 bytes a token and rank to it, and a second all-gather of 28 +
     4 C bytes, where C bounds how many logits any rank has between the bounds of the threshold that the first one
     yields: two or three times V_local / 127, at most (R + 1) times unless logits tie. With a clamp on CUDA it is one
     all-gather of 256 bytes and one of 684 (696 with moments), and one more of 684 for each further round that a row
@@ -109,28 +114,67 @@ def token_stats(
             are not looked for, since that would wait for the GPU: all outputs of such a row and its gradient are NaN.
         TypeError: dtypes.
         RuntimeError: ranks called differently (shards that do not cover the vocabulary once, another temperature,
-            target, ...): the same error on every rank. On CUDA all outputs of all rows that are not ignored, and their
+            target, ...): the same error on every rank. Or another rank's arguments are wrong: that rank raises its own
+            error, the others one that names it. On CUDA all outputs of all rows that are not ignored, and their
             gradients, are NaN on every rank instead; TORCH_DISTRIBUTED_DEBUG=DETAIL gives the errors there too. See
             `entcov.shards.gather` for different numbers of tokens.
 
     Source: the one-pass merge is docs/math.md (4), (5); clamped entropy: Shen, arXiv 2509.03493, docs/math.md (10);
     entropy drift: Wang et al., arXiv 2602.03392, theorem 3.3, docs/math.md (9).
     """
-    _check_rows("logits", logits, "target", target.shape)
-    shard = resolve_shard(logits.shape[-1], group, vocab_start, vocab_size)
-    kept = kept_count(shard.vocab_size, clamp_p, top_k)
-    T = target.numel()
-    rows, tokens = logits.reshape(T, shard.width), target.reshape(T).contiguous()
-    with torch.no_grad():
-        settings = (shard, kept, float(temperature), moments, ignore_index)
-        if group is None:
+    arguments = (logits, target, group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index)
+    if group is None:
+        rows, tokens, settings = _resolved(*arguments)
+        with torch.no_grad():
             stats, clamp = row_statistics(rows.detach(), tokens, *settings)
-        else:
-            stats, clamp = eager(sharded_row_statistics)(LogitRows(rows.detach(), tokens), *settings, group)
-    outputs = _TokenStats.apply(
-        rows, tokens, stats, clamp, shard.start, shard.vocab_size, float(temperature), ignore_index
-    )
-    return named_outputs(outputs, stats, target, temperature, moments, ignore_index)
+    else:
+        rows, tokens, settings, stats, clamp = eager(_sharded_token_stats)(*arguments)
+    place = (settings.shard.start, settings.shard.vocab_size, settings.temperature, ignore_index)
+    outputs = _TokenStats.apply(rows, tokens, stats, clamp, *place)
+    return named_outputs(outputs, stats, target, settings.temperature, moments, ignore_index)
+
+
+class Settings(NamedTuple):
+    """How statistics are to be made of rows."""
+
+    shard: Shard
+    kept: int | None  # logits that the clamp keeps
+    temperature: float
+    moments: bool
+    ignore_index: int
+
+
+def resolved_settings(
+    width, group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index
+) -> Settings:
+    """The arguments of `token_stats` with defaults filled in, once they are seen to be possible."""
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    shard = resolve_shard(width, group, vocab_start, vocab_size)
+    kept = kept_count(shard.vocab_size, clamp_p, top_k)
+    return Settings(shard, kept, constant_temperature(temperature), bool(moments), ignore_index)
+
+
+def _resolved(logits, target, group, *arguments):
+    """(logits [T, V_local], target [T], Settings)"""
+    _check_rows("logits", logits, "target", target.shape)
+    settings = resolved_settings(logits.shape[-1], group, *arguments)
+    T = target.numel()
+    return logits.reshape(T, settings.shard.width), target.reshape(T).contiguous(), settings
+
+
+def _sharded_token_stats(logits, target, group, *arguments):
+    *_, clamp_p, top_k, moments, _ = arguments
+    flat = None
+
+    def resolve():
+        nonlocal flat
+        flat, tokens, settings = _resolved(logits, target, group, *arguments)
+        return LogitRows(flat.detach(), tokens), settings, {}
+
+    size = (logits.shape[:-1].numel(), logits.device, moments, clamp_p is not None or top_k is not None)
+    rows, *found = sharded_row_statistics(LogitRows.name, group, *size, resolve)
+    return flat, rows.target, *found
 
 
 def _check_rows(name: str, logits: Tensor, per_row: str, shape: torch.Size) -> None:
@@ -183,40 +227,62 @@ class LogitRows(NamedTuple):
         token's row of logits, target and per_row alone."""
         return op(self.logits, self.target, *per_row, *arguments)
 
+    def checksums(self, ignore_index: int) -> dict[str, Tensor]:
+        """Of what every rank must have alike, for `shards.Part`."""
+        return {"target": shard_ops.checksum(self.target)}
 
-def sharded_row_statistics(rows, shard, kept, temperature, moments, ignore_index, group, **call):
-    """The same over the ranks of `group`: one all-gather, and one more with a clamp. `call`: see `shards.gather`."""
-    target, place = rows.target, (shard.start, shard.vocab_size)
-    call = {
-        "dtype": str(rows.dtype).removeprefix("torch."),
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-        "number of logits kept (clamp_p, top_k)": kept or 0,
-        **call,
-    }
-    if kept is not None and clamp_in_rounds(target.device):
-        return sharded_clamped_statistics(rows, shard, kept, temperature, moments, ignore_index, group, call)
+
+def sharded_row_statistics(op, group, T, device, moments, clamped, resolve):
+    """(rows, settings, and the same) over the ranks of `group`: one all-gather, and one more with a clamp.
+
+    Args:
+        op: public name of the caller, for messages.
+        T, device, moments, clamped: how many rows there are, where, and what is asked for: the size of the messages,
+            known before anything is checked.
+        resolve: () -> (rows, Settings, what else every rank must be called with); it may raise (`shards.gather`).
+    """
+    if clamped and clamp_in_rounds(device):
+        return sharded_clamped_statistics(op, group, T, device, moments, resolve, agreed)
     fields = 7 if moments else 4
     # The sketch has one size whatever the vocabulary: ranks may not agree on that, and must find out here.
-    width = fields + (SKETCH_SIZE if kept else 0)
-    payload = torch.zeros((target.shape[0], width), dtype=torch.float32, device=target.device)
-    failure = None
-    try:
-        payload = rows.apply(_part, shard, kept, temperature, moments, ignore_index)
-        tokens = shard_ops.checksum(target)
-    except (ValueError, TypeError) as error:  # perhaps of this rank alone: the others must hear of it
-        failure, tokens = error, 0
-    parts, layout = gather(rows.name, payload, group, shard, call, {"target": tokens}, failure)
+    width = fields + (SKETCH_SIZE if clamped else 0)
+    rows = settings = None
+
+    def prepare():
+        nonlocal rows, settings
+        rows, settings, call = resolve()
+        return Part(rows.apply(_part, *settings), settings.shard, *agreed(rows, settings, call))
+
+    parts, layout = gather(op, group, (T, width), device, prepare)
+    shard, kept, temperature, _, ignore_index = settings
+    target, place = rows.target, (shard.start, shard.vocab_size)
     stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
     if kept is None:
-        return stats, None
-    start, width = layout.unbind(-1)
-    ranks = _sketch_ranks((shard.vocab_size - start).clamp(min=0).minimum(width))
+        return rows, settings, stats, None
+    start, columns = layout.unbind(-1)
+    ranks = _sketch_ranks((shard.vocab_size - start).clamp(min=0).minimum(columns))
     bracket = clamp_ops.clamp_bracket(parts[..., fields:], ranks, target, stats, kept, ignore_index)
     capacity = int(bracket[:, 2].max()) if len(bracket) else 0
-    part = rows.apply(clamp_ops.clamp_collect, capacity, *place, temperature, ignore_index, per_row=(stats, bracket))
-    parts, _ = gather(rows.name, part, group, shard, {}, {}, None)
-    return stats, clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
+
+    def collect():
+        arguments = (capacity, *place, temperature, ignore_index)
+        return Part(rows.apply(clamp_ops.clamp_collect, *arguments, per_row=(stats, bracket)), shard, {}, {})
+
+    parts, _ = gather(op, group, (T, clamp_ops.PART_FIELDS + capacity), device, collect)
+    clamp = clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
+    return rows, settings, stats, clamp
+
+
+def agreed(rows, settings: Settings, call: dict) -> tuple[dict, dict]:
+    """(call, checksums) of `shards.Part`, for statistics of these rows."""
+    call = {
+        "dtype": str(rows.dtype).removeprefix("torch."),
+        "temperature": settings.temperature,
+        "ignore_index": settings.ignore_index,
+        "number of logits kept (clamp_p, top_k)": settings.kept or 0,
+        **call,
+    }
+    return call, rows.checksums(settings.ignore_index)
 
 
 def clamp_in_rounds(device: torch.device) -> bool:
@@ -252,18 +318,23 @@ def _moments(stats: Tensor, target: Tensor, temperature: float, ignore_index: in
     varentropy = sum_x2exp / total - mean**2
     # E_p[S] = H sum p^2 + sum p^2 log p;  S_target = p_target (H + log p_target)
     mean_s = entropy * collision + (sum_xexp2 - log_total * (1 + rest2)) / total**2
-    logprob = (picked - top) / temperature - log_total
+    logprob = _distance(picked, top, temperature) - log_total
     p = logprob.exp()
     s_target = torch.where(p == 0, p, p * (entropy + logprob))  # logprob may be -inf; a NaN stays
     # The zeroed statistics of an ignored row read as a certain token: everything 0 but the collision.
     return collision.masked_fill(target == ignore_index, 0.0), varentropy, mean_s - s_target
 
 
+def _distance(picked: Tensor, top: Tensor, temperature: float) -> Tensor:
+    """(picked - top) / temperature, which may fit fp32 where the difference does not. Halves are exact."""
+    return torch.sub(0.5 * picked, top, alpha=0.5) / (0.5 * temperature)
+
+
 def differentiable_outputs(stats: Tensor, clamp: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     """(logprob, entropy[, clamped_entropy]) [T] of merged statistics."""
     top, rest, sum_xexp, picked = stats[:, :4].unbind(-1)
     log_total = rest.log1p()
-    outputs = ((picked - top) / temperature - log_total, log_total - sum_xexp / (1 + rest))
+    outputs = (_distance(picked, top, temperature) - log_total, log_total - sum_xexp / (1 + rest))
     return outputs if clamp is None else (*outputs, clamp[:, 3].clone())
 
 
@@ -329,8 +400,9 @@ def logit_covariance(
         LogitCovariance: fp32 [...], in nats; bit-identical on all ranks of the group.
 
     Differentiable: all outputs, with respect to logits_new, once.
-    Mutated: nothing. Kept for backward: the two logits, the mask, and 32 bytes a token.
-    Collectives: one all-gather of 32 bytes a token and rank plus about 100 bytes in forward, none in backward.
+    Mutated: nothing. Kept for backward: the two logits, the mask, and 32 bytes a token. Nobody sees that a compiled
+    function writes these logits before backward: keep this call out of it then, by `torch.compiler.disable`.
+    Collectives: one all-gather of 32 bytes a token and rank plus about 40 bytes in forward, none in backward.
 
     Error against float64: 2e-5 absolute where the logits change by a few units. A logit that becomes -inf makes the kl
     +inf (and the covariance need not be finite); one that was -inf does not count. A NaN or +inf on either side makes
@@ -340,42 +412,51 @@ def logit_covariance(
 
     Source: docs/math.md (13) to (16); Cui et al., arXiv 2505.22617, theorems 1 and 2.
     """
+    arguments = (logits_old, logits_new, group, vocab_start, vocab_size, temperature, loss_mask)
+    if group is None:
+        (old, new, mask), place = _resolved_pair(*arguments)
+        with torch.no_grad():
+            parts = ops.covariance_stats(old, new.detach(), *place, mask)[None]
+    else:
+        (old, new, mask), place, parts = eager(_sharded_covariance_parts)(*arguments)
+    with torch.no_grad():
+        stats = ops.merge_covariance_stats(parts, mask, place[2])
+    covariance, entropy_change, kl = _LogitCovariance.apply(old, new, stats, mask, *place)
+    return LogitCovariance(*(x.view(logits_new.shape[:-1]) for x in (covariance, -covariance, entropy_change, kl)))
+
+
+def _resolved_pair(logits_old, logits_new, group, vocab_start, vocab_size, temperature, loss_mask):
+    """(logits before, logits after [T, V_local], mask [T] or None), (start of the shard, vocab_size, temperature)"""
     if logits_old.shape != logits_new.shape:
         raise ValueError(
-            "logits_old must have the shape of logits_new, got "
-            f"{tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
+            f"logits_old must have the shape of logits_new, got {tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
         )
     leading = logits_new.shape[:-1]
     _check_rows("logits_old", logits_old, "logits_new", leading)
     _check_rows("logits_new", logits_new, "loss_mask", leading if loss_mask is None else loss_mask.shape)
     shard = resolve_shard(logits_new.shape[-1], group, vocab_start, vocab_size)
-    T = leading.numel()
-    old, new = logits_old.detach().reshape(T, shard.width), logits_new.reshape(T, shard.width)
-    mask = None if loss_mask is None else loss_mask.reshape(T).contiguous()
-    with torch.no_grad():
-        args = (old, new.detach(), shard, float(temperature), mask)
-        parts = _covariance_parts(*args) if group is None else eager(_sharded_covariance_parts)(*args, group)
-        stats = ops.merge_covariance_stats(parts, mask, float(temperature))
-    covariance, entropy_change, kl = _LogitCovariance.apply(
-        old, new, stats, mask, shard.start, shard.vocab_size, float(temperature)
-    )
-    return LogitCovariance(*(x.view(leading) for x in (covariance, -covariance, entropy_change, kl)))
+    old, new = (x.reshape(leading.numel(), shard.width) for x in (logits_old.detach(), logits_new))
+    mask = None if loss_mask is None else loss_mask.reshape(leading.numel()).contiguous()
+    return (old, new, mask), (shard.start, shard.vocab_size, constant_temperature(temperature))
 
 
-def _covariance_parts(old, new, shard, temperature, mask):
-    return ops.covariance_stats(old, new, shard.start, shard.vocab_size, temperature, mask)[None]
+def _sharded_covariance_parts(logits_old, logits_new, group, *arguments):
+    rows = place = None
 
+    def prepare():
+        nonlocal rows, place
+        rows, place = _resolved_pair(logits_old, logits_new, group, *arguments)
+        old, new, mask = rows
+        start, vocab_size, temperature = place
+        payload = ops.covariance_stats(old, new.detach(), *place, mask)
+        call = {"dtype": str(new.dtype).removeprefix("torch."), "temperature": temperature}
+        call["loss_mask"] = None if mask is None else "given"
+        checksums = {} if mask is None else {"loss_mask": shard_ops.checksum(mask.long())}
+        return Part(payload, Shard(start, new.shape[1], vocab_size), call, checksums)
 
-def _sharded_covariance_parts(old, new, shard, temperature, mask, group):
-    failure, rows = None, 0
-    payload = new.new_zeros((new.shape[0], 8), dtype=torch.float32)
-    try:
-        payload = _covariance_parts(old, new, shard, temperature, mask)[0]
-        rows = -1 if mask is None else shard_ops.checksum(mask.long())
-    except (ValueError, TypeError) as error:
-        failure = error
-    call = {"dtype": str(new.dtype).removeprefix("torch."), "temperature": temperature}
-    return gather("logit_covariance", payload, group, shard, call, {"loss_mask": rows}, failure)[0]
+    shape = (logits_new.shape[:-1].numel(), 8)
+    parts, _ = gather("logit_covariance", group, shape, logits_new.device, prepare)
+    return rows, place, parts
 
 
 class _LogitCovariance(torch.autograd.Function):
@@ -388,10 +469,12 @@ class _LogitCovariance(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         _, rest_old, sum_old, _, rest_new, sum_new, sum_d, sum_xd = stats.unbind(-1)
         total = 1 + rest_old
+        unit = CHANGE_UNIT / temperature  # of the means of d
         mean_x, mean_d = sum_old / total, sum_d / total
-        log_ratio = ((rest_new - rest_old) / total).log1p()  # L_new - L_old
+        grown = rest_new - rest_old
+        log_ratio = (grown.abs() / (1 + rest_new).minimum(total)).log1p().copysign(grown)  # L_new - L_old
         entropy_change = log_ratio - sum_new / (1 + rest_new) + mean_x
-        return sum_xd / total - mean_x * mean_d, entropy_change, log_ratio - mean_d
+        return (sum_xd / total - mean_x * mean_d) * unit, entropy_change, log_ratio - mean_d * unit
 
     @staticmethod
     def backward(ctx, grad_covariance, grad_entropy_change, grad_kl):

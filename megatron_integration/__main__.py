@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from entcov.cli import add_debug, explain, parse
-from entcov.rl.config import ConfigError, load_config, load_run_config
+from entcov.rl.config import ConfigError, load_config
 
 _DESCRIPTION = (
     "Trains and evaluates on Megatron-Core, in as many processes as torchrun starts: a model divided by "
@@ -35,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     try:
         return args.command(args)
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr, flush=True)
+        return 128 + (stop.args or (signal.SIGINT,))[0]
     except (ValueError, TypeError, OSError, ImportError, UnpicklingError, RuntimeError) as error:
         return _fail(error, args.debug)
 
@@ -64,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--no-display", action="store_true", help="print nothing while running")
     train.set_defaults(command=_train)
     evaluate = commands.add_parser("eval", help="held-out accuracy of a run's policy, as `python -m entcov eval`")
-    evaluate.add_argument("run", help="a run directory")
+    evaluate.add_argument("run", help="a run directory that you trust: Megatron's checkpoints are pickles")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val_files=[...]")
     evaluate.add_argument("--checkpoint", help="default: the latest")
     evaluate.set_defaults(command=_eval)
@@ -100,14 +105,16 @@ def _eval(args: argparse.Namespace) -> int:
     from entcov.rl.evaluation import report
     from entcov.rl.preflight import resolve_device
     from entcov.rl.run import evaluate_run
+    from entcov.rl.stored_recipe import load_run
     from megatron_integration.engine import MegatronEngine
 
-    config = load_run_config(args.run, args.overrides)
+    config = load_run(args.run, args.overrides, trusted=True)
     resolve_device(config.device)
     engine = MegatronEngine(config)
-    step, _, results = evaluate_run(config, checkpoint=args.checkpoint, engine=engine)
+    unkept: list[OSError] = []
+    step, _, results = evaluate_run(config, checkpoint=args.checkpoint, engine=engine, on_unkept=unkept.append)
     if engine.leads:
-        print(report(args.run, step, results, config.eval))
+        print(report(args.run, step, results, config.eval, *unkept))
     engine.close()
     return 0
 

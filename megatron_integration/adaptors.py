@@ -49,16 +49,11 @@ def logits_stats(
 
     Mutated: nothing. (`vocab_parallel_cross_entropy` would overwrite float32 logits with their softmax.)
 
-    Raises:
-        ValueError: vocab_size exceeds the columns of all ranks.
+    Raises: as `token_stats`, and like it on every rank, whichever rank's arguments are wrong.
     """
     group = parallel_state.get_tensor_model_parallel_group() if group is None else group
-    ranks = dist.get_world_size(group)
-    if vocab_size > ranks * logits.shape[-1]:
-        raise ValueError(
-            f"vocab_size: must be at most the columns of all ranks, {ranks} * {logits.shape[-1]}, got {vocab_size}"
-        )
-    return token_stats(logits, target, group=group if ranks > 1 else None, vocab_size=vocab_size, **options)
+    alone = dist.get_world_size(group) == 1
+    return token_stats(logits, target, group=None if alone else group, vocab_size=vocab_size, **options)
 
 
 def per_token_loss(

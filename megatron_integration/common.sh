@@ -6,8 +6,8 @@
 #   GPUS_PER_NODE (8)  MASTER_PORT (29500)
 # Rollouts on GPUs of their own, instead of the trainer's:
 #   ROLLOUT_URL=http://node4:8000    of a vLLM server, which the same script starts on that node with ENTCOV_SERVE=1 and
-#                                    SERVE_HOST, the address it listens on (127.0.0.1; everybody who reaches it can change
-#                                    its weights)
+#                                    SERVE_HOST, the address it listens on (127.0.0.1). They share a token by the home
+#                                    directory, or ENTCOV_VLLM_TOKEN on all nodes (docs/vllm.md)
 # Instead of training:
 #   ENTCOV_DRY_RUN=1    print the command
 #   ENTCOV_PLAN=1       print its plan: memory, traffic and time, without a GPU

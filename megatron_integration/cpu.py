@@ -1,4 +1,4 @@
-"""What Megatron-Core needs in order to run without CUDA: nothing of this is used where the model is on a GPU.
+"""What Megatron-Core needs in order to run without CUDA, and on a GPU without Transformer Engine (the last two).
 
 Megatron-Core names the CUDA device literally in a few dozen places, takes its attention and norms from Transformer
 Engine, and keeps random states on the GPU. Here are
@@ -149,9 +149,9 @@ class CausalAttention(MegatronModule):
         if (size := self.group.size()) > 1:
             rank, half = self.group.rank(), query.shape[0] // 2
             key, value = (_in_order(_Gather.apply(x, self.group), size) for x in (key, value))
-            at = torch.arange(half)
+            at = torch.arange(half, device=query.device)
             at = torch.cat([rank * half + at, (2 * size - 1 - rank) * half + at])
-            mask = at[:, None] >= torch.arange(key.shape[0])
+            mask = at[:, None] >= torch.arange(key.shape[0], device=query.device)
         heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
         out = F.scaled_dot_product_attention(
             *heads_first, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +15,12 @@ from entcov.rl import model as hf
 from entcov.rl.checkpoint import Checkpoint, save_checkpoint
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.data import PromptStream
-from entcov.rl.engine import OnWarmStart, Parts, TorchEngine
+from entcov.rl.engine import REFERENCE, OnWarmStart, Parts, TorchEngine
 from entcov.rl.model_config import check_context
 from entcov.rl.preflight import check_recipe
 from entcov.rl.rewards import load_reward
 from entcov.rl.sampler import build_sampler
+from entcov.rl.sealed import CheckpointError, damage, replace_sealed
 from entcov.rl.tokenizer import load_tokenizer
 from entcov.rl.warm_start import warm_started
 from megatron_integration.actor import MegatronActor
@@ -50,7 +50,7 @@ class MegatronEngine(TorchEngine):
 
     def __init__(self, config: Config):
         self.layout = make_layout(config.megatron, start_processes(config.device), seed=config.seed)
-        self.rank = dist.get_rank()
+        self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.leads = self.rank == 0
         self._vllm_inside = config.rollout.engine == "vllm" and config.rollout.vllm.mode == "colocated"
 
@@ -58,17 +58,22 @@ class MegatronEngine(TorchEngine):
         """`make()` of rank 0 on every rank. If it fails there, the others raise PeerError."""
         return agree(self.layout, make)
 
+    def greatest(self, value: int) -> int:
+        everyones = torch.tensor(value)
+        dist.all_reduce(everyones, op=dist.ReduceOp.MAX, group=self.layout.control)
+        return int(everyones)
     def check(self, config: Config) -> None:
         settings = self.agree(lambda: check_recipe(config))
         refuse_unsupported(settings, config.megatron)
 
-    def build(
-        self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
-    ) -> Parts:
+    def build(self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart) -> Parts:
         if not (run_dir / "config.yaml").exists():
             raise ConfigError(f"run_dir: must be on a file system that all nodes share, rank {self.rank} finds no run "
                               f"in {run_dir}")  # fmt: skip
-        initial = local_folder(self.agree(lambda: _initial_model(config, run_dir, on_warm_start)))
+        initial = None  # a run that goes on needs it to compare with alone
+        if checkpoint is None or config.loss.kl_coef > 0:
+            fresh = checkpoint is None
+            initial = local_folder(self.agree(lambda: _initial_model(config, run_dir, on_warm_start, fresh=fresh)))
         folder = initial if checkpoint is None else str(checkpoint.path / "model")
         tokenizer = load_tokenizer(folder if config.model.path is None else config.model.tokenizer or folder)
         dtype = getattr(torch, config.model.compute_dtype)
@@ -152,22 +157,21 @@ class MegatronEngine(TorchEngine):
         return build_sampler(config, model, tokenizer)
 
 
-def _initial_model(config: Config, run_dir: Path, on_warm_start: OnWarmStart) -> str:
-    """The folder or hub name of the weights that reinforcement starts from. One process; made once a run.
+def _initial_model(config: Config, run_dir: Path, on_warm_start: OnWarmStart, *, fresh: bool) -> str:
+    """The folder or hub name of the weights that reinforcement starts from. One process; made by a fresh run.
 
     The warm start and random weights are made by transformers in this process: they are for models that fit in it.
     """
     if config.model.path is not None and not config.warm_start.steps:
         return config.model.path
-    folder = run_dir / INITIAL_MODEL
-    if not folder.exists():
+    stored = run_dir / INITIAL_MODEL
+    if fresh:
         device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
         model, tokenizer = hf.build_model(config.model, seed=config.seed, device=device)
         if config.warm_start.steps:
             stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
             warm_started(model, tokenizer, stream, config, on_step=on_warm_start)
-        temporary = run_dir / f".tmp_{INITIAL_MODEL}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        hf.save_model(model, tokenizer, temporary)
-        temporary.rename(folder)
-    return str(folder)
+        replace_sealed(stored, {"model": lambda path: hf.save_model(model, tokenizer, path)}, REFERENCE)
+    elif problem := damage(stored, REFERENCE):
+        raise CheckpointError(f"{problem}; without it a run with loss.kl_coef={config.loss.kl_coef} cannot go on")
+    return str(stored / "model")

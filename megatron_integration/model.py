@@ -2,7 +2,7 @@
 
 Qwen2, Qwen2.5, Qwen3 and Llama, dense. What differs from mbridge as it is: RoPE is read from transformers 5's
 `rope_parameters`, a scaling that Megatron-Core would compute differently is refused, layers exist without Transformer
-Engine (on the CPU), and the padded vocabulary has one size for every tensor-parallel degree up to 128.
+Engine (cpu.py), and the padded vocabulary has one size for every tensor-parallel degree up to 128.
 """
 
 from __future__ import annotations
@@ -57,15 +57,16 @@ def make_bridge(folder: str, config: MegatronConfig, layout: Layout, *, dtype: t
     hf_config = AutoConfig.from_pretrained(folder)
     refuse_unsupported(hf_config, config)
     on_gpu = layout.device.type == "cuda"
+    local = not on_gpu or config.transformer_impl == "local"
     base = BRIDGES[hf_config.model_type]
-    bridge_class = type(f"Entcov{base.__name__}", (base,), _overrides(base, hf_config, on_gpu))
-    if on_gpu:
-        _need_transformer_engine()
-        extra: dict[str, Any] = {"deallocate_pipeline_outputs": True}
-    else:
+    bridge_class = type(f"Entcov{base.__name__}", (base,), _overrides(base, hf_config, local))
+    extra: dict[str, Any] = {"deallocate_pipeline_outputs": True} if on_gpu else {}
+    if local:
         from megatron_integration import cpu
 
-        extra = dict(cpu.CONFIG)
+        extra |= cpu.CONFIG
+    else:
+        _need_transformer_engine()
     extra |= {
         "sequence_parallel": config.sequence_parallel,
         "calculate_per_token_loss": True,  # gradients are sums, divided once by the mini-batch's number of tokens
@@ -174,7 +175,7 @@ def unwrapped(model: torch.nn.Module) -> GPTModel:
     return model
 
 
-def _overrides(base: type, hf_config: PretrainedConfig, on_gpu: bool) -> dict[str, Any]:
+def _overrides(base: type, hf_config: PretrainedConfig, local: bool) -> dict[str, Any]:
     """What our subclass of an mbridge class has of its own. The mapping is copied: mbridge edits the class's."""
 
     def build_base_config(self, *args, **kwargs):
@@ -189,7 +190,7 @@ def _overrides(base: type, hf_config: PretrainedConfig, on_gpu: bool) -> dict[st
     }
     if hf_config.tie_word_embeddings:
         members["_DIRECT_MAPPING"]["output_layer.weight"] = "model.embed_tokens.weight"
-    if not on_gpu:  # without Transformer Engine a norm is a module of its own, not the first half of a linear layer
+    if local:  # without Transformer Engine a norm is a module of its own, not the first half of a linear layer
         from megatron_integration import cpu
 
         def split(mapping: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -280,5 +281,5 @@ def _need_transformer_engine() -> None:
     except ImportError as error:
         raise RuntimeError(
             "megatron on a GPU needs Transformer Engine (packed attention, context parallelism, norms): "
-            "pip install transformer-engine[pytorch]"
+            "pip install transformer-engine[pytorch]; or do without it, slower: megatron.transformer_impl=local"
         ) from error

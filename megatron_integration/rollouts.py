@@ -155,6 +155,7 @@ def _pack(rollouts: Sequence[Rollout]) -> dict[str, Any]:
         "weight_version": [r.weight_version for r in rollouts],
         "text": [r.text for r in rollouts],
         "reward": [r.reward for r in rollouts],
+        "timed_out": [r.timed_out for r in rollouts],
     }
 
 
@@ -162,7 +163,8 @@ def _unpack(packed: dict[str, Any], prompts: Sequence[Prompt]) -> list[Rollout]:
     out, start = [], 0
     tokens, logprob = packed["tokens"].tolist(), packed["logprob"].tolist()
     for i, (prompt, length) in enumerate(zip(prompts, packed["length"], strict=True)):
-        own = {name: packed[name][i] for name in ("sample", "finished", "weight_version", "text", "reward")}
+        names = ("sample", "finished", "weight_version", "text", "reward", "timed_out")
+        own = {name: packed[name][i] for name in names}
         end = start + length
         out.append(Rollout(prompt, tokens=tokens[start:end], logprob=logprob[start:end], **own))
         start = end

@@ -37,6 +37,14 @@ if ! "$venv_python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear .venv
 fi
 
+# On Linux, PyPI's torch brings gigabytes of CUDA libraries, which are of no use without an NVIDIA driver.
+cpu_only=no
+if [ "$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && ! command -v nvidia-smi >/dev/null; then
+    cpu_only=yes
+fi
+# Without a driver nothing could run CUDA kernels, and they take a minute to compile. ENTCOV_CUDA=1 builds them all the same.
+if [ "$cpu_only" = yes ]; then export ENTCOV_CUDA=${ENTCOV_CUDA:-0}; fi
+
 # One stamp for each of the two sets of packages.
 if [ "$engines" = yes ]; then stamp=.venv/entcov_engines_installed; else stamp=.venv/entcov_installed; fi
 state=$(
@@ -51,11 +59,6 @@ fi
 rm -f .venv/entcov_installed .venv/entcov_engines_installed
 
 install=("$venv_python" -m pip install --disable-pip-version-check --quiet -c constraints.txt)
-# On Linux, PyPI's torch brings some gigabytes of CUDA libraries, and nothing can use them without an NVIDIA driver.
-cpu_only=no
-if [ "$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && ! command -v nvidia-smi >/dev/null; then
-    cpu_only=yes
-fi
 # The CPU build of torch: from where pip already looks (a mirror, a wheel folder), else from PyTorch's own index.
 torch=$(sed -n 's/^torch==//p' constraints.txt)
 if [ "$cpu_only" = yes ]; then

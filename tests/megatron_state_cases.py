@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from entcov.rl.batch import pack
 from entcov.rl.config import ConfigError, RolloutConfig
+from entcov.rl.sandbox.budget import Charge
 from entcov.rl.tokenizer import load_tokenizer
 from megatron_integration.actor import MegatronActor
 from megatron_integration.layout import PeerError, agree
@@ -148,6 +149,7 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
 
         def score(example, text: str) -> float:
             scored.append(text)
+            Charge.current().timed_out = bool(len(text) % 2)
             return len(text) + 0.5
 
         shared = SharedRollouts(sampler if engines.own is not None else None, engines, layout, score)
@@ -161,6 +163,8 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
             return "ranks have different rollouts"
         if any(r.reward != len(r.text) + 0.5 or r.weight_version != 1 for r in got):
             return "rewards or weight versions are wrong"
+        if any(r.timed_out != bool(len(r.text) % 2) for r in got):
+            return "time-outs got lost"
         own = got[: 3 * 2] if layout.replica == 0 else got[3 * 2 :]
         if sorted(scored) != sorted(r.text for r in own):
             return f"this rank scored {len(scored)} responses of {len(own)}"

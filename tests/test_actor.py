@@ -9,13 +9,14 @@ import torch
 
 from entcov.controls import make_control
 from entcov.losses import PolicyLossConfig
+from entcov.rl import engine
 from entcov.rl.actor import TorchActor
 from entcov.rl.batch import pack
-from entcov.rl.config import ActorConfig, ModelConfig
+from entcov.rl.config import ActorConfig, ModelConfig, parse_config
 from entcov.rl.model import batch_token_stats, build_model
 from entcov.rl.sampler import InProcessSampler
 from tests.test_sampler import prompts
-from tests.tiny_run import RECIPE
+from tests.tiny_run import RECIPE, recipe
 
 CONTROLS = {
     "none": [],
@@ -99,6 +100,138 @@ def test_padded_and_packed_statistics_agree_with_one_sequence_at_a_time(rolled_o
                 expected = torch.cat([getattr(a, name) for a in alone])
                 torch.testing.assert_close(getattr(together, name), expected, atol=1e-5, rtol=1e-5)
             assert len(together.clamped_entropy) == len(together.collision) == batch.num_loss_tokens
+
+
+def plain_statistics(model, batch, temperature):
+    """(log-probability, entropy) of every token of the batch, 0 outside the mask: one plain forward pass a sequence."""
+    logprob, entropy, start = torch.zeros(len(batch.tokens)), torch.zeros(len(batch.tokens)), 0
+    for n in batch.lengths:
+        at = slice(start, start + n)
+        with torch.no_grad():
+            logits = model(input_ids=batch.tokens[None, at]).logits[0].double()
+        log_p = (logits / temperature).log_softmax(-1)
+        mask = batch.loss_mask[at]
+        logprob[at] = torch.where(mask, log_p.gather(1, batch.target[at].clamp(min=0)[:, None])[:, 0], 0.0).float()
+        entropy[at] = torch.where(mask, -(log_p.exp() * log_p).sum(-1), 0.0).float()
+        start += n
+    return logprob, entropy
+
+
+def test_scores_are_the_plain_forward_pass_at_the_samplers_temperature(rolled_out):
+    """In the batch's order, although micro-batches are made of the longest sequences first; of either model."""
+    model, batch = rolled_out
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.get_output_embeddings().weight.mul_(0.5)
+    actor = TorchActor(
+        model, ActorConfig(micro_batch_tokens=40), PolicyLossConfig(kl_coef=0.1), [], temperature=0.8,
+        reference=reference,
+    )  # fmt: skip
+    scored = actor.score(batch)
+    logprob, entropy = plain_statistics(model, batch, 0.8)
+    torch.testing.assert_close(scored["logprob"], logprob, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scored["entropy"], entropy, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scored["ref_logprob"], plain_statistics(reference, batch, 0.8)[0], atol=2e-5, rtol=1e-5)
+
+
+def test_denominators_are_the_response_tokens_of_the_mini_batch(rolled_out):
+    """Metrics are means over response tokens: with any other denominator they would not be those of the scores."""
+    model, batch = rolled_out
+    actor = actor_for(model, [], micro_batch_tokens=60)
+    batch, at = copy.copy(batch), batch.loss_mask
+    batch.old_logprob = actor.score(batch)["logprob"]
+    entropy = float(plain_statistics(model, batch, 0.8)[1][at].mean())
+    metrics = actor.update(batch, step=1)
+    assert metrics["actor/entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert metrics["actor/pg_loss"] == pytest.approx(-float(batch.advantage[at].mean()), rel=1e-4)  # all ratios are 1
+
+
+def test_updates_are_adamw_by_hand(rolled_out):
+    """Three updates of one weight matrix in float64 by the published rule: warm-up, clipped norm, betas, decay."""
+    model, batch = rolled_out
+    lr, betas, decay, limit, eps = 1e-2, (0.7, 0.9), 0.1, 0.05, 1e-2
+    settings = {"betas": betas, "weight_decay": decay, "max_grad_norm": limit, "micro_batch_tokens": 100}
+    actor = TorchActor(
+        copy.deepcopy(model), ActorConfig(lr=lr, warmup_steps=2, **settings), PolicyLossConfig(), [], temperature=0.8
+    )
+    actor.optimizer.param_groups[0]["eps"] = eps
+    batch = batch.subset(range(6))
+    batch.old_logprob = actor.score(batch)["logprob"]
+    weight = actor.model.get_output_embeddings().weight
+    expected = weight.detach().double().clone()
+    m = v = torch.zeros_like(expected)
+    for k in range(3):
+        gradient, norm = gradient_of(actor.model, batch)
+        clipped = gradient * min(1.0, limit / (norm + 1e-6))
+        metrics = actor.update(batch, step=1)
+        assert norm > limit and metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-4)
+        rate = lr * (0.5, 1.0, 1.0)[k]
+        assert metrics["actor/lr"] == pytest.approx(rate, rel=1e-12)
+        m, v = betas[0] * m + (1 - betas[0]) * clipped, betas[1] * v + (1 - betas[1]) * clipped.square()
+        step = (m / (1 - betas[0] ** (k + 1))) / ((v / (1 - betas[1] ** (k + 1))).sqrt() + eps)
+        before, expected = expected, expected * (1 - rate * decay) - rate * step
+        moved = (expected - before).abs().max()
+        assert (weight.detach().double() - expected).abs().max() < 1e-3 * moved  # float32 gradients
+        expected = weight.detach().double().clone()
+
+
+def gradient_of(model, batch) -> tuple[torch.Tensor, float]:
+    """Gradient of the policy loss with respect to the output matrix, and the norm over all weights, on a copy."""
+    model, at = copy.deepcopy(model), batch.loss_mask
+    total, start = 0.0, 0
+    for n in batch.lengths:
+        part = slice(start, start + n)
+        logits = model(input_ids=batch.tokens[None, part]).logits[0] / 0.8
+        logprob = logits.log_softmax(-1).gather(1, batch.target[part].clamp(min=0)[:, None])[:, 0]
+        ratio = (logprob - batch.old_logprob[part]).exp()
+        advantage = batch.advantage[part]
+        loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+        total = total + loss[at[part]].sum() / at.sum()
+        start += n
+    model.zero_grad()
+    total.backward()
+    norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
+    return model.get_output_embeddings().weight.grad.double(), float(norm)
+
+
+def test_the_optimizer_goes_on_from_its_state(rolled_out):
+    model, batch = rolled_out
+    batch = copy.copy(batch)
+    straight = actor_for(model, [], micro_batch_tokens=10_000)
+    batch.old_logprob = straight.score(batch)["logprob"]
+    straight.update(batch, step=1)
+    resumed = actor_for(straight.model, [], micro_batch_tokens=10_000)
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+    assert resumed.weight_version == 1
+    assert straight.update(batch, step=2) == resumed.update(batch, step=2)
+    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_update_draws_by_its_own_number(rolled_out):
+    model, batch = rolled_out
+    actor = actor_for(model, CONTROLS["clip_cov"], micro_batch_tokens=10_000)
+    steps, original = [], actor.controls[0].select
+    actor.controls[0].select = lambda tokens, **kw: (steps.append(kw["step"]), original(tokens, **kw))[1]
+    two_updates(actor, batch)
+    assert steps == [0, 1]
+
+
+def test_the_reference_is_a_copy_that_is_kept_on_disk(rolled_out, tmp_path):
+    model, before = copy.deepcopy(rolled_out[0]), rolled_out[0].get_output_embeddings().weight
+    config = parse_config(recipe(tmp_path, loss={"kl_coef": 0.1}))
+    cpu = torch.device("cpu")
+    made = engine._reference(config, model, tmp_path, cpu, fresh=True)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    assert torch.equal(made.get_output_embeddings().weight, before)
+    resumed = engine._reference(config, model, tmp_path, cpu, fresh=False)
+    for reference in (made, resumed):
+        assert torch.equal(reference.get_output_embeddings().weight, before)
+        assert reference is not model and not any(p.requires_grad for p in reference.parameters())
+    (tmp_path / "reference.pt").unlink()
+    with pytest.raises(RuntimeError, match="reference.pt is missing: .*kl_coef=0.1 cannot be resumed"):
+        engine._reference(config, model, tmp_path, cpu, fresh=False)
 
 
 def test_the_second_update_selects_under_the_policy_of_the_second_update(rolled_out):

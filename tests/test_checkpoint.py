@@ -95,6 +95,15 @@ def test_same_step_is_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "latest", "step_5"]
 
 
+def test_a_checkpoint_that_was_about_to_be_replaced_is_put_back(tmp_path):
+    """Killed between the two renames: the old one has lost its name, and the new one has not got it."""
+    save(tmp_path, 5)
+    (tmp_path / "step_5").rename(tmp_path / ".old_step_5.4711")
+    (tmp_path / ".tmp_step_5.4711").mkdir()
+    assert_is(load_latest(tmp_path), 5)
+    assert not leftovers(tmp_path)
+
+
 def run_in_child(action, before):
     """Fork, run `before` then `action` in the child, and return its wait status: torch is not imported once more."""
     pid = os.fork()

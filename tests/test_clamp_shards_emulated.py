@@ -144,7 +144,7 @@ def test_nan_stays_in_its_row_and_a_bad_target_spoils_its_own(monkeypatch):
 
 
 def test_ranks_that_disagree_get_nan_and_one_that_fails_holds_nobody_up(monkeypatch):
-    monkeypatch.setattr(shards, "_host_may_read", lambda payload: False)
+    monkeypatch.setattr(shards.ranks, "host_may_read", lambda device: False)
     V = 300
     logits, target = real_looking(4, V, torch.float32, 0.0), torch.tensor([0, 5, -100, 299])
     ranks = ThreadRanks(2, monkeypatch)
@@ -158,19 +158,24 @@ def test_ranks_that_disagree_get_nan_and_one_that_fails_holds_nobody_up(monkeypa
         assert stats.clamped_entropy[[0, 1, 3]].isnan().all() and stats.clamped_entropy[2] == 0
         assert stats.logprob[[0, 1, 3]].isnan().all()
 
-    def one_fails(rank):
-        columns = logits[:, 150 * rank : 150 * rank + 150]
-        columns = columns.double() if rank else columns
-        try:
-            return token_stats(columns, target, vocab_start=150 * rank, **settings)
-        except TypeError as error:
-            return str(error)
+    for change, expected in (
+        ({"logits": logits[:, 150:].double()}, "logits must be float32, bfloat16 or float16, got torch.float64"),
+        ({"clamp_p": 30}, "clamp_p must be in [0, 1), a fraction, not percent, got 30"),
+        ({"top_k": 3}, "clamp_p and top_k exclude each other"),
+    ):
+        ranks = ThreadRanks(2, monkeypatch)
 
-    ranks = ThreadRanks(2, monkeypatch)
-    settings["group"] = ranks
-    stats, message = ranks.run(one_fails)
-    assert "logits must be float32, bfloat16 or float16, got torch.float64" in message
-    assert stats.clamped_entropy[[0, 1, 3]].isnan().all()
+        def one_fails(rank, ranks=ranks, change=change):
+            call = {"logits": logits[:, 150 * rank : 150 * rank + 150], "vocab_start": 150 * rank}
+            call |= {**settings, "group": ranks, **(change if rank else {})}
+            try:
+                return token_stats(call.pop("logits"), target, **call)
+            except (TypeError, ValueError) as error:
+                return str(error)
+
+        stats, message = ranks.run(one_fails)
+        assert expected in message
+        assert stats.clamped_entropy[[0, 1, 3]].isnan().all()
 
 
 def test_bits_do_not_depend_on_the_schedule(monkeypatch, products):  # noqa: F811

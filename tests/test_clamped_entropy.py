@@ -5,7 +5,7 @@ import torch
 
 from entcov import clamp_ops, ops, reference
 from entcov.row_kinds import gradient_bound, value_bound
-from entcov.vocab_parallel import SKETCH_SIZE, token_stats
+from entcov.vocab_parallel import SKETCH_SIZE, _sketch_ranks, token_stats
 from tests.thread_ranks import ThreadRanks
 
 
@@ -160,6 +160,46 @@ def test_order_statistics_are_those_of_a_sort():
         assert torch.equal(clamp_ops.order_statistics(logits, target, some, 0, 5000, -100), in_order[:, some - 1])
 
 
+def test_two_ranks_in_one_counter_by_hand():
+    logits = torch.tensor([[1.0, 1.0001, 1.0003, 1.0002]])
+    got = clamp_ops.order_statistics(logits, torch.tensor([0]), torch.tensor([1, 4]), 0, 4, -100)
+    assert torch.equal(got, logits[:, [2, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_ranks_among_values_that_share_their_upper_bits(dtype):
+    """fp32 is counted by the upper 16 bits of a value, and ranks that fall into one counter are selected together: any
+    gaps between them, 2 to 8 above all, which the sketch of a shard of 255 to 1,143 columns has."""
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=rng))
+
+    target = torch.zeros(3, dtype=torch.int64)
+    for _ in range(300):
+        V = draw(1, 40) if draw(0, 2) else draw(40, 1200)
+        spread = 10.0 ** -draw(1, 8)  # of the values around one: from dozens of counters down to a few ties in one
+        logits = draw(-1, 2) + spread * torch.randn(3, V, generator=rng)
+        logits[1, torch.rand(V, generator=rng) < 0.2] = -torch.inf
+        logits[2, torch.rand(V, generator=rng) < 0.5] = logits[2, 0]
+        logits = logits.to(dtype)
+        in_order = logits.float().sort(-1, descending=True).values + 0.0
+        stepped = torch.arange(1 + draw(0, V), V + 1, draw(1, 12))
+        few = torch.randint(1, V + 1, (draw(1, 10),), generator=rng).sort().values
+        for ranks in (stepped, few, _sketch_ranks(torch.tensor(V))):
+            got = clamp_ops.order_statistics(logits, target, ranks, 0, V, -100)
+            assert torch.equal(got, in_order[:, ranks - 1]), (V, spread, ranks.tolist())
+
+
+@pytest.mark.parametrize("width", [260, 700, 1100])
+def test_shards_of_a_few_hundred_fp32_columns(width, monkeypatch):
+    """One wrong value of a shard's sketch moved the bracket away from the threshold, in up to 16 % of rows."""
+    rng = torch.Generator().manual_seed(width)
+    logits = 0.02 * torch.randn(40, 2 * width, generator=rng) + 3
+    for kept in (width // 5, width, 2 * width - 7):
+        assert_exact(logits, kept, monkeypatch=monkeypatch, splits=[even_split(2 * width, 2)])
+
+
 def test_nan_rows_do_not_disturb_the_selection(monkeypatch):
     """NaN for that row only, on one rank and across shards, with NaNs of both signs and a +inf."""
     V = 600
@@ -188,7 +228,7 @@ def test_bytes_between_ranks(monkeypatch):
     ranks.all_gather_single = lambda out, x, group: (sent.append(x.shape), original(out, x, group))
     target = torch.zeros(T, dtype=torch.int64)
     ranks.run(lambda r: token_stats(logits[:, r * V // 4 : (r + 1) * V // 4], target, clamp_p=0.3, group=ranks))
-    first, second = sorted(set(sent), key=lambda shape: (shape[1] != 4 + SKETCH_SIZE))
+    first, second = sorted(set(sent), key=lambda shape: shape[1] != 4 + SKETCH_SIZE)
     assert len(sent) == 2 * world
     assert first[1] == 4 + SKETCH_SIZE and first[0] == T + 1  # one header row is enough at this width
     capacity = second[1] - clamp_ops.PART_FIELDS
@@ -222,3 +262,73 @@ def test_opcheck():
         ("clamp_finish", (part[None], target, stats, bracket, 6, 0.7, -100)),
     ]:
         torch.library.opcheck(getattr(torch.ops.entcov, op).default, arguments)
+
+
+# ---- buffers that no shard can have sent ----------------------------------------------------------------------------
+
+
+def steps(kept=6, V=13, T=3):
+    """Right arguments of clamp_bracket, clamp_collect and clamp_finish, for one shard."""
+    logits = torch.randn(T, V, generator=torch.Generator().manual_seed(0))
+    target, place = torch.zeros(T, dtype=torch.int64), (0, V)
+    stats = ops.merge_row_stats(ops.row_stats(logits, target, *place, 1.0, False, -100)[None], target, 1.0, -100)
+    ranks = torch.tensor([[1, 4, V]])
+    sketches = clamp_ops.order_statistics(logits, target, ranks[0], *place, -100)[None]
+    bracket = clamp_ops.clamp_bracket(sketches, ranks, target, stats, kept, -100)
+    collect = (logits, target, stats, bracket, int(bracket[:, 2].max()), *place, 1.0, -100)
+    finish = (clamp_ops.clamp_collect(*collect)[None], target, stats, bracket, kept, 1.0, -100)
+    return (sketches, ranks, target, stats, kept, -100), collect, finish
+
+
+@pytest.mark.parametrize("ranks", [[0, 4, 13], [1, 5, 4], [1, 4, 2**24 + 1], [-1, -1, 7], [2**62, 2**62, 2**62]])
+def test_ranks_that_are_none_are_an_error(ranks):
+    (sketches, _, *rest), _, _ = steps()
+    with pytest.raises(ValueError, match=r"ranks must ascend within \[1, 16777216\].*shard 0 has \["):
+        clamp_ops.clamp_bracket(sketches, torch.tensor([ranks]), *rest)
+
+
+@pytest.mark.parametrize("capacity", [-1, -7, -8, 2**24 + 1, 2**63 - 1])
+def test_a_capacity_that_is_none_is_an_error(capacity):
+    """-1 made a part whose rows were shorter than what was written to them."""
+    _, collect, _ = steps()
+    with pytest.raises(ValueError, match=rf"capacity must be in \[0, 16777216\].*got {capacity}"):
+        clamp_ops.clamp_collect(*collect[:4], capacity, *collect[5:])
+
+
+@pytest.mark.parametrize("kept", [0, -(2**63)])
+def test_keeping_nothing_is_an_error(kept):
+    *_, finish = steps()
+    with pytest.raises(ValueError, match="kept must be at least 1, got"):
+        clamp_ops.clamp_finish(*finish[:4], kept, *finish[5:])
+
+
+def test_sketches_that_are_none_give_their_row_no_bracket():
+    (sketches, *rest), _, _ = steps()
+    right = clamp_ops.clamp_bracket(sketches, *rest)
+    sketches = sketches.clone()
+    sketches[0, 1] = torch.tensor([2.0, torch.nan, 1.0])
+    bracket = clamp_ops.clamp_bracket(sketches, *rest)
+    assert bracket[1, :2].isnan().all() and bracket[1, 2] == 0
+    assert torch.equal(bracket[[0, 2]], right[[0, 2]])
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.5, 1e30, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("field", range(2, 9))
+def test_counts_that_are_none_make_their_row_nan(field, value):
+    """Fields 2 to 6 are counts; 7 is the first value between the bounds, which any number but NaN may be."""
+    *_, finish = steps()
+    right = clamp_ops.clamp_finish(*finish)
+    parts = finish[0].clone()
+    assert parts.shape[2] > 8 and right.isfinite().all()
+    parts[0, 1, field] = value
+    clamp = clamp_ops.clamp_finish(parts, *finish[1:])
+    assert torch.equal(clamp[[0, 2]], right[[0, 2]])
+    if field < 7 or torch.tensor(value).isnan():
+        assert clamp[1].isnan().all()
+
+
+def test_more_columns_than_counts_hold_are_an_error():
+    logits = torch.empty(1, 2**24 + 1, device="meta")
+    target = torch.zeros(1, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"at most 2\^24 columns on a rank for a clamp, got 16777217"):
+        clamp_ops.clamped_stats(logits, target, 5, 2**24 + 1, 1.0, False, -100)

@@ -20,6 +20,7 @@ from entcov.controls import (
     select,
 )
 from entcov.losses import PolicyLossConfig, Tokens, policy_loss
+from tests.objective_oracle import top_by_hash
 
 CONFIG = PolicyLossConfig()
 
@@ -188,6 +189,15 @@ def test_reference_clip_cov_excludes_ppo_clipped_tokens():
     assert [any(column) for column in zip(*draws, strict=True)] == [True] * 4
 
 
+def test_kl_cov_settles_ties_by_seed_and_step():
+    """All four covariances are 2: which two are taken is the hash's choice."""
+    logprob, advantage = torch.tensor([-1.0, -3.0, -1.0, -3.0]), torch.tensor([2.0, -2.0, 2.0, -2.0])
+    tokens = Tokens(logprob, logprob, advantage, torch.ones(4, dtype=torch.bool), token_id=torch.tensor([7, 8, 40, 41]))
+    for seed, step in ((0, 0), (0, 1), (0, 2), (3, 2), (4, 2)):
+        selections, _ = select([KLCov(kl_cov_ratio=0.5, seed=seed)], [tokens], step=step, config=CONFIG)
+        assert set(tokens.token_id[selections[0][0]].tolist()) == top_by_hash([7, 8, 40, 41], 2, seed, step)
+
+
 # --- invariants -----------------------------------------------------------------------------------------------------
 
 
@@ -332,12 +342,15 @@ KNOBS = {"aent": {"warmup": 1}, "adaptive_bonus": {"rule": "trl"}}
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
 def test_state_survives_json_and_continues_alike(name):
-    means = [{"entropy": h, "clamped_entropy": h, "sampled_entropy": h} for h in (0.1, 0.3, 0.05, 0.6, 0.15)]
+    means = [{"entropy": h, "clamped_entropy": h, "sampled_entropy": h} for h in (0.1, 0.05, 0.3, 0.6, 0.15)]
     whole, first = make_control(name, **KNOBS.get(name, {})), make_control(name, **KNOBS.get(name, {}))
     for m in means[:3]:
         whole.after_step(m)
         first.after_step(m)
     resumed = make_control(name, **KNOBS.get(name, {}))
+    assert not first.state or first.state_dict() != resumed.state_dict()
+    if name == "adaptive_bonus":  # above the target since the last step: unlike at the start
+        assert not first.enabled
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert [whole.after_step(m) for m in means[3:]] == [resumed.after_step(m) for m in means[3:]]
     assert whole.state_dict() == resumed.state_dict()

@@ -155,7 +155,9 @@ def test_radix_select_matches_sorting(bits):
     valid = torch.rand(len(key), generator=g) < 0.8
     unsigned = sorted((k & M64 for k, v in zip(key.tolist(), valid.tolist(), strict=True) if v), reverse=True)
     ranks = [1, 2, 17, len(unsigned) // 2, len(unsigned), len(unsigned) + 5]
-    got, of_equal, total = cov._radix_select(key, valid, torch.tensor(ranks), bits, None)
+    got, of_equal, total = cov._radix_select(
+        key, valid, torch.tensor(ranks), bits, cov.AllReduces("test", None, key.device, {})
+    )
     assert int(total) == len(unsigned)
     for rank, value, share in zip(ranks, got.tolist(), of_equal.tolist(), strict=True):
         rank = min(rank, len(unsigned))
@@ -206,6 +208,14 @@ def test_ties_are_settled_by_the_hash():
         shuffled = cov.token_covariance(logprob[order], advantage, mask)
         got = cov.select_kl_cov(shuffled, ids[order], ratio=0.1, seed=5, step=9)
         assert set(ids[order][got.mask].tolist()) == expected
+
+
+def test_masked_tokens_are_never_drawn():
+    """Their covariance reads 0, which lies inside these bounds."""
+    logprob, advantage, mask = hand_example()
+    result = cov.token_covariance(logprob, advantage, mask)
+    chosen = cov.select_clip_cov(result, torch.arange(8), ratio=1, low=-9.0, high=9.0, seed=0, step=0)
+    assert torch.equal(chosen.mask, mask) and int(chosen.count) == 7
 
 
 def test_interval_closed_and_open():
@@ -286,7 +296,10 @@ def test_type_and_shape_errors():
 
 def test_repeated_token_ids_are_an_error():
     result = cov.token_covariance(-torch.rand(6), torch.randn(6), torch.ones(6, dtype=torch.bool))
-    with pytest.raises(ValueError, match="token_id must be different for every unmasked token.*1 ids repeat"):
+    with pytest.raises(
+        ValueError,
+        match="token_id must be different for every unmasked token.*at least 1 tokens have the id of another",
+    ):
         cov.select_kl_cov(result, torch.tensor([0, 1, 2, 3, 4, 4]), ratio=0.5, seed=0, step=0)
 
 
@@ -354,7 +367,7 @@ def test_the_device_path_has_the_bits_and_the_traffic_that_are_promised(monkeypa
         with Traffic(T) as counted[name]:
             result = call(of_device)
         assert all(torch.equal(a, b) for a, b in zip(result, expected[name], strict=True)), name
-    promised = {"covariance": (37, 609), "summary": (72, 474), "clip": (119, 951), "kl": (170, 1166)}
+    promised = {"covariance": (37, 609), "summary": (72, 474), "clip": (169, 1184), "kl": (222, 1399)}
     for name, (launches, size) in promised.items():
         assert (counted[name].launches, counted[name].bytes // T) == (launches, size), name
 

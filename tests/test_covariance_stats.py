@@ -28,8 +28,9 @@ def merged(shards, temperature=1.0, mask=None):
     return ops.merge_covariance_stats(torch.stack(shards), mask, temperature)
 
 
-def derived(stats):
+def derived(stats, temperature=1.0):
     _, rest_old, xexp_old, _, rest_new, xexp_new, sum_d, sum_xd = stats.double().unbind(-1)
+    sum_d, sum_xd = sum_d * 2**26 / temperature, sum_xd * 2**26 / temperature
     total_old, total_new = 1 + rest_old, 1 + rest_new
     return {
         "covariance": sum_xd / total_old - (xexp_old / total_old) * (sum_d / total_old),
@@ -40,7 +41,7 @@ def derived(stats):
 
 def check(old, new, stats, temperature=1.0):
     expected = reference.logit_covariance(old, new, temperature=temperature)
-    actual = derived(stats)
+    actual = derived(stats, temperature)
     # E[x d] - E[x] E[d] cancels: its error is that of E|x d|.
     log_p = reference.log_probs(old, temperature)
     x = (old.double() - old.double().amax(-1, keepdim=True)) / temperature
@@ -260,3 +261,38 @@ def test_half_gradients_are_the_fp32_gradient_rounded(dtype, isa):
     exact = ops.logit_covariance_grad(old.float(), new.float(), stats, *grads, None, 0, 5003, 1.0)
     actual = ops.logit_covariance_grad(old, new, stats, *grads, None, 0, 5003, 1.0)
     assert torch.equal(actual.view(torch.int16), exact.to(dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 1e30])
+def test_changes_beyond_fp32_are_those_of_float64(temperature, dtype, isa):
+    """Differences of logits overflow fp32, and sums of differences; what they give need not. In one part, in shards,
+    and with the largest changes where the probability was 0 before."""
+    V = 3000
+    rng = torch.Generator().manual_seed(0)
+    ends = 3e38 * (2 * torch.randint(0, 2, (6, V), generator=rng) - 1)
+    old, new = torch.randn(6, V, generator=rng), torch.randn(6, V, generator=rng)
+    old[1], new[1] = 1.0, 3e34 * new[1]  # the sum of the changes overflows
+    old[2], new[2] = ends[2], ends[3]
+    old[3], new[3] = 3e38, -3e38
+    old[4], new[4] = -3e38, 3e38 * torch.rand(V, generator=rng)
+    old[5, ::2], new[5, ::2] = -3e38, 3e38
+    old, new = old.to(dtype), new.to(dtype)
+    expected = reference.logit_covariance(old, new, temperature=temperature)
+    log_p = reference.log_probs(old, temperature)
+    x = reference.where_possible(log_p, log_p).abs()
+    moved = (new.double().amax(-1) - old.double().amax(-1))[:, None]
+    d = ((new.double() - old.double()).abs() + moved.abs()) / temperature
+    mean_x, mean_d = reference.expectation(log_p, x), reference.expectation(log_p, d)
+    room = 1 + reference.expectation(log_p, (1 + x) * d) + mean_x * mean_d
+    whole = statistics(old, new, temperature=temperature)
+    cut = [
+        statistics(old[:, i:j], new[:, i:j], start=i, size=V, temperature=temperature)
+        for i, j in ((0, 1), (1, 1100), (1100, V))
+    ]
+    for stats in (merged([whole], temperature), merged(cut, temperature)):
+        assert stats.isfinite().all()
+        found = derived(stats, temperature)
+        for name in NAMES:
+            error = (found[name] - expected[name]).abs()
+            assert (error <= 2e-6 * room).all(), (name, found[name], expected[name])

@@ -34,6 +34,7 @@ CPU_TESTS = {
         every_kind_of_row_matches_float64 every_vocabulary_size_matches_float64 no_rows_and_no_columns
         entropy_of_a_nearly_certain_row_keeps_its_digits exponential_vanishes_below_the_range_of_fp32
         exponential_is_as_accurate_as_promised bounds_hold_with_room_where_the_errors_of_all_exponentials_agree
+        logits_of_any_size
         fp16_is_read_exactly a_row_depends_on_itself_alone nan_and_plus_infinity_stay_in_their_row
         ignored_rows_are_zero_and_not_read
         a_row_of_nan_or_nan_beside_minus_infinity padding_columns_do_not_exist merge_is_associative
@@ -53,6 +54,7 @@ CPU_TESTS = {
         parts_impossible_afterwards_join_a_possible_one nan_stays_in_its_row masked_rows_are_zero_and_not_read
         padding_columns_do_not_exist no_rows_and_no_columns shards_merge_to_the_whole_row merge_is_associative
         a_row_depends_on_itself_alone gradient_matches_float64 half_gradients_are_the_fp32_gradient_rounded
+        changes_beyond_fp32_are_those_of_float64
     """,
     test_shard_ops: """
         checksum_in_integers_of_python checksum_sees_every_value_and_the_order bad_arguments_are_named
@@ -149,6 +151,23 @@ def test_a_target_on_another_shard_is_no_bad_target():
     logits = rows("gaussian", 2, 60)
     stats = ops.row_stats(logits, torch.tensor([70, 5]), 0, 120, 1.0, False, IGNORE)
     assert stats[0, 3] == -math.inf and stats[1, 3] == logits[1, 5]
+
+
+@pytest.mark.parametrize("V", [60, 41003])  # a row of one block, and one that is cut
+def test_logits_written_since_the_forward_pass_make_the_targets_gradient_nan(V):
+    logits = rows("gaussian", 4, V, torch.bfloat16)
+    target = targets(logits)
+    target[3] = IGNORE
+    stats = ops.row_stats(logits, target, 0, V, 1.0, False, IGNORE)
+    stats = ops.merge_row_stats(stats[None], target, 1.0, IGNORE)
+    settings = (target, stats, torch.ones(4), None, None, None, 0, V, 1.0, IGNORE)
+    for factor in (1.0, 2.0, 0.5):
+        grad = ops.logits_grad(logits * factor, *settings)
+        at_target = torch.arange(V) == target[:, None]
+        assert torch.equal(grad.isnan(), at_target & (target != IGNORE)[:, None] & (factor != 1.0))
+        in_place = logits * factor
+        ops.logits_grad_(in_place, *settings)
+        assert not in_place.isnan().any()
 
 
 def test_a_row_without_a_finite_logit_is_nan():

@@ -70,6 +70,7 @@ def test_every_data_source_has_its_own_protocol():
     }
     assert metrics["val-aux/aime24/response_length/mean"] == 2.5
     assert metrics["val-aux/aime24/response_length/clip_ratio"] == 0.5
+    assert metrics["val-aux/math500/response_length/clip_ratio"] == 0.0
     assert shown == [(1, 11), (2, 11), (3, 11), (7, 11), (11, 11)]
 
 

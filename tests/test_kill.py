@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from entcov.rl import checkpoint
+from entcov.rl import checkpoint, sealed
 from entcov.rl.config import parse_config
 from entcov.rl.run import train
 from tests.test_run import timeless
@@ -29,8 +29,8 @@ SETTINGS = {
 def go_on(run_dir: str, slow_checkpoints: bool) -> None:
     """The child: one call of `train`. Slow checkpoints make it likely that a kill strikes while one is written."""
     if slow_checkpoints:
-        quick = checkpoint._sha256
-        checkpoint._sha256 = lambda path: (time.sleep(0.02), quick(path))[1]
+        quick = sealed._sha256
+        sealed._sha256 = lambda path: (time.sleep(0.02), quick(path))[1]
     train(parse_config(recipe(run_dir, **SETTINGS)), display=False)
 
 

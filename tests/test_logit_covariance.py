@@ -166,3 +166,21 @@ def test_bad_arguments_are_named(changes, kind, message):
     old, new = random_pair()
     with pytest.raises(kind, match=message):
         logit_covariance(**{"logits_old": old, "logits_new": new, **changes})
+
+
+@pytest.mark.parametrize("V", [1000, 151936])
+def test_a_flat_row_that_becomes_peaked_keeps_its_digits(V):
+    """L_new - L_old as log1p((rest_new - rest_old) / (1 + rest_old)) is the logarithm of nearly 0 there: entropy change
+    and KL were off by 1e-4 at V = 2,153 and by more at larger V. In closed form: one column rises by a."""
+    old = torch.zeros(2, V)
+    new = old.clone()
+    new[:, V // 3] = torch.tensor([25.0, 30.0])
+    out = logit_covariance(old, new)
+    a = new[:, V // 3].double()
+    rest = (V - 1) * (-a).exp()
+    entropy = rest.log1p() + a * rest / (1 + rest)
+    kl = a + rest.log1p() - math.log(V) - a / V
+    torch.testing.assert_close(out.entropy_change.double(), entropy - math.log(V), rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.kl.double(), kl, rtol=1e-6, atol=0)
+    back = logit_covariance(new, old)
+    torch.testing.assert_close(back.entropy_change.double(), math.log(V) - entropy, rtol=1e-6, atol=0)

@@ -236,3 +236,26 @@ def test_no_rows_and_no_columns(isa):
         logits, target = torch.empty(T, V), torch.zeros(T, dtype=torch.int64)
         actual = ops.logits_grad(logits, target, torch.ones(T, 4), *upstream(T)[:2], None, None, 0, 8, 1.0, IGNORE)
         assert actual.shape == (T, V)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_that_are_not_those_of_the_statistics_are_an_error(dtype, isa):
+    """Only where the row is read, its target is in this shard, and the logits are not overwritten anyway."""
+    logits = rows("gaussian", 6, 1003, dtype)
+    target = torch.tensor([3, 1002, 0, IGNORE, 9, 500])
+    stats, grads = statistics(logits, target), (*(g.clone() for g in upstream(6)[:2]), None)
+    grads[0][4] = grads[1][4] = 0
+    gradient(logits, target, grads, stats=stats)
+    for change in (2 * logits, logits + 1, logits * 0, logits / 0.7):
+        with pytest.raises(RuntimeError, match="not be changed between forward and backward.* in row 0 the target"):
+            gradient(change, target, grads, stats=stats)
+    one = logits.clone()
+    one[[3, 4]] = 0
+    expected = gradient(logits, target, grads, stats=stats)
+    assert torch.equal(gradient(one, target, grads, stats=stats), expected)
+    one[5, 500] = torch.nan
+    with pytest.raises(RuntimeError, match=r"in row 5 the target's logit was [-0-9.e]+ and is nan"):
+        gradient(one, target, grads, stats=stats)
+    shard = (one[:, :500].contiguous(), target, stats, *grads, None, 0, 1003, 1.0, IGNORE)
+    assert torch.equal(ops.logits_grad(*shard), expected[:, :500])  # the target is on another shard
+    ops.logits_grad_(one.clone(), *shard[1:])

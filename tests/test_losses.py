@@ -150,6 +150,15 @@ def test_tis_weight_is_capped_and_constant():
     assert float(metrics["actor/mismatch"]) == pytest.approx((math.log(8) + math.log(2)) / 2)
 
 
+def test_the_importance_weight_has_no_floor():
+    """A token that the sampler took a thousand, or a hundred million, times as likely counts that much less."""
+    tokens = tiny([-9.0, -20.0], [-9.0, -20.0], [1.0, 1.0], rollout_logprob=[-9 + math.log(1e3), -20 + math.log(1e8)])
+    loss, metrics = policy_loss(tokens, PolicyLossConfig(tis_cap=2.0))
+    loss.backward()
+    assert tokens.logprob.grad.tolist() == pytest.approx([-1e-3 / 2, -1e-8 / 2], rel=1e-12, abs=0)
+    assert float(metrics["actor/tis_weight"]) == pytest.approx((1e-3 + 1e-8) / 2, rel=1e-12, abs=0)
+
+
 def test_kl_hand_values():
     """d = ref - logprob = ln 2, and far out where the bounds act."""
     logprob, ref = torch.zeros(1, dtype=torch.float64), torch.tensor([math.log(2)], dtype=torch.float64)

@@ -16,10 +16,11 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 psutil = pytest.importorskip("psutil")
 
-from entcov.rl.checkpoint import load_latest  # noqa: E402
+from entcov.rl.checkpoint import CheckpointError, load_latest  # noqa: E402
 from entcov.rl.config import parse_config  # noqa: E402
 from entcov.rl.metrics import read_metrics  # noqa: E402
 from entcov.rl.run import evaluate_run, train  # noqa: E402
+from megatron_integration.engine import _initial_model  # noqa: E402
 from tests.test_run import timeless  # noqa: E402
 from tests.tiny_run import recipe  # noqa: E402
 
@@ -72,25 +73,45 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
     root_cause = report[report.index("Root Cause") :]
     assert "rank      : 1 (local_rank: 1)" in root_cause and "SIGKILL" in root_cause, report
 
+    # The same command goes on. SIGTERM, which torchrun passes on, ends it with a checkpoint of both ranks.
     stored = load_latest(run_dir / "checkpoints").step
-    last = stored + 2
-    job = start(recipe_file, log, f"steps={last}")
+    job = start(recipe_file, log, "steps=100000", "checkpoint.every=0")
     try:
-        assert job.wait(LIMIT) == 0, log.read_text()
+        wait_until(lambda: read_metrics(run_dir)[-1]["step"] >= stored + 2, job, log)
+        job.terminate()
+        assert job.wait(LIMIT) != 0
     finally:
         job.kill()
+    assert "stopped; the same command goes on from the latest checkpoint" in log.read_text()
+    last = load_latest(run_dir / "checkpoints").step
     rows = timeless(run_dir)
-    assert [row["step"] for row in rows] == list(range(last + 1))
+    assert [row["step"] for row in rows] == list(range(last + 1)) and last >= stored + 2
 
     alone = tmp_path / "torch"
     train(parse_config(recipe(alone, **CHANGES, steps=last)), display=False)
-    same_metrics(rows, timeless(alone))
+    wanted = timeless(alone)
+    wanted[-1] = {key: value for key, value in wanted[-1].items() if key in rows[-1]}  # evaluated, for it is the last
+    same_metrics(rows, wanted)
     assert read_metrics(run_dir)[-1]["actor/kl_loss"] > 0  # against the model that reinforcement began with
 
     # The checkpoint is a Hugging Face folder too: the torch path evaluates it.
     config = parse_config(recipe(run_dir, **CHANGES, **{"actor.engine": "megatron"}, steps=last))
     step, metrics, _ = evaluate_run(config)
     assert step == last and any(key.startswith("val-core/") for key in metrics)
+
+
+def test_an_initial_model_that_is_not_what_was_written_is_refused(tmp_path):
+    config = parse_config(recipe(tmp_path, **CHANGES, **{"warm_start.steps": 1}))
+    folder = Path(_initial_model(config, tmp_path, lambda done, loss: None, fresh=True))
+    assert folder == Path(_initial_model(config, tmp_path, lambda done, loss: None, fresh=False))
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"initial_model is damaged: the content of .* differs"):
+        _initial_model(config, tmp_path, lambda done, loss: None, fresh=False)
+    _initial_model(config, tmp_path, lambda done, loss: None, fresh=True)  # nothing has been done: made again
+    assert weights.read_bytes() != bytes(content)
 
 
 def test_vllm_rollouts_with_tensor_parallelism_give_the_torch_path_with_vllm(tmp_path):

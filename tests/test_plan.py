@@ -61,6 +61,20 @@ def test_parameters_of_the_published_sizes():
         assert shape_of(name, None).parameters / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
+def test_parameters_on_a_rank_by_hand():
+    """Hidden 8, 4 heads and 2 key-value heads of 2, MLP 24, 4 layers, 100 tokens in 128 rows, biases: a layer has
+    16 x 8 + 8 x 8 + 3 x 24 x 8 + 16 = 784 that are divided and two norms of 8 that are not."""
+    assert TINY.parameters_on_rank(1, 1, 0) == 4 * (784 + 16) + 2 * 1024 + 8
+    assert TINY.parameters_on_rank(2, 2, 0) == 2 * (392 + 16) + 512
+    assert TINY.parameters_on_rank(2, 2, 1) == 2 * (392 + 16) + 8 + 512
+    tied = dataclasses.replace(TINY, tie_word_embeddings=True)
+    assert tied.parameters_on_rank(1, 1, 0) == 4 * (784 + 16) + 1024 + 8
+    assert tied.parameters_on_rank(1, 2, 1) == 2 * (784 + 16) + 8 + 1024  # the last of several stages keeps a copy
+    assert dataclasses.replace(TINY, qkv_bias=False, qk_norm=True).parameters_on_rank(1, 1, 0) == (
+        4 * (768 + 16 + 4) + 2 * 1024 + 8
+    )
+
+
 def test_shapes_come_from_a_folder_a_mapping_or_a_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
     with pytest.raises(ValueError, match="num_hidden_layers must be an integer >= 1, got None"):

@@ -13,7 +13,7 @@ import pytest
 
 from entcov.rl import rewards
 from entcov.rl.rewards import last_boxed, load_reward, score
-from entcov.rl.score_process import ScorePool
+from entcov.rl.sandbox import SandboxPool
 from entcov.rl.tasks import TASKS, make_task
 from entcov.rl.types import Example
 
@@ -161,7 +161,7 @@ BOMBS = [
 def test_the_time_limit_holds_in_worker_threads(monkeypatch):
     """Each bomb scores 0 within the limit, from a thread that is not the main one; the next response is scored well."""
     limit = 1.0
-    pool = ScorePool("math", limit=limit, extra="train")
+    pool = SandboxPool("math", limit=limit, extra="train")
     monkeypatch.setattr(rewards, "_math_pool", lambda: pool)
     assert score(example("1/2"), r"\boxed{0.5}") == 1.0  # children start outside the measurement
     with ThreadPoolExecutor(3) as executor:
@@ -182,32 +182,35 @@ def test_many_threads_get_their_own_answers():
 
 @needs_math_verify
 def test_a_child_that_died_is_replaced():
-    pool = ScorePool("math", limit=5.0, extra="train")
+    pool = SandboxPool("math", limit=5.0, extra="train")
     assert pool.score(gold="1/2", answer="0.5") == 1.0
     [child] = pool._idle
-    child.kill()
-    child.wait()
+    child.process.kill()
+    child.process.wait()
     assert pool.score(gold="1/2", answer="0.5") == 1.0  # the request that found it dead gets another child
     [child] = pool._idle
     pool.close()
-    assert pool._idle == [] and child.returncode is not None
+    assert pool._idle == [] and child.process.returncode is not None
 
 
-def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
-    (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ImportError, match=r'No module named math_verify.*pip install "entcov\[train\]"'):
-        ScorePool("math", limit=5.0, extra="train").score(gold="1", answer="2")
+@pytest.mark.parametrize("there", ["not at all", "broken"])
+def test_a_missing_package_names_the_extra(monkeypatch, tmp_path, there):
+    if there == "broken":
+        (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
+    installed = [entry for entry in sys.path if "-packages" not in entry]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *installed])
+    with pytest.raises(ImportError, match=r'No module named .?math_verify.*pip install "entcov\[train\]"'):
+        SandboxPool("math", limit=5.0, extra="train").score(gold="1", answer="2")
 
 
 @needs_math_verify
 def test_children_end_with_the_trainer():
     program = (
         "import os, signal\n"
-        "from entcov.rl.score_process import ScorePool\n"
-        "pool = ScorePool('math', limit=5.0, extra='train')\n"
+        "from entcov.rl.sandbox import SandboxPool\n"
+        "pool = SandboxPool('math', limit=5.0, extra='train')\n"
         "assert pool.score(gold='1/2', answer='0.5') == 1.0\n"
-        "print(pool._idle[0].pid, flush=True)\n"
+        "print(pool._idle[0].process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

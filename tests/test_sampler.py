@@ -60,6 +60,18 @@ def test_responses_do_not_depend_on_the_batch_they_are_generated_in(policy):
     assert [r.tokens for r in other] != texts[0]
 
 
+def test_rollouts_carry_their_weight_version_and_a_text_without_the_end_token(policy):
+    model, tokenizer = policy
+    sampler = InProcessSampler(model, tokenizer, batch_size=16)
+    sampler.sync(7, None)
+    rollouts = sampler.generate(prompts(6), group_size=4, temperature=1.0, max_response_length=24, seed=3)
+    assert {r.finished for r in rollouts} == {True, False} and {r.weight_version for r in rollouts} == {7}
+    for rollout in rollouts:
+        kept = [t for t in rollout.tokens if t != tokenizer.eos_token_id]
+        assert len(kept) == len(rollout.tokens) - rollout.finished
+        assert rollout.text == tokenizer.decode(kept) and tokenizer.eos_token not in rollout.text
+
+
 def test_greedy_takes_the_likeliest_token(policy):
     model, tokenizer = policy
     sampler = InProcessSampler(model, tokenizer, batch_size=8)

@@ -3,14 +3,17 @@ differently get NaN everywhere. The GPU's way is taken here on CPU tensors over 
 tensors, which have no values to read; tests/test_gpu.py repeats it on a GPU with NCCL."""
 
 import random
+import re
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from entcov import covariance as cov
 from entcov import shards
 from entcov.shards import Shard
 from entcov.vocab_parallel import logit_covariance, token_stats
+from tests import disagreements
 from tests.thread_ranks import ThreadRanks
 
 T, V, WORLD = 5, 48, 3
@@ -22,7 +25,7 @@ MASK = torch.tensor([True, True, True, True, False])
 
 @pytest.fixture
 def ranks(monkeypatch):
-    monkeypatch.setattr(shards, "_host_may_read", lambda payload: False)
+    monkeypatch.setattr(shards.ranks, "host_may_read", lambda device: False)
     return ThreadRanks(WORLD, monkeypatch)
 
 
@@ -43,7 +46,7 @@ def outputs(ranks, rank, changes=None):
 def test_ranks_that_agree_get_the_bits_of_the_checked_way(monkeypatch):
     ranks = ThreadRanks(WORLD, monkeypatch)
     checked = ranks.run(lambda rank: outputs(ranks, rank))
-    monkeypatch.setattr(shards, "_host_may_read", lambda payload: False)
+    monkeypatch.setattr(shards.ranks, "host_may_read", lambda device: False)
     for mine, expected in zip(ranks.run(lambda rank: outputs(ranks, rank)), checked, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
         assert not any(x.isnan().any() for x in mine)
@@ -74,18 +77,65 @@ def test_ranks_that_disagree_all_get_nan(ranks, changes):
             assert value[~zeros].isnan().all() and not value[zeros].isnan().any(), (rank, i)
 
 
-def test_a_rank_that_fails_raises_and_the_others_get_nan(ranks):
-    def call(rank):
-        mask = MASK.to(torch.uint8) if rank == 1 else MASK
-        logits = LOGITS[:, WIDTH * rank : WIDTH * (rank + 1)]
+def spoilt(result):
+    """Whether a result cannot be taken for a good one."""
+    if isinstance(result, cov.Selection):
+        marked = result.threshold is None or bool(result.threshold.isnan())
+        return int(result.count) == -1 and bool(result.mask.all()) and marked
+    if isinstance(result, cov.TokenCovariance):
+        return bool(result.value.isnan().all())
+    if isinstance(result, dict):  # a summary
+        return all(value.isnan() for value in result.values())
+    if isinstance(result[0], list):  # (selections, metrics) of select
+        return all(result[1][f"actor/cov_{name}"].isnan() for name in ("mean", "max", "p999"))
+    return all(value[disagreements.TARGET != -100].isnan().all() for value in result if value is not None)
+
+
+def on_every_rank(ranks, call):
+    """Results and exceptions, where the last rank is the odd one."""
+
+    def one(rank):
         try:
-            return logit_covariance(logits, logits + 0.1, loss_mask=mask, group=ranks)
-        except TypeError as error:
+            return call(ranks, rank, WORLD, rank == WORLD - 1)
+        except Exception as error:
             return error
 
-    first, failed, last = ranks.run(call)
-    assert isinstance(failed, TypeError) and "row_mask" in str(failed)
-    assert all(value[MASK].isnan().all() for value in (*first, *last))
+    return ranks.run(one)
+
+
+BLIND = [  # a clamp takes another way on a GPU: tests/test_clamp_shards_emulated.py
+    name for name in disagreements.FAILURES if not re.search("percent|clamp|top_k|select alone", name)
+] + ["select_clip_cov percent"]
+
+
+def test_a_rank_that_fails_raises_and_the_others_get_nan(ranks):
+    """With the kernels of a GPU too: tests/test_cuda_emulated.py."""
+    call, message = disagreements.FAILURES["logit_covariance mask"]
+    *others, failed = on_every_rank(ranks, call)
+    assert isinstance(failed, TypeError) and re.search(message, str(failed))
+    assert all(spoilt(other) for other in others)
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_a_rank_that_fails_in_any_call_raises_and_the_others_get_nan(ranks, monkeypatch, name):
+    monkeypatch.setattr(cov.check, "readable", lambda tensor: False)
+    call, message = disagreements.FAILURES[name]
+    *others, failed = on_every_rank(ranks, call)
+    assert isinstance(failed, ValueError | TypeError) and re.search(message, str(failed)), failed
+    assert all(not isinstance(other, Exception) and spoilt(other) for other in others), others
+    ranks = ThreadRanks(WORLD, monkeypatch)
+    assert not any(spoilt(result) for result in ranks.run(lambda rank: call(ranks, rank, WORLD, False)))
+
+
+SAME_SHAPES = [name for name in disagreements.DISAGREEMENTS if not re.search("token_stats clamp|another", name)]
+
+
+@pytest.mark.parametrize("name", [*SAME_SHAPES, *disagreements.REPEATED])
+def test_ranks_that_disagree_in_anything_all_get_nan(ranks, monkeypatch, name):
+    monkeypatch.setattr(cov.check, "readable", lambda tensor: False)
+    call, _ = (disagreements.DISAGREEMENTS | disagreements.REPEATED)[name]
+    results = on_every_rank(ranks, call)
+    assert all(not isinstance(result, Exception) and spoilt(result) for result in results), results
 
 
 def test_pieces_add_up_to_the_whole_exactly_when_shards_cover_it_once():
@@ -147,7 +197,8 @@ def test_reading_a_value_would_be_noticed():
 
 def test_the_host_reads_on_the_cpu_and_where_torch_is_asked_to_debug(monkeypatch):
     level = torch.distributed.DebugLevel
+    may_read, cpu, other = shards.ranks.host_may_read, torch.device("cpu"), torch.device("meta")
     monkeypatch.setattr(shards.dist, "get_debug_level", lambda: level.INFO)
-    assert shards._host_may_read(torch.empty(1)) and not shards._host_may_read(torch.empty(1, device="meta"))
+    assert may_read(cpu) and not may_read(other)
     monkeypatch.setattr(shards.dist, "get_debug_level", lambda: level.DETAIL)
-    assert shards._host_may_read(torch.empty(1, device="meta"))
+    assert may_read(other)

@@ -1,6 +1,7 @@
 """Ranks as threads of one process: sharded calls without process groups, thousands of cases a second.
 
-Only what entcov.shards uses of torch.distributed is replaced; test_vocab_parallel.py runs the same code over gloo.
+Only what entcov.shards and entcov.ranks use of torch.distributed is replaced; test_vocab_parallel.py and
+test_selection_splits.py run the same code over gloo.
 """
 
 import threading
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from entcov import shards
+from entcov import ranks, shards
 
 
 class ThreadRanks:
@@ -20,7 +21,8 @@ class ThreadRanks:
         self.world, self.collectives, self.bytes_sent = world, 0, 0
         self._rank, self._slots = threading.local(), [None] * world
         self._barrier = threading.Barrier(world)
-        monkeypatch.setattr(shards, "dist", self)
+        for module in (shards, ranks):
+            monkeypatch.setattr(module, "dist", self)
 
     def get_rank(self, group) -> int:
         return self._rank.value
@@ -44,6 +46,25 @@ class ThreadRanks:
         if rank == 0:
             self.collectives += 1
             self.bytes_sent += tensor.nbytes
+
+    def all_reduce(self, tensor: Tensor, group) -> None:
+        self._slots[self._rank.value] = tensor.clone()
+        self._barrier.wait(timeout=60)
+        if len({x.shape for x in self._slots}) > 1:
+            raise RuntimeError("sizes differ")
+        tensor.copy_(torch.stack(self._slots).sum(0))
+        self._barrier.wait(timeout=60)
+        if self._rank.value == 0:
+            self.collectives += 1
+            self.bytes_sent += tensor.nbytes
+
+    def all_gather_object(self, output: list, value: object, group) -> None:
+        self._slots[self._rank.value] = value
+        self._barrier.wait(timeout=60)
+        output[:] = self._slots
+        self._barrier.wait(timeout=60)
+        if self._rank.value == 0:
+            self.collectives += 1
 
     def run(self, call: Callable[[int], object]) -> list:
         """[call(rank) for each rank], at the same time. An exception of one rank is raised here."""

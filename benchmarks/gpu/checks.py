@@ -7,34 +7,40 @@ import shutil
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 
 import torch
 
 from benchmarks import cuda_toolchain
-from benchmarks.gpu.stages import FAILED, PARTIAL, PASSED, SKIPPED, Context, command, finish, start
+from benchmarks.gpu import outcomes
+from benchmarks.gpu.stages import FAILED, PARTIAL, PASSED, SKIPPED, Context, command, cores, finish, start
 
 # Tests of the ops that a GPU has kernels for; each moves its tensors there (tests/on_device.py).
 OP_TESTS = ("test_row_stats", "test_logits_grad", "test_covariance_stats", "test_token_stats", "test_logit_covariance")
-REHEARSED_TESTS = ("test_covariance_stats",)
+# Of a rehearsal: the values that the CPU's own tests check again and again, in one kind or dtype.
+REHEARSED = "not against_float64 or gaussian or (dtype0 and not test_token_stats)"
+REHEARSED_TESTS, REHEARSED_OPS = ("test_covariance_stats",), "dtype0 or nan"
 DEVICE_TESTS = ("test_gpu", "test_gpu_sharded", "test_gpu_linear", "test_gpu_selection")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+PACKAGES = ("triton", "pytest", "pytest-xdist", "setuptools", "pybind11", "transformers", "megatron-core", "matplotlib")
 
 
 def environment(context: Context, seconds: float) -> dict:
-    """What machine this is, and which tools it has."""
+    """What machine this is, and which tools it has. Wheels that came along are put on the path of all that follows."""
+    wheels = install_wheels(context, seconds) if context.wheels else {"status": PASSED}
     found = {
-        "device": platform.processor() or platform.machine(),
+        **wheels,
+        "device": "CPU rehearsal",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": context.commit,
+        "cores": cores(),
+        "packages": {name: _version_of(name) for name in PACKAGES},
         "rivals": sorted(p.name for p in context.rivals.iterdir()) if context.rivals else [],
     }
-    for module in ("triton", "pytest"):
-        found[module] = _version_of(module)
     if context.rehearsal:
-        return {**found, "status": PASSED, "device": "CPU rehearsal"}
+        return found
     properties = torch.cuda.get_device_properties(0)
     query = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
     smi = ""
@@ -43,7 +49,6 @@ def environment(context: Context, seconds: float) -> dict:
         smi = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return {
         **found,
-        "status": PASSED,
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
@@ -57,10 +62,25 @@ def environment(context: Context, seconds: float) -> dict:
     }
 
 
-def _version_of(module: str) -> str | None:
+def install_wheels(context: Context, seconds: float) -> dict:
+    """Unpacks the wheels into a folder of this run, which every command that is started from now on finds first."""
+    site, wheels = context.scratch / "site", sorted(context.wheels.glob("*.whl"))
+    done = command(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir",
+         "--disable-pip-version-check", "--upgrade", "--target", site, *wheels],
+        context.log("wheels"), seconds,
+    )  # fmt: skip
+    if done.code != 0:
+        return {"status": FAILED, "reason": f"the wheels of {context.wheels} cannot be installed: {done.why(seconds)}"}
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    sys.path.insert(0, str(site))  # for the versions of PACKAGES
+    return {"status": PASSED, "wheels": [wheel.name for wheel in wheels]}
+
+
+def _version_of(package: str) -> str | None:
     try:
-        return __import__(module).__version__
-    except ImportError:
+        return version_of(package)
+    except PackageNotFoundError:
         return None
 
 
@@ -72,13 +92,13 @@ def build(context: Context, seconds: float) -> dict:
         return {"status": SKIPPED, "reason": f"a rehearsal uses the extension that is built: {_cpu.__name__}"}
     architecture = "".join(map(str, torch.cuda.get_device_capability()))
     done = command(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], context.out / "build.log", seconds,
+        [sys.executable, "setup.py", "build_ext", "--inplace"], context.log("build"), seconds,
         ENTCOV_CUDA="1", ENTCOV_CUDA_ARCHS=architecture,
     )  # fmt: skip
     if done.code != 0:
         return {"status": FAILED, "reason": done.why(seconds)}
     check = [sys.executable, "-c", "from entcov import _cuda, ops; print(_cuda.__file__)"]
-    loaded = command(check, context.out / "import.log", 60)
+    loaded = command(check, context.log("import"), 60)
     return {"status": loaded.verdict, **({} if loaded.code == 0 else {"reason": loaded.why(60)})}
 
 
@@ -86,53 +106,49 @@ def device_tests(context: Context, seconds: float) -> dict:
     """Tests of what only a GPU has: graphs, streams, synchronisation, allocations, large offsets. Each file has a
     process of its own, side by side: what hangs, or leaves its process no usable GPU, costs no other file's results."""
     files = [[name] for name in DEVICE_TESTS]
-    return _pytest(context, seconds, [list(DEVICE_TESTS)] if context.rehearsal else files)
+    if context.rehearsal:
+        return _pytest(context, seconds, [list(DEVICE_TESTS)], only=REHEARSED)
+    return _pytest(context, seconds, files)
 
 
 def op_tests(context: Context, seconds: float) -> dict:
     """The tests of the ops with their tensors on the device."""
     if context.rehearsal:
-        return _pytest(context, seconds, [list(REHEARSED_TESTS)])
-    return _pytest(context, seconds, [list(OP_TESTS)], workers=min(8, os.cpu_count() or 1))
+        return _pytest(context, seconds, [list(REHEARSED_TESTS)], only=REHEARSED_OPS)
+    return _pytest(context, seconds, [list(OP_TESTS)], workers=min(8, cores()))
 
 
-def _pytest(context: Context, seconds: float, groups: list[list[str]], workers: int = 0) -> dict:
-    """Runs groups of test files on the device, each group in a process of its own, at the same time."""
+def _pytest(
+    context: Context, seconds: float, groups: list[list[str]], workers: int = 1, only: str | None = None
+) -> dict:
+    """Runs groups of test files on the device, each group in a process of its own, at the same time. only: for -k."""
     until = time.monotonic() + seconds
+    workers = workers if _version_of("pytest-xdist") else 1
     running = []
     for names in groups:
-        report, log = (context.out / f"{names[0]}.{suffix}" for suffix in ("xml", "log"))
-        report.unlink(missing_ok=True)
-        arguments = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", f"--junitxml={report}"]
-        arguments += [f"tests/{name}.py" for name in names]
-        if workers > 1 and _version_of("xdist"):
+        written, log = context.scratch / f"{names[0]}.outcomes", context.log(names[0])
+        arguments = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
+        arguments += ["-p", outcomes.__name__, "--outcomes", written, *(f"tests/{name}.py" for name in names)]
+        if only:
+            arguments += ["-k", only]
+        if workers > 1:
             arguments += ["-n", str(workers)]
-        running.append((names[0], report, log, start(arguments, log, ENTCOV_TEST_DEVICE=context.device)))
+        process = start(arguments, log, processes=len(groups) * workers, ENTCOV_TEST_DEVICE=context.device)
+        running.append((names[0], written, log, process))
     found = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
-    reasons = []
-    for name, report, log, process in running:
+    reasons, stopped = [], False
+    for name, written, log, process in running:
         done = finish(process, log, until)
-        mine = read_junit(report) if report.exists() else {}
-        found = {key: value + mine.get(key, type(value)()) for key, value in found.items()}
-        if done.code != 0 or not mine.get("passed"):
-            reasons.append(f"{name}: " + ("; ".join(mine.get("failures", [])[:20]) or done.why(seconds)))
-    return {"status": FAILED if reasons else PASSED, **found, **({"reason": "; ".join(reasons)} if reasons else {})}
-
-
-def read_junit(report: Path) -> dict:
-    """How many passed, failed and were skipped, and the names and messages of those that failed."""
-    passed = skipped = 0
-    failures = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        problem = case.find("failure") if case.find("failure") is not None else case.find("error")
-        if problem is not None:
-            message = (problem.get("message") or "").splitlines()
-            failures.append(f"{case.get('name')}: {message[0][:300] if message else ''}")
-        elif case.find("skipped") is not None:
-            skipped += 1
-        else:
-            passed += 1
-    return {"passed": passed, "failed": len(failures), "skipped": skipped, "failures": failures}
+        mine = outcomes.read(written)
+        found = {key: value + mine[key] for key, value in found.items()}
+        stopped |= done.code is None
+        if done.code != 0 or not mine["passed"]:
+            reasons.append(f"{name}: " + ("; ".join(mine["failures"][:20]) or done.why(seconds)))
+    if stopped:
+        reasons.insert(0, f"stopped after {seconds:.0f} s; the counts are of the tests that had ended")
+    only_late = stopped and not found["failed"] and found["passed"]
+    status = PARTIAL if only_late else FAILED if reasons else PASSED
+    return {"status": status, **found, **({"reason": "; ".join(reasons)} if reasons else {})}
 
 
 def sanitizer(context: Context, seconds: float) -> dict:
@@ -140,7 +156,7 @@ def sanitizer(context: Context, seconds: float) -> dict:
     it says of others' is counted too."""
     target = [sys.executable, "-m", "benchmarks.gpu.sanitizer_target", "--device", context.device]
     if context.rehearsal:
-        done = command(target, context.out / "sanitizer_target.log", seconds)
+        done = command(target, context.log("sanitizer_target"), seconds)
         reason = "no sanitizer in a rehearsal; its program ran" if done.code == 0 else done.why(seconds)
         return {"status": SKIPPED if done.code == 0 else FAILED, "reason": reason}
     program = next(iter(cuda_toolchain.candidates("compute-sanitizer")), None)
@@ -149,9 +165,12 @@ def sanitizer(context: Context, seconds: float) -> dict:
     until = time.monotonic() + seconds
     running = {}
     for tool in TOOLS:
-        log = context.out / f"{tool}.log"
+        log = context.log(tool)
         # Without torch's cache every tensor is an allocation of its own, so that its ends are known.
-        running[tool] = log, start([program, "--tool", tool, *target], log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        running[tool] = (
+            log,
+            start([program, "--tool", tool, *target], log, processes=len(TOOLS), PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        )
     tools = {}
     for tool, (log, process) in running.items():
         done = finish(process, log, until)
@@ -168,8 +187,10 @@ def read_sanitizer(output: str, code: int | None) -> dict:
     errors = int(summary[1]) if summary else None
     if "sanitizer target: all ops ran" not in output or summary is None:
         stopped = "ran out of time" if code is None else f"exit code {code}"
-        return {"status": PARTIAL if code is None else FAILED, "errors": errors, "in_entcov": ours,
-                "reason": f"did not finish ({stopped}): {output.strip()[-400:]}"}  # fmt: skip
+        reached = re.findall(r"^sanitizer target: (\d+ of \d+) ", output, re.MULTILINE)
+        return {"status": PARTIAL if code is None and not ours else FAILED, "errors": errors, "in_entcov": ours,
+                "reason": f"did not finish ({stopped}; {reached[-1] if reached else 'none'} of the cases ran): "
+                f"{output.strip()[-400:]}"}  # fmt: skip
     if ours:
         return {"status": FAILED, "errors": errors, "in_entcov": ours, "reason": f"{ours} findings in our kernels"}
     return {"status": PASSED, "errors": errors, "in_entcov": 0}

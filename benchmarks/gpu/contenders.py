@@ -117,6 +117,7 @@ def eager() -> Contender:
 
 
 def compiled() -> Contender:
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would be eager torch under another name
     functions = {name: torch.compile(f, dynamic=False) for name, f in eager().functions.items()}
     return Contender("torch.compile", f"torch {torch.__version__}", functions)
 

@@ -4,26 +4,30 @@ import json
 import sys
 import time
 
-from benchmarks.gpu import contenders
 from benchmarks.gpu import rivals as known_rivals
+from benchmarks.gpu.report import NOT_REACHED
 from benchmarks.gpu.stages import FAILED, PARTIAL, PASSED, SKIPPED, Context, command
 
-START_UP = 10  # seconds that a process may take to begin and to end, beside those it measures in
+START_UP = 12  # seconds that a process may take to begin and to end, beside those it measures in
+# Seconds of every 320 that each is promised; what one leaves goes to those after it. entcov has most, and early.
+OWN_SHARES = {"ceilings": 25, "entcov": 95, "entcov, chunks": 25, "entcov, token_stats": 25, "eager torch": 60,
+              "torch.compile": 90}  # fmt: skip
 PROMISED_ERROR = 1e-5  # of logprob and entropy, absolute; a value of 12 also carries its own rounding to fp32
 
 
 def ours(context: Context, seconds: float) -> dict:
     """The ceilings of this GPU, entcov, eager torch and torch.compile."""
-    found = _measure(context, seconds, ["ceilings", *contenders.OWN])
+    found = _measure(context, seconds, OWN_SHARES)
+    entcov = [r for r in found["measurements"] if r["contender"] == "entcov"]
     wrong = [
         f"{name} of {r['workload']}, {r['columns']} columns {r['dtype']}: error {r['errors'][name]}"
-        for r in found["measurements"]
-        if r["contender"] == "entcov" and r.get("workload") in ("token_stats", "clamped_entropy") and "errors" in r
+        for r in entcov
+        if r.get("workload") in ("token_stats", "clamped_entropy") and "errors" in r
         for name in ("logprob", "entropy", "clamped_entropy")
         if not _within(r["errors"].get(name, 0.0), PROMISED_ERROR + 1.2e-7 * 20)
     ]
-    failed = [r["failure"] for r in found["measurements"] if r.get("contender") == "entcov" and "failure" in r]
-    if wrong or failed or not any(r["contender"] == "entcov" for r in found["measurements"]):
+    failed = [r["failure"] for r in entcov if "failure" in r and not r["failure"].startswith(NOT_REACHED)]
+    if wrong or failed or not entcov:
         reason = "; ".join(dict.fromkeys(wrong + failed)) or found.get("reason", "entcov was not measured")
         return {**found, "status": FAILED, "reason": reason}
     return found
@@ -36,9 +40,9 @@ def _within(error: float | str, bound: float) -> bool:
 def selection(context: Context, seconds: float) -> dict:
     """Clip-Cov's and KL-Cov's selections over many tokens, against nonzero, randperm and topk."""
     sizes = ["1000"] if context.rehearsal else [str(2**n) for n in (17, 20, 22)]
-    results = context.out / "selection.json"
+    results = context.scratch / "selection.json"
     arguments = [sys.executable, "-m", "benchmarks", "selection", "--device", context.device, "--json", results]
-    done = command([*arguments, "--tokens", *sizes], context.out / "selection.log", seconds)
+    done = command([*arguments, "--tokens", *sizes], context.log("selection"), seconds)
     if done.code != 0:
         return {"status": done.verdict, "reason": done.why(seconds)}
     return {"status": PASSED, "selections": json.loads(results.read_text())["rows"]}
@@ -51,38 +55,45 @@ def rivals(context: Context, seconds: float) -> dict:
     absent = [{"contender": name, "failure": reason} for name, reason in reasons.items() if reason is not None]
     if not ready:
         return {"status": SKIPPED, "reason": "no --rivals folder, or nothing in it", "measurements": absent}
-    found = _measure(context, seconds, ready)
-    return {**found, "measurements": found["measurements"] + absent}
+    return _measure(context, seconds, dict.fromkeys(ready, 1), absent)
 
 
-def _measure(context: Context, seconds: float, names: list[str]) -> dict:
-    """Runs the workers one after the other, none with more than one and a half times its share of what is left."""
+def _measure(context: Context, seconds: float, shares: dict[str, float], absent: list[dict] | None = None) -> dict:
+    """Runs the workers one after the other, each with its share of the time that is left; `absent`: who has none."""
     until = time.monotonic() + seconds
     records, unfinished = [], []
+
+    def found() -> dict:
+        late = sum(r.get("failure", "").startswith(NOT_REACHED) for r in records)
+        reasons = [*unfinished, *([f"{late} shapes or contenders were not reached in time"] if late else [])]
+        return {
+            "status": PARTIAL if reasons else PASSED,
+            **({"reason": "; ".join(reasons)} if reasons else {}),
+            "ceilings": [r for r in records if "ceiling" in r],
+            "measurements": [r for r in records if "ceiling" not in r] + (absent or []),
+        }
+
+    names = list(shares)
     for n, name in enumerate(names):
         left = until - time.monotonic()
-        if left < START_UP / 2:
-            unfinished.append(f"{name}: no time left")
-            records.append({"contender": name, "failure": "no time left"})
+        share = left * shares[name] / sum(shares[other] for other in names[n:])
+        if share < START_UP / 2:
+            records.append({"contender": name, "failure": f"{NOT_REACHED}: {max(share, 0):.0f} s left for it"})
             continue
-        share = min(left, max(2 * START_UP, 1.5 * left / (len(names) - n)))
         arguments = [sys.executable, "-m", "benchmarks.gpu.worker", name, "--device", context.device]
         arguments += ["--seconds", f"{max(share - START_UP, 1):.1f}"]
         if context.rivals:
             arguments += ["--rivals", context.rivals]
-        done = command(arguments, context.out / f"worker {name}.log", share)
+        done = command(arguments, context.log(f"worker {name}"), share)
         mine = read_records(done.output)
         records += mine
-        if done.code != 0 or not mine:
+        if done.code is None:
+            records.append({"contender": name, "failure": f"{NOT_REACHED}: {done.why(share)[:400]}"})
+        elif done.code != 0 or not mine:
             unfinished.append(f"{name}: {done.why(share)[:400]}")
             records.append({"contender": name, "failure": done.why(share)[:400]})
-    status = PARTIAL if unfinished else PASSED
-    return {
-        "status": status,
-        **({"reason": "; ".join(unfinished)} if unfinished else {}),
-        "ceilings": [r for r in records if "ceiling" in r],
-        "measurements": [r for r in records if "ceiling" not in r],
-    }
+        context.keep(found())
+    return found()
 
 
 def read_records(output: str) -> list[dict]:

@@ -1,58 +1,86 @@
 """What a run found, as a document, as tables, and as the newest entry of benchmarks/RESULTS.md for its device."""
 
-import datetime
 import re
 
-from benchmarks.gpu.stages import Context
 from benchmarks.measure import table_lines
 
 HEADER = ["", "gives", "fwd us", "TB/s", "of read", "x entcov", "fwd+bwd us", "TB/s", "of copy", "x entcov", "peak MiB",
           "error", "gradient error", "-inf logits"]  # fmt: skip
-VISIBLE = {"logprob": 0.2, "entropy": 0.2, "gradient": 0.05}  # errors beyond any rounding, bf16's included
+NOT_REACHED = "not reached within the time limit"  # begins the failure of what time did not suffice for
 BLOCK = "<!-- device: {} -->\n{}\n<!-- end -->"
 
 
-def document(context: Context) -> dict:
-    environment = context.results.get("environment", {})
-    return {"rehearsal": context.rehearsal, "date": today(), "environment": environment, "stages": context.results}
+def ceilings(run: dict, runs: list[dict]) -> tuple[dict[str, float], dict | None]:
+    """{"read": TB/s, "copy": TB/s}, the fastest way that was measured of each, and which run they are of: this one, or
+    the latest of the device that has them."""
+    for candidate in (run, *reversed(runs)):
+        best: dict[str, float] = {}
+        for record in candidate["stages"].get("benchmarks", {}).get("ceilings", []):
+            best[record["ceiling"]] = max(best.get(record["ceiling"], 0.0), record["tb_per_s"])
+        if best:
+            return best, candidate
+    return {}, None
 
 
-def today() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-
-
-def ceilings(context: Context) -> dict[str, float]:
-    """{"read": TB/s, "copy": TB/s}: the fastest way that was measured of each."""
-    best: dict[str, float] = {}
-    for record in context.results.get("benchmarks", {}).get("ceilings", []):
-        best[record["ceiling"]] = max(best.get(record["ceiling"], 0.0), record["tb_per_s"])
-    return best
-
-
-def measurements(context: Context) -> list[dict]:
-    stages = (context.results.get(name, {}) for name in ("benchmarks", "rivals"))
+def measurements(run: dict) -> list[dict]:
+    stages = (run["stages"].get(name, {}) for name in ("benchmarks", "rivals"))
     return [record for found in stages for record in found.get("measurements", [])]
 
 
-def text(context: Context) -> list[str]:
-    """The whole report in plain text."""
-    e, lines = context.results.get("environment", {}), []
-    about = [f"{name} {e[name]}" for name in ("driver", "nvcc", "torch", "triton", "python", "commit") if e.get(name)]
-    lines.append(f"{e.get('device', 'unknown device')}; {', '.join(about)}; {today()}")
-    if context.rehearsal:
+def about(run: dict) -> str:
+    """Which machine, versions and code a run is of."""
+    e = run["environment"]
+    known = [f"{name} {e[name]}" for name in ("driver", "nvcc", "torch", "python", "commit") if e.get(name)]
+    if triton := e.get("packages", {}).get("triton"):
+        known.insert(3, f"triton {triton}")
+    return f"{e.get('device', 'unknown device')}; {', '.join(known)}; {run['ended'][:10]}"
+
+
+def entry(runs: list[dict]) -> list[str]:
+    """Everything about one device in plain text, the latest run first. Runs of other code or versions stay apart."""
+    lines = []
+    if len(runs) > 1:
+        lines += [f"{len(runs)} runs that differ in code, driver or versions; each stage is of the latest that ran it:"]
+        lines += [f"  {about(run)}: {', '.join(run['stages'])}" for run in reversed(runs)] + [""]
+    for run in reversed(runs):
+        lines += [*text(run, runs), ""]
+    return lines[:-1]
+
+
+def text(run: dict, runs: list[dict]) -> list[str]:
+    """The whole report of one run; `runs`: all of the device."""
+    lines = [about(run)]
+    if run["rehearsal"]:
         lines.append("REHEARSAL on a CPU with tiny shapes: nothing here is a measurement of a GPU.")
-    rows = [[name, f["status"], f"{f['seconds']:.0f} s", counts(f)] for name, f in context.results.items()]
+    rows = [[name, f["status"], f"{f['seconds']:.0f} s", counts(f)] for name, f in run["stages"].items()]
     lines += ["", *table_lines(["stage", "", "took", ""], rows)]
-    for name, found in context.results.items():
+    for name, found in run["stages"].items():
         if found.get("reason"):
             lines.append(f"{name}: {found['reason']}")
-    top = ceilings(context)
+    top, source = ceilings(run, runs)
     if top:
+        where = "this run" if source is run else f"another run: {about(source)}"
         lines += ["", "; ".join(f"{kind} ceiling {rate:.3g} TB/s" for kind, rate in top.items())
-                  + " (bytes read plus bytes written; the fastest of those measured in this run)"]  # fmt: skip
-    if selections := context.results.get("selection", {}).get("selections"):
+                  + f" (bytes read plus bytes written; the fastest of those measured in {where})"]  # fmt: skip
+    if selections := run["stages"].get("selection", {}).get("selections"):
         lines += ["", "covariance of all tokens and one selection", *table_lines(*selection_table(selections))]
-    return lines + tables(context, top)
+    trained = {name: run["stages"][name]["steps"] for name in ("training", "megatron")
+               if run["stages"].get(name, {}).get("steps")}  # fmt: skip
+    if trained:
+        lines += ["", "the tiny recipe, a line a step", *table_lines(*training_table(trained))]
+    if run["environment"].get("packages", {}).get("matplotlib", "") is None:
+        lines += ["", "No plot: matplotlib is not installed here."]
+    return lines + tables(measurements(run), top)
+
+
+def training_table(trained: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    keys = list(dict.fromkeys(key for steps in trained.values() for step in steps for key in step if key != "step"))
+    rows = [
+        [name, str(step["step"]), *(f"{step[key]:.4g}" if key in step else "-" for key in keys)]
+        for name, steps in trained.items()
+        for step in steps
+    ]
+    return ["", "step", *keys], rows
 
 
 def counts(found: dict) -> str:
@@ -63,12 +91,12 @@ def counts(found: dict) -> str:
     if "measurements" in found:
         names = {r["contender"] for r in found["measurements"]}
         measured = {r["contender"] for r in found["measurements"] if "median_us" in r}
-        return f"{len(measured)} of {len(names)} contenders measured"
+        late = sum(r.get("failure", "").startswith(NOT_REACHED) for r in found["measurements"])
+        return f"{len(measured)} of {len(names)} contenders measured" + (f", {late} shapes not reached" if late else "")
     return ""
 
 
-def tables(context: Context, top: dict[str, float]) -> list[str]:
-    records = measurements(context)
+def tables(records: list[dict], top: dict[str, float]) -> list[str]:
     shapes = dict.fromkeys((r["workload"], r["dtype"], r["tokens"], r["columns"]) for r in records if "pass" in r)
     lines = kernel_table([r for r in records if "kernel" in r], top)
     for shape in shapes:
@@ -162,10 +190,9 @@ def infinity(record: dict) -> str:
     return f"wrong: {', '.join(bad)}" if bad else "ok"
 
 
-def renew(results: str, context: Context) -> str:
-    """RESULTS.md with this run as the only entry of its device; the others stay."""
-    device = context.results.get("environment", {}).get("device", "unknown device")
-    body = "\n".join([f"## {device}", "", "```", *text(context), "```"])
+def renew(results: str, device: str, runs: list[dict]) -> str:
+    """RESULTS.md with these runs as the only entry of their device; the others stay."""
+    body = "\n".join([f"## {device}", "", "```", *entry(runs), "```"])
     block = BLOCK.format(device, body)
     old = re.compile(re.escape(f"<!-- device: {device} -->") + r".*?<!-- end -->", re.DOTALL)
     if old.search(results):

@@ -1,20 +1,23 @@
 """The stages of `python -m benchmarks gpu` in their order, and what is written after each."""
 
 import argparse
+import hashlib
 import importlib
-import json
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from benchmarks.cuda_toolchain import ROOT
-from benchmarks.gpu import checks, report
-from benchmarks.gpu.stages import FAILED, PARTIAL, Context, Stage, execute
+from benchmarks.gpu import checks, report, results, training
+from benchmarks.gpu.stages import FAILED, PARTIAL, Context, Stage, execute, limit
 
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+DOCUMENT = ROOT / "benchmarks" / "RESULTS.md"
+SOURCES = ("csrc", "entcov", "megatron_integration", "benchmarks", "tests", "setup.py")
 
 
 def late(function: str) -> Callable[[Context, float], dict]:
@@ -27,16 +30,18 @@ def late(function: str) -> Callable[[Context, float], dict]:
     return run
 
 
-# Seconds of each: together a little more than the whole run may take, because none needs all of its own.
+# Seconds that each is promised (stages.Stage). The first two come in every run: the machine may be bare.
+ALWAYS = [Stage("environment", 20, checks.environment), Stage("build", 90, checks.build)]
 STAGES = [
-    Stage("environment", 20, checks.environment),
-    Stage("build", 90, checks.build),
-    Stage("device tests", 60, checks.device_tests),
-    Stage("benchmarks", 110, late("ours")),
-    Stage("op tests", 90, checks.op_tests),
-    Stage("selection", 20, late("selection")),
-    Stage("sanitizer", 90, checks.sanitizer),
-    Stage("rivals", 200, late("rivals")),  # last: what time is left
+    *ALWAYS,
+    Stage("device tests", 120, checks.device_tests),
+    Stage("op tests", 110, checks.op_tests),
+    Stage("sanitizer", 120, checks.sanitizer),
+    Stage("benchmarks", 320, late("ours")),
+    Stage("selection", 40, late("selection")),
+    Stage("training", 50, training.torch_actor),
+    Stage("megatron", 50, training.megatron_actor),
+    Stage("rivals", 270, late("rivals")),
 ]
 
 
@@ -48,43 +53,71 @@ def run(args: argparse.Namespace) -> int:
     if not args.rehearse and not torch.cuda.is_available():
         print("gpu: torch sees no GPU here. Rehearse the run on this machine with --rehearse.")
         return 1
-    if args.rivals and not args.rivals.is_dir():
-        print(f"gpu: --rivals must be a folder (`python -m benchmarks rivals FOLDER` makes one), got {args.rivals}")
-        return 2
+    for option, folder, maker in (
+        ("--rivals", args.rivals, "`python -m benchmarks rivals FOLDER` makes one"),
+        ("--wheels", args.wheels, "docs/gpu.md says how to fill one"),
+    ):
+        if folder and not folder.is_dir():
+            print(f"gpu: {option} must be a folder ({maker}), got {folder}")
+            return 2
     out = args.out.resolve()
+    try:
+        earlier = [run for file in (out / results.RESULTS, args.merge) if file and (file.exists() or file == args.merge)
+                   for run in results.load(file)]  # fmt: skip
+    except ValueError as error:
+        print(f"gpu: {error}")
+        return 2
     out.mkdir(parents=True, exist_ok=True)
-    device = "cpu" if args.rehearse else "cuda"
-    rivals = args.rivals and args.rivals.resolve()
-    context = Context(out, device, rivals, time.monotonic() + args.seconds, args.commit or commit())
-    for stage in STAGES:
-        if args.only and stage.name not in (*args.only, "environment"):
-            continue
+    with tempfile.TemporaryDirectory(prefix="entcov-gpu-") as scratch:
+        return _run(args, out, Path(scratch), results.merged(sorted(earlier, key=lambda run: run["ended"])))
+
+
+def _run(args: argparse.Namespace, out: Path, scratch: Path, earlier: list[dict]) -> int:
+    chosen = [stage for stage in STAGES if not args.only or stage in ALWAYS or stage.name in args.only]
+    seconds = args.seconds or sum(stage.seconds for stage in chosen)
+    rivals, wheels = (folder and folder.resolve() for folder in (args.rivals, args.wheels))
+    context = Context(
+        out, scratch, "cpu" if args.rehearse else "cuda", rivals, wheels, time.monotonic() + seconds,
+        args.commit or commit(),
+    )  # fmt: skip
+    results.take_up_logs(context)
+    for n, stage in enumerate(chosen):
         print(f"{stage.name} ...", flush=True)
-        found = context.results[stage.name] = execute(stage, context)
+
+        def keep(found: dict, stage=stage) -> None:  # what a killed command leaves of a long stage
+            context.results[stage.name] = {**found, "status": PARTIAL, "reason": "was not finished", "seconds": 0.0}
+            results.write(context, earlier, DOCUMENT)
+
+        context.keep = keep
+        found = execute(stage, context, limit(chosen[n:], context.deadline - time.monotonic()))
+        context.results[stage.name] = found
         print(
-            f"  {found['status']} in {found['seconds']:.0f} s" + (f": {found['reason']}" if "reason" in found else "")
+            f"  {found['status']} in {found['seconds']:.0f} s" + (f": {found['reason']}" if "reason" in found else ""),
+            flush=True,
         )
-        write(context)
-    print("\n" + "\n".join(report.text(context)))
+        results.write(context, earlier, DOCUMENT)
+    print("\n" + "\n".join(report.entry(results.merged([*earlier, results.of(context)]))))
     return int(any(found["status"] in (FAILED, PARTIAL) for found in context.results.values()))
 
 
-def write(context: Context) -> None:
-    """results.json and RESULTS.md of the run so far; a real run also renews benchmarks/RESULTS.md."""
-    partial = context.out / "results.json.partial"
-    partial.write_text(json.dumps(report.document(context), indent=1) + "\n")
-    partial.replace(context.out / "results.json")
-    renewed = report.renew(RESULTS.read_text(), context)
-    (context.out / "RESULTS.md").write_text(renewed)
-    if not context.rehearsal:
-        RESULTS.write_text(renewed)
-
-
 def commit() -> str:
+    """The commit, and what tells the code apart where that does not: no git repository, or changes in it."""
     if not shutil.which("git") or not (ROOT / ".git").exists():
-        return "unknown (no git repository)"
+        return f"unknown, {fingerprint()}"
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True
+        ["git", "status", "--porcelain", "--untracked-files=no", *SOURCES], cwd=ROOT, capture_output=True, text=True
     )
-    return (head.stdout.strip() or "unknown") + (" with changes" if changed.stdout.strip() else "")
+    clean = head.returncode == 0 and changed.returncode == 0 and not changed.stdout.strip()
+    return head.stdout.strip() if clean else f"{head.stdout.strip() or 'unknown'} with changes, {fingerprint()}"
+
+
+def fingerprint(root: Path = ROOT) -> str:
+    """A hash of the sources, without what a build or a run makes of them."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        paths = [root / name] if (root / name).is_file() else sorted((root / name).rglob("*"))
+        for path in paths:
+            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
+                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return f"sources {digest.hexdigest()[:12]}"

@@ -4,6 +4,7 @@ Inputs are made on the CPU and copied, so that next to no kernel but ours runs.
 """
 
 import argparse
+import itertools
 import sys
 
 import torch
@@ -26,12 +27,12 @@ def place(rows: torch.Tensor, offset: int, device: str) -> torch.Tensor:
 
 def run_all(device: str) -> int:
     calls = 0
-    for dtype in DTYPES:
-        for V in COLUMNS:
-            for offset in OFFSETS:
-                calls += run_ops(dtype, V, offset, device)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    cases = list(itertools.product(COLUMNS, DTYPES, OFFSETS))  # the short rows first: they take least
+    for n, (V, dtype, offset) in enumerate(cases, 1):
+        calls += run_ops(dtype, V, offset, device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(f"sanitizer target: {n} of {len(cases)} ({V} columns, {dtype}, offset {offset})", flush=True)
     return calls
 
 

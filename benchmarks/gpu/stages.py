@@ -17,33 +17,48 @@ PASSED, FAILED, PARTIAL, SKIPPED = "passed", "failed", "partial", "not run"
 class Context:
     """What the stages share."""
 
-    out: Path
+    out: Path  # for the few files of results.write
+    scratch: Path  # for whatever a stage makes; gone when the run ends
     device: str  # "cuda", or "cpu" in a rehearsal
     rivals: Path | None
+    wheels: Path | None
     deadline: float  # of the whole run, on time.monotonic()
     commit: str
     results: dict = field(default_factory=dict)  # stage -> what it found
+    keep: Callable[[dict], None] = lambda found: None  # a long stage hands over what it has found so far
 
     @property
     def rehearsal(self) -> bool:
         return self.device == "cpu"
 
+    def log(self, name: str) -> Path:
+        """Where a command's output goes. All logs are packed into one archive after every stage."""
+        folder = self.scratch / "logs"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{name}.log"
+
 
 @dataclass(frozen=True)
 class Stage:
-    """`run(context, seconds)` returns its findings, a dict with at least "status"."""
+    """`run(context, seconds)` returns its findings, a dict with at least "status".
+
+    seconds: what it is promised of a run that has as many seconds as all of its stages together; of a longer or a
+    shorter run as much more or less. What a stage leaves goes to those after it.
+    """
 
     name: str
     seconds: float
     run: Callable[[Context, float], dict]
 
 
-def execute(stage: Stage, context: Context) -> dict:
+def limit(stages: list[Stage], left: float) -> float:
+    """Seconds for the first of the stages that still have to run in `left` seconds."""
+    return left * stages[0].seconds / sum(stage.seconds for stage in stages)
+
+
+def execute(stage: Stage, context: Context, seconds: float) -> dict:
     """The stage's findings with its duration; an exception becomes a failure, a spent budget "not run"."""
     start = time.monotonic()
-    seconds = context.deadline - start
-    if not context.rehearsal:  # which measures nothing, on a machine that may be slow or busy
-        seconds = min(seconds, stage.seconds)
     if seconds < 2:
         return {"status": SKIPPED, "reason": "no time left", "seconds": 0.0}
     try:
@@ -70,12 +85,23 @@ class Finished:
         return f"{reason}: {self.output.strip()[-1500:]}"
 
 
-def start(command: list[str | Path], log: Path, **environment: str) -> subprocess.Popen:
-    """Starts a command in the repository's root, in a process group of its own, with its output in `log`."""
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def start(command: list[str | Path], log: Path, *, processes: int = 1, **environment: str) -> subprocess.Popen:
+    """Starts a command in the repository's root, in a process group of its own, with its output in `log`.
+
+    processes: how many run side by side, this one and what it starts included. They share the cores: a thread per core
+    in each of them makes them wait for each other many times as long.
+    """
+    threads = str(max(1, cores() // processes))
+    given = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads, **environment}
     with log.open("w") as file:
         return subprocess.Popen(
             list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, start_new_session=True,
+            env=given, start_new_session=True,
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torch
 from benchmarks.gpu import ceilings, contenders, rivals
 from benchmarks.gpu.contenders import Contender
 from benchmarks.gpu.kernels import KERNELS, Kernel, prepared
+from benchmarks.gpu.report import NOT_REACHED
 from benchmarks.gpu.timing import Call, in_turns, input_sets, peak_bytes, summary
 from benchmarks.gpu.workloads import DTYPES, WORKLOADS, Inputs, Workload, backward, errors, forward
 from benchmarks.measure import ratio
@@ -50,27 +51,30 @@ class Worker:
         self.l2 = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
 
     def run(self) -> None:
-        for name in self.contender.functions:
-            workload = WORKLOADS[name]
-            done = set()
-            for dtype, columns in workload.shapes:
-                columns = columns if self.device == "cuda" else min(columns, TINY_COLUMNS)
-                if (dtype, columns) in done:
-                    continue
-                done.add((dtype, columns))
-                about = {"contender": self.contender.name, "source": self.contender.source, "workload": name,
-                         "tokens": self.tokens, "columns": columns, "dtype": dtype}  # fmt: skip
-                if time.monotonic() > self.until:
-                    tell(**about, failure="not reached within the time limit")
-                    continue
-                try:
-                    self.measure(workload, about)
-                except Exception as error:  # an implementation that fails is a finding
-                    place = traceback.extract_tb(error.__traceback__)[-1]
-                    message = f"{type(error).__name__}: {str(error)[:500]} ({Path(place.filename).name}:{place.lineno})"
-                    tell(**about, failure=message)
-                if self.device == "cuda":
-                    torch.cuda.empty_cache()
+        """Every shape of every workload; first the first of each, which matters most: time may not suffice for all."""
+        shapes = [(n, name, *shape) for name in self.contender.functions
+                  for n, shape in enumerate(WORKLOADS[name].shapes)]  # fmt: skip
+        done = set()
+        for _, name, dtype, columns in sorted(shapes, key=lambda shape: shape[0]):
+            columns = columns if self.device == "cuda" else min(columns, TINY_COLUMNS)
+            if (name, dtype, columns) in done:
+                continue
+            done.add((name, dtype, columns))
+            about = {"contender": self.contender.name, "source": self.contender.source, "workload": name,
+                     "tokens": self.tokens, "columns": columns, "dtype": dtype}  # fmt: skip
+            if time.monotonic() > self.until:
+                tell(**about, failure=NOT_REACHED)
+                continue
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # after some shapes it would stop compiling and run as eager torch
+            try:
+                self.measure(WORKLOADS[name], about)
+            except Exception as error:  # an implementation that fails is a finding
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                message = f"{type(error).__name__}: {str(error)[:500]} ({Path(place.filename).name}:{place.lineno})"
+                tell(**about, failure=message)
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
 
     def measure(self, workload: Workload, about: dict) -> None:
         dtype, columns = DTYPES[about["dtype"]], about["columns"]

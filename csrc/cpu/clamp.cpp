@@ -50,8 +50,11 @@ struct Sketch {
 };
 
 Bracket bracket_row(const std::vector<Sketch>& shards, int64_t kept, std::vector<float>& values) {
+  const Bracket unknown{NAN, NAN, 0};
   values.clear();
   for (const Sketch& s : shards) values.insert(values.end(), s.value, s.value + s.m);
+  for (float v : values)
+    if (std::isnan(v)) return unknown;
   std::sort(values.begin(), values.end(), std::greater<float>());
   const auto surely_from = [&](float v) {
     int64_t n = 0;
@@ -64,10 +67,13 @@ Bracket bracket_row(const std::vector<Sketch>& shards, int64_t kept, std::vector
     return n;
   };
   // Both counts grow as v falls. Every shard's largest and smallest value is in its sketch, so both ends exist: no
-  // value is above the largest, and all are from the smallest on.
-  const float lo = *std::partition_point(values.begin(), values.end(), [&](float v) { return surely_from(v) < kept; });
-  const float hi =
-      *(std::partition_point(values.begin(), values.end(), [&](float v) { return maybe_above(v) < kept; }) - 1);
+  // value is above the largest, and all are from the smallest on. Sketches that do not descend need not have them.
+  const auto lo_at =
+      std::partition_point(values.begin(), values.end(), [&](float v) { return surely_from(v) < kept; });
+  const auto hi_end =
+      std::partition_point(values.begin(), values.end(), [&](float v) { return maybe_above(v) < kept; });
+  if (lo_at == values.end() || hi_end == values.begin()) return unknown;
+  const float lo = *lo_at, hi = *(hi_end - 1);
   int64_t bound = 0;
   if (lo < hi)
     for (const Sketch& s : shards) bound = std::max(bound, s.maybe_above(lo) - s.surely_from(hi));
@@ -183,17 +189,29 @@ struct Kept {
   }
 };
 
+// Whether a shard can have counted this: whole numbers up to 2^24, which fp32 holds exactly.
+bool is_count(float v) { return v >= 0 && v <= (1 << 24) && v == std::floor(v); }
+
 void finish_row(const std::vector<const float*>& parts, int64_t capacity, const float* bracket, float max,
                 int64_t kept, float inv_temperature, std::vector<float>& between, float* clamp) {
   const float lo = bracket[0], hi = bracket[1];
   Kept sums;
   double at_max = 0, above = 0, equal_hi = 0, equal_lo = 0;
   between.clear();
+  bool sound = true;
   for (const float* p : parts) {
+    for (int i = kPartAtMax; i <= kPartBetween; i++) sound = sound && is_count(p[i]);
+    sound = sound && p[kPartBetween] <= static_cast<float>(capacity);
+    if (!sound) break;
     sums.rest += p[kPartRest], sums.sum_xexp += p[kPartXExp];
     at_max += p[kPartAtMax], above += p[kPartAboveHi], equal_hi += p[kPartEqualHi], equal_lo += p[kPartEqualLo];
-    const int64_t n = std::min(static_cast<int64_t>(p[kPartBetween]), capacity);
-    between.insert(between.end(), p + kPartFields, p + kPartFields + n);
+    const float *begin = p + kPartFields, *end = begin + static_cast<int64_t>(p[kPartBetween]);
+    sound = std::none_of(begin, end, [](float x) { return std::isnan(x); });
+    between.insert(between.end(), begin, end);
+  }
+  if (!sound) {
+    std::fill_n(clamp, 4, NAN);
+    return;
   }
   // Where the ranks go: [above hi][== hi][between, descending][== lo]. The threshold is the kept-th.
   float threshold = hi;
@@ -214,6 +232,10 @@ void finish_row(const std::vector<const float*>& parts, int64_t capacity, const 
       threshold = lo, tied = equal_lo;
     }
   }
+  if (!(need >= 1 && need <= tied)) {
+    std::fill_n(clamp, 4, NAN);
+    return;
+  }
   sums.add(need, threshold, max, inv_temperature);
   // One occurrence of the maximum is left out. Above hi none was added, below it all that are kept were.
   sums.rest += max > hi ? at_max - 1 : -1;
@@ -229,6 +251,7 @@ void finish_row(const std::vector<const float*>& parts, int64_t capacity, const 
 void clamp_bracket(const float* sketches, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T, int64_t m,
                    const int64_t* ranks, const float* stats, int fields, const int64_t* target, int64_t ignore_index,
                    int64_t kept, float* out, int threads) {
+  threads = usable_threads(threads);
 #pragma omp parallel num_threads(threads) if (threads > 1 && T > 1)
   {
     std::vector<Sketch> shards;
@@ -263,6 +286,7 @@ void clamp_finish(const float* parts, int64_t R, int64_t T, int64_t capacity, co
                   const float* stats, int fields, const int64_t* target, int64_t ignore_index, int64_t kept,
                   float inv_temperature, float* clamp, int threads) {
   const int64_t width = kPartFields + capacity;
+  threads = usable_threads(threads);
 #pragma omp parallel num_threads(threads) if (threads > 1 && T > 1)
   {
     std::vector<const float*> row_parts(R);

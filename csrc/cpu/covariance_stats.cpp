@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kChunk = 2048;
 constexpr int kLaneAdditions = 16;
+constexpr float kUnits = 1 / kChangeUnit;  // of the sums of d in a logit
 
 struct Sums {
   double rest_old = 0, sum_xexp_old = 0, rest_new = 0, sum_xexp_new = 0, sum_d = 0, sum_xd = 0;
@@ -35,7 +36,9 @@ inline void rescale(Sums& s, float old_from, float old_to, float new_from, float
   const double total_old = 1 + s.rest_old, total_new = 1 + s.rest_new;
   if (k_old > 0) {
     // d gains by the new maxima what it loses by the old ones. Both new ones may be -inf: they have not moved.
-    const double moved = (new_from == new_to ? 0 : (double(new_from) - double(new_to)) * inv_temperature) - d_old;
+    const double moved = ((new_from == new_to ? 0 : double(new_from) - double(new_to)) -
+                          (old_from == old_to ? 0 : double(old_from) - double(old_to))) *
+                         kUnits;
     s.sum_xd = (s.sum_xd + d_old * s.sum_d + moved * s.sum_xexp_old + d_old * moved * total_old) * k_old;
     s.sum_d = (s.sum_d + moved * total_old) * k_old;
   } else {
@@ -68,7 +71,7 @@ struct CovarianceStatsOp {
                            float inv_temperature) {
       f32<W> x = (u - shift_old) * inv_temperature, z = (v - shift_new) * inv_temperature;
       f32<W> p = exp_nonpositive<W>(x), q = exp_nonpositive<W>(z);
-      f32<W> d = ((v - u) - shift_change) * inv_temperature;
+      f32<W> d = (v * kUnits - u * kUnits) - shift_change;
       d = p == f32<W>{} ? f32<W>{} : d;
       const f32<W> px = p * x;
       xe_old += px, ze_new += q * z, ed += p * d, xed += px * d;
@@ -99,7 +102,7 @@ struct CovarianceStatsOp {
                                   float shift_new, float inv_temperature, Sums& s, float& max_old, float& max_new) {
     Lanes<W> lanes;
     f32<W> mo = splat<W>(-INFINITY), mn = mo;
-    const float shift_change = shift_new - shift_old;
+    const float shift_change = shift_new * kUnits - shift_old * kUnits;
     for (int block = 0; block < n; block += kLaneAdditions * W) {
       const int end = n - block < kLaneAdditions * W ? n : block + kLaneAdditions * W;
       Lanes<W> a;
@@ -181,6 +184,7 @@ void covariance_stats(int dtype, const void* logits_old, int64_t old_row_stride,
 
 int64_t merge_covariance_stats(const float* shards, int64_t shard_stride, int64_t R, int64_t T,
                                const uint8_t* row_mask, float inv_temperature, float* out, int threads) {
+  threads = usable_threads(threads);
   int64_t first_empty = T;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(min : first_empty) \
     if (threads > 1 && R * T > 4096)

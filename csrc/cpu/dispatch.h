@@ -5,6 +5,12 @@
 // inline function of the standard library can leak them to a CPU that lacks them.
 #pragma once
 
+#include <algorithm>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "vec.h"
 
 namespace entcov::cpu {
@@ -29,6 +35,16 @@ void row_baseline(const typename Op::Args& a, int64_t t) {
   Op::template row<4>(a, t);
 }
 
+// How many threads to ask OpenMP for: at most one a processor. It ends the process where it cannot start as many.
+inline int usable_threads(int threads) {
+#ifdef _OPENMP
+  return std::max(1, std::min(threads, omp_get_num_procs()));
+#else
+  (void)threads;
+  return 1;
+#endif
+}
+
 // `work`: elements in all; below a few pages a second thread costs more than it brings.
 template <class Op>
 void for_rows(const typename Op::Args& args, int64_t T, int64_t work, int threads) {
@@ -37,6 +53,7 @@ void for_rows(const typename Op::Args& args, int64_t T, int64_t work, int thread
   if (current_isa() == Isa::avx512) row = row_avx512<Op>;
   if (current_isa() == Isa::avx2) row = row_avx2<Op>;
 #endif
+  threads = usable_threads(threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && T > 1 && work > 16384)
   for (int64_t t = 0; t < T; t++) row(args, t);
 }

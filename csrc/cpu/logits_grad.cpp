@@ -9,6 +9,9 @@
 // and a finite y, so its gradient is 0.
 //
 // The target's column is done once more in double: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1.
+//
+// The statistics are those of the logits as they were in the forward pass, and hold the target's logit with all its bits.
+// If the logits hold another one now, they have been written since: the gradient would be wrong, and the row is reported.
 #include <algorithm>
 #include <cmath>
 
@@ -32,6 +35,7 @@ struct LogitsGradOp {
     float inv_temperature;
     storage* grad;
     int64_t grad_row_stride;
+    int64_t* changed;  // the first row whose target has another logit than in `stats`; not looked for where grad is logits
   };
 
   struct Coefficients {
@@ -51,6 +55,12 @@ struct LogitsGradOp {
       factor += w * (y * c.b_k + c.a_k);
     }
     return e * factor;
+  }
+
+  static void report(int64_t* changed, int64_t t) {
+    int64_t seen = __atomic_load_n(changed, __ATOMIC_RELAXED);
+    while (t < seen && !__atomic_compare_exchange_n(changed, &seen, t, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
   }
 
   template <int W>
@@ -85,11 +95,12 @@ struct LogitsGradOp {
       std::fill_n(g, n, narrow_one<D>(NAN));
     } else {
       // The target's column first: grad may overwrite logits.
-      const int64_t local = a.target[t] - a.vocab_start;
+      const int64_t local = column_of(a.target[t], a.vocab_start);
       const bool mine = local >= 0 && local < n;
       double at_target = 0;
       if (mine) {
         const float xt = widen_one<D>(x + local);
+        if (xt != s[3] && g != x) report(a.changed, t);
         const double y = (double(xt) - c.max) * inv_t, p = std::exp(y - log_sum);
         at_target = -g_lp * std::expm1(y - log_sum) * inv_t;
         if (kEntropy && p > 0) at_target -= g_h * p * (y - mean_y) * inv_t;
@@ -111,18 +122,19 @@ struct LogitsGradOp {
 
 }  // namespace
 
-void logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
-                 int64_t total_columns, const int64_t* target, int64_t vocab_start, int64_t ignore_index,
-                 const float* stats, int fields, const float* grad_logprob, const float* grad_entropy,
-                 const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
-                 int64_t grad_row_stride, int threads) {
+int64_t logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                    int64_t total_columns, const int64_t* target, int64_t vocab_start, int64_t ignore_index,
+                    const float* stats, int fields, const float* grad_logprob, const float* grad_entropy,
+                    const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
+                    int64_t grad_row_stride, int threads) {
+  int64_t changed = T;
   with_dtype(dtype, [&](auto d) {
     using D = decltype(d);
     auto run = [&](auto op) {
       using Op = decltype(op);
       for_rows<Op>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, total_columns, target,
                     vocab_start, ignore_index, stats, fields, grad_logprob, grad_entropy, grad_clamped, clamp,
-                    inv_temperature, static_cast<typename D::storage*>(grad), grad_row_stride},
+                    inv_temperature, static_cast<typename D::storage*>(grad), grad_row_stride, &changed},
                    T, T * total_columns, threads);
     };
     if (grad_entropy && grad_clamped) return run(LogitsGradOp<D, true, true>{});
@@ -130,6 +142,7 @@ void logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T, i
     if (grad_clamped) return run(LogitsGradOp<D, false, true>{});
     return run(LogitsGradOp<D, false, false>{});
   });
+  return changed < T ? changed : -1;
 }
 
 }  // namespace entcov::cpu

@@ -1,7 +1,8 @@
 // [R, T, fields] shard statistics -> [T, fields]: merge() over R in its fixed order, so every rank that holds the same
 // shards gets the same bits.
-#include "../entcov.h"
 #include "../row_stats.h"
+
+#include "dispatch.h"
 
 namespace entcov::cpu {
 namespace {
@@ -22,6 +23,7 @@ void write(float* p, int fields, const RowStats& s) {
 
 int64_t merge_row_stats(const float* shards, int64_t shard_stride, int64_t R, int64_t T, int fields,
                         const int64_t* target, int64_t ignore_index, float inv_temperature, float* out, int threads) {
+  threads = usable_threads(threads);
   int64_t first_empty = T;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(min : first_empty) \
     if (threads > 1 && R * T > 4096)

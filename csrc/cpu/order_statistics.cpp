@@ -7,10 +7,6 @@
 #include <memory>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "../clamp.h"
 #include "dispatch.h"
 
@@ -113,8 +109,11 @@ void select_row(Float32, const float* x, int64_t n, const int64_t* ranks, int64_
     if (wanted[last].rank - wanted[i].rank > 8)  // many ranks in one bin: cheaper to sort it once
       std::sort(begin, end, descending);
     else
-      for (int64_t r = i; r <= last; r++)
-        std::nth_element(r == i ? begin : begin + wanted[r - 1].rank - 1, begin + wanted[r].rank - 1, end, descending);
+      for (int64_t r = i, placed = 0; r <= last; r++) {  // `placed`: so many of the bin are where they belong
+        if (wanted[r].rank == placed) continue;
+        std::nth_element(begin + placed, begin + wanted[r].rank - 1, end, descending);
+        placed = wanted[r].rank;
+      }
     for (; i <= last; i++) {
       const uint32_t bits = key_bits(static_cast<uint32_t>(bin) << 16 | begin[wanted[i].rank - 1]);
       memcpy(out + i, &bits, sizeof bits);
@@ -132,7 +131,7 @@ void order_statistics(int dtype, const void* logits, int64_t row_stride, int64_t
     return;
   }
   if (T * num_columns <= 16384) threads = 1;  // as in for_rows
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, T)));
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(usable_threads(threads), T)));
   std::vector<SelectScratch> scratch(threads);  // here and not in the threads, where running out of memory is fatal
   std::vector<Wanted> wanted(threads * num_ranks);
   if (dtype == kFloat32)

@@ -154,7 +154,7 @@ struct RowStatsOp {
       if constexpr (kMoments) total.rest2 += at_max;
     }
     if (max == INFINITY) total.rest = total.sum_xexp = NAN;
-    const int64_t local = a.target[t] - a.vocab_start;
+    const int64_t local = column_of(a.target[t], a.vocab_start);
     out[0] = max;
     out[1] = float(total.rest);
     out[2] = float(total.sum_xexp);

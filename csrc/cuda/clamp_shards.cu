@@ -53,10 +53,14 @@ __device__ __forceinline__ uint32_t cell_width(const Bracket& b) { return (b.hi 
 
 // The cell of a key of the bracket; it never falls where the key rises.
 __device__ __forceinline__ uint32_t cell_of(const Bracket& b, uint32_t key) {
-  if (b.mode != kSpread) return (key - b.lo) / cell_width(b);
-  const float lo = key_value(b.lo), per_cell = (key_value(b.hi) - lo) / kCells;
-  const uint32_t cell = static_cast<uint32_t>((key_value(key) - lo) / per_cell);
-  return cell < kCells ? cell : kCells - 1;
+  uint32_t cell;
+  if (b.mode == kSpread) {
+    const float lo = key_value(b.lo), per_cell = (key_value(b.hi) - lo) / kCells;
+    cell = static_cast<uint32_t>((key_value(key) - lo) / per_cell);
+  } else {
+    cell = (key - b.lo) / cell_width(b);
+  }
+  return cell < kCells ? cell : kCells - 1;  // of any bracket at all, an index of a counter
 }
 
 // The first key of a cell, or of one behind the last.
@@ -245,10 +249,10 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_part_kernel(const PartArgs 
       atomicAdd(&shared.cells[cell_of(b, order_key(x))], 1u);
     }
   };
-  if (b.mode == kListed)  // so few that a list never overflows
+  if (b.mode == kListed)  // so few that a list never overflows, in a bracket that clamp_guess or clamp_narrow made
     for_listed(list, shared.pass, [&](float x, int place) {
       used |= bits<uint32_t>(x + 0.0f);
-      shared.cells[place] = bits<uint32_t>(x + 0.0f);
+      if (place < kCells) shared.cells[place] = bits<uint32_t>(x + 0.0f);
     });
   else if (p.all_listed)
     for_listed(list, shared.pass, count_in);
@@ -262,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_part_kernel(const PartArgs 
   }
   if (thread != 0) return;
 
-  const int64_t local = target - a.vocab_start;
+  const int64_t local = column_of(target, a.vocab_start);
   const bool mine = local >= 0 && local < a.num_columns;
   const bool poisoned = p.max == INFINITY || target < 0 || target >= a.vocab_size;
   const float others = p.max == -INFINITY ? 0.0f : p.at_max - 1.0f;
@@ -306,6 +310,12 @@ __device__ __forceinline__ uint32_t last_possible(uint32_t b, int unused) {
   return key == 0x7fffffffu ? key - low - 1u : key;
 }
 
+// A count as it travels, as fp32. What no shard can have counted becomes 0 or the most that it can: a cast of that would be
+// undefined, and an index made of it anywhere.
+__device__ __forceinline__ uint32_t counted(float value, uint32_t most = 1u << 24) {
+  return static_cast<uint32_t>(fminf(fmaxf(value, 0.0f), static_cast<float>(most)));  // a NaN: 0
+}
+
 // Sums over kept logits in the bracket and below the row's maximum, of a lane.
 struct KeptSums {
   float e = 0.0f, ye = 0.0f;
@@ -336,7 +346,7 @@ struct Narrow {
 
   __device__ __forceinline__ uint32_t total(PartField field) const {
     uint32_t sum = 0;
-    for (int64_t r = lane; r < a.R; r += kWarp) sum += static_cast<uint32_t>(part(r)[field]);
+    for (int64_t r = lane; r < a.R; r += kWarp) sum += counted(part(r)[field]);
     return sum_of_warp(sum);
   }
 
@@ -346,7 +356,7 @@ struct Narrow {
     const auto for_mine = [&](auto use) {
       for (int64_t r = 0; r < a.R; r++) {
         const float* p = part(r);
-        const int size = static_cast<int>(p[kPartInside]);
+        const int size = static_cast<int>(counted(p[kPartInside], kCells));
         for (int i = lane; i < size; i += kWarp) use(p[kPartFields + i]);
       }
     };
@@ -354,13 +364,13 @@ struct Narrow {
       uint32_t larger = 0, same = 0;
       for (int64_t r = 0; r < a.R; r++) {
         const float* p = part(r);
-        const int size = static_cast<int>(p[kPartInside]);
+        const int size = static_cast<int>(counted(p[kPartInside], kCells));
         for (int i = 0; i < size; i++) larger += p[kPartFields + i] > x, same += p[kPartFields + i] == x;
       }
       if (larger < rank && rank - larger <= same) found.threshold = x, found.need = rank - larger, found.equal = same;
     });
     const unsigned who = __ballot_sync(0xffffffffu, found.equal != 0);  // they all say the same
-    const int source = __popc((who & (0u - who)) - 1u);
+    const int source = __popc((who & (0u - who)) - 1u) % kWarp;  // nobody: parts that contradict themselves
     found.threshold = __shfl_sync(0xffffffffu, found.threshold, source);
     found.need = __shfl_sync(0xffffffffu, found.need, source), found.equal = __shfl_sync(0xffffffffu, found.equal, source);
     for_mine([&](float x) {
@@ -374,13 +384,13 @@ struct Narrow {
   __device__ __forceinline__ Found select_counted(const Bracket& b, uint32_t rank, float max, KeptSums& sums) const {
     int unused = 31;
     for (int64_t r = 0; r < a.R; r++)
-      if (part(r)[kPartInside] > 0.0f) unused = min(unused, static_cast<int>(part(r)[kPartUnused]));
+      if (part(r)[kPartInside] > 0.0f) unused = min(unused, static_cast<int>(counted(part(r)[kPartUnused], 31)));
     uint32_t count[kMine], sum = 0;  // cells in descending order, lane after lane
 #pragma unroll
     for (int i = 0; i < kMine; i++) {
       count[i] = 0;
       for (int64_t r = 0; r < a.R; r++)
-        count[i] += static_cast<uint32_t>(part(r)[kPartFields + kCells - 1 - (lane * kMine + i)]);
+        count[i] += counted(part(r)[kPartFields + kCells - 1 - (lane * kMine + i)]);
       sum += count[i];
     }
     uint32_t upto = sum;
@@ -410,7 +420,7 @@ struct Narrow {
     }
     const bool all_single = __ballot_sync(0xffffffffu, !single) == 0;
     const unsigned who = __ballot_sync(0xffffffffu, found.equal != 0);
-    const int source = __popc((who & (0u - who)) - 1u);
+    const int source = __popc((who & (0u - who)) - 1u) % kWarp;  // nobody: parts that contradict themselves
     found.threshold = __shfl_sync(0xffffffffu, found.threshold, source);
     found.need = __shfl_sync(0xffffffffu, found.need, source), found.equal = __shfl_sync(0xffffffffu, found.equal, source);
     found.next.lo = __shfl_sync(0xffffffffu, found.next.lo, source);

@@ -2,7 +2,8 @@
 //
 // Segments, tiles and the two paths are those of row_stats.cu; a group takes the slow path when it reaches the reference
 // of either side. The change d of a logit is summed raw, relative to the change of the references, and scaled at the end.
-// A column of probability 0 before is left out of the sums of d, whatever it is afterwards.
+// A column of probability 0 before is left out of the sums of d, whatever it is afterwards. Where the sums of d overflow,
+// by logits near 1e38 or one that became -inf, they are taken once more, with each logit in units of kChangeUnit.
 //
 // Memory: 2 sizeof(T) bytes a column in, 32 bytes a row out (as much per segment where rows are cut).
 #include "../covariance_stats.h"
@@ -18,8 +19,8 @@ struct CovarianceStatsArgs {
   const void *logits_old, *logits_new;  // [T, num_columns]
   int64_t old_row_stride, new_row_stride, T, num_columns;
   const uint8_t* row_mask;  // [T] or null
-  float inv_temperature, scale;  // scale: log2(e) / temperature
-  float* stats;                  // [segments, T, 8]
+  float scale;  // log2(e) / temperature
+  float* stats;  // [segments, T, 8]
   int segments, segment_length;
 };
 
@@ -123,6 +124,35 @@ struct PairSums {
   }
 };
 
+struct ChangeSums {
+  float d, td;
+};
+
+// The sums of d once more, relative to the maxima of the columns, in units of kChangeUnit.
+template <class T, bool kAligned>
+__device__ __forceinline__ ChangeSums sums_in_units(const Reader<T, kAligned>& old_reader,
+                                                    const Reader<T, kAligned>& new_reader, int first, int step,
+                                                    float old_max, float new_max, float c) {
+  constexpr float kUnits = 1.0f / kChangeUnit;
+  const float from = old_max == -INFINITY ? 0.0f : old_max, to = new_max == -INFINITY ? 0.0f : new_max;
+  const float change = to * kUnits - from * kUnits;
+  ChangeSums s{0.0f, 0.0f};
+#pragma unroll 1
+  for (int i = first; i < old_reader.vectors(); i += step) {
+    float x[kVector<T>], y[kVector<T>];
+    unpack<T>(old_reader.any(i), x), unpack<T>(new_reader.any(i), y);
+    ChangeSums of_vector{0.0f, 0.0f};
+#pragma unroll
+    for (int k = 0; k < kVector<T>; k++) {
+      const float t = at_least((x[k] - from) * c, kExp2Floor), p = exp2_fast(t);
+      const float pd = p == 0.0f ? 0.0f : p * ((y[k] * kUnits - x[k] * kUnits) - change);
+      of_vector.d += pd, of_vector.td = fmaf(t, pd, of_vector.td);
+    }
+    s.d += of_vector.d, s.td += of_vector.td;
+  }
+  return s;
+}
+
 template <class T, bool kAligned, int kTeamWarps>
 __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stats_kernel(const CovarianceStatsArgs a) {
   using TheTeam = Team<kTeamWarps, PairSums::kCount>;
@@ -181,13 +211,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stat
   float v[PairSums::kCount] = {s.before.at_max, s.before.e, s.before.te, s.after.at_max,
                                s.after.e,       s.after.te, s.d,         s.td};
   team.sum(v, shared);
+  float units = 1.0f / kChangeUnit;  // of the sums of d in kChangeUnit
+  const bool overflow = team.rank == 0 && !(fabsf(v[6]) < INFINITY && fabsf(v[7]) < INFINITY);
+  if (team.max(overflow ? 1.0f : 0.0f, shared_new, 2) > 0.0f) {
+    const ChangeSums again = sums_in_units<T, kAligned>(old_reader, new_reader, team.rank, TheTeam::kSize, old_max,
+                                                        new_max, a.scale);
+    float w[PairSums::kCount] = {again.d, again.td};
+    team.sum(w, shared_new);
+    v[6] = w[0], v[7] = w[1], units = 1.0f;
+  }
   if (team.rank != 0) return;
   const float rest_old = old_max == INFINITY ? NAN : v[1] + (old_max == -INFINITY ? 0.0f : v[0] - 1.0f);
   const float rest_new = new_max == INFINITY ? NAN : v[4] + (new_max == -INFINITY ? 0.0f : v[3] - 1.0f);
   const float poison = 0.0f * (rest_old + rest_new);
   out[0] = old_max, out[1] = rest_old, out[2] = v[2] * kLn2;
   out[3] = new_max, out[4] = rest_new, out[5] = v[5] * kLn2;
-  out[6] = v[6] * a.inv_temperature + poison, out[7] = v[7] * (kLn2 * a.inv_temperature) + poison;
+  out[6] = v[6] * units + poison, out[7] = v[7] * (kLn2 * units) + poison;
 }
 
 }  // namespace
@@ -203,7 +242,6 @@ cudaError_t covariance_stats(int dtype, const void* logits_old, int64_t old_row_
                                  T,
                                  num_columns,
                                  row_mask,
-                                 inv_temperature,
                                  inv_temperature * kLog2E,
                                  c.segments > 1 ? workspace : stats,
                                  c.segments,

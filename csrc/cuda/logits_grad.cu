@@ -11,7 +11,9 @@
 // Memory: sizeof(T) bytes a logit in and as many out, 44 bytes a row. Rows without a gradient are not read.
 // Parallelisation: a team of threads (launch.h) a segment; no communication.
 //
-// The target's column is done once more: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1.
+// The target's column is done once more: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1. If its logit is
+// not the one in the statistics, the logits were written since the forward pass, and the target's gradient is NaN. That is
+// not looked for in place, where nothing was saved from a forward pass.
 #include "../row_stats.h"
 #include "elementwise.cuh"
 
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
   }
 
   const T* x = static_cast<const T*>(a.logits) + t * a.row_stride + at.begin;
-  const int64_t local = target - a.vocab_start - at.begin;
+  const int64_t local = column_of(target, a.vocab_start) - at.begin;
   const bool mine = local >= 0 && local < at.live && columns.owner(static_cast<int>(local), kSize) == rank;
   float at_target = 0.0f;
   if (mine) {  // read before this thread writes over it
@@ -104,6 +106,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
       at_target -= g_h * p * (y - mean_y) * inv_t;
       if (kClamped) at_target += c.weight(xt) * clamp_scale * expf(y) * (y + clamp_offset);
     }
+    if (xt != s[3] && a.grad != a.logits) at_target = NAN;
   }
 
   const Reader<T, kAlike, Use::kOnce> reader(x + columns.head, at.live - columns.head, at.begin + columns.head,

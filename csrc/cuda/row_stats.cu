@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   // The target's own logit, asked for early.
   float target_logit = -INFINITY;
   if (team.rank == 0) {
-    const int64_t local = target - a.vocab_start - begin;
+    const int64_t local = column_of(target, a.vocab_start) - begin;
     if (local >= 0 && local < count) target_logit = Element<T>::widen(row[local]);
     if (target < 0 || target >= a.vocab_size) target_logit = NAN;  // the whole row is wrong then
   }

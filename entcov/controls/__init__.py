@@ -18,8 +18,9 @@ from entcov.controls.clip_cov import ClipCov
 from entcov.controls.entropy_bonus import EntropyBonus
 from entcov.controls.kl_cov import KLCov
 from entcov.controls.none import NoControl
-from entcov.covariance import covariance_summary, token_covariance
+from entcov.covariance import check_counter, covariance_over, covariance_summary
 from entcov.losses import PolicyLossConfig, Tokens
+from entcov.ranks import AllReduces, attempt
 
 CONTROLS: dict[str, type[Control]] = {
     cls.name: cls for cls in (NoControl, EntropyBonus, AdaptiveBonus, ClipCov, KLCov, AEnt)
@@ -78,22 +79,57 @@ def select(
         whole mini-batch, are equal on all ranks and must not be added up: actor/cov_mean, actor/cov_max,
         actor/cov_p999 (with no control too), actor/cov_threshold.
     Collectives: 4 all-reduces for the metrics and 6 (Clip-Cov) or 8 (KL-Cov) more for each control with a selection
-        and global scope, 2 MiB and as much or 3 MiB more, whatever the batch; every rank must call with the same
+        and global scope, 2 MiB and 2.5 or 3.5 MiB more, whatever the batch; every rank must call with the same
         controls.
     Raises: ValueError where a field is missing, a value is bad or the whole mini-batch has no token under the mask.
+        RuntimeError where another rank failed, or was called with another step, config or controls. On an accelerator
+        all metrics are NaN there instead (ranks with other controls do not enter as many collectives, though).
     """
-    everything = Tokens.cat(micro_batches)
-    sizes = [len(tokens.loss_mask) for tokens in micro_batches]
-    covariance = token_covariance(everything.logprob, everything.advantage, everything.loss_mask, group=group)
+    alone: dict[int, list[Tensor]] = {}  # selections of the controls that see one micro-batch at a time
+
+    def prepared() -> Tokens:
+        check_counter("step", step)
+        everything = Tokens.cat(micro_batches)
+        for i, control in enumerate(controls):
+            if "selection" in control.needs:
+                control.check(everything)
+                if control.scope == "micro_batch":
+                    alone[i] = [control.select(tokens, step=step, config=config)[0] for tokens in micro_batches]
+        return everything
+
+    everything, failure = attempt(prepared, group)
+    if failure is not None:  # the other ranks go on, perhaps to the end: this one does so too, without tokens
+        everything = _no_tokens(micro_batches)
+        micro_batches, step = [everything], 0
+    call = {"step": step, "config": config, "controls": [_knobs(control) for control in controls]}
+    ranks = AllReduces("select", group, everything.logprob.device, call, failure=failure)
+    parts = everything.logprob, everything.advantage, everything.loss_mask
+    covariance = covariance_over(ranks, *parts, 0.0, failure is not None)
     metrics = covariance_summary(covariance, group=group)
+    sizes = [len(tokens.loss_mask) for tokens in micro_batches]
     columns: list[Sequence[Tensor | None]] = []
-    for control in controls:
+    for i, control in enumerate(controls):
         if "selection" not in control.needs:
             columns.append([None] * len(micro_batches))
         elif control.scope == "micro_batch":
-            columns.append([control.select(tokens, step=step, config=config)[0] for tokens in micro_batches])
+            columns.append(alone.get(i, [everything.loss_mask] * len(micro_batches)))
         else:
             mask, extra = control.select(everything, step=step, config=config, group=group)
             metrics.update(extra)
             columns.append(mask.split(sizes))
+    ranks.finish()
     return [[column[i] for column in columns] for i in range(len(micro_batches))], metrics
+
+
+def _knobs(control: Control) -> tuple[str, dict[str, Any]]:
+    """What every rank must have alike of a control."""
+    values = {name: value for name, value in vars(control).items() if isinstance(value, bool | int | float | str)}
+    return control.name, values
+
+
+def _no_tokens(micro_batches: Sequence[Tokens]) -> Tokens:
+    """The tokens of a rank that has none, on the device of those that it was given."""
+    parts = micro_batches if isinstance(micro_batches, Sequence) else []
+    device = next((x.device for part in parts for x in vars(part).values() if isinstance(x, Tensor)), None)
+    nothing = torch.zeros(0, device=device)
+    return Tokens(nothing, nothing, nothing, nothing.bool(), token_id=nothing.long())

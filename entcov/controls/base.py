@@ -51,6 +51,9 @@ class Control:
         """Arguments of `token_stats` that "clamped_entropy" needs, for example {"clamp_p": 0.33}."""
         return {}
 
+    def check(self, tokens: Tokens) -> None:
+        """Raises if `tokens` lack what `select` reads. Called before any collective, only if `select` will be."""
+
     def select(
         self, tokens: Tokens, *, step: int, config: PolicyLossConfig, group: dist.ProcessGroup | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:

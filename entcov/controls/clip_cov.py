@@ -56,12 +56,14 @@ class ClipCov(Control):
         check.one_of("scope", self.scope, SCOPES)
         check.integer("seed", self.seed, 0)
 
+    def check(self, tokens: Tokens) -> None:
+        if tokens.token_id is None:
+            raise ValueError("tokens.token_id must be given, control clip_cov draws by it; got None")
+
     @torch.no_grad()
     def select(
         self, tokens: Tokens, *, step: int, config: PolicyLossConfig, group: dist.ProcessGroup | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if tokens.token_id is None:
-            raise ValueError("tokens.token_id must be given, control clip_cov draws by it; got None")
         reference = self.semantics == "reference"
         covariance = token_covariance(
             tokens.logprob,

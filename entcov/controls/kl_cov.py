@@ -59,12 +59,14 @@ class KLCov(Control):
         """Without its penalty, the reference form still drops the PPO clip."""
         return {"ppo_kl_coef": 0.0} if self.semantics == "reference" else None
 
+    def check(self, tokens: Tokens) -> None:
+        if tokens.token_id is None:
+            raise ValueError("tokens.token_id must be given, control kl_cov settles ties by it; got None")
+
     @torch.no_grad()
     def select(
         self, tokens: Tokens, *, step: int, config: PolicyLossConfig, group: dist.ProcessGroup | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if tokens.token_id is None:
-            raise ValueError("tokens.token_id must be given, control kl_cov settles ties by it; got None")
         covariance = token_covariance(
             tokens.logprob, tokens.advantage, tokens.loss_mask, group=group, empty_ok=self.scope == "micro_batch"
         )

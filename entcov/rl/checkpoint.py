@@ -15,17 +15,12 @@ renames, the next reader puts it back. So `latest` always leads to a complete ch
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
-import json
 import os
 import pickle
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,20 +29,13 @@ from typing import Any
 import torch
 
 from entcov import _checks as check
-from entcov.rl.durable import fsync_path, is_disk_full, replace_file
+from entcov.rl.durable import fsync_path, locked, make_folder, replace_file
+from entcov.rl.sealed import MANIFEST, CheckpointError, damage, write_sealed
 
-FORMAT_VERSION = 1
-_HASHING_THREADS = 8
-MANIFEST = "manifest.json"
 STATE = "state.pt"
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.(tmp|old)_(step_\d+|latest)\.\d+")
-_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 _PLAIN = (torch.Tensor, int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or what is stored is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +95,12 @@ def save_checkpoint(
                 f"a writer's name must be a plain file name other than {MANIFEST} and {STATE}, got {name!r}"
             )
     _check_loadable(state, "state")
-    directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory, wait=True):
+    make_folder(directory)
+    with locked(directory, wait=True):
         _clear_leftovers(directory)
         temporary = directory / f".tmp_step_{step}.{os.getpid()}"
-        try:
-            _write(temporary, step, writers, state)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        entries = {**writers, STATE: lambda path: torch.save(state, path)}
+        write_sealed(temporary, entries, f"step {step}", step=step)
         final, old = directory / f"step_{step}", directory / f".old_step_{step}.{os.getpid()}"
         if final.exists():
             final.rename(old)
@@ -147,9 +132,13 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
     directory = Path(directory)
     if not directory.is_dir():
         return None
-    with _locked(directory, wait=False) as locked:
-        if locked:
-            _clear_leftovers(directory)
+    try:
+        with locked(directory, wait=False) as mine:
+            if mine:
+                _clear_leftovers(directory)
+    except OSError as error:  # a checkpoint on a read-only disk can be loaded, and nothing can be cleared there
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
     pointer = directory / "latest"
     steps = list_steps(directory)
     if not pointer.exists():
@@ -218,97 +207,9 @@ def _load(directory: Path, step: int) -> Checkpoint:
     raise CheckpointError(f"{problem}. No earlier step in {directory} is intact")
 
 
-def _write(temporary: Path, step: int, writers: dict[str, Callable[[Path], None]], state: dict[str, Any]) -> None:
-    temporary.mkdir()
-    entries: dict[str, Callable[[Path], None]] = {**writers, STATE: lambda path: torch.save(state, path)}
-    current = temporary
-    try:
-        for name, writer in entries.items():
-            current = temporary / name
-            writer(current)
-            if not current.exists():
-                raise CheckpointError(f"the writer of {name!r} returned and wrote nothing at {current}")
-        written = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for current in written:
-            fsync_path(current)
-        files = {
-            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(written, _digests(written), strict=True)
-        }
-        current = temporary / MANIFEST
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
-        replace_file(current, (json.dumps(manifest, indent=1) + "\n").encode())
-        for folder in sorted((path for path in temporary.rglob("*") if path.is_dir()), reverse=True):
-            fsync_path(folder)
-        fsync_path(temporary)
-        fsync_path(temporary.parent)
-    except Exception as error:
-        # torch and safetensors turn ENOSPC into errors of their own, so the file system is asked as well.
-        if is_disk_full(error) or any(words in str(error) for words in _FULL) or _no_space_left(temporary):
-            raise CheckpointError(
-                f"disk full: cannot write {current.name} of step {step} in {temporary.parent}; "
-                "what was written of it is removed, earlier checkpoints are intact"
-            ) from error
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"cannot write {current.name} of step {step} in {temporary.parent}: {error}"
-            ) from error
-        raise
-
-
-def _no_space_left(folder: Path) -> bool:
-    """Whether the file system refuses one more block."""
-    probe = folder / ".probe"
-    try:
-        with open(probe, "wb") as file:
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    probe.unlink()
-    return False
-
-
 def _verify(path: Path, step: int) -> str | None:
     """What is wrong with the checkpoint at `path`, or None."""
-    manifest_path = path / MANIFEST
-    if not path.is_dir():
-        return f"checkpoint {path} is missing"
-    try:
-        manifest = json.loads(manifest_path.read_bytes())
-        version, stored_step, files = manifest["format_version"], manifest["step"], manifest["files"]
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except OSError as error:
-        return f"checkpoint {path} is damaged: {manifest_path} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"checkpoint {path} is damaged: {manifest_path} is not a manifest"
-    if version != FORMAT_VERSION:
-        return f"checkpoint {path} has format version {version}, and this version of entcov reads {FORMAT_VERSION}"
-    if stored_step != step:
-        return f"checkpoint {path} is damaged: {manifest_path} says step {stored_step}"
-    for name, (size, _) in expected.items():
-        file = path / name
-        if not file.is_file():
-            return f"checkpoint {path} is damaged: {file} is missing"
-        if file.stat().st_size != size:
-            return f"checkpoint {path} is damaged: {file} has {file.stat().st_size} bytes instead of {size}"
-    for name, digest in zip(expected, _digests([path / name for name in expected]), strict=True):
-        if digest != expected[name][1]:
-            file = path / name
-            return f"checkpoint {path} is damaged: the content of {file} is not what was written (sha256 differs)"
-    return None
-
-
-def _digests(paths: list[Path]) -> list[str]:
-    """sha256 of each file, several at a time: a checkpoint of a large model has hundreds of gigabytes."""
-    with ThreadPoolExecutor(min(_HASHING_THREADS, len(paths)) or 1) as pool:
-        return list(pool.map(_sha256, paths))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return damage(path, "checkpoint", step=step)
 
 
 def _clear_leftovers(directory: Path) -> None:
@@ -347,24 +248,3 @@ def _check_loadable(value: Any, place: str) -> None:
             f"{place} has type {kind.__module__}.{kind.__qualname__}; a checkpoint's state may hold tensors, numbers, "
             "strings, bytes, None and dict, list, tuple, set of them"
         )
-
-
-@contextmanager
-def _locked(directory: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the directory's lock, which dies with the process; yields False if another holds it and `wait` is false."""
-    try:
-        fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        if wait or error.errno not in (errno.EROFS, errno.EACCES):
-            raise
-        yield False  # a checkpoint on a read-only disk can be loaded, and nothing can be cleared there
-        return
-    try:
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (BlockingIOError, PermissionError):
-            yield False
-            return
-        yield True
-    finally:
-        os.close(fd)

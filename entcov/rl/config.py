@@ -6,10 +6,10 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import pydantic
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -17,7 +17,8 @@ from entcov import _checks as check
 from entcov.advantages import ADVANTAGES
 from entcov.controls import CONTROLS, Control, make_control
 from entcov.losses import PolicyLossConfig
-from entcov.rl.recipe import ConfigError, read_recipe, resolved
+from entcov.rl.durable import replace_file
+from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolve_recipe, texts, value_at
 
 _STRICT = ConfigDict(extra="forbid")
 # Strict: a number is a number, where pydantic would take true for 1 and "3" for 3.
@@ -186,6 +187,9 @@ class MegatronConfig:
     overlap: bool = False  # gradient reduction and parameter gathering go on during the passes
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     optimizer_offload: Fraction = 0.0  # fraction of the optimizer's state kept on the CPU
+    # local: Megatron-Core's own layers with torch's attention, for a GPU without Transformer Engine; slower. A CPU has
+    # no others.
+    transformer_impl: Literal["transformer_engine", "local"] = "transformer_engine"
     # What the covariance controls select by on the first update of a rollout, where the policy is still the scored one:
     # a forward pass of its own, or the scores. Later updates always take a pass.
     selection_logprob: Literal["recompute", "old"] = "old"
@@ -218,7 +222,7 @@ class EvalConfig:
 
 @dataclass(config=_STRICT)
 class CheckpointConfig:
-    every: Whole = 20  # steps; 0: only after the warm start and after the last
+    every: Whole = 20  # steps; 0: after the warm start, after the last, and where the run is stopped
     keep: Count = 2
 
 
@@ -228,16 +232,18 @@ class LoggingConfig:
     wandb: dict[str, Any] | None = None  # arguments of wandb.init; None: off
 
 
-# Of a finished policy: what it is asked, how it is sampled and scored, and what it runs on.
-_KEYS_OF_AN_EVALUATION = (
-    "eval.", "data.", "rollout.", "megatron.", "device", "threads", "model.compute_dtype", "model.attn_implementation",
-)  # fmt: skip
 _LossConfig = dataclass(PolicyLossConfig, frozen=True, config=_STRICT)
 
 
 @dataclass(config=_STRICT)
 class Config:
-    """A whole run. `python -m entcov train RECIPE key=value ...` overrides single keys."""
+    """A whole run. `python -m entcov train RECIPE key=value ...` overrides single keys.
+
+    interpolated: path of keys -> what the recipe says there, such as ${oc.env:HF_TOKEN}, and the value that it had. Set
+        by `load_config`. The value may be a secret, so it is what the recipe says that is stored and shown.
+    """
+
+    interpolated: ClassVar[dict[tuple[str, ...], tuple[Any, Any]]] = {}
 
     model: ModelConfig
     data: DataConfig
@@ -319,13 +325,13 @@ def _build_control(name: str, settings: dict[str, Any]) -> Control:
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML recipe, applies `a.b=value` overrides, and checks the whole.
+    """Reads a YAML recipe, applies `a.b=value` overrides, resolves interpolations, and checks the whole.
 
     Raises:
         ConfigError: unknown keys, wrong types, values out of range, unreadable YAML: one line for each offence. Or an
             override that can have no effect.
     """
-    config = parse_config(resolved(read_recipe(recipe, overrides), str(recipe)), str(recipe))
+    config = resolve_config(read_recipe(recipe, overrides), str(recipe))
     changed = [item.partition("=")[0] for item in overrides]
     for section, choice, wanted, engine in (
         ("megatron.", "actor.engine", "megatron", config.actor.engine),
@@ -335,6 +341,22 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         for key in changed:
             if key.startswith(section) and engine != wanted and choice not in changed:
                 raise ConfigError(f"{key}: has no effect with {choice}={engine}; it needs {choice}={wanted}")
+    return config
+
+
+def resolve_config(tree: DictConfig, origin: str) -> Config:
+    """The recipe with every interpolation resolved, checked. Messages show interpolations, and not their values."""
+    raw, data = OmegaConf.to_container(tree, resolve=False), resolve_recipe(tree, origin)
+    try:
+        config = parse_config(data, origin)
+    except ConfigError as error:
+        message = str(error)
+        for path, said in interpolations(raw):
+            for text in texts(value_at(data, path)):
+                message = message.replace(repr(text), repr(said))
+        raise ConfigError(message) from None
+    tree = dataclasses.asdict(config)
+    config.interpolated = {path: (said, value_at(tree, path)) for path, said in interpolations(raw)}
     return config
 
 
@@ -349,26 +371,6 @@ def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
     more = len(lines) - _SHOWN_OFFENDERS
     lines = lines[:_SHOWN_OFFENDERS] + ([f"... and {more} more"] if more > 0 else [])
     raise ConfigError(f"{origin} cannot be run:\n" + "\n".join(f"  {line}" for line in lines))
-
-
-def load_run_config(run: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The recipe of the run in the folder `run`, to evaluate its policy with `overrides`.
-
-    Raises:
-        ConfigError: `run` holds no run, or an override is of a key that an evaluation does not depend on: what the
-            policy is, and how it was trained, is settled.
-    """
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"run: must be the folder of a run, with its config.yaml, got {run}")
-    for item in overrides:
-        key = item.partition("=")[0]
-        if not key.startswith(_KEYS_OF_AN_EVALUATION):
-            raise ConfigError(
-                f"{check.one_line(key, 80)}: has no effect on an evaluation; of the recipe's keys it depends on "
-                f"{', '.join(one.rstrip('.') for one in _KEYS_OF_AN_EVALUATION)}"
-            )
-    return load_config(path, [*overrides, f"run_dir={run}"])
 
 
 def _explain(error: Any) -> str:
@@ -404,9 +406,15 @@ def _keys(section: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(hints[field.name], f"{prefix}{field.name}.")
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved recipe, loadable by `load_config`."""
+def as_written(config: Config) -> dict[str, Any]:
+    """The config as a plain tree with its interpolations unresolved: what may be stored and shown."""
     tree = dataclasses.asdict(config)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)))
-    temporary.replace(path)
+    for path, (said, value) in config.interpolated.items():
+        if value_at(tree, path) == value:  # a key that the program has changed since is as the program says
+            value_at(tree, path[:-1])[path[-1]] = said
+    return tree
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the recipe with all its keys, loadable by `load_config`; interpolations stay as they are written."""
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(as_written(config))).encode())

@@ -1,9 +1,16 @@
-"""Writing files that survive a kill, a power cut or a full disk: short writes, fsync, and replacement by rename."""
+"""Writing files that survive a kill, a power cut or a full disk: short writes, fsync, replacement by rename, locks.
+
+What is not complete yet has a temporary name, `.tmp_NAME.PID`. A process that is killed leaves it behind, and the next
+one that holds the folder's lock removes it.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +19,9 @@ from safetensors import SafetensorError
 
 from entcov import _checks as check
 
+LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TEMPORARY = re.compile(r"\.tmp_.+\.\d+")
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -27,19 +36,76 @@ def fsync_path(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def make_folder(path: Path) -> None:
+    """Make the folder and its parents where they are missing, so that they outlive a power cut."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_path(folder.parent)
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process prepares the content of `path`: in the same folder, under a name of its own."""
+    return path.with_name(f".tmp_{path.name}.{os.getpid()}")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left in `folder` under temporary names, but for the folders in it.
+
+    Only where nobody else can be writing there, so under the lock of the run or of the folder.
+    """
+    if not folder.is_dir():
+        return
+    for path in list(folder.iterdir()):
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the folder's lock, which dies with the process; yields False if another holds it and `wait` is false.
+
+    It is a POSIX lock: not passed on to children, and gone when this process closes any descriptor of the lock's file.
+
+    Raises:
+        OSError: the lock's file cannot be opened, e.g. on a read-only disk.
+    """
+    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        yield True
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Give `path` the content `data` in one step: a reader, or a kill, sees the old content or the new, never a part.
+
+    Args:
+        mode: permissions of the new file, less what the umask takes; the content is never in a file with more.
 
     Raises:
         OSError: the new content could not be written; `path` is as it was.
     """
-    temporary = path.with_name(f".tmp_{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        temporary.unlink(missing_ok=True)  # of a killed process with this number
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             write_all(fd, data)
             os.fsync(fd)
@@ -64,7 +130,8 @@ def as_os_error(path: Path) -> Iterator[None]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error` says that the disk, a quota or a file-size limit is used up."""
-    return isinstance(error, OSError) and error.errno in _FULL
+    # torch makes a RuntimeError of it, whose message has the system's words.
+    return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
 def write_error(error: OSError, path: Path, consequence: str) -> OSError:

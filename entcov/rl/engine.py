@@ -26,9 +26,11 @@ from entcov.rl.model_config import check_context
 from entcov.rl.preflight import check_recipe, resolve_device
 from entcov.rl.rewards import RewardFunction, load_reward
 from entcov.rl.sampler import build_sampler
+from entcov.rl.sealed import CheckpointError, damage, replace_sealed
 from entcov.rl.warm_start import warm_started
 
 T = TypeVar("T")
+REFERENCE = "the reference policy"
 OnWarmStart = Callable[[int, float], None]  # told (steps done, loss in nats)
 
 
@@ -49,22 +51,25 @@ class TorchEngine:
 
     name: the value of `actor.engine` that it serves.
     leads: whether this process logs, displays and writes. Exactly one process of an engine leads.
+    processes: how many there are.
     """
 
     name = "torch"
     leads = True
+    processes = 1
 
     def agree(self, make: Callable[[], T]) -> T:
         """`make()` as the leader has it, on every process. Collective."""
         return make()
 
+    def greatest(self, value: int) -> int:
+        """The greatest of all processes' values, on every process. Collective."""
+        return value
     def check(self, config: Config) -> None:
         """Raises for a recipe that cannot be run, before anything is written. Collective."""
         check_recipe(config)
 
-    def build(
-        self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart
-    ) -> Parts:
+    def build(self, config: Config, checkpoint: Checkpoint | None, run_dir: Path, on_warm_start: OnWarmStart) -> Parts:
         """The parts of a fresh run, warm-started, or with the weights of `checkpoint`. Collective."""
         device = resolve_device(config.device)
         model, tokenizer = policy(config, checkpoint, device)
@@ -99,16 +104,13 @@ def _reference(config: Config, model: nn.Module, run_dir: Path, device: torch.de
     """A frozen copy of the policy as reinforcement found it; kept on disk so that a resumed run uses the same one."""
     if config.loss.kl_coef == 0:
         return None
-    stored = run_dir / "reference.pt"
+    stored = run_dir / "reference"
     reference = copy.deepcopy(model)
     if fresh:
-        temporary = stored.with_name(".reference.pt.tmp")
-        torch.save(reference.state_dict(), temporary)
-        temporary.replace(stored)
-    elif stored.exists():
-        reference.load_state_dict(load_plain(stored, map_location=device))
+        weights = reference.state_dict()
+        replace_sealed(stored, {"weights.pt": lambda path: torch.save(weights, path)}, REFERENCE)
     else:
-        raise RuntimeError(
-            f"{stored} is missing: the reference policy of loss.kl_coef={config.loss.kl_coef} cannot be resumed"
-        )
+        if problem := damage(stored, REFERENCE):
+            raise CheckpointError(f"{problem}; without it a run with loss.kl_coef={config.loss.kl_coef} cannot go on")
+        reference.load_state_dict(load_plain(stored / "weights.pt", map_location=device))
     return reference.requires_grad_(False).eval()

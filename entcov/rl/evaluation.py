@@ -109,10 +109,14 @@ def summarize(rollouts: Sequence[Rollout]) -> list[SourceResult]:
     return results
 
 
-def report(run: str, step: int, results: Sequence[SourceResult], settings: EvalConfig) -> str:
-    """What the eval commands print: which policy, where everything is kept, and the table."""
-    kept = f"{run}/eval/step_{step}"
-    return f"{run}, step {step}; metrics: {kept}.json, responses: {kept}.jsonl\n{format_table(results, settings)}"
+def report(
+    run: str, step: int, results: Sequence[SourceResult], settings: EvalConfig, unkept: OSError | None = None
+) -> str:
+    """What the eval commands print: which policy, where everything is kept (or why it is not), and the table."""
+    kept = f"metrics: {run}/eval/step_{step}.json, responses: {run}/eval/step_{step}.jsonl"
+    if unkept is not None:
+        kept = f"metrics and responses could not be kept: {unkept}"
+    return f"{run}, step {step}; {kept}\n{format_table(results, settings)}"
 
 
 def format_table(results: Sequence[SourceResult], settings: EvalConfig) -> str:

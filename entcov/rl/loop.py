@@ -13,6 +13,7 @@ weights. They are part of the checkpoint, since the weights that sampled them ar
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -30,13 +31,18 @@ from entcov.rl.batch import Batch, mini_batches, pack
 from entcov.rl.config import Config
 from entcov.rl.data import PromptStream
 from entcov.rl.rewards import RewardFunction
-from entcov.rl.rollouts import Collected, Collector, derived_seed, in_background, mean, spread, timed
+from entcov.rl.rollouts import Collected, Collector, derived_seed, mean, spread, timed
+from entcov.rl.threads import in_background
 from entcov.rl.types import Rollout
 
 
 @dataclass
 class Loop:
-    """One run's moving parts and its position. `step()` is one round; everything else serves it."""
+    """One run's moving parts and its position. `step()` is one round; everything else serves it.
+
+    unstorable: why `state_dict` may not be asked for, "" where it may. A step that fails before its first update has
+        changed nothing but the position, which is remembered; one that fails later leaves weights of no step's end.
+    """
 
     config: Config
     actor: Any
@@ -47,8 +53,10 @@ class Loop:
     phase: Callable[[str], None] = lambda name: None  # told what is going on, for the display
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
+    unstorable: str = ""
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _next: Future[Collected] | None = None  # rollouts of the next step, where they are sampled ahead
+    _before: dict[str, Any] | None = None  # where the step under way began; None between steps
     _versions: deque[int] = field(init=False)  # weight versions that rollouts may come from, the current one last
 
     def __post_init__(self):
@@ -58,16 +66,18 @@ class Loop:
     def step(self) -> dict[str, float]:
         """One round. Returns the step's metrics under verl's names."""
         self._seconds.clear()
+        self._before = self._here()
         started, step = time.perf_counter(), self.steps_done + 1
         metrics: dict[str, float] = {"training/global_step": step}
 
         rollouts = self.rollouts(step, metrics)
         if self.config.rollout.max_staleness:
-            self._next = in_background(lambda: self._collector.collect(step + 1, self.position))
+            self._next = in_background(lambda: self._collector.collect(step + 1, self.position), "entcov-rollouts")
         self.assign_advantages(rollouts)
         batch = pack(rollouts).to(self.actor.device)
         with timed(self._seconds, "old_log_prob"):
             step_means = self.score_policy(batch, metrics)
+        self.unstorable = f"step {step} has begun to change the weights"
         with timed(self._seconds, "update_actor"):
             self.update(batch, rollouts, step, metrics)
         for control in self.controls:
@@ -80,7 +90,7 @@ class Loop:
         with timed(self._seconds, "weight_sync"):
             self.sync_weights()
         self._versions.append(self.actor.weight_version)
-        self.steps_done = step
+        self.steps_done, self._before, self.unstorable = step, None, ""
 
         seconds = time.perf_counter() - started
         tokens = len(batch.tokens)
@@ -132,6 +142,7 @@ class Loop:
         at = batch.loss_mask
         bad = int((~scored["logprob"].isfinite() & at).sum())
         if bad:
+            self.unstorable = "the weights or logits hold NaN or infinities"
             raise RuntimeError(
                 f"step {self.steps_done + 1}: the policy's log-probabilities must be finite, {bad} of {int(at.sum())} "
                 "are not: its weights or logits hold NaN or infinities. Nothing was updated; go back to a checkpoint"
@@ -164,12 +175,27 @@ class Loop:
         self.sampler.sync(self.actor.weight_version, self.actor.named_weights)
 
     def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on after `steps_done` steps, besides the weights.
+
+        Raises:
+            RuntimeError: the loop is `unstorable`.
+        """
+        if self.unstorable:
+            raise RuntimeError(f"the state after step {self.steps_done} cannot be stored: {self.unstorable}")
+        state = self._before or self._here()
+        ahead = state["next"]
+        return state | {
+            "next": None if ahead is None else ahead.result().state_dict(),
+            "actor": self.actor.state_dict(),
+        }
+
+    def _here(self) -> dict[str, Any]:
+        """The state between two steps, but for the actor's."""
         return {
             "steps_done": self.steps_done,
             "position": self.position,
-            "next": None if self._next is None else self._next.result().state_dict(),
-            "actor": self.actor.state_dict(),
-            "controls": [control.state_dict() for control in self.controls],
+            "next": self._next,
+            "controls": copy.deepcopy([control.state_dict() for control in self.controls]),
             "torch_rng": torch.get_rng_state(),  # for models and rewards that draw from the global generator
         }
 
@@ -179,6 +205,7 @@ class Loop:
                 f"checkpoint: holds the state of {len(state['controls'])} controls, the recipe has {len(self.controls)}"
             )
         self.steps_done, self.position = state["steps_done"], state["position"]
+        self.unstorable, self._before = "", None
         self.actor.load_state_dict(state["actor"])
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)

@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from entcov.rl.threads import no_thread, say
+
 _SPARKS = "▁▂▃▄▅▆▇█"
 PLAIN_SECONDS = 10.0  # a plain log gets at most a line per so many seconds, besides evaluations, first and last step
 
@@ -60,8 +62,8 @@ class Progress:
         self._last_line = -math.inf
 
     def __enter__(self) -> Progress:
-        if self._live:
-            self._live.start()
+        if self._live and not _started(self._live):
+            self._live, self._plain = None, True
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -205,8 +207,8 @@ class RunsProgress:
         self._rows: dict[str, tuple[str, list[dict[str, float]]]] = {label: ("waiting", []) for label in labels}
 
     def __enter__(self) -> RunsProgress:
-        if self._live:
-            self._live.start()
+        if self._live and not _started(self._live):
+            self._live, self._plain = None, True
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -246,6 +248,19 @@ class RunsProgress:
             style = "red" if state.startswith("failed") else "cyan" if state.startswith("running") else "dim"
             table.add_row(label, steps, bar, *cells, Text(state, style=style))
         return table
+
+
+def _started(live: Live) -> bool:
+    """Starts the live display; False where there is no thread for it, and then it is stopped."""
+    try:
+        live.start()
+    except RuntimeError as error:
+        if not no_thread(error):
+            raise
+        live.stop()
+        say(f"{error}: no live display, plain lines instead")
+        return False
+    return True
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

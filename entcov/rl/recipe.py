@@ -33,7 +33,7 @@ def naming(key: str) -> Iterator[None]:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The recipe at `path` with `a.b=value` overrides applied in order; nothing is resolved and no key is checked.
+    """The recipe at `path` with `a.b=value` overrides applied in order. Nothing is resolved: no variable has been read.
 
     Raises:
         ConfigError: no such file, not UTF-8, not YAML, no mapping, nested too deep, or a malformed override.
@@ -49,51 +49,72 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         ) from None
     except OSError as error:
         raise ConfigError(f"recipe {path}: cannot be read ({error.strerror})") from None
-    with _told(f"recipe {path}"):
+    where = f"recipe {path}"
+    try:
         _check_levels(text)
         tree = OmegaConf.load(io.StringIO(text))
-    if not isinstance(tree, DictConfig):
-        plain = OmegaConf.to_container(tree)
-        raise ConfigError(f"recipe {path}: must be a mapping of keys, got {check.shown(plain)}")
-    for item in overrides:
-        _override(tree, item)
+        if not isinstance(tree, DictConfig):
+            raise ConfigError(f"{where}: must be a mapping of keys, got {check.shown(OmegaConf.to_container(tree))}")
+        for item in overrides:
+            where = f"override {check.shown(item)}"
+            _override(tree, item, where)
+        return tree
+    except (yaml.YAMLError, _TooDeepError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {_said(error)}") from None
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
+        raise _explained(error, where) from None
+
+
+def resolve_recipe(tree: DictConfig, origin: str) -> dict[str, Any]:
+    """The recipe as plain containers, `${...}` resolved. Raises ConfigError where that cannot be done."""
+    try:
+        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
+        raise _explained(error, f"recipe {origin}") from None
+
+
+def _explained(error: Exception, where: str) -> ConfigError:
+    key = getattr(error, "full_key", None)
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return ConfigError(f"{where}: {f'{key}: ' if key else ''}{check.one_line(first)}")
+
+
+def interpolations(raw: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path of keys, what stands there) for each value that is interpolated, or is a list with such a value."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            yield from interpolations(value, (*above, key))
+        elif any("${" in text for text in texts(value)):
+            yield (*above, key), value
+
+
+def value_at(tree: Any, path: tuple[str, ...]) -> Any:
+    """What a plain tree holds under a path of keys; None where there is no such key."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
     return tree
 
 
-def resolved(tree: DictConfig, origin: str) -> dict[str, Any]:
-    """The recipe as plain containers, every `${...}` replaced by its value.
+def texts(value: Any) -> Iterator[str]:
+    """The strings that a plain value consists of, without keys and empty ones."""
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts(item)
 
-    Raises:
-        ConfigError: one has none, or a key that must be given (`???`) is not.
-    """
-    with _told(f"recipe {origin}"):
-        return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
 
-
-def _override(tree: DictConfig, item: str) -> None:
-    where = f"override {check.shown(item)}"
-    key, separator, text = item.partition("=")
+def _override(tree: DictConfig, item: str, where: str) -> None:
+    key, separator, value = item.partition("=")
     if not separator or not _KEY.fullmatch(key):
         raise ConfigError(f"{where}: must have the form key=value, with a key such as actor.lr")
     if key.count(".") >= MOST_LEVELS:
         raise ConfigError(f"{where}: a key has at most {MOST_LEVELS} levels, got {key.count('.') + 1}")
-    with _told(where):
-        _check_levels(text)
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
-        OmegaConf.update(tree, key, value, merge=True)
-
-
-@contextmanager
-def _told(where: str) -> Iterator[None]:
-    """What YAML and OmegaConf raise becomes one line that begins with `where`."""
-    try:
-        yield
-    except (yaml.YAMLError, _TooDeepError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {_said(error)}") from None
-    except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
-        key = getattr(error, "full_key", None)
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{check.one_line(first)}") from None
+    _check_levels(value)
+    given = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+    OmegaConf.update(tree, key, given["value"], merge=True)
 
 
 class _TooDeepError(Exception):

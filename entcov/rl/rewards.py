@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-from entcov.rl.score_process import ScorePool
+from entcov.rl.sandbox import SandboxPool
 from entcov.rl.tasks.base import TASKS, import_object, score_after_mark
 from entcov.rl.types import Example
 
@@ -139,8 +139,8 @@ def _bare(answer: str) -> str:
 
 
 @functools.cache
-def _math_pool() -> ScorePool:
-    return ScorePool("math", limit=_TIME_LIMIT, extra="train")
+def _math_pool() -> SandboxPool:
+    return SandboxPool("math", limit=_TIME_LIMIT, extra="train")
 
 
 STYLES: dict[str, RewardFunction] = {"exact": score_after_mark, "gsm8k": _score_gsm8k, "math": _score_math}

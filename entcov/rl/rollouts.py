@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +17,6 @@ from entcov.rl.data import PromptStream
 from entcov.rl.rewards import RewardFunction
 from entcov.rl.scoring import Scorer
 from entcov.rl.types import Rollout
-
-T = TypeVar("T")
 
 
 def derived_seed(seed: int, *path: int) -> int:
@@ -122,20 +118,6 @@ class Collector:
         return Collected(kept[: config.prompts_per_step * config.group_size], position, metrics)
 
 
-def in_background(work: Callable[[], T]) -> Future[T]:
-    """`work()` in a thread of its own, which does not keep the process alive."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="entcov-rollouts", daemon=True).start()
-    return future
-
-
 @contextmanager
 def timed(seconds: dict[str, float], name: str):
     start = time.perf_counter()
@@ -144,10 +126,11 @@ def timed(seconds: dict[str, float], name: str):
 
 
 def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
-    """Rewards and lengths of everything that was drawn, before any filter."""
+    """Rewards and lengths of everything that was drawn, before any filter; how many were not scored in time."""
     groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
     return {
         **spread("critic/score", [r.reward for r in drawn]),
+        "reward/timeouts": float(sum(r.timed_out for r in drawn)),
         **spread("response_length", [len(r.tokens) for r in drawn]),
         "response_length/clip_ratio": mean(not r.finished for r in drawn),
         "prompt_length/mean": mean(len(r.prompt.tokens) for r in drawn),

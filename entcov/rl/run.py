@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
-from entcov.rl.config import Config, ConfigError, load_config, save_config
-from entcov.rl.durable import replace_file
+from entcov.rl.config import Config, ConfigError
 from entcov.rl.engine import Parts, TorchEngine
 from entcov.rl.evaluation import SourceResult, evaluate, summarize
+from entcov.rl.interrupts import Interrupts
 from entcov.rl.loop import Loop
 from entcov.rl.metrics import RunLogger
 from entcov.rl.progress import Progress
 from entcov.rl.rollouts import derived_seed
-from entcov.rl.types import Rollout
+from entcov.rl.run_folder import SAMPLES, check_resume, has_begun, held, keep_evaluation, take_up, write_samples
 
-# Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
-_FREE_KEYS = (
-    "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
-)  # fmt: skip
 _COMMANDS = {
     "torch": "Start it with: python -m entcov train RECIPE",
     "megatron": "Start it with: torchrun --nproc-per-node=N -m megatron_integration train RECIPE",
@@ -50,6 +46,9 @@ def train(
     Raises:
         ConfigError: the folder holds a run of another recipe; the message lists the keys that differ. Or the recipe
             wants another engine than the one given.
+        RuntimeError: another process runs in the folder.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, whose number is its argument. Between the first step and the last it comes
+            when a step is done and stored.
     """
     engine = engine or TorchEngine()
     if config.actor.engine != engine.name:
@@ -58,40 +57,33 @@ def train(
             + _COMMANDS[config.actor.engine]
         )
     run_dir = Path(config.run_dir)
-    if not (run_dir / "config.yaml").exists():  # a run that began has been checked
+    if not has_begun(run_dir):  # a run that began has been checked
         engine.check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    checkpoint = engine.agree(lambda: _take_up(run_dir, config, resume))
-    if not engine.leads:
-        with Progress(config.steps, run_dir.name, enabled=False) as progress:
-            return _train(config, engine, checkpoint, run_dir, None, progress)
-    logger = RunLogger(
-        run_dir,
-        tensorboard=config.logging.tensorboard,
-        wandb=config.logging.wandb,
-        resume_step=-1 if checkpoint is None else checkpoint.step,  # -1: killed before the first checkpoint, start over
-    )
-    if checkpoint is not None:
-        make_latest(checkpoint)
-    with logger, Progress(config.steps, run_dir.name, enabled=display) as progress:
-        return _train(config, engine, checkpoint, run_dir, logger, progress)
+    with Interrupts(tells=engine.leads) as interrupts, ExitStack() as stack:
 
+        def take() -> Checkpoint | None:
+            check_resume(run_dir, resume)
+            stack.enter_context(held(run_dir))
+            return take_up(run_dir, config, resume)
 
-def _take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
-    """Makes the folder this run's; the checkpoint to go on from."""
-    checkpoints, checkpoint = run_dir / "checkpoints", None
-    if resume not in ("auto", "never"):
-        checkpoint = load_checkpoint(resume)
-        if checkpoint.path.resolve().parent != checkpoints.resolve():
-            raise ValueError(f"resume: must be one of this run's checkpoints in {checkpoints}, got {resume}")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run_dir: the folder {run_dir} cannot be made ({error.strerror})") from None
-    _claim(run_dir, config, resume)
-    return load_latest(checkpoints) if checkpoint is None else checkpoint
+        checkpoint = engine.agree(take)
+        if not engine.leads:
+            progress = stack.enter_context(Progress(config.steps, run_dir.name, enabled=False))
+            return _train(config, engine, checkpoint, run_dir, None, progress, interrupts)
+        logger = RunLogger(
+            run_dir,
+            tensorboard=config.logging.tensorboard,
+            wandb=config.logging.wandb,
+            resume_step=-1 if checkpoint is None else checkpoint.step,  # -1: nothing is stored yet, start over
+        )
+        stack.enter_context(logger)
+        if checkpoint is not None:
+            make_latest(checkpoint)
+        progress = stack.enter_context(Progress(config.steps, run_dir.name, enabled=display))
+        return _train(config, engine, checkpoint, run_dir, logger, progress, interrupts)
 
 
 def _train(
@@ -101,6 +93,7 @@ def _train(
     run_dir: Path,
     logger: RunLogger | None,
     progress: Progress,
+    interrupts: Interrupts,
 ) -> dict[str, float]:
     if checkpoint is None and config.warm_start.steps:
         progress.phase("warm start")
@@ -114,7 +107,10 @@ def _train(
 
     if checkpoint is not None:
         loop.load_state_dict(checkpoint.state)
-    return _Run(config, engine, parts, loop, logger, progress, run_dir).to_the_end(fresh=checkpoint is None)
+    run = _Run(config, engine, parts, loop, logger, progress, run_dir, interrupts)
+    if checkpoint is not None:
+        run.recorded = run.stored = checkpoint.step
+    return run.to_the_end(fresh=checkpoint is None)
 
 
 def evaluate_run(
@@ -123,6 +119,7 @@ def evaluate_run(
     checkpoint: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     engine: TorchEngine | None = None,
+    on_unkept: Callable[[OSError], None] | None = None,
 ) -> tuple[int, dict[str, float], list[SourceResult]]:
     """Held-out accuracy of the policy in `config.run_dir`, with the settings of `config.eval`.
 
@@ -131,6 +128,7 @@ def evaluate_run(
         progress: passed to `evaluate`.
         engine: what the policy runs on; default: this process with torch, whatever engine trained it. Another must be
             the one that trained, and every process of it makes the call.
+        on_unkept: told why the results could not be written, which are returned all the same; default: that is raised.
 
     Returns:
         The checkpoint's step, the metrics of `evaluate`, and the results by data source. The metrics and all responses
@@ -138,6 +136,7 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
+        OSError: the results cannot be written, e.g. on a read-only disk, and `on_unkept` is not given.
     """
     if config.eval.prompts == 0:
         raise ConfigError("eval.prompts: must be at least 1, or null for all of data.val_files, to evaluate; got 0")
@@ -159,9 +158,13 @@ def evaluate_run(
     )
     if not engine.leads:
         return found.step, metrics, summarize(rollouts)
-    _write_samples(run_dir / "eval" / f"step_{found.step}.jsonl", rollouts, limit=len(rollouts))
     result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
-    replace_file(run_dir / "eval" / f"step_{found.step}.json", (json.dumps(result, indent=1) + "\n").encode())
+    try:
+        keep_evaluation(run_dir, found.step, result, rollouts)
+    except OSError as error:
+        if on_unkept is None:
+            raise
+        on_unkept(error)
     return found.step, metrics, summarize(rollouts)
 
 
@@ -181,6 +184,9 @@ class _Run:
     logger: RunLogger | None  # the leader's
     progress: Progress
     run_dir: Path
+    interrupts: Interrupts
+    recorded: int = -1  # the last step with metrics
+    stored: int = -1  # the step of the latest checkpoint
 
     def to_the_end(self, *, fresh: bool) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -189,31 +195,78 @@ class _Run:
             if metrics:
                 self.record(0, metrics)
             self.save()
+        self.interrupts.waits_for_step = True
         while self.loop.steps_done < self.config.steps:
-            metrics = self.loop.step()
+            metrics = self.step()
             step = self.loop.steps_done
             last = step == self.config.steps
-            if last or (self.config.eval.every and step % self.config.eval.every == 0):
+            stop = self.engine.greatest(self.interrupts.received)  # it strikes the processes at different moments
+            if last or stop or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+                self.save()
+            if stop and not last:
+                raise KeyboardInterrupt(stop)
+        return metrics
+
+    def step(self) -> dict[str, float]:
+        """One step, evaluated and recorded; whatever ends the run in it, what was done before is kept if possible."""
+        metrics: dict[str, float] = {}
+        try:
+            metrics = self.loop.step()
+            step = self.loop.steps_done
+            if step == self.config.steps or (self.config.eval.every and step % self.config.eval.every == 0):
                 metrics |= self.evaluation(step)
             self.record(step, metrics)
-            if last or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-                self.save()
-        return metrics
+            return metrics
+        except BaseException as error:
+            if self.loop.steps_done > self.stored:
+                self.keep_last(metrics)
+            if self.interrupts.received and isinstance(error, Exception):
+                self.say(f"the run was to stop, and failed before it could: {error}")
+                raise KeyboardInterrupt(self.interrupts.received) from error
+            raise
+
+    def keep_last(self, metrics: dict[str, float]) -> None:
+        """Stores the last whole step of a run that is ending early, or says why that cannot be done."""
+        done, before = self.loop.steps_done, self.stored
+        if self.interrupts.at_once:
+            reason = "a second interrupt does not wait for a checkpoint"
+        elif self.engine.processes > 1:
+            reason = "a checkpoint needs every process, and they have not all come to the same point"
+        elif self.loop.unstorable:
+            reason = self.loop.unstorable
+        else:
+            if self.recorded < done:  # its evaluation has failed, or its line in the record
+                with suppress(Exception):
+                    self.record(done, metrics)
+            try:
+                self.save(more=1)  # the state may be what made the run fail: nothing earlier is removed for it
+                self.say(f"the state after step {done} is stored")
+                return
+            except Exception as error:
+                reason = f"storing the state failed: {error}"
+        steps = f"step {done} is" if done == before + 1 else f"steps {before + 1} to {done} are"
+        self.say(f"{steps} lost: {reason}. The latest checkpoint is that of step {before}")
+
+    def say(self, text: str) -> None:
+        if self.engine.leads:
+            print(text, file=sys.stderr)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         if self.logger is not None:
             self.logger.log(step, metrics)
+        self.recorded = step
         self.progress.update(step, metrics)
 
-    def save(self) -> None:
+    def save(self, more: int = 0) -> None:
         self.progress.phase("checkpoint")
         self.engine.save(
             self.run_dir / "checkpoints",
             self.loop.steps_done,
             self.parts,
             self.loop.state_dict(),
-            self.config.checkpoint.keep,
+            self.config.checkpoint.keep + more,
         )
+        self.stored = self.loop.steps_done
 
     def evaluation(self, step: int) -> dict[str, float]:
         settings = self.config.eval
@@ -229,47 +282,5 @@ class _Run:
             seed=derived_seed(self.config.seed, _EVAL_SEED),  # the same draws at every step: less noise in the curve
         )
         if self.engine.leads:
-            _write_samples(self.run_dir / "samples" / f"step_{step}.jsonl", rollouts)
+            write_samples(self.run_dir / SAMPLES / f"step_{step}.jsonl", rollouts)
         return metrics
-
-
-def _claim(run_dir: Path, config: Config, resume: str) -> None:
-    """Makes the folder this run's, or checks that it already is."""
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        save_config(config, path)
-        return
-    if resume == "never":
-        raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
-    before, now = (_leaves(dataclasses.asdict(c)) for c in (load_config(path), config))
-    different = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS)]
-    if different:
-        lines = "\n".join(f"  {key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in different)
-        raise ConfigError(
-            f"run_dir: {run_dir} holds a run of another recipe; choose another folder or restore these keys:\n{lines}"
-        )
-    save_config(config, path)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The tree's values under dotted keys."""
-    found = {}
-    for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
-
-
-def _write_samples(path: Path, rollouts: list[Rollout], limit: int = 64) -> None:
-    """A few scored responses to read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {
-            "prompt": [m["content"] for m in r.prompt.example.prompt],
-            "response": r.text,
-            "ground_truth": r.prompt.example.ground_truth,
-            "reward": r.reward,
-            "finished": r.finished,
-        }
-        for r in rollouts[:limit]
-    ]
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

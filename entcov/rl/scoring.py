@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from threading import Semaphore
 
 from entcov.rl import rewards
-from entcov.rl.score_process import MAX_CHILDREN
+from entcov.rl.sandbox import Budget, free_cores
+from entcov.rl.threads import submit
 from entcov.rl.types import Rollout
+
+STEP_LIMIT = 300.0  # seconds that the responses of one step may keep every sandbox busy; the rest of them score 0
 
 
 class Scorer:
@@ -15,22 +19,26 @@ class Scorer:
 
     The built-in rewards work in child processes or for microseconds, so their threads leave the generation alone; they
     get as many threads as there may be children. A reward function of your own gets one thread: it runs beside the
-    generation, and need not be safe to call twice at once.
+    generation, and need not be safe to call twice at once. Where the system has no thread left, `take` scores.
 
-    A reward depends on its own rollout alone, so neither the order nor the number of threads shows in the result.
+    A reward depends on its own rollout alone, so neither the order nor the number of threads shows in the result. Time
+    is the exception: a response that is not scored within its limit, or for which nothing is left of the time that a
+    step's responses may take in sandboxes (300 s for each of them), gets reward 0 and `Rollout.timed_out`.
     """
 
     def __init__(self, score: rewards.RewardFunction) -> None:
         self.score = score
-        threads = MAX_CHILDREN if score is rewards.score else 1
+        threads = free_cores() if score is rewards.score else 1
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="entcov-reward")
+        self._turn = Semaphore(threads)
+        self._budget = Budget(STEP_LIMIT * threads)
         self._waiting: list[Future[None]] = []
         self._taken: set[int] = set()
 
     def take(self, rollout: Rollout) -> None:
         """Scores a complete response some time before `finish` returns. Callable from any thread."""
         self._taken.add(id(rollout))
-        self._waiting.append(self._pool.submit(self._score, rollout))
+        self._waiting.append(submit(self._pool, self._score, rollout))
 
     def finish(self, rollouts: Sequence[Rollout]) -> None:
         """Returns when all of `rollouts` have their rewards.
@@ -46,11 +54,13 @@ class Scorer:
                 self.take(rollout)
         wait(self._waiting, return_when=FIRST_EXCEPTION)
         for scored in self._waiting:
-            if scored.done() and not scored.cancelled():
+            if scored.done():
                 scored.result()
 
     def _score(self, rollout: Rollout) -> None:
-        rollout.reward = self.score(rollout.prompt.example, rollout.text)
+        with self._turn, self._budget.charged() as charge:
+            rollout.reward = self.score(rollout.prompt.example, rollout.text)
+        rollout.timed_out = charge.timed_out
 
     def __enter__(self) -> Scorer:
         return self

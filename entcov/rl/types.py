@@ -43,4 +43,5 @@ class Rollout:
     weight_version: int  # number of optimizer steps the sampling weights had seen
     text: str = ""  # the response decoded, without the end-of-sequence token
     reward: float | None = None  # None: not scored yet
+    timed_out: bool = False  # scored 0 because scoring took too long
     advantage: float = 0.0

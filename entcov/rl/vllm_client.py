@@ -2,7 +2,8 @@
 
 The routes are those of a vLLM server with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out, which `entcov.rl.vllm_server`
 starts: /inference/v1/generate (token ids in and out), the weight-transfer routes, /reset_prefix_cache, /server_info.
-Weights take another way than HTTP: NCCL or CUDA IPC between GPUs, a file on CPU.
+Weights take another way than HTTP: NCCL or CUDA IPC between GPUs, a file on CPU. Every request carries the server's
+token (entcov/rl/vllm_token.py); a route that is called here must be among the guard's (entcov/rl/vllm_guard.py).
 """
 
 from __future__ import annotations
@@ -21,11 +22,22 @@ import torch
 from transformers import AutoConfig
 
 from entcov.rl.config import VllmConfig
+from entcov.rl.threads import submit
 from entcov.rl.vllm_engine import Completion, Request, sampling_arguments
+from entcov.rl.vllm_token import client_token
 from entcov.rl.weight_sync import ByFile, ExpectedWeights, Transport
 
 _LIMIT = 3600.0  # seconds without an answer after which a server counts as dead; a long response is one answer
-_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirection is an error: followed, it would take the token to another server."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
 
 
 class ServerEngine:
@@ -41,19 +53,21 @@ class ServerEngine:
 
     Raises:
         RuntimeError: nothing answers, or it is no vLLM server with the routes above.
-        ValueError: the server serves another model, or was started with settings that would sample another policy.
+        ValueError: there is no token for it. Or it serves another model, or was started with settings that would sample
+            another policy.
     """
 
     def __init__(
         self, settings: VllmConfig, expected: ExpectedWeights, *, max_model_len: int, dtype: torch.dtype
     ) -> None:
         self.url = settings.url.rstrip("/")
+        self._token = client_token(self.url)
         self.leads = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._at_once = settings.max_num_seqs
         try:
             config = self._call("GET", "/server_info?config_format=json")["vllm_config"]
         except RuntimeError as error:
-            raise RuntimeError(f"rollout.vllm.url: {error}; start it with python -m entcov.rl.vllm_server") from error
+            raise RuntimeError(f"rollout.vllm.url: {error} (python -m entcov.rl.vllm_server starts one)") from error
         _check(config, expected, max_model_len, dtype)
         self.backend: str = config["weight_transfer_config"]["backend"]
 
@@ -73,7 +87,7 @@ class ServerEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """(number of the request, its response), each as soon as it is complete."""
         pool = ThreadPoolExecutor(min(self._at_once, max(1, len(requests))), thread_name_prefix="entcov-vllm")
-        waiting = {pool.submit(self._complete, request): number for number, request in enumerate(requests)}
+        waiting = {submit(pool, self._complete, request): number for number, request in enumerate(requests)}
         try:
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
@@ -124,13 +138,17 @@ class ServerEngine:
             RuntimeError: no answer, or an error; the message has the server's own words.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + route, data=data, method=method, headers={"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token.value}"}
+        request = urllib.request.Request(self.url + route, data=data, method=method, headers=headers)
         try:
-            with _NO_PROXY.open(request, timeout=_LIMIT) as answer:
+            with _DIRECT.open(request, timeout=_LIMIT) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
+            if error.code == 401:
+                raise RuntimeError(
+                    f"{method} {self.url}{route}: the server refused the token of {self._token.source}; it must be the "
+                    "one that the server was started with"
+                ) from None
             words = error.read().decode(errors="replace")[:2000]
             raise RuntimeError(f"{method} {self.url}{route}: vLLM answered {error.code}: {words}") from error
         except (OSError, ValueError) as error:

@@ -40,6 +40,7 @@ _OWN_ARGUMENTS = (
     "generation_config", "weight_transfer_config", "worker_extension_cls", "tensor_parallel_size",
     "distributed_executor_backend", "max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes",
     "enable_sleep_mode", "enforce_eager",
+    "host", "port", "uds", "root_path", "middleware", "api_key", "config",  # a server's: they would get round its guard
 )  # fmt: skip
 
 
@@ -230,7 +231,7 @@ def engine_arguments(
             "kv_cache_memory_bytes": settings.kv_cache_memory_bytes,
             "enable_sleep_mode": settings.sleep,
         }
-    own = sorted(settings.engine_args.keys() & {*_OWN_ARGUMENTS})
+    own = sorted(key for key in settings.engine_args if key.replace("-", "_") in _OWN_ARGUMENTS)
     if own:
         raise ValueError(f"rollout.vllm.engine_args: {', '.join(own)} are set by other keys or by entcov; remove them")
     return arguments | settings.engine_args

@@ -2,8 +2,8 @@
 
     python -m entcov.rl.vllm_server RECIPE [key=value ...] [--host HOST] [--port PORT] [--transfer nccl|ipc]
 
-It is vLLM's own server, with the arguments that the recipe asks for; it replaces this process. Everybody who reaches
-its port can change its weights, so it listens on 127.0.0.1 unless --host says otherwise.
+It is vLLM's own server, with the arguments that the recipe asks for, behind a token (entcov/rl/vllm_token.py) and a
+list of routes (entcov/rl/vllm_guard.py); it replaces this process. It listens on 127.0.0.1 but for --host.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +23,16 @@ from transformers import AutoConfig
 from entcov.rl.config import Config, ConfigError, load_config
 from entcov.rl.model import build_model
 from entcov.rl.vllm_engine import engine_arguments, save_configuration
+from entcov.rl.vllm_guard import ARGUMENTS
+from entcov.rl.vllm_token import VARIABLE, server_token
 
 _FOLDER = "vllm_model"  # in the run's folder: the configuration of a model that the recipe spells out
 
 
-def server_command(
+def server_arguments(
     config: Config, *, host: str, port: int, transfer: str, cpu: bool
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that serves the recipe's model, and the environment variables that it needs.
+    """The arguments of a vLLM server for the recipe's model, and the environment variables that it needs.
 
     Args:
         transfer: how weights come, "nccl" or "ipc"; on CPU they come by file.
@@ -52,6 +55,8 @@ def server_command(
         "port": port,
         **engine_arguments(model, config.rollout.vllm, max_model_len=longest, dtype=dtype, cpu=cpu),
         "weight_transfer_config": {"backend": "entcov" if cpu else transfer},
+        "middleware": "entcov.rl.vllm_guard.Guard",
+        "disable_fastapi_docs": True,
         "enable_scale_out": True,  # the route that takes token ids
         "disable_uvicorn_access_log": True,
     }
@@ -61,9 +66,7 @@ def server_command(
         environment |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     elif transfer == "ipc":
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles of the trainer's memory come pickled
-    # `vllm serve` looks for a distribution named vllm, which the CPU build is not; its module is the same server.
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *_flags(arguments)]
-    return command, environment
+    return _flags(arguments), environment
 
 
 def _flags(arguments: dict[str, Any]) -> list[str]:
@@ -90,14 +93,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         config = load_config(options.recipe, options.overrides)
-        command, environment = server_command(
+        arguments, environment = server_arguments(
             config, host=options.host, port=options.port, transfer=options.transfer, cpu=not torch.cuda.is_available()
         )
-    except (ConfigError, ValueError) as error:
+        _check_free(options.host, options.port)  # a server that is there keeps its token
+        token = server_token(options.port)
+    except (ConfigError, ValueError, OSError) as error:
         print(f"vllm_server: {error}", file=sys.stderr)
         return 2
-    os.execve(command[0], command, os.environ | environment)
+    print(f"vllm_server: the token is in {token.source}", file=sys.stderr, flush=True)
+    environment = os.environ | environment | {VARIABLE: token.value, ARGUMENTS: json.dumps(arguments)}
+    environment.pop("VLLM_API_KEY", None)  # vLLM would ask for a second token
+    os.execve(sys.executable, [sys.executable, "-m", "entcov.rl.vllm_guard"], environment)
     raise AssertionError("unreachable")
+
+
+def _check_free(host: str, port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError(f"--port: must be in [1, 65535], got {port}")
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"--host, --port: cannot listen on {host}, port {port}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

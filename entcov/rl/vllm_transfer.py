@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from entcov.rl.weight_sync import Engine, Stream, Weight
+from entcov.rl.weight_sync import Engine, Stream, Weight, check_weights_file
 
 BACKEND = "entcov"
 
@@ -62,7 +62,7 @@ class Receiver(WeightTransferEngine[_InitInfo, _UpdateInfo]):
         if weights is None:
             from safetensors.torch import load_file
 
-            weights = load_file(update_info.path).items()
+            weights = load_file(check_weights_file(update_info.path)).items()
         with disable_mtp_completeness_check():
             self.model.load_weights(iter(weights))
 

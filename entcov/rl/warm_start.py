@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +16,13 @@ from torch import nn
 from entcov.rl.batch import Batch, micro_batches, pack
 from entcov.rl.config import ActorConfig, Config, WarmStartConfig
 from entcov.rl.data import PromptStream
-from entcov.rl.durable import as_os_error
+from entcov.rl.durable import clear_leftovers, locked, make_folder
 from entcov.rl.model import batch_token_stats
+from entcov.rl.sealed import CheckpointError, damage, replace_sealed
 from entcov.rl.tokenizer import encode
 from entcov.rl.types import Prompt, Rollout
+
+_WEIGHTS = "model.safetensors"
 
 
 def warm_started(
@@ -33,7 +34,8 @@ def warm_started(
     """
     settings = config.warm_start
     if settings.cache_dir is None:
-        return warm_start(model, tokenizer, stream, settings, config.actor, on_step=on_step)
+        warm_start(model, tokenizer, stream, settings, config.actor, on_step=on_step)
+        return
     shared = ("betas", "weight_decay", "max_grad_norm", "micro_batch_tokens", "packing")
     actor = {key: getattr(config.actor, key) for key in shared}
     depends_on = [
@@ -41,17 +43,18 @@ def warm_started(
         {k: v for k, v in dataclasses.asdict(settings).items() if k != "cache_dir"},
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
-    stored = Path(settings.cache_dir) / f"{key}.safetensors"
-    if stored.exists():
-        load_model(model, stored)
-        return None
-    warm_start(model, tokenizer, stream, settings, config.actor, on_step=on_step)
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    temporary = stored.with_suffix(f".tmp.{os.getpid()}")
-    with as_os_error(stored):
-        save_model(model, str(temporary))
-    shutil.move(temporary, stored)
-    return None
+    stored = Path(settings.cache_dir) / key
+    if not stored.exists():
+        warm_start(model, tokenizer, stream, settings, config.actor, on_step=on_step)
+        make_folder(stored.parent)
+        with locked(stored.parent, wait=True):  # runs that make the same one at the same time
+            clear_leftovers(stored.parent)
+            if not stored.exists():
+                replace_sealed(stored, {_WEIGHTS: lambda path: save_model(model, str(path))}, "a warm start")
+        return
+    if problem := damage(stored, "the warm start"):
+        raise CheckpointError(f"{problem}; remove the folder, and it is made again")
+    load_model(model, stored / _WEIGHTS)
 
 
 def warm_start(

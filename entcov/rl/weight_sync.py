@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -227,6 +228,26 @@ class ByFile:
             engine.start_weight_update()
             engine.update_weights({"path": path})
             engine.finish_weight_update(version)
+
+
+def check_weights_file(path: object) -> str:
+    """The path of `ByFile`'s file, as a server should see it before it reads what a client names.
+
+    Raises:
+        ValueError: it is not a regular .safetensors file of this process's user, in a folder of theirs that nobody else
+            may write to: a device, a pipe, a link, or somebody else's file.
+    """
+    rule = "must be a regular .safetensors file of the server's user, in a folder that only this user may write to"
+    if not isinstance(path, str) or not os.path.isabs(path) or not path.endswith(".safetensors"):
+        raise ValueError(f"update_info.path: {rule}, got {path!r}")
+    try:
+        file, folder = os.lstat(path), os.lstat(os.path.dirname(path))
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise ValueError(f"update_info.path: {rule}, got {path!r} ({error})") from None
+    own = file.st_uid == folder.st_uid == os.geteuid() and not folder.st_mode & 0o022
+    if not (stat.S_ISREG(file.st_mode) and stat.S_ISDIR(folder.st_mode) and own):
+        raise ValueError(f"update_info.path: {rule}, got {path!r}")
+    return path
 
 
 def _chunks(stream: Stream, limit: int) -> Iterator[list[tuple[str, Tensor]]]:

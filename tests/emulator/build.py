@@ -48,21 +48,25 @@ def cuda_headers() -> Path:
 def compiler() -> list[str]:
     wanted = shlex.split(os.environ.get("CXX", "g++"))
     if not shutil.which(wanted[0]):
-        raise RuntimeError(f"the emulated CUDA tests need g++ (or CXX), and {wanted[0]!r} is not on the PATH")
+        raise RuntimeError(f"tests that compile the kernels need g++ (or CXX), and {wanted[0]!r} is not on the PATH")
     return wanted
 
 
-def includes() -> list[str]:
+def system_includes() -> list[str]:
+    """Python's headers and pybind11's."""
     try:
         import pybind11
     except ImportError as error:
-        raise RuntimeError(f"the emulated CUDA tests need pybind11's headers: {INSTALL}") from error
+        raise RuntimeError(f"tests that compile the kernels need pybind11's headers: {INSTALL}") from error
+    return [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+
+
+def includes() -> list[str]:
     cuda = cuda_headers()
-    system = [cuda, cuda / "cccl", pybind11.get_include(), sysconfig.get_path("include")]
-    return [f"-I{HERE}", *(f"-isystem{path}" for path in system)]
+    return [f"-I{HERE}", f"-isystem{cuda}", f"-isystem{cuda / 'cccl'}", *system_includes()]
 
 
-def _run(command: list[str]) -> None:
+def run_compiler(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or "warning:" in done.stderr:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
@@ -81,7 +85,7 @@ class Builder:
         def run() -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             command = [*compiler(), *COMMON, *flags, f"-I{include}", *includes(), "-x", "c++"]
-            _run([*command, "-c", str(source), "-o", str(target)])
+            run_compiler([*command, "-c", str(source), "-o", str(target)])
             return target
 
         if target not in self.objects:
@@ -91,7 +95,7 @@ class Builder:
     def link(self, mode: str, objects: list[Future], target: Path) -> Path:
         names = [str(future.result()) for future in objects]
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run([*compiler(), "-shared", *MODES[mode], *names, "-o", str(target), "-lpthread"])
+        run_compiler([*compiler(), "-shared", *MODES[mode], *names, "-o", str(target), "-lpthread"])
         return target
 
     def kernels(self, mode: str, csrc: Path = ROOT / "csrc", folder: str = "", only: str = "") -> list[Future]:

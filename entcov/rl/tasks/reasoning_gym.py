@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from entcov.rl.score_process import ScorePool
+from entcov.rl.sandbox import IsolationError, SandboxPool
 from entcov.rl.tasks.base import SPLITS, check_fraction, check_int, check_split_index, question_split, register
 from entcov.rl.types import Example
 
@@ -18,7 +18,15 @@ _NO_ANSWER = "(none recorded: reasoning-gym's scorer decides)"
 _REFUSED = {
     "codeio": "its snippets draw unseeded numbers, so the same index is another question every time",
     "game_of_life_halting": "its scorer gives every answer the full score",
+    "puzzle24": "its scorer takes any four numbers that make 24, not only those of the question",
 }
+# Their scorers pass the answer to `eval`, or to sympy's parse_expr, which does. `sandbox/guard.py` leaves arithmetic.
+EVALUATED = frozenset(
+    {
+        *("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"),
+        *("countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"),
+    }
+)
 _TIME_LIMIT = 5.0  # seconds for one response
 
 _BLOCK = 64  # consecutive indices that share one dataset object: some are slow to build
@@ -32,9 +40,10 @@ class ReasoningGym:
 
     The splits draw from disjoint ranges of reasoning-gym's seeds, and a hash of the question gives every question to
     one split, as for the built-in tasks: no held-out question is ever trained on. Examples carry a `solution` where
-    the dataset records an answer. Questions are made and scored in a child process with a fixed hash seed (without it
-    some generators differ from process to process) and a time limit. Scoring makes the question again from
-    `extra_info`, so exported rows need nothing but the reasoning-gym version that wrote them.
+    the dataset records an answer. Questions are made in a child process with a fixed hash seed (without it some
+    generators differ from process to process), and each answer is scored in a confined child of that one, with a time
+    limit. Scoring makes the question again from `extra_info`, so exported rows need nothing but the reasoning-gym
+    version that wrote them.
 
     Args:
         dataset: a registered name ("chain_sum"), or "composite".
@@ -45,6 +54,7 @@ class ReasoningGym:
 
     Raises:
         ImportError: reasoning-gym is not installed.
+        IsolationError: a dataset whose scorer evaluates the answer, where the system lacks what confines it.
         ValueError: unknown dataset, refused settings, or too few distinct questions for two splits.
     """
 
@@ -60,11 +70,10 @@ class ReasoningGym:
         known = _installed()["names"]
         if self.dataset not in known:
             raise ValueError(f"reasoning_gym: unknown dataset {self.dataset!r}; known: {', '.join(known)}")
-        if self.dataset in _REFUSED:
-            raise ValueError(f"reasoning_gym: {self.dataset} is refused: {_REFUSED[self.dataset]}")
         for key in ("seed", "size"):
             if key in self.settings:
                 raise ValueError(f"reasoning_gym: settings must not hold {key!r}, got {self.settings[key]!r}")
+        _check_dataset(self.dataset, json.dumps(self.settings))
         for split in SPLITS:
             self.example(split, 0)
 
@@ -106,6 +115,8 @@ class ReasoningGym:
 
     def _example(self, entry: dict[str, Any], where: dict[str, Any]) -> Example:
         answer = entry["answer"] if isinstance(entry["answer"], str) and entry["answer"].strip() else None
+        if answer is not None and "Integral(" in answer:
+            answer = None  # of intermediate_integration, where sympy found no antiderivative: it is the question again
         return Example(
             data_source=self._source,
             prompt=({"role": "user", "content": entry["question"] + _INSTRUCTION},),
@@ -126,6 +137,7 @@ class ReasoningGym:
         missing = [key for key in keys if key not in info]
         if missing:
             raise ValueError(f"{example.data_source}: extra_info must hold {', '.join(keys)}; missing: {missing}")
+        _check_dataset(info["dataset"], info["settings"])
         try:
             return _pool().score(
                 item={key: info[key] for key in keys},
@@ -139,9 +151,26 @@ class ReasoningGym:
             ) from None
 
 
+@functools.lru_cache(maxsize=64)
+def _check_dataset(name: str, settings: str) -> None:
+    """Refuses a dataset, or a composite with one, whose scores mean nothing, or whose scorer is not confined here."""
+    members = _members(name, json.loads(settings))
+    for member in sorted(members & _REFUSED.keys()):
+        raise ValueError(f"reasoning_gym: {member} is refused: {_REFUSED[member]}")
+    for member in sorted(members & EVALUATED):
+        if lacking := _pool().lacking():
+            raise IsolationError(f"reasoning_gym: {member} evaluates the answer and", lacking)
+
+
+def _members(name: str, settings: dict[str, Any]) -> set[str]:
+    """The datasets that a dataset with these settings draws from; settings of the wrong form are found elsewhere."""
+    specs = settings.get("datasets", []) if name == "composite" else []
+    return {name}.union(*(_members(spec["name"], spec.get("config") or {}) for spec in specs if "name" in spec))
+
+
 @functools.cache
-def _pool() -> ScorePool:
-    return ScorePool("reasoning_gym", limit=_TIME_LIMIT, extra="tasks")
+def _pool() -> SandboxPool:
+    return SandboxPool("reasoning_gym", limit=_TIME_LIMIT, extra="tasks")
 
 
 @functools.cache

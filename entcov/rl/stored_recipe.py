@@ -1,0 +1,181 @@
+"""The recipe in a run's folder: RUN/config.yaml stored, compared with the recipe that goes on, and read by `eval`.
+
+Two things must hold of config.yaml. It holds no secret: an interpolation such as ${oc.env:HF_TOKEN} is stored as it is
+written. Where its value decides what is computed, config.digests.json holds a salted scrypt hash of the value, so that
+a run does not go on silently with another one. And it may come from a stranger: `load_run` lets it neither import
+anything nor read the environment nor name a server, unless it is told to trust it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from entcov import _checks as check
+from entcov.rl.config import Config, as_written, load_config, resolve_config, save_config
+from entcov.rl.durable import replace_file
+from entcov.rl.recipe import ConfigError, interpolations, read_recipe, texts, value_at
+
+_CONFIG, _DIGESTS = "config.yaml", "config.digests.json"
+# Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
+_FREE_KEYS = (
+    "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
+)  # fmt: skip
+# Of a finished policy: what it is asked, how it is sampled and scored, and what it runs on.
+_KEYS_OF_AN_EVALUATION = (
+    "eval.", "data.", "rollout.", "megatron.", "device", "threads", "model.compute_dtype", "model.attn_implementation",
+)  # fmt: skip
+
+
+def check_same_recipe(run_dir: Path, config: Config) -> None:
+    """Raises ConfigError, whose message lists the keys that differ, where the folder's recipe is another one."""
+    if not (run_dir / _CONFIG).exists():
+        return
+    if lines := _differences(run_dir, config):
+        raise ConfigError(
+            f"run_dir: {run_dir} holds a run of another recipe; choose another folder or restore these keys:\n"
+            + "\n".join(f"  {line}" for line in lines)
+        )
+
+
+def store_recipe(run_dir: Path, config: Config) -> None:
+    _store_digests(run_dir, config)
+    save_config(config, run_dir / _CONFIG)
+
+
+def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Config:
+    """The recipe in a run's folder, to evaluate its policy with overrides.
+
+    Args:
+        trusted: whether config.yaml may import modules, read environment variables and choose a server. What an
+            override says may do so in any case.
+
+    Raises:
+        ConfigError: `run` holds no run; an override is of a key that an evaluation does not depend on (what the policy
+            is, and how it was trained, is settled); or the recipe is not trusted and wants such a thing.
+    """
+    path = Path(run) / _CONFIG
+    if not path.is_file():
+        raise ConfigError(f"run: must be the folder of a run, with its {_CONFIG}, got {run}")
+    for item in overrides:
+        key = item.partition("=")[0]
+        if not key.startswith(_KEYS_OF_AN_EVALUATION):
+            raise ConfigError(
+                f"{check.one_line(key, 80)}: has no effect on an evaluation; of the recipe's keys it depends on "
+                f"{', '.join(one.rstrip('.') for one in _KEYS_OF_AN_EVALUATION)}"
+            )
+    tree = read_recipe(path, [*overrides, f"run_dir={run}"])
+    if trusted:
+        return resolve_config(tree, str(path))
+    given = [item.partition("=")[0] for item in overrides]
+    # A resolver is the only way to the environment, and its call has a colon. Without one nothing but keys is read.
+    wants = []
+    for keys, said in interpolations(OmegaConf.to_container(tree, resolve=False)):
+        if not any("${" in text and ":" in text for text in texts(said)):
+            continue
+        if keys[0] == "logging" and len(keys) > 1:  # where a recipe has its tokens; an evaluation does not log
+            functools.reduce(lambda node, key: node[key], keys[:-1], tree)[keys[-1]] = None
+        else:
+            wants.append((".".join(keys), said, "reads more than other keys"))
+    _refuse(path, wants, given)
+    config = resolve_config(tree, str(path))
+    model, data, vllm = config.model, config.data, config.rollout.vllm
+    wants = [
+        ("data.task", data.task, "imports a module") if data.task is not None and ":" in data.task else None,
+        ("data.reward", data.reward, "imports a module") if data.reward is not None else None,
+        ("model.attn_implementation", model.attn_implementation, "runs a kernel from the Hugging Face hub")
+        if "/" in model.attn_implementation
+        else None,
+    ]
+    if config.rollout.engine == "vllm":
+        wants += [
+            ("rollout.vllm.url", vllm.url, "sends prompts, weights and a token") if vllm.url is not None else None,
+            ("rollout.vllm.engine_args", vllm.engine_args, "may import modules") if vllm.engine_args else None,
+        ]
+    _refuse(path, [want for want in wants if want is not None], given)
+    return config
+
+
+def _refuse(path: Path, wants: list[tuple[str, Any, str]], given: list[str]) -> None:
+    """Raises for what the file wants, unless a key that was given on the command line wants it."""
+    lines = [
+        f"  {key}: {value!r} {what}"
+        for key, value, what in wants
+        if not any(f"{key}.".startswith(f"{own}.") for own in given)
+    ]
+    if lines:
+        raise ConfigError(
+            f"{path} wants what a stranger's file should not have. If you know where it comes from, --trust-run lets "
+            "it; or give these keys yourself, as key=value:\n" + "\n".join(lines)
+        )
+
+
+def _differences(run_dir: Path, config: Config) -> list[str]:
+    """One line for each key that decides what is computed and has another value than in the folder."""
+    stored = load_config(run_dir / _CONFIG)
+    before, now, shown = dataclasses.asdict(stored), dataclasses.asdict(config), _leaves(as_written(config))
+    digests = _Digests.of(run_dir)
+    for path, (said, _) in stored.interpolated.items():
+        value = value_at(now, path)
+        value_at(before, path[:-1])[path[-1]] = value if digests.match(path, value) else said
+    before, now = _leaves(before), _leaves(now)
+    lines = []
+    for key in before | now:
+        if before.get(key) == now.get(key) or key.startswith(_FREE_KEYS):
+            continue
+        was, is_ = before.get(key), shown.get(key)
+        lines.append(f"{key}: was {was!r}, is {is_!r}" + (", which has another value now" if was == is_ else ""))
+    return lines
+
+
+def _store_digests(run_dir: Path, config: Config) -> None:
+    paths = [path for path in config.interpolated if not ".".join(path).startswith(_FREE_KEYS)]
+    if paths:
+        digests, tree = _Digests(secrets.token_hex(16), {}), dataclasses.asdict(config)
+        for path in paths:
+            digests.values[".".join(path)] = digests.digest(value_at(tree, path))
+        text = json.dumps(dataclasses.asdict(digests), indent=1) + "\n"
+        replace_file(run_dir / _DIGESTS, text.encode(), mode=0o600)
+    else:
+        (run_dir / _DIGESTS).unlink(missing_ok=True)
+
+
+@dataclasses.dataclass
+class _Digests:
+    salt: str
+    values: dict[str, str]  # by dotted key
+
+    @classmethod
+    def of(cls, run_dir: Path) -> _Digests:
+        path = run_dir / _DIGESTS
+        if not path.exists():
+            return cls("", {})
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ConfigError(f"{path} is damaged: it must hold salt and values") from None
+
+    def match(self, path: tuple[str, ...], value: Any) -> bool:
+        stored = self.values.get(".".join(path))
+        return stored is not None and secrets.compare_digest(stored, self.digest(value))
+
+    def digest(self, value: Any) -> str:
+        """Slow on purpose: a value that can be guessed should not be guessed fast."""
+        text = json.dumps(value, sort_keys=True).encode()
+        return hashlib.scrypt(text, salt=self.salt.encode(), n=1 << 14, r=8, p=1, dklen=32).hex()
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The tree's values under dotted keys."""
+    found = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

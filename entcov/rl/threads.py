@@ -1,0 +1,72 @@
+"""Work beside the run's own thread, where the machine gives a thread for it, and in the calling thread elsewhere.
+
+A limit on processes (ulimit -u, a container's pids limit) makes Python's "can't start new thread". Nothing that threads
+only make faster or nicer may end a run for that.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock, Thread
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def submit(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments) -> Future[T]:
+    """As `pool.submit`; where the pool needs one more thread and gets none, the work is done before this returns."""
+    future: Future[T] = Future()
+    run = _once(future, lambda: work(*arguments))
+    try:
+        pool.submit(run)
+    except RuntimeError as error:
+        if not no_thread(error):
+            raise
+        say(f"{error}: work is done one after the other that would be done side by side")
+        run()  # the pool may have kept it, for a thread that it has: then whoever comes first does it
+    return future
+
+
+def in_background(work: Callable[[], T], name: str) -> Future[T]:
+    """`work()` in a thread of its own, which does not keep the process alive."""
+    future: Future[T] = Future()
+    run = _once(future, work)
+    try:
+        Thread(target=run, name=name, daemon=True).start()
+    except RuntimeError as error:
+        if not no_thread(error):
+            raise
+        say(f"{error}: {name} does not go on beside other work")
+        run()
+    return future
+
+
+def no_thread(error: RuntimeError) -> bool:
+    """Whether `error` says that the machine gives no further thread."""
+    return "can't start new thread" in str(error)
+
+
+@functools.cache
+def say(text: str) -> None:
+    """A note to the user, once in a process."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _once(future: Future[T], work: Callable[[], T]) -> Callable[[], None]:
+    """A function that fills the future when it is called first, and does nothing when it is called again."""
+    taken = Lock()
+
+    def run() -> None:
+        if not taken.acquire(blocking=False) or not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+            if not isinstance(error, Exception):  # an interrupt is for the thread that it has struck
+                raise
+
+    return run

@@ -1,0 +1,34 @@
+"""Faults of the actor on Megatron-Core."""
+
+from tests.planted_faults.fault import Fault
+
+BATCHES = "megatron_integration/batches.py"
+T_PARITY = "tests/test_megatron_parity.py::test_"
+SLOW = "importing Megatron-Core takes ten seconds"
+
+FAULTS = (
+    Fault(
+        "replicas_get_unequal_shares",
+        BATCHES,
+        "lightest = loads.index(min(loads))",
+        "lightest = loads.index(max(loads))",
+        [T_PARITY + "replicas_share_the_tokens_evenly_and_completely"],
+        slow=SLOW,
+    ),
+    Fault(
+        "context_parallel_ranks_take_a_chunk_twice",
+        BATCHES,
+        "chunks[2 * size - 1 - rank]",
+        "chunks[rank]",
+        [T_PARITY + "context_parallel_ranks_hold_each_loss_token_once"],
+        slow=SLOW,
+    ),
+    Fault(
+        "selections_in_the_order_of_the_micro_batch",
+        BATCHES,
+        "return spread[self.rows]",
+        "return mask[: len(self.rows)]",
+        [T_PARITY + "context_parallel_ranks_hold_each_loss_token_once"],
+        slow=SLOW,
+    ),
+)

@@ -1,0 +1,293 @@
+"""Faults of what is written (files, checkpoints, the metrics record), and of data, tasks and rewards."""
+
+from tests.planted_faults.fault import Fault
+
+DURABLE, CHECKPOINT, METRICS, DATA, REWARDS, TASK = (
+    f"entcov/rl/{name}.py" for name in ("durable", "checkpoint", "metrics", "data", "rewards", "tasks/base")
+)
+T_DURABLE, T_CHECKPOINT, T_METRICS, T_DATA, T_TASKS, T_REWARDS, T_RUN = (
+    f"tests/test_{name}.py::test_" for name in ("durable", "checkpoint", "metrics", "data", "tasks", "rewards", "run")
+)
+
+FAULTS = (
+    # ---- files and checkpoints ---------------------------------------------------------------------------------------
+    Fault(
+        "replaced_file_is_not_forced_to_the_disk",
+        DURABLE,
+        "            write_all(fd, data)\n            os.fsync(fd)\n",
+        "            write_all(fd, data)\n",
+        [T_DURABLE + "a_replaced_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_too"],
+    ),
+    Fault(
+        "replaced_name_is_not_forced_to_the_disk",
+        DURABLE,
+        "    fsync_path(path.parent)\n",
+        "",
+        [T_DURABLE + "a_replaced_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_too"],
+    ),
+    Fault(
+        "fsync_path_forces_nothing",
+        DURABLE,
+        "    try:\n        os.fsync(fd)\n    finally:",
+        "    try:\n        pass\n    finally:",
+        [T_DURABLE + "a_replaced_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_too"],
+    ),
+    Fault(
+        "file_is_written_in_place",
+        DURABLE,
+        'temporary = path.with_name(f".tmp_{path.name}.{os.getpid()}")',
+        "temporary = path",
+        [T_DURABLE + "a_replaced_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_too"],
+    ),
+    Fault(
+        "short_writes_lose_the_rest",
+        DURABLE,
+        "view = view[os.write(fd, view) :]",
+        "view = view[max(len(view), os.write(fd, view)) :]",
+        [T_DURABLE + "a_write_that_takes_a_part_goes_on_with_the_rest"],
+    ),
+    Fault(
+        "failed_write_leaves_its_temporary_file",
+        DURABLE,
+        "        temporary.unlink(missing_ok=True)\n",
+        "",
+        [T_DURABLE + "a_file_that_cannot_be_replaced_is_as_it_was_and_nothing_is_left"],
+    ),
+    Fault(
+        "checkpoint_files_are_not_forced_to_the_disk",
+        CHECKPOINT,
+        "            fsync_path(current)\n",
+        "            pass\n",
+        [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
+    ),
+    Fault(
+        "folders_in_a_checkpoint_are_not_forced_to_the_disk",
+        CHECKPOINT,
+        "            fsync_path(folder)\n",
+        "            pass\n",
+        [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
+    ),
+    Fault(
+        "checkpoint_name_is_not_forced_to_the_disk",
+        CHECKPOINT,
+        "        temporary.rename(final)\n        fsync_path(directory)\n",
+        "        temporary.rename(final)\n",
+        [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
+    ),
+    Fault(
+        "pointer_moves_before_the_checkpoint_has_its_name",
+        CHECKPOINT,
+        "        temporary.rename(final)\n        fsync_path(directory)\n",
+        '        replace_file(directory / "latest", f"{final.name}\\n".encode())\n        temporary.rename(final)\n'
+        "        fsync_path(directory)\n",
+        [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
+    ),
+    Fault(
+        "checkpoint_is_written_under_its_final_name",
+        CHECKPOINT,
+        'temporary = directory / f".tmp_step_{step}.{os.getpid()}"\n        try:',
+        'temporary = directory / f"step_{step}"\n        try:',
+        [T_CHECKPOINT + "round_trip_and_keep"],
+    ),
+    Fault(
+        "digest_is_not_checked",
+        CHECKPOINT,
+        "if digest != expected[name][1]:",
+        "if False:",
+        [T_CHECKPOINT + "damage_is_named_and_the_way_back_is_told"],
+    ),
+    Fault(
+        "sizes_are_not_checked",
+        CHECKPOINT,
+        "if file.stat().st_size != size:",
+        "if False:",
+        [T_CHECKPOINT + "damage_is_named_and_the_way_back_is_told"],
+    ),
+    Fault(
+        "step_of_the_manifest_is_not_checked",
+        CHECKPOINT,
+        "if stored_step != step:",
+        "if False:",
+        [T_CHECKPOINT + "damage_is_named_and_the_way_back_is_told"],
+    ),
+    Fault(
+        "one_checkpoint_too_few_is_kept",
+        CHECKPOINT,
+        "if n <= step][:-keep]",
+        "if n <= step][: -keep + 1 or None]",
+        [T_CHECKPOINT + "round_trip_and_keep"],
+    ),
+    Fault(
+        "one_checkpoint_too_many_is_kept",
+        CHECKPOINT,
+        "if n <= step][:-keep]",
+        "if n <= step][: -keep - 1]",
+        [T_CHECKPOINT + "round_trip_and_keep"],
+    ),
+    Fault(
+        "going_back_removes_what_was_just_stored",
+        CHECKPOINT,
+        "if n <= step][:-keep]",
+        "][:-keep]",
+        [T_CHECKPOINT + "going_back_keeps_what_latest_names"],
+    ),
+    Fault(
+        "a_replaced_checkpoint_is_not_put_back",
+        CHECKPOINT,
+        'if match[1] == "old" and not',
+        'if match[1] == "none" and not',
+        [T_CHECKPOINT + "a_checkpoint_that_was_about_to_be_replaced_is_put_back"],
+    ),
+    Fault(
+        "damage_falls_back_silently",
+        CHECKPOINT,
+        '            raise CheckpointError(\n                f"{problem}. Step',
+        '            return Checkpoint(directory / f"step_{earlier}", earlier)\n'
+        '            raise CheckpointError(\n                f"{problem}. Step',
+        [T_CHECKPOINT + "damage_is_named_and_the_way_back_is_told"],
+    ),
+    Fault(
+        "leftovers_of_a_live_writer_are_removed",
+        CHECKPOINT,
+        "        if locked:\n",
+        "        if True:\n",
+        [T_CHECKPOINT + "leftovers_of_a_process_that_is_writing_are_left_alone"],
+    ),
+    # ---- the record --------------------------------------------------------------------------------------------------
+    Fault(
+        "metrics_line_is_not_forced_to_the_disk",
+        METRICS,
+        "            os.fsync(self._fd)\n",
+        "",
+        [T_DURABLE + "a_logged_step_is_on_the_disk_when_log_returns"],
+    ),
+    Fault(
+        "resume_drops_the_line_of_the_checkpoint",
+        METRICS,
+        'row["step"] <= resume_step',
+        'row["step"] < resume_step',
+        [T_METRICS + "resume_cuts_after_the_checkpoint_and_drops_a_torn_line"],
+    ),
+    Fault(
+        "torn_line_stays",
+        METRICS,
+        "            os.ftruncate(self._fd, size)  # a refused line leaves no torn half behind\n",
+        "",
+        [T_METRICS + "full_disk_loses_nothing_earlier"],
+    ),
+    Fault(
+        "nonfinite_metrics_are_not_counted",
+        METRICS,
+        "values[NONFINITE] = nonfinite",
+        "pass",
+        [T_METRICS + "nonfinite_values_are_null_and_counted"],
+    ),
+    Fault(
+        "two_runs_share_a_folder",
+        METRICS,
+        "fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        [T_METRICS + "two_processes_cannot_share_a_run"],
+    ),
+    # ---- data, tasks, rewards ----------------------------------------------------------------------------------------
+    Fault(
+        "dataset_is_not_forced_to_the_disk",
+        DATA,
+        "            os.fsync(file.fileno())\n",
+        "",
+        [T_DURABLE + "a_dataset_is_on_the_disk_before_it_has_its_name"],
+    ),
+    Fault(
+        "dataset_is_written_in_place",
+        DATA,
+        'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
+        "temporary = path",
+        [T_DATA + "a_failed_write_leaves_the_old_file_and_no_other"],
+    ),
+    Fault(
+        "every_epoch_in_one_order",
+        DATA,
+        "{self.seed}|{epoch}",
+        "{self.seed}|0",
+        [T_DATA + "every_epoch_shows_each_row_once_in_an_order_of_its_own"],
+    ),
+    Fault(
+        "order_ignores_the_seed",
+        DATA,
+        "{self.seed}|{epoch}",
+        "0|{epoch}",
+        [T_DATA + "every_epoch_shows_each_row_once_in_an_order_of_its_own"],
+    ),
+    Fault(
+        "first_held_out_prompts_of_all_sources_together",
+        DATA,
+        "seen[example.data_source] < n",
+        "len(chosen) < n",
+        [T_DATA + "held_out"],
+    ),
+    Fault(
+        "evaluation_on_training_prompts",
+        DATA,
+        'self._drawn("held_out", index)',
+        'self._drawn("train", index)',
+        [T_RUN + "training_never_sees_a_held_out_question"],
+    ),
+    Fault(
+        "evaluation_on_training_files",
+        DATA,
+        "load_rows(*data.val_files) if",
+        "load_rows(*data.train_files) if",
+        [T_DATA + "from_config"],
+    ),
+    Fault(
+        "splits_share_questions",
+        TASK,
+        "lambda key: self._split(key) == split",
+        "lambda key: True",
+        [T_RUN + "training_never_sees_a_held_out_question"],
+    ),
+    Fault(
+        "examples_ignore_the_index",
+        TASK,
+        "{self.seed}|{split}|{index}",
+        "{self.seed}|{split}",
+        [T_TASKS + "an_example_is_a_function_of_seed_split_and_index"],
+    ),
+    Fault(
+        "examples_ignore_the_seed",
+        TASK,
+        "{self.seed}|{split}|{index}",
+        "{split}|{index}",
+        [T_TASKS + "an_example_is_a_function_of_seed_split_and_index"],
+    ),
+    Fault(
+        "held_out_fraction_the_other_way_round",
+        TASK,
+        "< held_out_fraction * 2**64",
+        ">= held_out_fraction * 2**64",
+        [T_TASKS + "the_held_out_part_has_the_size_asked_for"],
+    ),
+    Fault(
+        "answer_anywhere_earns_the_reward",
+        TASK,
+        "1.0 if answer_after_mark(response) == example.ground_truth",
+        "1.0 if example.ground_truth in response",
+        [T_REWARDS + "the_answer_after_the_last_mark_is_exact"],
+    ),
+    Fault(
+        "first_mark_instead_of_the_last",
+        TASK,
+        "text.rpartition(MARK)",
+        "text.partition(MARK)",
+        [T_REWARDS + "the_answer_after_the_last_mark_is_exact"],
+    ),
+    Fault(
+        "gsm8k_takes_the_first_mark",
+        REWARDS,
+        'response.rpartition("####")',
+        'response.partition("####")',
+        [T_REWARDS + "gsm8k"],
+    ),
+    Fault("first_box_instead_of_the_last", REWARDS, "text.rfind(mark)", "text.find(mark)", [T_REWARDS + "last_boxed"]),
+    Fault("thousands_end_at_the_comma", REWARDS, "(-?[0-9][0-9,]*", "(-?[0-9]*", [T_REWARDS + "gsm8k"]),
+)
