@@ -353,11 +353,18 @@ def resolve_config(tree: DictConfig, origin: str) -> Config:
         message = str(error)
         for path, said in interpolations(raw):
             for text in texts(value_at(data, path)):
-                message = message.replace(repr(text), repr(said))
+                message = _without(message.replace(repr(text), repr(said)), text, str(said))
         raise ConfigError(message) from None
     tree = dataclasses.asdict(config)
     config.interpolated = {path: (said, value_at(tree, path)) for path, said in interpolations(raw)}
     return config
+
+
+def _without(message: str, value: str, said: str) -> str:
+    """The message with `said` in place of `value`, and of the first characters of a value that was cut (8 or more)."""
+    for length in range(len(value), 7, -1):
+        message = message.replace(value[:length], said)
+    return message
 
 
 def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
