@@ -101,7 +101,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_bef
 def test_a_logged_step_is_on_the_disk_when_log_returns(tmp_path, asked):
     with RunLogger(tmp_path, tensorboard=False) as logger:
         logger.log(1, {"a": 1.0})
-        assert asked == [("fsync", "metrics.jsonl", len('{"step": 1, "a": 1.0}\n'))]
+        assert asked == [("fsync", ".", None), ("fsync", "metrics.jsonl", len('{"step": 1, "a": 1.0}\n'))]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

@@ -263,7 +263,7 @@ def test_evaluation_has_the_same_noise_at_every_step_and_none_of_training(monkey
     loop.stream.held_out = lambda n: []
     loop.config.eval = EvalConfig(every=1, prompts=4)
     quiet = SimpleNamespace(phase=lambda name: None)
-    whole = run._Run(loop.config, SimpleNamespace(leads=False), None, loop, None, quiet, None)
+    whole = run._Run(loop.config, SimpleNamespace(leads=False), None, loop, None, quiet, None, None)
     for step in (0, 1, 20):
         whole.evaluation(step)
     assert len(set(seeds)) == 1

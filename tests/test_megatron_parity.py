@@ -29,7 +29,10 @@ LLAMA3 = {
 MODELS = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
-    "llama": {"model_type": "llama", "head_dim": 16, "tie_word_embeddings": False, "rope_parameters": LLAMA3},
+    "llama": {
+        "model_type": "llama", "head_dim": 16, "tie_word_embeddings": False, "rope_parameters": LLAMA3,
+        "max_position_embeddings": 131072,
+    },  # fmt: skip
 }
 
 
