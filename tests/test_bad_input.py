@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -362,7 +363,7 @@ def test_a_checkpoint_that_torch_refuses_to_unpickle(finished, tmp_path, capsys)
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     step = run / "checkpoints" / "step_0"
-    torch.save({"loss": Path("x")}, step / "state.pt")
+    torch.save({"loss": Fraction(1, 2)}, step / "state.pt")
     manifest = json.loads((step / "manifest.json").read_text())
     content = (step / "state.pt").read_bytes()
     manifest["files"]["state.pt"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
