@@ -230,8 +230,8 @@ def test_the_same_programs_leave_traces_without_a_sandbox(surroundings):
         surroundings.victim.kill()
         surroundings.victim.wait()
         surroundings.restore()
-    # Not every system lets a process read the memory of its parent, or trace another one. pytest-xdist writes its workers'
-    # titles over the environment that /proc shows.
+    # Not every system lets a process read the memory of its parent, or trace another one. pytest-xdist writes its
+    # workers' titles over the environment that /proc shows.
     may_be = {"the memory of the parent", "the environment of the parent", "tracing another process"}
     assert set(silent) <= {*may_be, "extended attributes"}
 
