@@ -23,8 +23,9 @@ from benchmarks.measure import (
     print_table,
     ratio,
 )
-from entcov import ops, reference
-from entcov.vocab_parallel import token_stats
+from entcov import ops
+from entcov.stats.token_stats import token_stats
+from entcov.verify import reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ENTROPY_COEF = 0.01

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.report import selection_table
 from benchmarks.measure import interleaved_seconds, machine, print_table, ratio
-from entcov import covariance as cov
+from entcov.objective.selection import select_clip_cov, select_kl_cov
+from entcov.objective.token_covariance import token_covariance
 
 CLIP = {"ratio": 2e-4, "low": 1.0, "high": 5.0}
 KL = {"ratio": 2e-3}
@@ -48,13 +49,13 @@ def usual_kl(logprob: Tensor, advantage: Tensor, mask: Tensor, ids: Tensor) -> T
 
 
 def our_clip(logprob: Tensor, advantage: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
-    covariance = cov.token_covariance(logprob, advantage, mask)
-    return cov.select_clip_cov(covariance, ids, **CLIP, seed=0, step=1, at_least=1, strict=True).mask
+    covariance = token_covariance(logprob, advantage, mask)
+    return select_clip_cov(covariance, ids, **CLIP, seed=0, step=1, at_least=1, strict=True).mask
 
 
 def our_kl(logprob: Tensor, advantage: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
-    covariance = cov.token_covariance(logprob, advantage, mask)
-    return cov.select_kl_cov(covariance, ids, **KL, seed=0, step=1, at_least=1).mask
+    covariance = token_covariance(logprob, advantage, mask)
+    return select_kl_cov(covariance, ids, **KL, seed=0, step=1, at_least=1).mask
 
 
 SELECTIONS: dict[str, dict[str, Callable[..., Tensor]]] = {

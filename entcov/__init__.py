@@ -5,9 +5,11 @@ Statistics of the policy at every token, exact on vocabulary shards (`token_stat
 entcov.rl; `python -m entcov` runs it.
 """
 
-from entcov.linear import linear_token_stats
-from entcov.losses import PolicyLossConfig, Tokens, Totals, policy_loss
-from entcov.vocab_parallel import LogitCovariance, TokenStats, logit_covariance, token_stats
+from entcov.objective.policy_loss import policy_loss
+from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
+from entcov.stats.linear_token_stats import linear_token_stats
+from entcov.stats.logit_covariance import LogitCovariance, logit_covariance
+from entcov.stats.token_stats import TokenStats, token_stats
 
 __all__ = [
     "LogitCovariance",

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from entcov import cuda_ops, ops, ranks
+from entcov import cuda_ops, ops
 from entcov.op_registry import (
     check_columns,
     check_logits,
@@ -32,7 +32,8 @@ from entcov.op_registry import (
     no_cpu,
     register,
 )
-from entcov.shards import Part, gather
+from entcov.stats import ranks
+from entcov.stats.shards import Part, gather
 
 SKETCH, CELLS, PART = 64, 160, 167
 # A row that its sample misled has 2^32 keys left: 160 times fewer each round, and one round to add up what is kept.
@@ -163,7 +164,7 @@ clamp_narrow = _register(
 
 def sharded_clamped_statistics(op, group, T, device, moments, resolve, agreed):
     """(rows, settings, merged row statistics [T, 4 | 7], clamp [T, 4]) over the ranks of `group`. For the arguments see
-    vocab_parallel.sharded_row_statistics; `agreed` is its function of that name.
+    stats.token_stats.sharded_row_statistics; `agreed` is its function of that name.
 
     Two all-gathers, of 4 * SKETCH and 4 * (4 | 7 + PART) bytes a token and rank, and one more of the latter for every
     further round. The host reads one number a round, how many rows want another; captured in a CUDA graph, where it

@@ -63,7 +63,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 def explain(error: Exception) -> tuple[str, int]:
     """What a user is told of a failure, and the process's exit code."""
-    from entcov.rl.checkpoint import CheckpointError
+    from entcov.rl.record.checkpoint import CheckpointError
 
     if isinstance(error, ModuleNotFoundError) and error.name in _extra("train"):
         return f"error: {error}. The trainer needs its extra: pip install 'entcov[train]'", 2
@@ -200,7 +200,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from entcov.compare import compare
+    from entcov.report.compare import compare
     from entcov.rl.config import load_config
     from entcov.rl.preflight import check_recipe
 
@@ -274,14 +274,14 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _plot_runs(runs: dict[str, str], out: Path) -> list[Path]:
-    from entcov.plots import plot_runs
-    from entcov.rl.metrics import read_metrics
+    from entcov.report.plots import plot_runs
+    from entcov.rl.record.metrics import read_metrics
 
     return plot_runs({label: read_metrics(run) for label, run in runs.items()}, out)
 
 
 def _data(args: argparse.Namespace) -> int:
-    from entcov.rl.data_prep import EVAL_SETS, prepare
+    from entcov.rl.data.prepare import EVAL_SETS, prepare
 
     names = [one for name in args.names for one in (EVAL_SETS if name == "eval" else (name,))]
     if args.source is not None and len(names) > 1:
@@ -298,8 +298,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from entcov.plan import GPUS, parse_size, settings_from
-    from entcov.plan_table import print_plan
+    from entcov.plan.memory import GPUS, parse_size, settings_from
+    from entcov.plan.table import print_plan
     from entcov.rl.config import load_config
 
     if args.gpu not in GPUS:
@@ -319,6 +319,6 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from entcov.check import run_check
+    from entcov.verify.check import run_check
 
     return run_check()

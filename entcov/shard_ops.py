@@ -1,4 +1,4 @@
-"""The ops around the all-gather of `entcov.shards`: one launch each on a GPU, where nothing may wait for their results.
+"""The ops around the all-gather of `entcov.stats.shards`: one launch each on a GPU, which must not wait for them.
 
 checksum(values [n] int64) -> [] int64
     a hash that sees order, so that ranks can compare their targets by one number

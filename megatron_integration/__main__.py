@@ -91,8 +91,8 @@ def _train(args: argparse.Namespace) -> int:
         if not metrics:
             print(f"{config.run_dir} is complete at step {config.steps}; a larger steps= goes on with it")
         if config.steps:
-            from entcov.plots import plot_runs
-            from entcov.rl.metrics import read_metrics
+            from entcov.report.plots import plot_runs
+            from entcov.rl.record.metrics import read_metrics
 
             runs = {Path(config.run_dir).name: read_metrics(config.run_dir)}
             for path in plot_runs(runs, Path(config.run_dir) / "plots"):

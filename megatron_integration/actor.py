@@ -26,7 +26,8 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
 from entcov.controls import Control, clamp_arguments, needs, select
-from entcov.losses import PolicyLossConfig, Tokens, Totals, policy_loss
+from entcov.objective.policy_loss import policy_loss
+from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
 from entcov.rl.batch import Batch
 from entcov.rl.config import ActorConfig, MegatronConfig
 from megatron_integration.adaptors import logits_stats, per_token_loss

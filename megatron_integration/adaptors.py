@@ -4,7 +4,7 @@ The statistics come from the vocabulary-parallel logits as the output layer give
 token, never of the vocabulary:
 
     def forward_step(data_iterator, model):
-        batch = next(data_iterator)                      # your tokens, and an entcov.losses.Tokens without logprob
+        batch = next(data_iterator)                      # your tokens, and an entcov.Tokens without logprob
         logits = model(batch.ids, batch.position_ids, None, labels=None)
         return logits, partial(loss_func, batch)
 
@@ -26,8 +26,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from entcov.losses import Tokens, Totals
-from entcov.vocab_parallel import TokenStats, token_stats
+from entcov.objective.tokens import Tokens, Totals
+from entcov.stats.token_stats import TokenStats, token_stats
 
 
 def logits_stats(

@@ -84,7 +84,7 @@ start() {
     fi
     if [ -n "${ENTCOV_SERVE:-}" ]; then
         [[ ${ROLLOUT_URL:-} =~ :([0-9]+)/?$ ]] || fail "ROLLOUT_URL must end in the server's port, got '${ROLLOUT_URL:-}'"
-        execute python -m entcov.rl.vllm_server "${arguments[@]}" \
+        execute python -m entcov.rl.vllm.server "${arguments[@]}" \
             --host "${SERVE_HOST:-127.0.0.1}" --port "${BASH_REMATCH[1]}"
     elif [ -n "${ENTCOV_PLAN:-}" ]; then
         execute python -m entcov plan "${arguments[@]}" \

@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from entcov.rl import model as hf
-from entcov.rl.checkpoint import Checkpoint, save_checkpoint
 from entcov.rl.config import Config, ConfigError
-from entcov.rl.data import PromptStream
+from entcov.rl.data.stream import PromptStream
+from entcov.rl.data.tokenizer import load_tokenizer
 from entcov.rl.engine import REFERENCE, OnWarmStart, Parts, TorchEngine
-from entcov.rl.model_config import check_context
+from entcov.rl.hf import model as hf
+from entcov.rl.hf.model_config import check_context
+from entcov.rl.hf.sampler import build_sampler
+from entcov.rl.hf.warm_start import warm_started
 from entcov.rl.preflight import check_recipe
-from entcov.rl.rewards import load_reward
-from entcov.rl.sampler import build_sampler
-from entcov.rl.sealed import CheckpointError, damage, replace_sealed
-from entcov.rl.tokenizer import load_tokenizer
-from entcov.rl.warm_start import warm_started
+from entcov.rl.record.checkpoint import Checkpoint, save_checkpoint
+from entcov.rl.record.sealed import CheckpointError, damage, replace_sealed
+from entcov.rl.rewards.rules import load_reward
 from megatron_integration.actor import MegatronActor
 from megatron_integration.layout import agree, destroy_layout, make_layout, start_processes
 from megatron_integration.model import (

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from entcov.rl.config import ConfigError, MegatronConfig
-from entcov.rl.durable import as_os_error
+from entcov.rl.record.durable import as_os_error
 from megatron_integration.layout import Layout
 
 BRIDGES = {"qwen2": Qwen2Bridge, "qwen3": Qwen3Bridge, "llama": LLaMABridge}

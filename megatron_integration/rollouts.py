@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from entcov.rl.config import RolloutConfig
-from entcov.rl.rewards import RewardFunction
+from entcov.rl.hf.sampler import InProcessSampler
+from entcov.rl.rewards.rules import RewardFunction
+from entcov.rl.rewards.scorer import Scorer
 from entcov.rl.rollouts import derived_seed
-from entcov.rl.sampler import InProcessSampler
-from entcov.rl.scoring import Scorer
 from entcov.rl.types import Prompt, Rollout
 from megatron_integration.layout import Layout
 

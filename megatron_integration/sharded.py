@@ -27,7 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from entcov import _checks as check
-from entcov.rl.checkpoint import CheckpointError
+from entcov.rl.record.checkpoint import CheckpointError
 from megatron_integration.actor import MegatronActor
 from megatron_integration.layout import PeerError
 from megatron_integration.model import unwrapped

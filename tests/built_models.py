@@ -21,8 +21,8 @@ import transformers
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from entcov.losses import PolicyLossConfig
-from entcov.plan_model import PUBLISHED
+from entcov.objective.tokens import PolicyLossConfig
+from entcov.plan.model_shapes import PUBLISHED
 from entcov.rl.config import ActorConfig, MegatronConfig, load_config
 from megatron_integration import cpu
 from megatron_integration.actor import MegatronActor

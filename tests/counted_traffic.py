@@ -18,7 +18,7 @@ import torch.distributed as dist
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entcov.losses import PolicyLossConfig
+from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.batch import pack
 from entcov.rl.config import ActorConfig, MegatronConfig
 from entcov.rl.types import Example, Prompt, Rollout

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from entcov import covariance as cov
 from entcov import linear_token_stats, logit_covariance, token_stats
 from entcov.controls import ClipCov, EntropyBonus, KLCov, select
-from entcov.losses import PolicyLossConfig, Tokens
+from entcov.objective.selection import select_clip_cov, select_kl_cov
+from entcov.objective.token_covariance import covariance_summary, token_covariance
+from entcov.objective.tokens import PolicyLossConfig, Tokens
 
 T, WIDTH, D = 5, 16, 12
 TARGET = torch.tensor([3, 9, 0, 2, -100])
@@ -55,11 +56,11 @@ def batch(rank, n=30):
     )  # fmt: skip
 
 
-def token_covariance(change):
+def covariance_with(change):
     def call(group, rank, world, odd):
         tokens = batch(rank)
         settings = {"logprob": tokens.logprob, "advantage": tokens.advantage, "mask": tokens.loss_mask}
-        return cov.token_covariance(group=group, **{**settings, **(change if odd else {})})
+        return token_covariance(group=group, **{**settings, **(change if odd else {})})
 
     return call
 
@@ -68,8 +69,8 @@ def summary(change):
     def call(group, rank, world, odd):
         tokens = batch(rank)
         parts = tokens.logprob, tokens.advantage, tokens.loss_mask
-        covariance = cov.token_covariance(*parts, group=group)
-        return cov.covariance_summary(change(parts) if odd else covariance, group=group)
+        covariance = token_covariance(*parts, group=group)
+        return covariance_summary(change(parts) if odd else covariance, group=group)
 
     return call
 
@@ -79,9 +80,9 @@ def selection(which, change):
 
     def call(group, rank, world, odd):
         tokens = batch(rank)
-        covariance = cov.token_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask, group=group)
+        covariance = token_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask, group=group)
         settings = {"covariance": covariance, "token_id": tokens.token_id, "ratio": 0.2, "seed": 1, "step": 4}
-        settings |= {"low": -9.0, "high": 9.0} if which is cov.select_clip_cov else {}
+        settings |= {"low": -9.0, "high": 9.0} if which is select_clip_cov else {}
         op = which
         if odd:
             change_of = change(covariance, tokens) if callable(change) else change
@@ -142,19 +143,19 @@ FAILURES = {
     "logit_covariance dtypes": (logits_pair({"logits_old": numbers(0, T, WIDTH).half()}), "logits_old must have the d"),
     "logit_covariance mask": (logits_pair({"loss_mask": torch.ones(T)}), "row_mask must be torch.bool"),
     "logit_covariance mask shape": (logits_pair({"loss_mask": torch.ones(3)}), "loss_mask must have the leading shape"),
-    "token_covariance dtype": (token_covariance({"logprob": numbers(0, 3).half()}), "logprob must be torch.float32 or"),
-    "token_covariance shape": (token_covariance({"advantage": numbers(0, 3)}), r"advantage must have shape \(30,\)"),
-    "token_covariance mask": (token_covariance({"mask": numbers(0, 30)}), "mask must be torch.bool"),
-    "token_covariance no tensor": (token_covariance({"mask": None}), "mask must be a tensor, got NoneType"),
+    "token_covariance dtype": (covariance_with({"logprob": numbers(0, 3).half()}), "logprob must be torch.float32 or"),
+    "token_covariance shape": (covariance_with({"advantage": numbers(0, 3)}), r"advantage must have shape \(30,\)"),
+    "token_covariance mask": (covariance_with({"mask": numbers(0, 30)}), "mask must be torch.bool"),
+    "token_covariance no tensor": (covariance_with({"mask": None}), "mask must be a tensor, got NoneType"),
     "covariance_summary": (summary(lambda parts: None), "covariance must be what token_covariance returns, got None"),
-    "select_clip_cov percent": (selection(cov.select_clip_cov, {"ratio": 2}), "ratio must be in"),
-    "select_clip_cov low": (selection(cov.select_clip_cov, {"low": "1"}), "low must be a number, got '1'"),
-    "select_clip_cov exclude": (selection(cov.select_clip_cov, {"exclude": torch.ones(30)}), "exclude must be torch.b"),
-    "select_clip_cov step": (selection(cov.select_clip_cov, {"step": 1.5}), "step must be an integer, got 1.5"),
-    "select_kl_cov ids": (selection(cov.select_kl_cov, {"token_id": torch.arange(3)}), r"token_id must have shape"),
-    "select_kl_cov id dtype": (selection(cov.select_kl_cov, {"token_id": torch.arange(30).int()}), "token_id must be "),
-    "select_kl_cov seed": (selection(cov.select_kl_cov, {"seed": None}), "seed must be an integer, got None"),
-    "select_kl_cov covariance": (selection(cov.select_kl_cov, {"covariance": 1}), "covariance must be what token_cova"),
+    "select_clip_cov percent": (selection(select_clip_cov, {"ratio": 2}), "ratio must be in"),
+    "select_clip_cov low": (selection(select_clip_cov, {"low": "1"}), "low must be a number, got '1'"),
+    "select_clip_cov exclude": (selection(select_clip_cov, {"exclude": torch.ones(30)}), "exclude must be torch.b"),
+    "select_clip_cov step": (selection(select_clip_cov, {"step": 1.5}), "step must be an integer, got 1.5"),
+    "select_kl_cov ids": (selection(select_kl_cov, {"token_id": torch.arange(3)}), r"token_id must have shape"),
+    "select_kl_cov id dtype": (selection(select_kl_cov, {"token_id": torch.arange(30).int()}), "token_id must be "),
+    "select_kl_cov seed": (selection(select_kl_cov, {"seed": None}), "seed must be an integer, got None"),
+    "select_kl_cov covariance": (selection(select_kl_cov, {"covariance": 1}), "covariance must be what token_cova"),
     "select without ids": (chosen(without_ids), "tokens.token_id must be given, control clip_cov"),
     "select step": (chosen({"step": torch.tensor(2.0)}), "step must be an integer or a 0-d int64 tensor"),
     "select without tokens": (chosen({"micro_batches": []}), "parts must hold at least one micro-batch"),
@@ -190,19 +191,19 @@ DISAGREEMENTS = {
         linear({"hidden": numbers(0, T, D).requires_grad_()}), SAME + "reduction of hidden's gradient",
     ),
     "logit_covariance mask": (logits_pair({"loss_mask": None}), SAME + "loss_mask: rank 0 has given"),
-    "token_covariance eps": (token_covariance({"denominator_eps": 1e-8}), SAME + "denominator_eps: rank 0 has 0.0"),
-    "token_covariance empty": (token_covariance({"empty_ok": True}), SAME + "empty_ok: rank 0 has False"),
-    "covariance_summary": (summary(lambda parts: cov.token_covariance(*parts)), SAME + "covariance.num_tokens: rank 0"),
-    "select_clip_cov step": (selection(cov.select_clip_cov, {"step": 5}), SAME + r"step: rank 0 has 4, rank \d has 5"),
-    "select_clip_cov low": (selection(cov.select_clip_cov, {"low": 0.0}), SAME + "low: rank 0 has -9.0"),
-    "select_kl_cov seed": (selection(cov.select_kl_cov, {"seed": torch.tensor(2)}), SAME + "seed: rank 0 has 1"),
-    "select_kl_cov ratio": (selection(cov.select_kl_cov, {"ratio": 0.3}), SAME + "ratio: rank 0 has 0.2"),
+    "token_covariance eps": (covariance_with({"denominator_eps": 1e-8}), SAME + "denominator_eps: rank 0 has 0.0"),
+    "token_covariance empty": (covariance_with({"empty_ok": True}), SAME + "empty_ok: rank 0 has False"),
+    "covariance_summary": (summary(lambda parts: token_covariance(*parts)), SAME + "covariance.num_tokens: rank 0"),
+    "select_clip_cov step": (selection(select_clip_cov, {"step": 5}), SAME + r"step: rank 0 has 4, rank \d has 5"),
+    "select_clip_cov low": (selection(select_clip_cov, {"low": 0.0}), SAME + "low: rank 0 has -9.0"),
+    "select_kl_cov seed": (selection(select_kl_cov, {"seed": torch.tensor(2)}), SAME + "seed: rank 0 has 1"),
+    "select_kl_cov ratio": (selection(select_kl_cov, {"ratio": 0.3}), SAME + "ratio: rank 0 has 0.2"),
     "select_kl_cov covariance": (
-        selection(cov.select_kl_cov, lambda c, t: {"covariance": cov.token_covariance(t.logprob, t.advantage, c.mask)}),
+        selection(select_kl_cov, lambda c, t: {"covariance": token_covariance(t.logprob, t.advantage, c.mask)}),
         SAME + "covariance.num_tokens",
     ),
     "another selection": (
-        selection(cov.select_kl_cov, {"op": cov.select_clip_cov, "low": 0.0, "high": 1.0}),
+        selection(select_kl_cov, {"op": select_clip_cov, "low": 0.0, "high": 1.0}),
         r"must make the same call: rank 0 makes select_kl_cov, rank \d makes select_clip_cov",
     ),
     "select step": (chosen({"step": 3}), SAME + r"step: rank 0 has 2, rank \d has 3"),
@@ -213,7 +214,7 @@ DISAGREEMENTS = {
 # Token ids that two ranks have both: an error that counts them.
 REPEATED = {
     f"{which.__name__} {name}": (selection(which, change), "token_id must be different for every unmasked token")
-    for which in (cov.select_clip_cov, cov.select_kl_cov)
+    for which in (select_clip_cov, select_kl_cov)
     for name, change in {
         "one id": lambda c, t: {"token_id": torch.where(t.token_id == t.token_id[7], 12, t.token_id)},
         "all ids": lambda c, t: {"token_id": torch.arange(30)},

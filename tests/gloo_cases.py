@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from entcov import reference
-from entcov.row_kinds import gradient_bound, make_rows, value_bound
-from entcov.vocab_parallel import logit_covariance, token_stats
+from entcov.stats.logit_covariance import logit_covariance
+from entcov.stats.token_stats import token_stats
+from entcov.verify import reference
+from entcov.verify.row_kinds import gradient_bound, make_rows, value_bound
 from tests import disagreements, gloo_linear
 
 CASES = dict(gloo_linear.CASES)

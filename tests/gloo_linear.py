@@ -3,8 +3,9 @@
 import torch
 import torch.distributed as dist
 
-from entcov import linear_token_stats, reference, token_stats
-from entcov.row_kinds import value_bound
+from entcov import linear_token_stats, token_stats
+from entcov.verify import reference
+from entcov.verify.row_kinds import value_bound
 
 CASES = {}
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from entcov.controls import make_control
-from entcov.losses import PolicyLossConfig
-from entcov.rl.actor import TorchActor
+from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.config import ActorConfig, MegatronConfig
+from entcov.rl.hf.actor import TorchActor
 from megatron_integration.actor import MegatronActor
 from megatron_integration.adaptors import keep_logits_dtype, logits_stats
 from megatron_integration.layout import destroy_layout, make_layout

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from entcov.rl.batch import pack
 from entcov.rl.config import ConfigError, RolloutConfig
+from entcov.rl.data.tokenizer import load_tokenizer
 from entcov.rl.sandbox.budget import Charge
-from entcov.rl.tokenizer import load_tokenizer
 from megatron_integration.actor import MegatronActor
 from megatron_integration.layout import PeerError, agree
 from megatron_integration.model import save_hf

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entcov.losses import Tokens
+from entcov.objective.tokens import Tokens
 
 M64 = 2**64 - 1
 

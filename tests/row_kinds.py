@@ -1,9 +1,9 @@
-"""What the kernel tests share: vocabulary sizes, rows of entcov.row_kinds, targets, and a comparison in float64."""
+"""What the kernel tests share: vocabulary sizes, rows of verify.row_kinds, targets, and a comparison in float64."""
 
 import torch
 from torch import Tensor
 
-from entcov.row_kinds import KINDS, make_rows
+from entcov.verify.row_kinds import KINDS, make_rows
 
 __all__ = ["KINDS", "VOCAB_SIZES", "assert_close", "rows", "targets"]
 

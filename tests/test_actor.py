@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from entcov.controls import make_control
-from entcov.losses import PolicyLossConfig
+from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl import engine
-from entcov.rl.actor import TorchActor
 from entcov.rl.batch import pack
 from entcov.rl.config import ActorConfig, ModelConfig, parse_config
-from entcov.rl.model import batch_token_stats, build_model
-from entcov.rl.sampler import InProcessSampler
+from entcov.rl.hf.actor import TorchActor
+from entcov.rl.hf.model import batch_token_stats, build_model
+from entcov.rl.hf.sampler import InProcessSampler
 from tests.test_sampler import prompts
 from tests.tiny_run import RECIPE, recipe
 

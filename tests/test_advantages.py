@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from entcov.advantages import ADVANTAGES, dr_grpo, grpo, reinforce_pp, reinforce_pp_baseline, rloo
+from entcov.objective.advantages import ADVANTAGES, dr_grpo, grpo, reinforce_pp, reinforce_pp_baseline, rloo
 
 
 def one_group(*reward):

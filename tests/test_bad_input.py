@@ -26,13 +26,13 @@ from safetensors import SafetensorError
 from entcov import Tokens, logit_covariance, policy_loss, token_stats
 from entcov.cli import main
 from entcov.controls import make_control, select
-from entcov.covariance import token_covariance
-from entcov.losses import PolicyLossConfig
-from entcov.rl.checkpoint import CheckpointError, load_latest, save_checkpoint
+from entcov.objective.token_covariance import token_covariance
+from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.config import parse_config
-from entcov.rl.data import load_rows
-from entcov.rl.durable import as_os_error
-from entcov.rl.metrics import RunLogger, read_metrics
+from entcov.rl.data.stream import load_rows
+from entcov.rl.record.checkpoint import CheckpointError, load_latest, save_checkpoint
+from entcov.rl.record.durable import as_os_error
+from entcov.rl.record.metrics import RunLogger, read_metrics
 from entcov.rl.run import train
 from tests.bad_recipes import CHANGES, COMMANDS, DATA, RECIPES
 from tests.thread_ranks import ThreadRanks
@@ -403,7 +403,7 @@ def test_runs_of_one_name_are_all_plotted(tmp_path, capsys):
             logger.log(1, {"actor/entropy": 1.0})
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("entcov.plots.plot_runs", lambda runs, out: seen.update(runs) or [])
+        patch.setattr("entcov.report.plots.plot_runs", lambda runs, out: seen.update(runs) or [])
         assert main(["plot", str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), "--out", str(tmp_path)]) == 0
     assert list(seen) == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
 

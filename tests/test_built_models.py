@@ -16,9 +16,9 @@ import pytest
 pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 
-from entcov.plan import GPUS, Settings, memory  # noqa: E402
-from entcov.plan_model import PUBLISHED, ModelShape, shape_of  # noqa: E402
-from entcov.plan_time import passes, traffic  # noqa: E402
+from entcov.plan.memory import GPUS, Settings, memory  # noqa: E402
+from entcov.plan.model_shapes import PUBLISHED, ModelShape, shape_of  # noqa: E402
+from entcov.plan.traffic import passes, traffic  # noqa: E402
 from tests.test_launch import METHODS, ROOT, dry_run  # noqa: E402
 
 LAYOUTS = [

@@ -5,8 +5,8 @@ import io
 
 import torch
 
-from entcov import check
-from entcov.check import run_check
+from entcov.verify import check
+from entcov.verify.check import run_check
 
 SMALL = {"shapes": [(3, 9)], "dtypes": ["float32", "bfloat16"], "kinds": ["gaussian", "ties", "-inf columns"]}
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from entcov.rl.checkpoint import CheckpointError, list_steps, load_checkpoint, load_latest, save_checkpoint
+from entcov.rl.record.checkpoint import CheckpointError, list_steps, load_checkpoint, load_latest, save_checkpoint
 
 
 def content(step):
@@ -342,7 +342,7 @@ def test_full_disk_seen_by_a_process_with_a_file_size_limit(tmp_path):
     save(tmp_path, 1)
     program = f"""
 import resource, torch
-from entcov.rl.checkpoint import save_checkpoint
+from entcov.rl.record.checkpoint import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 save_checkpoint({str(tmp_path)!r}, 2, {{"plain.bin": lambda path: path.write_bytes(bytes(1 << 20))}}, {{}}, keep=1)
 """

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from entcov import clamp_ops, reference
-from entcov.row_kinds import KINDS, make_rows, value_bound
-from entcov.vocab_parallel import token_stats
+from entcov import clamp_ops
+from entcov.stats.token_stats import token_stats
+from entcov.verify import reference
+from entcov.verify.row_kinds import KINDS, make_rows, value_bound
 from tests import test_clamped_entropy as cpu
 from tests.emulator import emulated
 from tests.test_cuda_emulated import emulation, kernels, products  # noqa: F401  (fixtures)

@@ -4,8 +4,9 @@ exact for any rows and shards, the same bits on every rank, and how much it read
 import pytest
 import torch
 
-from entcov import clamp_rounds, shards
-from entcov.vocab_parallel import token_stats
+from entcov import clamp_rounds
+from entcov.stats import shards
+from entcov.stats.token_stats import token_stats
 from tests import test_clamped_entropy as cpu
 from tests.emulator import emulated
 from tests.test_clamp_emulated import DTYPES, real_looking

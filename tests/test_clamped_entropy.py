@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from entcov import clamp_ops, ops, reference
-from entcov.row_kinds import gradient_bound, value_bound
-from entcov.vocab_parallel import SKETCH_SIZE, _sketch_ranks, token_stats
+from entcov import clamp_ops, ops
+from entcov.stats.token_stats import SKETCH_SIZE, _sketch_ranks, token_stats
+from entcov.verify import reference
+from entcov.verify.row_kinds import gradient_bound, value_bound
 from tests.thread_ranks import ThreadRanks
 
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from entcov.compare import compare, final_values, markdown, summarize, tables
-from entcov.run_matrix import FINISHED, LOG, Job, run_matrix
+from entcov.report.compare import compare, final_values, markdown, summarize, tables
+from entcov.report.run_matrix import FINISHED, LOG, Job, run_matrix
 
 # A stand-in for the trainer: a real process that logs a run of a known shape, and fails or waits on request.
 TRAINER = """
@@ -144,7 +144,7 @@ import signal
 import sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test started in the background inherits a deaf ear
-from entcov.run_matrix import Job, run_matrix
+from entcov.report.run_matrix import Job, run_matrix
 out = Path({str(tmp_path)!r})
 argv = [({trainer[0]!r}, {trainer[1]!r}, "r", str(out / str(i)), "0", "0", "wait") for i in range(3)]
 run_matrix([Job(str(i), argv[i], out / str(i)) for i in range(3)], 2, display=False)

@@ -19,7 +19,8 @@ from entcov.controls import (
     needs,
     select,
 )
-from entcov.losses import PolicyLossConfig, Tokens, policy_loss
+from entcov.objective.policy_loss import policy_loss
+from entcov.objective.tokens import PolicyLossConfig, Tokens
 from tests.objective_oracle import top_by_hash
 
 CONFIG = PolicyLossConfig()

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from entcov import cuda_ops, ops
-from entcov.check import check_rows
-from entcov.vocab_parallel import logit_covariance, token_stats
+from entcov.stats.logit_covariance import logit_covariance
+from entcov.stats.token_stats import token_stats
+from entcov.verify.check import check_rows
 from tests import (
     test_covariance_stats,
     test_logits_grad,

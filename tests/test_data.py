@@ -10,8 +10,8 @@ import os
 
 import pytest
 
-from entcov.rl import data
-from entcov.rl.data import PromptStream, from_row, load_rows, to_row, write_rows
+from entcov.rl.data import stream as data
+from entcov.rl.data.stream import PromptStream, from_row, load_rows, to_row, write_rows
 from entcov.rl.tasks import make_task
 from entcov.rl.types import Example
 
@@ -189,7 +189,7 @@ def test_rows_that_fit_no_schema_are_refused_and_leave_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from entcov.rl.tokenizer import char_tokenizer
+    from entcov.rl.data.tokenizer import char_tokenizer
 
     return char_tokenizer()
 
@@ -299,8 +299,8 @@ def test_bad_arguments(tokenizer, changes, message):
 
 
 def test_chat_template_and_joined_contents():
+    from entcov.rl.data.tokenizer import char_tokenizer
     from entcov.rl.tasks import ALPHABET
-    from entcov.rl.tokenizer import char_tokenizer
 
     tok = char_tokenizer(ALPHABET + "<>|")
     messages = ({"role": "system", "content": "be brief."}, {"role": "user", "content": "2+2?"})
@@ -318,7 +318,7 @@ def test_chat_template_and_joined_contents():
 def test_a_tokenizer_that_ends_prompts_is_refused(tokenizer):
     from tokenizers.processors import TemplateProcessing
 
-    from entcov.rl.tokenizer import char_tokenizer
+    from entcov.rl.data.tokenizer import char_tokenizer
 
     ending = char_tokenizer()
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])

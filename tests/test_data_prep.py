@@ -11,10 +11,10 @@ pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
 from entcov.cli import main  # noqa: E402
-from entcov.rl import data_prep  # noqa: E402
-from entcov.rl.data import load_rows  # noqa: E402
-from entcov.rl.data_prep import EVAL_SETS, SOURCES, TEMPLATES, plain_answer, prepare  # noqa: E402
-from entcov.rl.rewards import score  # noqa: E402
+from entcov.rl.data import prepare as data_prep  # noqa: E402
+from entcov.rl.data.prepare import EVAL_SETS, SOURCES, TEMPLATES, plain_answer, prepare  # noqa: E402
+from entcov.rl.data.stream import load_rows  # noqa: E402
+from entcov.rl.rewards.rules import score  # noqa: E402
 
 BEFORE, AFTER = TEMPLATES["dapo"]
 

@@ -7,11 +7,11 @@ import os
 
 import pytest
 
-from entcov.rl import durable
-from entcov.rl.checkpoint import load_latest, save_checkpoint
-from entcov.rl.data import write_rows
-from entcov.rl.durable import replace_file, write_all
-from entcov.rl.metrics import RunLogger
+from entcov.rl.data.stream import write_rows
+from entcov.rl.record import durable
+from entcov.rl.record.checkpoint import load_latest, save_checkpoint
+from entcov.rl.record.durable import replace_file, write_all
+from entcov.rl.record.metrics import RunLogger
 from entcov.rl.types import Example
 
 

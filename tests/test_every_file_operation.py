@@ -13,11 +13,12 @@ import shutil
 
 import pytest
 
-from entcov.rl import checkpoint, metrics, run
-from entcov.rl.checkpoint import CheckpointError, load_latest
-from entcov.rl.durable import make_folder, replace_file
-from entcov.rl.metrics import read_metrics
-from entcov.rl.sealed import replace_sealed
+from entcov.rl import run
+from entcov.rl.record import checkpoint, metrics
+from entcov.rl.record.checkpoint import CheckpointError, load_latest
+from entcov.rl.record.durable import make_folder, replace_file
+from entcov.rl.record.metrics import read_metrics
+from entcov.rl.record.sealed import replace_sealed
 from tests.recorded_disk import RecordedDisk, changes, lay_out
 from tests.toy_run import outcome, toy_train, unfinished
 

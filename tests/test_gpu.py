@@ -6,8 +6,9 @@ with ENTCOV_TEST_DEVICE=cpu, what a CPU can do of it is rehearsed.
 import pytest
 import torch
 
-from entcov import logit_covariance, ops, reference, shard_ops, token_stats
-from entcov.row_kinds import KINDS, gradient_bound, make_rows, value_bound
+from entcov import logit_covariance, ops, shard_ops, token_stats
+from entcov.verify import reference
+from entcov.verify.row_kinds import KINDS, gradient_bound, make_rows, value_bound
 from tests.on_device import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="ENTCOV_TEST_DEVICE names no device")

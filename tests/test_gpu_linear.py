@@ -5,7 +5,8 @@ synchronisation, peak memory.
 import pytest
 import torch
 
-from entcov import linear_token_stats, reference
+from entcov import linear_token_stats
+from entcov.verify import reference
 from tests.on_device import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="ENTCOV_TEST_DEVICE names no device")

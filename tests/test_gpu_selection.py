@@ -5,7 +5,8 @@ synchronisation, CUDA graphs.
 import pytest
 import torch
 
-from entcov import covariance as cov
+from entcov.objective.selection import select_clip_cov, select_kl_cov
+from entcov.objective.token_covariance import covariance_summary, token_covariance
 from tests.on_device import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="ENTCOV_TEST_DEVICE names no device")
@@ -23,10 +24,10 @@ def tokens(T=T, seed=0):
 
 def everything(logprob, advantage, mask, ids, step):
     """All that a step computes, as one tuple of tensors."""
-    covariance = cov.token_covariance(logprob, advantage, mask)
-    clip = cov.select_clip_cov(covariance, ids, ratio=0.01, low=1.0, high=5.0, seed=1, step=step)
-    kl = cov.select_kl_cov(covariance, ids, ratio=0.02, seed=1, step=step)
-    summary = cov.covariance_summary(covariance)
+    covariance = token_covariance(logprob, advantage, mask)
+    clip = select_clip_cov(covariance, ids, ratio=0.01, low=1.0, high=5.0, seed=1, step=step)
+    kl = select_kl_cov(covariance, ids, ratio=0.02, seed=1, step=step)
+    summary = covariance_summary(covariance)
     return covariance.value, clip.mask, clip.count, kl.mask, kl.count, kl.threshold, *summary.values()
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from entcov.rl import checkpoint, sealed
 from entcov.rl.config import parse_config
+from entcov.rl.record import checkpoint, sealed
 from entcov.rl.run import train
 from tests.test_run import timeless
 from tests.tiny_run import recipe

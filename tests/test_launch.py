@@ -18,11 +18,11 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from entcov.cli import main
-from entcov.plan import GIB, GPUS, problems, settings_from, stages
-from entcov.plan_model import PUBLISHED, ModelShape, shape_of
-from entcov.plan_time import estimate
+from entcov.plan.memory import GIB, GPUS, problems, settings_from, stages
+from entcov.plan.model_shapes import PUBLISHED, ModelShape, shape_of
+from entcov.plan.traffic import estimate
 from entcov.rl.config import Config, load_config
-from entcov.rl.data_prep import EVAL_SETS
+from entcov.rl.data.prepare import EVAL_SETS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "megatron_integration"
@@ -209,7 +209,7 @@ def test_rollouts_on_a_server_that_the_same_script_starts():
     vllm = config.rollout.vllm
     assert (vllm.mode, vllm.url, vllm.sleep, vllm.tensor_parallel) == ("server", "http://node4:8001", False, 8)
     command = dry_run("train_qwen2.5_32b.sh", "kl_cov", ENTCOV_SERVE="1", SERVE_HOST="10.0.0.4", **server)
-    assert command[:3] == ["python", "-m", "entcov.rl.vllm_server"]
+    assert command[:3] == ["python", "-m", "entcov.rl.vllm.server"]
     assert command[-4:] == ["--host", "10.0.0.4", "--port", "8001"]
     assert load_config(ROOT / command[3], command[4:-4]) == config
 

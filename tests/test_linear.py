@@ -8,9 +8,10 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import peak_allocated_bytes
-from entcov import linear_token_stats, reference, token_stats
-from entcov.lm_head import BLOCK_ROWS, chunk_size_for
-from entcov.row_kinds import value_bound
+from entcov import linear_token_stats, token_stats
+from entcov.stats.lm_head import BLOCK_ROWS, chunk_size_for
+from entcov.verify import reference
+from entcov.verify.row_kinds import value_bound
 from tests.objective_oracle import NoHostRead
 
 NAMES = ("logprob", "entropy", "clamped_entropy")

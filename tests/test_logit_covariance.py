@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from entcov import reference
-from entcov.check import check_rows
-from entcov.row_kinds import KINDS
-from entcov.vocab_parallel import logit_covariance
+from entcov.stats.logit_covariance import logit_covariance
+from entcov.verify import reference
+from entcov.verify.check import check_rows
+from entcov.verify.row_kinds import KINDS
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
 OUTPUTS = ("covariance", "predicted_entropy_change", "entropy_change", "kl")

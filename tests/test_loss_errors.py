@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from entcov.controls import AEnt, ClipCov, EntropyBonus
-from entcov.losses import PolicyLossConfig, Tokens, Totals, policy_loss
+from entcov.objective.policy_loss import policy_loss
+from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
 from tests.objective_oracle import make_tokens
 
 INF = math.inf

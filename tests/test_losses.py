@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from entcov.controls import AEnt, ClipCov, Control, Effect, EntropyBonus, KLCov, select
-from entcov.losses import AGGREGATIONS, KL_ESTIMATORS, PolicyLossConfig, Tokens, Totals, kl_estimate, policy_loss
+from entcov.objective.policy_loss import kl_estimate, policy_loss
+from entcov.objective.tokens import AGGREGATIONS, KL_ESTIMATORS, PolicyLossConfig, Tokens, Totals
 from tests.objective_oracle import NoHostRead, make_tokens, part
 
 INF = math.inf

@@ -10,8 +10,8 @@ pytest.importorskip("mbridge")
 
 from entcov.rl.batch import pack  # noqa: E402
 from entcov.rl.config import ConfigError, MegatronConfig, ModelConfig  # noqa: E402
-from entcov.rl.model import build_model, save_model  # noqa: E402
-from entcov.rl.sampler import InProcessSampler  # noqa: E402
+from entcov.rl.hf.model import build_model, save_model  # noqa: E402
+from entcov.rl.hf.sampler import InProcessSampler  # noqa: E402
 from megatron_integration.batches import divide, lay_out  # noqa: E402
 from tests.megatron_cases import CONTROLS, oracle_file, torch_updates  # noqa: E402
 from tests.megatron_processes import run_cases  # noqa: E402

@@ -16,9 +16,9 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 psutil = pytest.importorskip("psutil")
 
-from entcov.rl.checkpoint import CheckpointError, load_latest  # noqa: E402
 from entcov.rl.config import parse_config  # noqa: E402
-from entcov.rl.metrics import read_metrics  # noqa: E402
+from entcov.rl.record.checkpoint import CheckpointError, load_latest  # noqa: E402
+from entcov.rl.record.metrics import read_metrics  # noqa: E402
 from entcov.rl.run import evaluate_run, train  # noqa: E402
 from megatron_integration.engine import _initial_model  # noqa: E402
 from tests.test_run import timeless  # noqa: E402

@@ -15,7 +15,7 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 
 from entcov.rl.config import load_config  # noqa: E402
-from entcov.rl.metrics import read_metrics  # noqa: E402
+from entcov.rl.record.metrics import read_metrics  # noqa: E402
 from entcov.rl.run import evaluate_run  # noqa: E402
 from tests.tiny_run import recipe  # noqa: E402
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from entcov.rl import durable
-from entcov.rl.metrics import LOST, NONFINITE, RunLogger, read_metrics
+from entcov.rl.record import durable
+from entcov.rl.record.metrics import LOST, NONFINITE, RunLogger, read_metrics
 
 
 def test_rows_come_back_exactly(tmp_path):
@@ -144,7 +144,7 @@ def test_missing_file_is_named(tmp_path):
 def test_every_logged_step_survives_kill_9(tmp_path):
     """The child reports a step only after log() returned; the kill comes from outside, between any two instructions."""
     program = f"""
-from entcov.rl.metrics import RunLogger
+from entcov.rl.record.metrics import RunLogger
 logger = RunLogger({str(tmp_path)!r}, tensorboard=False)
 for step in range(100_000):
     logger.log(step, {{f"key_{{i}}": step + i / 7 for i in range(40)}})
@@ -185,7 +185,7 @@ def test_file_size_limit_of_the_kernel(tmp_path):
     """The same with the kernel refusing: RLIMIT_FSIZE lets the file grow to 1000 bytes."""
     program = f"""
 import resource
-from entcov.rl.metrics import RunLogger
+from entcov.rl.record.metrics import RunLogger
 logger = RunLogger({str(tmp_path)!r}, tensorboard=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 for step in range(100):

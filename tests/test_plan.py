@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from entcov.plan import (
+from entcov.plan.memory import (
     GIB,
     GPUS,
     KNOBS,
@@ -25,8 +25,8 @@ from entcov.plan import (
     remedies,
     stages,
 )
-from entcov.plan_model import PUBLISHED, ModelShape, shape_of
-from entcov.plan_time import estimate, passes, traffic
+from entcov.plan.model_shapes import PUBLISHED, ModelShape, shape_of
+from entcov.plan.traffic import estimate, passes, traffic
 
 transformers = pytest.importorskip("transformers")
 

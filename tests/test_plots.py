@@ -8,7 +8,7 @@ import pytest
 from matplotlib import image
 
 from entcov.intervals import mean_interval, student_t
-from entcov.plots import build_figures, plot_runs, smooth, smoothing_window
+from entcov.report.plots import build_figures, plot_runs, smooth, smoothing_window
 
 
 def run(seed, floor=0.1, steps=60, **extra):

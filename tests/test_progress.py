@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from entcov.rl.progress import PLAIN_SECONDS, Progress, RunsProgress, duration, sparkline
+from entcov.rl.record.progress import PLAIN_SECONDS, Progress, RunsProgress, duration, sparkline
 
 
 class Clock:

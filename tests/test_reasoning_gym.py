@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from entcov.rl.rewards import score
+from entcov.rl.rewards.rules import score
 from entcov.rl.sandbox import Budget, SandboxPool, isolation, pool
 from entcov.rl.tasks import make_task, reasoning_gym
 from entcov.rl.tasks.reasoning_gym import EVALUATED

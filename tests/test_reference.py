@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.func import jacrev
 
-from entcov import reference
+from entcov.verify import reference
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0], dtype=torch.float64)
 P = (0.643914, 0.236883, 0.087144, 0.032059)

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from entcov.rl import rewards
-from entcov.rl.rewards import last_boxed, load_reward, score
+from entcov.rl.rewards import rules
+from entcov.rl.rewards.rules import last_boxed, load_reward, score
 from entcov.rl.sandbox import SandboxPool
 from entcov.rl.tasks import TASKS, make_task
 from entcov.rl.types import Example
@@ -58,8 +58,8 @@ def test_load_reward():
     for spec, message in [
         ("score", "must be given as 'module:attribute', got 'score'"),
         ("no_such_module:score", "there is no module 'no_such_module'"),
-        ("entcov.rl.rewards:scores", "module 'entcov.rl.rewards' has no 'scores'"),
-        ("entcov.rl.rewards:MATH_SOURCES", "must be a function of .example, response., got tuple"),
+        ("entcov.rl.rewards.rules:scores", "module 'entcov.rl.rewards.rules' has no 'scores'"),
+        ("entcov.rl.rewards.rules:MATH_SOURCES", "must be a function of .example, response., got tuple"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_reward(spec)
@@ -162,7 +162,7 @@ def test_the_time_limit_holds_in_worker_threads(monkeypatch):
     """Each bomb scores 0 within the limit, from a thread that is not the main one; the next response is scored well."""
     limit = 1.0
     pool = SandboxPool("math", limit=limit, extra="train")
-    monkeypatch.setattr(rewards, "_math_pool", lambda: pool)
+    monkeypatch.setattr(rules, "_math_pool", lambda: pool)
     assert score(example("1/2"), r"\boxed{0.5}") == 1.0  # children start outside the measurement
     with ThreadPoolExecutor(3) as executor:
         for bomb in BOMBS:
@@ -269,7 +269,7 @@ def test_no_response_raises_in_math():
 
 def test_importing_the_package_is_light():
     program = (
-        "import sys, entcov.rl.data, entcov.rl.rewards, entcov.rl.tasks, entcov.rl.tokenizer\n"
+        "import sys, entcov.rl.data.stream, entcov.rl.rewards.rules, entcov.rl.tasks, entcov.rl.data.tokenizer\n"
         "print([m for m in ('pyarrow', 'transformers', 'math_verify', 'sympy', 'reasoning_gym') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 
-from entcov import ops, reference
+from entcov import ops
+from entcov.verify import reference
 from tests.row_kinds import KINDS, VOCAB_SIZES, assert_close, rows, targets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

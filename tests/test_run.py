@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from entcov.rl.checkpoint import list_steps, load_latest
 from entcov.rl.config import ConfigError, parse_config
-from entcov.rl.data import PromptStream
-from entcov.rl.metrics import read_metrics
+from entcov.rl.data.stream import PromptStream
+from entcov.rl.data.tokenizer import char_tokenizer
+from entcov.rl.record.checkpoint import list_steps, load_latest
+from entcov.rl.record.metrics import read_metrics
 from entcov.rl.run import evaluate_run, train
-from entcov.rl.tokenizer import char_tokenizer
 from tests.tiny_run import recipe
 
 
@@ -149,7 +149,7 @@ def test_weights_that_are_nan_stop_the_run_with_the_step(tmp_path):
     run(tmp_path, steps=1)
     from safetensors.torch import load_file, save_file
 
-    from entcov.rl.checkpoint import save_checkpoint
+    from entcov.rl.record.checkpoint import save_checkpoint
 
     checkpoint = load_latest(tmp_path / "checkpoints")
     weights = load_file(checkpoint.file("model") / "model.safetensors")

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from entcov.cli import main
-from entcov.rl import run_folder
-from entcov.rl.checkpoint import list_steps, load_latest
 from entcov.rl.config import ConfigError, load_config, parse_config
-from entcov.rl.metrics import read_metrics
+from entcov.rl.record import run_folder
+from entcov.rl.record.checkpoint import list_steps, load_latest
+from entcov.rl.record.metrics import read_metrics
 from entcov.rl.run import evaluate_run, train
 from tests.test_checkpoint import _flip_bit
 from tests.tiny_run import recipe

@@ -8,8 +8,8 @@ import transformers
 
 from entcov.rl.batch import pack
 from entcov.rl.config import ModelConfig
-from entcov.rl.model import batch_token_stats, build_model, forward
-from entcov.rl.sampler import InProcessSampler, draw
+from entcov.rl.hf.model import batch_token_stats, build_model, forward
+from entcov.rl.hf.sampler import InProcessSampler, draw
 from entcov.rl.types import Example, Prompt
 from tests.tiny_run import RECIPE
 

@@ -510,7 +510,7 @@ isolation._prctl(isolation._PR_SET_NO_NEW_PRIVS, 1)
 number = {number}
 code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050000 | {errno}), (0x06, 0, 0, 0x7FFF0000)]
 isolation.install(b"".join(struct.pack("=HBBI", *c) for c in code))
-from entcov.rl.rewards import score
+from entcov.rl.rewards.rules import score
 from entcov.rl.sandbox import run_program
 from entcov.rl.tasks import make_task
 from entcov.rl.types import Example

@@ -6,11 +6,12 @@ import threading
 
 import pytest
 
-from entcov.rl import rewards, scoring
+from entcov.rl.rewards import rules
+from entcov.rl.rewards import scorer as scoring
+from entcov.rl.rewards.scorer import Scorer
 from entcov.rl.rollouts import _described
 from entcov.rl.sandbox import isolation, run_program
 from entcov.rl.sandbox.budget import Charge
-from entcov.rl.scoring import Scorer
 from entcov.rl.types import Example, Prompt, Rollout
 
 LIMIT = 60  # seconds until a wait that should end at once fails the test
@@ -66,9 +67,9 @@ def test_a_reward_function_of_your_own_is_never_called_twice_at_once():
 def test_the_built_in_rewards_work_side_by_side(monkeypatch):
     meeting = threading.Barrier(2, timeout=LIMIT)  # passes only if two calls are under way together
     monkeypatch.setattr(scoring, "free_cores", lambda: 2)  # whatever the number of CPUs
-    monkeypatch.setattr(rewards, "_scorer", lambda example: lambda example, response: float(meeting.wait() >= 0))
+    monkeypatch.setattr(rules, "_scorer", lambda example: lambda example, response: float(meeting.wait() >= 0))
     rollouts = [rollout("#12"), rollout("#12")]
-    with Scorer(rewards.score) as scorer:
+    with Scorer(rules.score) as scorer:
         scorer.finish(rollouts)
     assert [r.reward for r in rollouts] == [1.0, 1.0]
 
@@ -102,10 +103,10 @@ def test_without_a_thread_the_caller_scores(monkeypatch, own):
         return float(response == "right")
 
     if not own:
-        monkeypatch.setattr(rewards, "_scorer", lambda example: score)
+        monkeypatch.setattr(rules, "_scorer", lambda example: score)
     rollouts = [rollout("right"), rollout("wrong"), rollout("right")]
     refuse_threads(monkeypatch)
-    with Scorer(score if own else rewards.score) as scorer:
+    with Scorer(score if own else rules.score) as scorer:
         scorer.take(rollouts[0])
         assert rollouts[0].reward == 1.0
         scorer.finish(rollouts)
@@ -124,9 +125,9 @@ def test_where_some_threads_start_each_response_is_scored_once(monkeypatch):
 
     monkeypatch.setattr(scoring, "free_cores", lambda: 8)
     monkeypatch.setattr(threading.Thread, "start", start_two)
-    monkeypatch.setattr(rewards, "_scorer", lambda example: lambda example, response: asked.append(response) or 1.0)
+    monkeypatch.setattr(rules, "_scorer", lambda example: lambda example, response: asked.append(response) or 1.0)
     rollouts = [rollout(str(i)) for i in range(200)]
-    with Scorer(rewards.score) as scorer:
+    with Scorer(rules.score) as scorer:
         for each in rollouts:
             scorer.take(each)
         scorer.finish(rollouts)

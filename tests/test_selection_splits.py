@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from entcov.controls import ClipCov, KLCov, select
-from entcov.losses import PolicyLossConfig
+from entcov.objective.tokens import PolicyLossConfig
 from tests.objective_oracle import chosen_ids, clip_cov_oracle, exact_covariance, kl_cov_oracle, make_batch, part
 from tests.thread_ranks import ThreadRanks
 

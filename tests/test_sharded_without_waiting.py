@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entcov import covariance as cov
-from entcov import shards
-from entcov.shards import Shard
-from entcov.vocab_parallel import logit_covariance, token_stats
+from entcov import _checks
+from entcov.objective.selection import Selection
+from entcov.objective.token_covariance import TokenCovariance
+from entcov.stats import shards
+from entcov.stats.logit_covariance import logit_covariance
+from entcov.stats.shards import Shard
+from entcov.stats.token_stats import token_stats
 from tests import disagreements
 from tests.thread_ranks import ThreadRanks
 
@@ -79,10 +82,10 @@ def test_ranks_that_disagree_all_get_nan(ranks, changes):
 
 def spoilt(result):
     """Whether a result cannot be taken for a good one."""
-    if isinstance(result, cov.Selection):
+    if isinstance(result, Selection):
         marked = result.threshold is None or bool(result.threshold.isnan())
         return int(result.count) == -1 and bool(result.mask.all()) and marked
-    if isinstance(result, cov.TokenCovariance):
+    if isinstance(result, TokenCovariance):
         return bool(result.value.isnan().all())
     if isinstance(result, dict):  # a summary
         return all(value.isnan() for value in result.values())
@@ -118,7 +121,7 @@ def test_a_rank_that_fails_raises_and_the_others_get_nan(ranks):
 
 @pytest.mark.parametrize("name", BLIND)
 def test_a_rank_that_fails_in_any_call_raises_and_the_others_get_nan(ranks, monkeypatch, name):
-    monkeypatch.setattr(cov.check, "readable", lambda tensor: False)
+    monkeypatch.setattr(_checks, "readable", lambda tensor: False)
     call, message = disagreements.FAILURES[name]
     *others, failed = on_every_rank(ranks, call)
     assert isinstance(failed, ValueError | TypeError) and re.search(message, str(failed)), failed
@@ -132,7 +135,7 @@ SAME_SHAPES = [name for name in disagreements.DISAGREEMENTS if not re.search("to
 
 @pytest.mark.parametrize("name", [*SAME_SHAPES, *disagreements.REPEATED])
 def test_ranks_that_disagree_in_anything_all_get_nan(ranks, monkeypatch, name):
-    monkeypatch.setattr(cov.check, "readable", lambda tensor: False)
+    monkeypatch.setattr(_checks, "readable", lambda tensor: False)
     call, _ = (disagreements.DISAGREEMENTS | disagreements.REPEATED)[name]
     results = on_every_rank(ranks, call)
     assert all(not isinstance(result, Exception) and spoilt(result) for result in results), results

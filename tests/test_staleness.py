@@ -13,9 +13,9 @@ import torch
 
 from entcov.rl import engine
 from entcov.rl.config import ConfigError, parse_config
+from entcov.rl.hf.sampler import InProcessSampler, build_sampler
 from entcov.rl.loop import Loop
 from entcov.rl.run import train
-from entcov.rl.sampler import InProcessSampler, build_sampler
 from tests.test_run import timeless
 from tests.tiny_run import recipe
 
@@ -87,10 +87,10 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, control):
 
 def test_a_checkpoint_brings_back_the_very_rollouts(tmp_path):
     run(tmp_path, steps=1)
-    from entcov.rl.checkpoint import load_latest
-    from entcov.rl.data import PromptStream
+    from entcov.rl.data.stream import PromptStream
+    from entcov.rl.data.tokenizer import char_tokenizer
+    from entcov.rl.record.checkpoint import load_latest
     from entcov.rl.rollouts import Collected
-    from entcov.rl.tokenizer import char_tokenizer
 
     state = load_latest(tmp_path / "checkpoints").state["next"]
     stream = PromptStream.from_config(parse_config(recipe(tmp_path)).data, char_tokenizer(), seed=0)

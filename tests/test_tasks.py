@@ -12,7 +12,7 @@ from fractions import Fraction
 import pytest
 
 from entcov.rl import tasks
-from entcov.rl.rewards import score
+from entcov.rl.rewards.rules import score
 from entcov.rl.tasks import ALPHABET, TASKS, countdown, make_task
 from entcov.rl.tasks.base import answer_after_mark
 from entcov.rl.types import Example

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rich.console import Console
 
+from entcov.report.run_matrix import Job, run_matrix
 from entcov.rl import threads
-from entcov.rl.checkpoint import load_checkpoint, save_checkpoint
-from entcov.rl.progress import Progress, RunsProgress
-from entcov.run_matrix import Job, run_matrix
+from entcov.rl.record.checkpoint import load_checkpoint, save_checkpoint
+from entcov.rl.record.progress import Progress, RunsProgress
 from tests.toy_run import outcome, toy_train
 
 

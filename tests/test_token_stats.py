@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
-from entcov import ops, reference
-from entcov.check import check_rows
-from entcov.row_kinds import KINDS, make_rows, value_bound
-from entcov.vocab_parallel import token_stats
+from entcov import ops
+from entcov.stats.token_stats import token_stats
+from entcov.verify import reference
+from entcov.verify.check import check_rows
+from entcov.verify.row_kinds import KINDS, make_rows, value_bound
 
 OUTPUTS = ("logprob", "entropy", "clamped_entropy", "collision", "varentropy", "entropy_drift")
 # 1: no choice at all; 7, 8: below and at a vector's width; 1000: no multiple of it; 32000, 151936: real vocabularies.
@@ -368,7 +369,7 @@ def test_a_change_that_spares_all_targets_is_seen_where_token_stats_is_not_compi
 
 def test_importing_entcov_does_not_import_the_compiler():
     """It would double the time: a second on a fast machine."""
-    program = "import sys, entcov.vocab_parallel; sys.exit('torch._dynamo' in sys.modules)"
+    program = "import sys, entcov.stats.token_stats; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from entcov.rl.data.tokenizer import char_tokenizer, encode, load_tokenizer
 from entcov.rl.tasks import ALPHABET, make_task
-from entcov.rl.tokenizer import char_tokenizer, encode, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

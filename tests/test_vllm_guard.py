@@ -17,11 +17,12 @@ import threading
 import pytest
 import yaml
 
-from entcov.rl import vllm_client, vllm_server
 from entcov.rl.config import VllmConfig
-from entcov.rl.vllm_guard import ARGUMENTS, ROUTES, Guard
-from entcov.rl.vllm_token import VARIABLE, client_token, server_token, token_file
-from entcov.rl.weight_sync import ByFile, check_weights_file
+from entcov.rl.vllm import client
+from entcov.rl.vllm import server as vllm_server
+from entcov.rl.vllm.guard import ARGUMENTS, ROUTES, Guard
+from entcov.rl.vllm.token import VARIABLE, client_token, server_token, token_file
+from entcov.rl.vllm.weight_sync import ByFile, check_weights_file
 from tests.tiny_run import recipe
 
 TOKEN = "right-" + "0123456789abcdef" * 2
@@ -128,7 +129,7 @@ def test_no_guard_without_a_token(monkeypatch):
 
 def test_the_routes_are_those_that_the_client_calls():
     called = set()
-    for node in ast.walk(ast.parse(inspect.getsource(vllm_client))):
+    for node in ast.walk(ast.parse(inspect.getsource(client))):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "_call":
             method, route = (argument.value for argument in node.args[:2])
             called.add((method, route.partition("?")[0]))
@@ -223,7 +224,7 @@ def listening(status: int, headers: dict[str, str]):
 
 def connect(url: str):
     settings = VllmConfig(mode="server", url=url)
-    return vllm_client.ServerEngine(settings, None, max_model_len=1, dtype=None)
+    return client.ServerEngine(settings, None, max_model_len=1, dtype=None)
 
 
 def test_a_refused_token_is_one_line_that_says_where_it_came_from(monkeypatch):
@@ -293,8 +294,8 @@ def test_the_process_list_shows_neither_the_token_nor_what_the_recipe_takes_from
     assert environment[VARIABLE] == token.value and "VLLM_API_KEY" not in environment
     command = json.loads(environment[ARGUMENTS])
     assert command[command.index("--hf-token") + 1] == "hf_secret_of_the_user"
-    assert command[command.index("--middleware") + 1] == "entcov.rl.vllm_guard.Guard"
-    assert arguments == [sys.executable, "-m", "entcov.rl.vllm_guard"]
+    assert command[command.index("--middleware") + 1] == "entcov.rl.vllm.guard.Guard"
+    assert arguments == [sys.executable, "-m", "entcov.rl.vllm.guard"]
     printed = "".join(capsys.readouterr())
     assert token.source in printed and token.value not in printed and "hf_secret" not in printed
 

@@ -12,8 +12,9 @@ import time
 import pytest
 import torch
 
-from entcov import reference
-from entcov.vocab_parallel import logit_covariance, token_stats
+from entcov.stats.logit_covariance import logit_covariance
+from entcov.stats.token_stats import token_stats
+from entcov.verify import reference
 from tests import gloo_cases
 from tests.thread_ranks import ThreadRanks
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from entcov.rl.config import ActorConfig, ModelConfig, WarmStartConfig, parse_config
-from entcov.rl.data import PromptStream
-from entcov.rl.model import build_model
-from entcov.rl.tokenizer import encode
-from entcov.rl.warm_start import warm_start
+from entcov.rl.data.stream import PromptStream
+from entcov.rl.data.tokenizer import encode
+from entcov.rl.hf.model import build_model
+from entcov.rl.hf.warm_start import warm_start
 from tests.tiny_run import RECIPE, recipe
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from entcov.rl.weight_sync import ByFile, ByReference, ExpectedWeights, WeightSync
+from entcov.rl.vllm.weight_sync import ByFile, ByReference, ExpectedWeights, WeightSync
 
 
 class RecordingEngine:
@@ -80,7 +80,7 @@ def test_a_whole_set_arrives_once_and_the_cache_is_emptied_after_it(transport, t
 
 
 def test_large_sets_go_in_pieces(monkeypatch):
-    monkeypatch.setattr("entcov.rl.weight_sync.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("entcov.rl.vllm.weight_sync.CHUNK_BYTES", 1000)
     model = policy()
     engine, sync = synced(model)
     sync(0, weights(model))

@@ -1,6 +1,6 @@
 """Ranks as threads of one process: sharded calls without process groups, thousands of cases a second.
 
-Only what entcov.shards and entcov.ranks use of torch.distributed is replaced; test_vocab_parallel.py and
+Only what entcov.stats.shards and entcov.stats.ranks use of torch.distributed is replaced; test_vocab_parallel.py and
 test_selection_splits.py run the same code over gloo.
 """
 
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from entcov import ranks, shards
+from entcov.stats import ranks, shards
 
 
 class ThreadRanks:

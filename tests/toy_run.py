@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from entcov.rl.config import Config, parse_config
-from entcov.rl.data import PromptStream
+from entcov.rl.data.stream import PromptStream
+from entcov.rl.data.tokenizer import load_tokenizer
 from entcov.rl.engine import Parts, TorchEngine, _reference
 from entcov.rl.run import train
-from entcov.rl.tokenizer import load_tokenizer
 from entcov.rl.types import Rollout
 from tests.test_run import timeless
 from tests.tiny_run import recipe

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from entcov.rl import vllm_transfer
-from entcov.rl.sampler import InProcessSampler, build_sampler
-from entcov.rl.weight_sync import ByReference, ExpectedWeights, WeightSync
+from entcov.rl.hf.sampler import InProcessSampler, build_sampler
+from entcov.rl.vllm import transfer
+from entcov.rl.vllm.weight_sync import ByReference, ExpectedWeights, WeightSync
 from tests.vllm_policies import MODELS, OPTIONS, TOLERANCE, gap, policy, prompts, reshuffle, settings, weights
 
 SET_NUM_THREADS = torch.set_num_threads
@@ -70,7 +70,7 @@ def test_without_its_guard_the_gap_is_nats(samplers, monkeypatch, guard):
         if guard == "prefix cache":
             patch.setattr(sampler.engine, "reset_prefix_cache", lambda: True)
         else:
-            patch.setattr(vllm_transfer, "_repack_heads", lambda model: None)
+            patch.setattr(transfer, "_repack_heads", lambda model: None)
         reshuffle(model, seed=21)
         sampler.sync(21, weights(model))
     assert gap(model, sampler.generate(prompts(6), **OPTIONS)) > 0.5
@@ -223,7 +223,7 @@ def test_vllms_nccl_sender_gets_whole_updates(monkeypatch, name):
     )
     monkeypatch.setattr(engine, "update_weights", lambda info: engine.calls.append(info))
     expected = ExpectedWeights(model.config)
-    sync = WeightSync(engine, expected, vllm_transfer.Native("nccl", workers=4), dtype=torch.bfloat16)
+    sync = WeightSync(engine, expected, transfer.Native("nccl", workers=4), dtype=torch.bfloat16)
     for version in (3, 6):
         reshuffle(model, seed=version)
         engine.calls.clear()
@@ -235,9 +235,9 @@ def test_vllms_nccl_sender_gets_whole_updates(monkeypatch, name):
         assert calls[1]["shapes"] == [list(w.shape) for w in sent.values()]
         assert all(torch.equal(arrived[n], w.to(torch.bfloat16)) for n, w in sent.items()) and len(arrived) == len(sent)
     assert len(asked) == 1 and (asked[0].world_size, asked[0].rank) == (5, 0)  # the trainer and four workers
-    assert vllm_transfer.Native("ipc", workers=1)._init_info().packed
+    assert transfer.Native("ipc", workers=1)._init_info().packed
     with pytest.raises(ValueError, match="backend must be nccl or ipc, got 'gloo'"):
-        vllm_transfer.Native("gloo", workers=1)
+        transfer.Native("gloo", workers=1)
 
 
 def test_the_order_of_sleeping_and_waking(samplers, monkeypatch):

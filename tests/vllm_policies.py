@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from entcov.rl.config import Config, ModelConfig, parse_config
-from entcov.rl.model import build_model
+from entcov.rl.hf.model import build_model
 from entcov.rl.types import Example, Prompt
 from tests.tiny_run import recipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from entcov.rl.sampler import build_sampler
+from entcov.rl.hf.sampler import build_sampler
 from tests.vllm_policies import OPTIONS, TOLERANCE, gap, policy, prompts, reshuffle, settings, weights
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from entcov.rl.config import parse_config
-from entcov.rl.metrics import read_metrics
+from entcov.rl.record.metrics import read_metrics
 from entcov.rl.run import evaluate_run, train
 from tests.test_run import timeless
 from tests.tiny_run import recipe

@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from entcov.rl.config import parse_config
+from entcov.rl.hf.sampler import build_sampler
 from entcov.rl.run import train
-from entcov.rl.sampler import build_sampler
-from entcov.rl.vllm_guard import ROUTES
-from entcov.rl.vllm_token import VARIABLE, client_token
+from entcov.rl.vllm.guard import ROUTES
+from entcov.rl.vllm.token import VARIABLE, client_token
 from tests.test_run import timeless
 from tests.test_vllm_guard import UNUSED
 from tests.tiny_run import recipe
@@ -44,7 +44,7 @@ def server(tmp_path_factory):
     url = f"http://127.0.0.1:{port}"
     os.environ["XDG_STATE_HOME"] = str(folder)  # where the server leaves its token, and the trainer looks for it
     log = open(folder / "log", "w")
-    command = [sys.executable, "-m", "entcov.rl.vllm_server", str(folder / "recipe.yaml"), "--port", str(port)]
+    command = [sys.executable, "-m", "entcov.rl.vllm.server", str(folder / "recipe.yaml"), "--port", str(port)]
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     RUNNING.append(process)
     try:
@@ -114,7 +114,7 @@ def test_neither_the_process_list_nor_the_log_shows_the_token(server, tmp_path_f
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
             commands += process.read_bytes()
-    assert b"entcov.rl.vllm_guard" in commands and token.encode() not in commands
+    assert b"entcov.rl.vllm.guard" in commands and token.encode() not in commands
     assert token not in next(tmp_path_factory.getbasetemp().glob("server*/log")).read_text()
 
 
@@ -158,7 +158,7 @@ def test_a_server_that_does_not_fit_is_refused_with_every_reason(server, monkeyp
     config = of(server, "qwen3 untied")
     config.model.compute_dtype, config.rollout.max_response_length = "bfloat16", 50
     model, tokenizer = policy("qwen3 untied")
-    with pytest.raises(ValueError, match="python -m entcov.rl.vllm_server RECIPE") as error:
+    with pytest.raises(ValueError, match="python -m entcov.rl.vllm.server RECIPE") as error:
         build_sampler(config, model, tokenizer)
     for reason in ("--dtype: must be torch.bfloat16, .*is torch.float32", "--max-model-len: must be at least 110 .*84",
                    "its weights are not those of the recipe's model"):  # fmt: skip
@@ -185,7 +185,7 @@ def test_a_run_with_a_server(server, tmp_path, staleness):
 
 
 def test_on_a_gpu_the_server_gets_the_recipes_settings_and_the_transfer_asked_for(tmp_path):
-    from entcov.rl.vllm_server import server_arguments
+    from entcov.rl.vllm.server import server_arguments
 
     tree = recipe(tmp_path, model={"config": settings("qwen3").model.config, "tokenizer": "char"})
     tree["rollout"]["vllm"] = {
@@ -199,7 +199,7 @@ def test_on_a_gpu_the_server_gets_the_recipes_settings_and_the_transfer_asked_fo
         f"--model {tmp_path}/vllm_model", "--tensor-parallel-size 4", "--gpu-memory-utilization 0.85",
         "--max-num-seqs 512", '--weight-transfer-config {"backend": "nccl"}', "--max-num-batched-tokens 16384",
         '--compilation-config {"level": 3}', "--logprobs-mode processed_logprobs", "--load-format dummy",
-        "--enable-scale-out", "--middleware entcov.rl.vllm_guard.Guard", "--host 10.0.0.1", "--port 8100",
+        "--enable-scale-out", "--middleware entcov.rl.vllm.guard.Guard", "--host 10.0.0.1", "--port 8100",
     ):  # fmt: skip
         assert flag in line, flag
     assert "--enforce-eager" not in line and "worker-extension" not in line

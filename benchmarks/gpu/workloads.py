@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops_benchmark import ENTROPY_COEF
-from entcov import reference
+from entcov.verify import reference
 
 # Of the outputs in the loss.
 WEIGHTS = {

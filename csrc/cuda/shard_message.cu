@@ -1,5 +1,5 @@
-// What stands around the all-gather of a sharded call (entcov/shards.py): the header in front of a rank's statistics, and the
-// comparison of all headers behind it. One launch each instead of two dozen small ones, on data that is small too: by
+// What stands around the all-gather of a sharded call (entcov/stats/shards.py): the header in front of a rank's statistics, and
+// the comparison of all headers behind it. One launch each instead of two dozen small ones, on data that is small too: by
 // launches such a call would cost half as much again as the statistics of 8,192 rows of 19,008 columns.
 //
 // checksum: a hash of each value with its place, added up modulo 2^64; the order of the additions does not matter to it.

@@ -18,9 +18,10 @@ from entcov.controls.clip_cov import ClipCov
 from entcov.controls.entropy_bonus import EntropyBonus
 from entcov.controls.kl_cov import KLCov
 from entcov.controls.none import NoControl
-from entcov.covariance import check_counter, covariance_over, covariance_summary
-from entcov.losses import PolicyLossConfig, Tokens
-from entcov.ranks import AllReduces, attempt
+from entcov.objective.selection import check_counter
+from entcov.objective.token_covariance import covariance_over, covariance_summary
+from entcov.objective.tokens import PolicyLossConfig, Tokens
+from entcov.stats.ranks import AllReduces, attempt
 
 CONTROLS: dict[str, type[Control]] = {
     cls.name: cls for cls in (NoControl, EntropyBonus, AdaptiveBonus, ClipCov, KLCov, AEnt)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entcov import _checks as check
 from entcov.controls.base import Control, Effect, step_mean
-from entcov.losses import Tokens
+from entcov.objective.tokens import Tokens
 
 #          entropy it watches, on target counts as below, delta, coef_max
 RULES = {"skywork": ("sampled_entropy", False, 1e-4, 5e-3), "trl": ("entropy", True, 5e-3, 1.0)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entcov import _checks as check
 from entcov.controls.base import Control, Effect, step_mean
-from entcov.losses import Tokens
+from entcov.objective.tokens import Tokens
 
 
 @dataclass

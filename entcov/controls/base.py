@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov.losses import PolicyLossConfig, Tokens
+from entcov.objective.tokens import PolicyLossConfig, Tokens
 
 
 @dataclass

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from entcov import _checks as check
 from entcov.controls.base import Control, Effect
-from entcov.covariance import select_clip_cov, token_covariance
-from entcov.losses import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
+from entcov.objective.selection import select_clip_cov
+from entcov.objective.token_covariance import token_covariance
+from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
 
 SEMANTICS = ("paper", "reference")
 SCOPES = ("global", "micro_batch")

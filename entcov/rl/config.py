@@ -14,11 +14,11 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from entcov import _checks as check
-from entcov.advantages import ADVANTAGES
 from entcov.controls import CONTROLS, Control, make_control
-from entcov.losses import PolicyLossConfig
-from entcov.rl.durable import replace_file
+from entcov.objective.advantages import ADVANTAGES
+from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolved, texts, value_at
+from entcov.rl.record.durable import replace_file
 
 _STRICT = ConfigDict(extra="forbid")
 # Strict: a number is a number, where pydantic would take true for 1 and "3" for 3.
@@ -97,7 +97,7 @@ class WarmStartConfig:
 class VllmConfig:
     """How rollout.engine=vllm samples."""
 
-    # colocated: in the trainer's processes and on their devices; server: a running server, see entcov.rl.vllm_server.
+    # colocated: in the trainer's processes and on their devices; server: a running server, see entcov.rl.vllm.server.
     mode: Literal["colocated", "server"] = "colocated"
     url: str | None = None  # of the server, such as http://node1:8000
     tensor_parallel: Count = 1  # processes that share an engine
@@ -110,7 +110,7 @@ class VllmConfig:
 
     def __post_init__(self):
         if self.mode == "server" and self.url is None:
-            raise ValueError("url: must be given for mode server (start one: python -m entcov.rl.vllm_server RECIPE)")
+            raise ValueError("url: must be given for mode server (start one: python -m entcov.rl.vllm.server RECIPE)")
         if self.mode == "colocated" and self.url is not None:
             raise ValueError(f"url: belongs to mode server, got mode colocated and url {self.url!r}")
         if self.mode == "server" and self.sleep:

@@ -17,17 +17,17 @@ import torch
 from torch import nn
 
 from entcov.controls import Control
-from entcov.rl.actor import TorchActor
-from entcov.rl.checkpoint import Checkpoint, load_plain, save_checkpoint
 from entcov.rl.config import Config
-from entcov.rl.data import PromptStream
-from entcov.rl.model import build_model, save_model
-from entcov.rl.model_config import check_context
+from entcov.rl.data.stream import PromptStream
+from entcov.rl.hf.actor import TorchActor
+from entcov.rl.hf.model import build_model, save_model
+from entcov.rl.hf.model_config import check_context
+from entcov.rl.hf.sampler import build_sampler
+from entcov.rl.hf.warm_start import warm_started
 from entcov.rl.preflight import check_recipe, resolve_device
-from entcov.rl.rewards import RewardFunction, load_reward
-from entcov.rl.sampler import build_sampler
-from entcov.rl.sealed import CheckpointError, damage, replace_sealed
-from entcov.rl.warm_start import warm_started
+from entcov.rl.record.checkpoint import Checkpoint, load_plain, save_checkpoint
+from entcov.rl.record.sealed import CheckpointError, damage, replace_sealed
+from entcov.rl.rewards.rules import RewardFunction, load_reward
 
 T = TypeVar("T")
 REFERENCE = "the reference policy"

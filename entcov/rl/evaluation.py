@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from entcov.intervals import mean_interval
 from entcov.rl.config import EvalConfig
-from entcov.rl.rewards import RewardFunction
-from entcov.rl.scoring import Scorer
+from entcov.rl.rewards.rules import RewardFunction
+from entcov.rl.rewards.scorer import Scorer
 from entcov.rl.types import Prompt, Rollout
 
 

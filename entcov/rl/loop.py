@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from entcov.advantages import ADVANTAGES
 from entcov.controls import Control
-from entcov.covariance import covariance_summary, token_covariance
+from entcov.objective.advantages import ADVANTAGES
+from entcov.objective.token_covariance import covariance_summary, token_covariance
 from entcov.rl.batch import Batch, mini_batches, pack
 from entcov.rl.config import Config
-from entcov.rl.data import PromptStream
-from entcov.rl.rewards import RewardFunction
+from entcov.rl.data.stream import PromptStream
+from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rollouts import Collected, Collector, derived_seed, mean, spread, timed
 from entcov.rl.threads import in_background
 from entcov.rl.types import Rollout

@@ -13,12 +13,12 @@ from transformers import PretrainedConfig
 from entcov import _checks as check
 from entcov.controls import clamp_arguments
 from entcov.rl.config import Config, ConfigError
-from entcov.rl.data import PromptStream
-from entcov.rl.model_config import check_context, model_settings, model_tokenizer
+from entcov.rl.data.stream import PromptStream
+from entcov.rl.hf.model_config import check_context, model_settings, model_tokenizer
+from entcov.rl.hf.warm_start import check_solved
 from entcov.rl.recipe import naming
-from entcov.rl.rewards import load_reward
+from entcov.rl.rewards.rules import load_reward
 from entcov.rl.types import Example
-from entcov.rl.warm_start import check_solved
 
 
 def check_recipe(config: Config) -> PretrainedConfig:

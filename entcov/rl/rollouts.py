@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from entcov.rl.config import Config
-from entcov.rl.data import PromptStream
-from entcov.rl.rewards import RewardFunction
-from entcov.rl.scoring import Scorer
+from entcov.rl.data.stream import PromptStream
+from entcov.rl.rewards.rules import RewardFunction
+from entcov.rl.rewards.scorer import Scorer
 from entcov.rl.types import Rollout
 
 

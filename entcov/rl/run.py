@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from entcov.rl.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.engine import Parts, TorchEngine
 from entcov.rl.evaluation import SourceResult, evaluate, summarize
 from entcov.rl.interrupts import Interrupts
 from entcov.rl.loop import Loop
-from entcov.rl.metrics import RunLogger
-from entcov.rl.progress import Progress
+from entcov.rl.record.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
+from entcov.rl.record.metrics import RunLogger
+from entcov.rl.record.progress import Progress
+from entcov.rl.record.run_folder import SAMPLES, check_resume, has_begun, held, keep_evaluation, take_up, write_samples
 from entcov.rl.rollouts import derived_seed
-from entcov.rl.run_folder import SAMPLES, check_resume, has_begun, held, keep_evaluation, take_up, write_samples
 
 _COMMANDS = {
     "torch": "Start it with: python -m entcov train RECIPE",

@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 
 from entcov import _checks as check
 from entcov.rl.config import Config, as_written, load_config, resolve_config, save_config
-from entcov.rl.durable import replace_file
 from entcov.rl.recipe import ConfigError, interpolations, read_recipe, texts, value_at
+from entcov.rl.record.durable import replace_file
 
 _CONFIG, _DIGESTS = "config.yaml", "config.digests.json"
 # Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.

@@ -8,7 +8,8 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
-from entcov import clamp_ops, clamp_rounds, cuda_ops, ops, shard_ops, vocab_parallel
+from entcov import clamp_ops, clamp_rounds, cuda_ops, ops, shard_ops
+from entcov.stats import token_stats
 
 OPS = ("row_stats", "merge_row_stats", "logits_grad", "covariance_stats", "merge_covariance_stats")
 OPS += ("logit_covariance_grad",)
@@ -52,7 +53,7 @@ def install(monkeypatch, module: ModuleType) -> None:
         monkeypatch.setattr(clamp_rounds, f"_{name}_fake", check)
     for name in ("clamp_sketch", "clamp_guess", "clamp_part", "clamp_narrow"):
         monkeypatch.setattr(clamp_rounds, name, getattr(clamp_rounds, f"_{name}_cuda"))
-    monkeypatch.setattr(vocab_parallel, "clamp_in_rounds", lambda device: True)
+    monkeypatch.setattr(token_stats, "clamp_in_rounds", lambda device: True)
 
 
 def _filled_with_nan(check):

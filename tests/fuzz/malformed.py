@@ -45,7 +45,8 @@ ALLOWED = (ValueError, TypeError, RuntimeError)
 
 def valid_calls(draw, on_cuda: bool) -> dict[str, tuple]:
     """{name: (op, arguments)} of one small sharded call of each kind."""
-    from entcov import clamp_ops, clamp_rounds, ops, shard_ops, vocab_parallel
+    from entcov import clamp_ops, clamp_rounds, ops, shard_ops
+    from entcov.stats.token_stats import _sketch_ranks
     from tests.fuzz import draws
 
     T, V, dtype = draw.randint(1, 5), draw.choice((draw.size(60), draw.size(1500), 4500)), draw.choice(draws.DTYPES)
@@ -90,7 +91,7 @@ def valid_calls(draw, on_cuda: bool) -> dict[str, tuple]:
             "clamp_narrow": (part[None, :, 4:], target, whole, bracket, clamp, kept, temperature, ignore),
         }
     else:
-        ranks = vocab_parallel._sketch_ranks(torch.tensor([V, 0]))
+        ranks = _sketch_ranks(torch.tensor([V, 0]))
         sketch = clamp_ops.order_statistics(z, target, ranks[0], *place, ignore)
         sketches = torch.stack((sketch, torch.full_like(sketch, -torch.inf)))
         bracket = clamp_ops.clamp_bracket(sketches, ranks, target, whole, kept, ignore)

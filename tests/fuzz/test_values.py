@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from entcov import linear_token_stats, logit_covariance, token_stats
-from entcov.row_kinds import ROUNDING, gradient_bound
+from entcov.verify.row_kinds import ROUNDING, gradient_bound
 from tests.conftest import SUPPORTED_ISAS
 from tests.emulator import emulated
 from tests.fuzz import draws, oracle

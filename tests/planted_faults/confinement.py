@@ -5,7 +5,7 @@ from tests.planted_faults.fault import Fault
 POOL, BUDGET, CORES, WORKER, ISOLATION, GUARD = (
     f"entcov/rl/sandbox/{name}.py" for name in ("pool", "budget", "cores", "worker", "isolation", "guard")
 )
-SERVER, TOKEN = "entcov/rl/vllm_guard.py", "entcov/rl/vllm_token.py"
+SERVER, TOKEN = "entcov/rl/vllm/guard.py", "entcov/rl/vllm/token.py"
 T_SANDBOX, T_GUARD, T_GYM, T_SERVER = (
     f"tests/test_{name}.py::test_" for name in ("sandbox", "sandbox_guard", "reasoning_gym", "vllm_guard")
 )

@@ -2,7 +2,14 @@
 
 from tests.planted_faults.fault import Fault
 
-LOSSES, COVARIANCE, ADVANTAGES = "entcov/losses.py", "entcov/covariance.py", "entcov/advantages.py"
+LOSSES, COVARIANCE, ADVANTAGES = (
+    "entcov/objective/policy_loss.py",
+    "entcov/objective/token_covariance.py",
+    "entcov/objective/advantages.py",
+)
+TOKENS = "entcov/objective/tokens.py"
+RADIX = "entcov/objective/radix_select.py"
+SELECTION = "entcov/objective/selection.py"
 SELECT, CLIP_COV, KL_COV = (f"entcov/controls/{name}.py" for name in ("__init__", "clip_cov", "kl_cov"))
 ADAPTIVE, AENT, BONUS = (f"entcov/controls/{name}.py" for name in ("adaptive_bonus", "aent", "entropy_bonus"))
 
@@ -21,7 +28,7 @@ FAULTS = (
     # ---- the loss ----------------------------------------------------------------------------------------------------
     Fault(
         "masked_tokens_reach_the_loss",
-        LOSSES,
+        TOKENS,
         "torch.where(self.loss_mask, value, 0.0)",
         "value",
         [T_LOSSES + "test_garbage_outside_the_mask_changes_nothing", BY_LOOP],
@@ -216,7 +223,7 @@ FAULTS = (
     ),
     Fault(
         "ranks_select_by_their_own_counts",
-        COVARIANCE,
+        RADIX,
         "histogram = ranks.sum(histogram).view",
         "ranks.sum(histogram.clone())\n        histogram = histogram.view",
         [RANKS],
@@ -244,77 +251,77 @@ FAULTS = (
     ),
     Fault(
         "count_is_rounded",
-        COVARIANCE,
+        SELECTION,
         "(covariance.num_tokens.double() * ratio).long()",
         "(covariance.num_tokens.double() * ratio).round().long()",
         [ORACLE],
     ),
     Fault(
         "count_is_one_more",
-        COVARIANCE,
+        SELECTION,
         "(covariance.num_tokens.double() * ratio).long()",
         "((covariance.num_tokens.double() * ratio).long() + 1)",
         [ORACLE, T_CONTROLS + "test_reference_counts_depend_on_the_split_and_ours_do_not"],
     ),
     Fault(
         "at_least_one_token_always",
-        COVARIANCE,
+        SELECTION,
         ".clamp(min=at_least)",
         ".clamp(min=1)",
         [T_COVARIANCE + "test_at_least_one_token", T_CONTROLS + "test_clip_cov_ratio_zero"],
     ),
     Fault(
         "open_and_closed_interval_exchanged",
-        COVARIANCE,
+        SELECTION,
         "(value < high) if strict else",
         "(value < high) if not strict else",
         [T_COVARIANCE + "test_interval_closed_and_open"],
     ),
     Fault(
         "excluded_tokens_are_drawn",
-        COVARIANCE,
+        SELECTION,
         "candidate & inside & ~exclude",
         "candidate & inside",
         [T_CONTROLS + "test_reference_clip_cov_excludes_ppo_clipped_tokens"],
     ),
     Fault(
         "masked_tokens_are_candidates",
-        COVARIANCE,
+        SELECTION,
         "candidate, value = covariance.mask, covariance.value",
         "candidate, value = torch.ones_like(covariance.mask), covariance.value",
         [T_COVARIANCE + "test_masked_tokens_are_never_drawn"],
     ),
     Fault(
         "the_draw_ignores_the_step",
-        COVARIANCE,
+        SELECTION,
         "return _mix(h + _spread(step))",
         "return _mix(h)",
         [HASH],
     ),
     Fault(
         "the_draw_ignores_the_seed",
-        COVARIANCE,
+        SELECTION,
         "h = _mix(h + _spread(seed))",
         "h = _mix(h)",
         [HASH],
     ),
     Fault(
         "the_draw_goes_by_place_instead_of_token_id",
-        COVARIANCE,
+        SELECTION,
         "h = _mix(_spread(token_id))",
         "h = _mix(_spread(torch.arange(len(token_id), device=token_id.device)))",
         [HASH, ORACLE],
     ),
     Fault(
         "hashes_compared_as_signed_numbers",
-        COVARIANCE,
+        SELECTION,
         "(key ^ SIGN) >= (threshold ^ SIGN)",
         "key >= threshold",
         [ORACLE],
     ),
     Fault(
         "all_tied_tokens_are_taken",
-        COVARIANCE,
+        SELECTION,
         "(key > threshold) & some",
         "(key >= threshold) & some",
         [T_COVARIANCE + "test_ties_are_settled_by_the_hash"],
@@ -328,7 +335,7 @@ FAULTS = (
     ),
     Fault(
         "negative_numbers_sort_backwards",
-        COVARIANCE,
+        RADIX,
         "torch.where(bits >= 0, bits + 2**31, -1 - bits)",
         "torch.where(bits >= 0, bits + 2**31, bits + 2**31)",
         [T_COVARIANCE + "test_float_key_sorts_as_numbers_do"],

@@ -3,13 +3,15 @@
 from tests.planted_faults.fault import Fault
 
 STATS, SHARDS, PLAN, SHAPE, TIME = (
-    f"entcov/{name}.py" for name in ("vocab_parallel", "shards", "plan", "plan_model", "plan_time")
+    f"entcov/{name}.py"
+    for name in ("stats/token_stats", "stats/shards", "plan/memory", "plan/model_shapes", "plan/traffic")
 )
+LOGIT_COVARIANCE = "entcov/stats/logit_covariance.py"
 T_STATS, T_COVARIANCE, T_RANKS, T_BAD_INPUT, T_PLAN = (
     f"tests/test_{name}.py::test_"
     for name in ("token_stats", "logit_covariance", "vocab_parallel", "bad_input", "plan")
 )
-AGREEMENT = "entcov/ranks.py"
+AGREEMENT = "entcov/stats/ranks.py"
 FAILS = "tests/test_ranks.py::test_a_rank_that_fails_raises_its_error_and_the_others_name_it"
 DISAGREE = "tests/test_ranks.py::test_ranks_that_disagree_all_raise_the_same_error"
 BLIND = "tests/test_sharded_without_waiting.py::test_"  # the host does not look, as on a GPU
@@ -83,21 +85,21 @@ FAULTS = (
     ),
     Fault(
         "predicted_entropy_change_has_the_wrong_sign",
-        STATS,
+        LOGIT_COVARIANCE,
         "(covariance, -covariance,",
         "(covariance, covariance,",
         [T_COVARIANCE + "the_steps_of_both_theorems_by_hand"],
     ),
     Fault(
         "kl_without_the_mean_change",
-        STATS,
+        LOGIT_COVARIANCE,
         "entropy_change, log_ratio - mean_d",
         "entropy_change, log_ratio",
         [T_COVARIANCE + "values_and_gradients_against_float64"],
     ),
     Fault(
         "old_logits_get_the_gradient",
-        STATS,
+        LOGIT_COVARIANCE,
         "return None, grad, None, None, None, None, None\n",
         "return grad, None, None, None, None, None, None\n",
         [T_COVARIANCE + "values_and_gradients_against_float64"],
@@ -203,7 +205,7 @@ FAULTS = (
     ),
     Fault(
         "token_ids_may_repeat",
-        "entcov/covariance.py",
+        "entcov/objective/selection.py",
         "repeated = sums[1] - _num_bits(sums[2:]).sum()",
         "repeated = 0 * sums[1]",
         [DISAGREE + "[select_kl_cov one id]", DISAGREE_BLIND + "[select_kl_cov one id]"],

@@ -5,7 +5,8 @@ from tests.planted_faults.fault import Fault
 DURABLE, SEALED, CHECKPOINT, RUN_FOLDER, STORED_RECIPE, METRICS, DATA, REWARDS, TASK = (
     f"entcov/rl/{name}.py"
     for name in (
-        "durable", "sealed", "checkpoint", "run_folder", "stored_recipe", "metrics", "data", "rewards", "tasks/base",
+        "record/durable", "record/sealed", "record/checkpoint", "record/run_folder", "stored_recipe",
+        "record/metrics", "data/stream", "rewards/rules", "tasks/base",
     )
 )  # fmt: skip
 T_DURABLE, T_CHECKPOINT, T_RUN_FOLDER, T_STORED_RECIPE, T_METRICS, T_DATA, T_TASKS, T_REWARDS, T_RUN = (

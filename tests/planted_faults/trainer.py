@@ -4,9 +4,21 @@ from tests.planted_faults.fault import Fault
 
 LOOP, ROLLOUTS, ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, ENGINE = (
     f"entcov/rl/{name}.py"
-    for name in ("loop", "rollouts", "actor", "batch", "sampler", "run", "evaluation", "warm_start", "engine")
+    for name in (
+        "loop",
+        "rollouts",
+        "hf/actor",
+        "batch",
+        "hf/sampler",
+        "run",
+        "evaluation",
+        "hf/warm_start",
+        "engine",
+    )
 )
-INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "model_config"))
+INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (
+    f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "hf/model_config")
+)
 T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_BAD_INPUT, T_STALENESS, T_WARM_START = (
     f"tests/test_{name}.py::test_"
     for name in (

@@ -1,0 +1,1 @@
+"""The policy loss, the token covariance and its selections, the advantages."""

@@ -1,0 +1,214 @@
+"""The policy loss: clipped policy gradient, four aggregations, reference KL, mismatch weights, entropy controls.
+
+A loss here is a SUM over the tokens at hand, each weighted by a denominator of the whole mini-batch. So the losses of
+micro-batches and of data-parallel ranks add up to the loss of the mini-batch, and no split changes a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from entcov import _checks as check
+from entcov.controls.base import Control
+from entcov.objective.tokens import KL_ESTIMATORS, LOG_RATIO_BOUND, PolicyLossConfig, Tokens, Totals
+
+KL_BOUND = 10.0  # verl's bound on k3
+
+
+def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str = "k3") -> Tensor:
+    """Per-token estimate of KL(policy || reference) from tokens that the policy sampled.
+
+    With d = ref_logprob - logprob:  k1 = -d,  abs = |d|,  k2 = d^2 / 2,  k3 = exp(d) - d - 1 with d clamped to +-20
+    and the result to +-10. "k1+" and "k3+" have the value of k1 and k3 and the gradient of k2, which is the unbiased
+    gradient of the KL for tokens sampled by the policy itself; the gradient of k1 is 0 in expectation.
+
+    Args:
+        logprob, ref_logprob: [T] float, nats.
+        estimator: one of KL_ESTIMATORS.
+    Returns: [T], nats.
+    Source: Schulman, "Approximating KL divergence" (2020); the bounds and "+" forms are those of verl's kl_penalty.
+    """
+    check.one_of("kl_estimator", estimator, KL_ESTIMATORS)
+    d = ref_logprob - logprob
+    if estimator.endswith("+"):
+        gradient = 0.5 * d.square()
+        return kl_estimate(logprob, ref_logprob, estimator[:-1]).detach() + (gradient - gradient.detach())
+    if estimator == "k1":
+        return -d
+    if estimator == "abs":
+        return d.abs()
+    if estimator == "k2":
+        return 0.5 * d.square()
+    d = d.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return (d.exp() - d - 1).clamp(-KL_BOUND, KL_BOUND)
+
+
+def policy_loss(
+    tokens: Tokens,
+    config: PolicyLossConfig = PolicyLossConfig(),  # noqa: B008  frozen
+    *,
+    totals: Totals | None = None,
+    controls: Sequence[Control] = (),
+    selections: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Policy-gradient loss of one micro-batch, with any list of entropy controls.
+
+    Equivalent to, with r = exp(clamp(logprob - old_logprob, +-20)) and A the advantage times all multipliers:
+
+        pg = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))      -A r alone if a control says `unclipped`
+        pg = min(pg, -A dual_clip)                                    where A < 0, if dual_clip (and not unclipped)
+        pg = pg * min(exp(old_logprob - rollout_logprob), tis_cap)    if tis_cap; the weight is a constant
+        pg = 0                                                        where a control's keep is False
+        loss = sum_t w_t (pg + kl_coef * kl_estimate(logprob, ref_logprob) + sum of penalties)
+
+        w_t = 1 / num_tokens                               token-mean
+              1 / num_sequences                            seq-mean-token-sum
+              1 / (num_sequences * sequence_length_t)      seq-mean-token-mean
+              1 / (num_sequences * max_response_length)    seq-mean-token-sum-norm
+
+    Controls compose: multipliers multiply, keep masks intersect, penalties add, and one `unclipped` is enough. A
+    dropped token (keep False) has no policy-gradient value and no gradient, and still counts in every denominator.
+
+    Args:
+        tokens: one micro-batch. `sequence_length` is read by seq-mean-token-mean and by totals=None with a seq-*
+            aggregation, `ref_logprob` if kl_coef > 0, `rollout_logprob` if tis_cap is set.
+        totals: denominators of the mini-batch. None: this micro-batch is all of it (whole sequences only).
+        controls: entropy controls, see entcov/controls/base.py.
+        selections: one entry a control, [T] bool or None, as `entcov.controls.select` returns them.
+    Returns: (loss, metrics). loss is a 0-d tensor; the losses of all micro-batches and ranks ADD UP to that of the
+        mini-batch. Where a data-parallel wrapper averages gradients over ranks, multiply by the number of ranks.
+        metrics are 0-d float64 tensors that add up in the same way: actor/loss, actor/pg_loss, actor/pg_clipfrac,
+        actor/pg_clipfrac_lower, actor/ppo_kl, actor/sampled_entropy (-old_logprob), and where the fields are there
+        actor/entropy, actor/clamped_entropy, actor/kl_loss, actor/mismatch, actor/tis_weight, actor/tis_capfrac, and
+        the controls' own. Those of the last line and all entropies are means over tokens, whatever the aggregation.
+    Differentiable in tokens.logprob, and through penalties in entropy and clamped_entropy. Nothing is mutated.
+    Collectives: none. Host synchronisation: none on an accelerator; on the CPU values are checked.
+    Raises: ValueError for a missing field (named), no token under the mask without totals, a value under the mask
+        that is not finite (CPU), a wrong number or shape of selections.
+    Source: Schulman et al. 2017 (clip), Ye et al. 2020 (dual clip), Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO:
+        token-mean, clip_high), Liu et al. 2025 (Dr.GRPO: constant divisor), Yao et al. 2025 (truncated weights);
+        names and bounds as in verl.
+    """
+    for name in ("logprob", "old_logprob", "advantage"):
+        check.finite(name, getattr(tokens, name), tokens.loss_mask)
+    tokens = tokens.masked()
+    mask = tokens.loss_mask
+    if totals is None:
+        totals = _own_totals(tokens, config)
+    weight = _weights(tokens, config, totals)
+    metrics: dict[str, Tensor] = {}
+
+    def add_mean(name: str, value: Tensor) -> None:
+        metrics[name] = torch.where(mask, value.detach().double(), 0.0).sum() / totals.num_tokens
+
+    effects = [control.apply(tokens, chosen) for control, chosen in _pairs(tokens, controls, selections)]
+    advantage = tokens.advantage
+    for effect in effects:
+        if effect.multiplier is not None:
+            advantage = advantage * effect.multiplier.detach()
+
+    log_ratio = (tokens.logprob - tokens.old_logprob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    ratio = log_ratio.exp()
+    pg = -advantage * ratio
+    clipped = lower = torch.zeros_like(mask)
+    if not any(effect.unclipped for effect in effects):
+        bounded = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        clipped = bounded > pg
+        pg = torch.maximum(pg, bounded)
+        if config.dual_clip is not None:
+            ceiling = -advantage * config.dual_clip
+            lower = (pg > ceiling) & (advantage < 0)
+            pg = torch.where(lower, ceiling, pg)
+    if config.tis_cap is not None:
+        rollout_logprob = _field(tokens, "rollout_logprob", "tis_cap")
+        raw = (tokens.old_logprob - rollout_logprob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp().detach()
+        tis_weight = raw.clamp(max=config.tis_cap)
+        pg = pg * tis_weight
+        add_mean("actor/tis_weight", tis_weight)
+        add_mean("actor/tis_capfrac", raw > config.tis_cap)
+    for effect in effects:
+        if effect.keep is not None:
+            pg = torch.where(effect.keep, pg, 0.0)
+
+    token_loss = pg
+    if config.kl_coef > 0:
+        kl = kl_estimate(tokens.logprob, _field(tokens, "ref_logprob", "kl_coef"), config.kl_estimator)
+        token_loss = token_loss + config.kl_coef * kl
+        metrics["actor/kl_loss"] = _weighted_sum(weight, kl)
+    for effect in effects:
+        if effect.penalty is not None:
+            token_loss = token_loss + effect.penalty
+        for name, value in effect.metrics.items():
+            add_mean(name, value)
+    loss = (weight * token_loss).sum()
+
+    metrics["actor/loss"] = _weighted_sum(weight, token_loss)
+    metrics["actor/pg_loss"] = _weighted_sum(weight, pg)
+    add_mean("actor/pg_clipfrac", clipped)
+    add_mean("actor/pg_clipfrac_lower", lower)
+    add_mean("actor/ppo_kl", -log_ratio)
+    add_mean("actor/sampled_entropy", -tokens.old_logprob)
+    for name in ("entropy", "clamped_entropy"):
+        value = getattr(tokens, name)
+        if value is not None:
+            add_mean(f"actor/{name}", value)
+    if tokens.rollout_logprob is not None:
+        add_mean("actor/mismatch", (tokens.old_logprob - tokens.rollout_logprob).abs())
+    return loss, metrics
+
+
+def _weighted_sum(weight: Tensor, value: Tensor) -> Tensor:
+    return (weight.double() * value.detach().double()).sum()
+
+
+def _field(tokens: Tokens, name: str, reader: str) -> Tensor:
+    value = getattr(tokens, name)
+    if value is None:
+        raise ValueError(f"tokens.{name} must be given, {reader} reads it; got None")
+    check.finite(name, value, tokens.loss_mask)
+    return value
+
+
+def _own_totals(tokens: Tokens, config: PolicyLossConfig) -> Totals:
+    num_tokens = tokens.loss_mask.sum()
+    if tokens.loss_mask.numel() == 0 or (check.readable(num_tokens) and num_tokens == 0):
+        raise ValueError(f"loss_mask must have a True token when totals is None, got none of {len(tokens.loss_mask)}")
+    if config.aggregation == "token-mean":
+        return Totals(num_tokens, num_tokens)
+    length = _field(tokens, "sequence_length", f"totals=None with aggregation {config.aggregation}")
+    share = torch.where(tokens.loss_mask, 1.0 / length.clamp(min=1).double(), 0.0)
+    return Totals(num_tokens, share.sum().round().long())  # the tokens of one sequence have shares that add up to 1
+
+
+def _weights(tokens: Tokens, config: PolicyLossConfig, totals: Totals) -> Tensor:
+    one = tokens.loss_mask.to(tokens.logprob.dtype)
+    if config.aggregation == "token-mean":
+        return one / totals.num_tokens
+    weight = one / totals.num_sequences
+    if config.aggregation == "seq-mean-token-mean":
+        length = _field(tokens, "sequence_length", "aggregation seq-mean-token-mean")
+        if check.readable(length) and bool((tokens.loss_mask & (length < 1)).any()):
+            raise ValueError("sequence_length must be at least 1 under the mask, got a smaller one")
+        weight = weight / length.clamp(min=1)
+    if config.aggregation == "seq-mean-token-sum-norm":
+        weight = weight / config.max_response_length
+    return weight
+
+
+def _pairs(tokens: Tokens, controls: Sequence[Control], selections: Sequence[Tensor | None] | None):
+    """(control, its selection) of every control, once the fields that the control needs are seen to be there."""
+    if selections is None:
+        selections = [None] * len(controls)
+    if len(selections) != len(controls):
+        raise ValueError(f"selections must have one entry a control: {len(controls)} controls, {len(selections)} given")
+    for control, chosen in zip(controls, selections, strict=True):
+        for name in sorted(control.needs & {"entropy", "clamped_entropy"}):
+            _field(tokens, name, f"control {control.name}")
+        if "selection" in control.needs and chosen is None:
+            raise ValueError(f"selections must hold entcov.controls.select's mask for {control.name}, got None")
+        if chosen is not None:
+            check.vector(f"selection of control {control.name}", chosen, (torch.bool,), tokens.logprob)
+        yield control, chosen

@@ -1,0 +1,276 @@
+"""The selections of Clip-Cov and KL-Cov, exact over the optimizer's mini-batch.
+
+The chosen set is bit-identical for every split of the batch, every order of the tokens and every number of ranks: the
+covariance is (entcov/objective/token_covariance.py), thresholds are found by a radix search over integers
+(entcov/objective/radix_select.py), and draws and ties go by a 64-bit hash of (seed, step, token_id) that is one-to-one
+in token_id. The number of collectives does not depend on the data.
+
+No two tokens may have one id. Each sets the bit of its id in a map of 2^22 bits, and the maps are added up over ranks:
+numbers with a bit in common have a sum with fewer bits. Ids are looked at as they are where they lie within 4,194,303
+of one another; of ids that lie further apart, within s times that, every s-th is.
+
+Calls can be captured in a CUDA graph with `step` as a tensor: a number would be part of the capture.
+
+What an accelerator does for T tokens (tests/test_covariance.py counts it; reads plus writes of the T-sized operations):
+  select_clip_cov 169 launches, 1184 bytes a token      select_kl_cov     222 launches, 1399 bytes a token
+For KL-Cov on a million tokens that is 0.6 ms at 3 TB/s, and launches of about a millisecond, once in an optimizer step
+that takes seconds. A kernel of our own would save most of it, and is not worth its code.
+
+Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entcov import _checks as check
+from entcov.objective.radix_select import float_key, key_to_float, radix_select
+from entcov.objective.token_covariance import TokenCovariance, check_covariance, device_of, means_of, no_covariance
+from entcov.stats.ranks import AllReduces, attempt
+
+MAP_WORDS = 2**16  # of the map of token ids: 2^22 bits, 512 KiB
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
+SIGN = -(2**63)
+
+
+@dataclass(frozen=True)
+class Selection:
+    mask: Tensor  # [T] bool, the chosen tokens among those of this call
+    count: Tensor  # 0-d int64, chosen over all ranks
+    threshold: Tensor | None = None  # 0-d float32: smallest chosen covariance (KL-Cov), inf if none is chosen
+
+
+@torch.no_grad()
+def select_clip_cov(
+    covariance: TokenCovariance,
+    token_id: Tensor,
+    *,
+    ratio: float,
+    low: float,
+    high: float,
+    seed: int | Tensor,
+    step: int | Tensor,
+    at_least: int = 0,
+    strict: bool = False,
+    exclude: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Selection:
+    """A uniform draw of floor(ratio * N) tokens, without replacement, among those with low <= covariance <= high.
+
+    Uniform in the sense of a hash: the candidates with the largest hash of (seed, step, token_id) are taken.
+
+    Args:
+        token_id: [T] int64, number of each token in the whole rollout batch, different for all unmasked tokens.
+        ratio: fraction of all N unmasked tokens of the mini-batch; all candidates are taken if they are fewer.
+        seed, step: any integers; the draw changes with each. In a CUDA graph: a 0-d int64 tensor on the device.
+        at_least: lower bound of the number of tokens to take (reference code: 1).
+        strict: low < covariance < high (reference code).
+        exclude: [T] bool, tokens that are no candidates.
+    Collectives: 5 all-reduces of at most 512 KiB and some words; every rank must call.
+    Raises: TypeError, ValueError for arguments. ValueError on every rank if token ids repeat, on one rank or over
+        ranks, among those that are looked at (head of this file). RuntimeError where another rank failed or was called
+        differently. On an accelerator the last two show instead as a count of -1, a threshold of NaN, and a mask of all
+        unmasked tokens, on every rank.
+    """
+
+    def check_own() -> None:
+        check.number("low", low)
+        check.number("high", high)
+        if exclude is not None:
+            check.vector("exclude", exclude, (torch.bool,), covariance.value)
+
+    def choose(ranks: AllReduces, covariance: TokenCovariance, n: Tensor, draw: Callable):
+        candidate, value = covariance.mask, covariance.value
+        if ranks.failure is None:
+            inside = (value > low) & (value < high) if strict else (value >= low) & (value <= high)
+            candidate = candidate & inside if exclude is None else candidate & inside & ~exclude
+        chosen, num_candidates = draw(candidate, n)
+        return chosen, torch.minimum(n, num_candidates), None
+
+    own = {"low": low, "high": high, "strict": strict}
+    return _select(
+        "select_clip_cov", group, covariance, token_id, ratio, at_least, seed, step, own, check_own, choose
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def select_kl_cov(
+    covariance: TokenCovariance,
+    token_id: Tensor,
+    *,
+    ratio: float,
+    seed: int | Tensor,
+    step: int | Tensor,
+    at_least: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> Selection:
+    """The floor(ratio * N) tokens with the largest covariance; a tie at the threshold is settled by the hash.
+
+    Args: as `select_clip_cov`.
+    Collectives: 7 all-reduces of at most 512 KiB and some words; every rank must call.
+    Raises: as `select_clip_cov`.
+    """
+
+    def choose(ranks: AllReduces, covariance: TokenCovariance, n: Tensor, draw: Callable):
+        n = torch.minimum(n, covariance.num_tokens)
+        key = float_key(covariance.value)
+        threshold, of_tied, _ = radix_select(key, covariance.mask, n[None], 32, ranks)
+        some = n > 0
+        from_tied, _ = draw(covariance.mask & (key == threshold) & some, of_tied[0])
+        chosen = (covariance.mask & (key > threshold) & some) | from_tied
+        return chosen, n, torch.where(some, key_to_float(threshold)[0], torch.inf)
+
+    return _select("select_kl_cov", group, covariance, token_id, ratio, at_least, seed, step, {}, None, choose)
+
+
+def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, check_own, choose) -> Selection:
+    """What the selections have in common.
+
+    Args:
+        own: what else every rank must be called with, and `check_own` its check.
+        choose: (ranks, covariance, number to choose, draw) -> (chosen tokens [T] bool, how many are due over all ranks,
+            threshold), where draw(candidates [T] bool, n) -> (n of them by the hash, number of candidates).
+    """
+
+    def checked() -> None:
+        _check_selection(covariance, token_id, ratio, at_least, seed, step)
+        if check_own is not None:
+            check_own()
+
+    _, failure = attempt(checked, group)
+    call = {}
+    if failure is None:
+        call = {"ratio": ratio, "at_least": at_least, "seed": seed, "step": step, **own, **means_of(covariance)}
+    else:
+        covariance = no_covariance(device_of(token_id, getattr(covariance, "value", None)))
+        token_id, ratio, at_least, seed, step = covariance.value.long(), 0.0, 0, 0, 0
+    ends = _ends(token_id, covariance.mask)
+    ranks = AllReduces(op, group, token_id.device, call, ends, failure)
+
+    def draw(candidate: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        return _draw(token_id, candidate, n, seed, step, ranks)
+
+    chosen, due, threshold = choose(ranks, covariance, _count(covariance, ratio, at_least), draw)
+    selection = _finish(chosen, due, token_id, covariance.mask, threshold, ranks)
+    ranks.finish()
+    return selection
+
+
+def _check_selection(covariance, token_id, ratio, at_least, seed, step) -> None:
+    check_covariance(covariance)
+    check.vector("token_id", token_id, (torch.int64,), covariance.value)
+    check.fraction("ratio", ratio)
+    check.integer("at_least", at_least, 0)
+    check_counter("seed", seed)
+    check_counter("step", step)
+
+
+def check_counter(name: str, value: object) -> None:
+    """`value` is an integer, or a 0-d int64 tensor."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    elif value.dim() or value.dtype != torch.int64:
+        raise TypeError(f"{name} must be an integer or a 0-d int64 tensor, got {value.dtype} {tuple(value.shape)}")
+
+
+def token_hash(token_id: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """64-bit hash of (seed, step, token_id) as int64 [T], one-to-one in token_id. seed, step: integers or 0-d int64.
+
+    SplitMix64's finaliser, applied to token_id, then seed, then step.
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014 (constants: Stafford's mix13).
+    """
+    h = _mix(_spread(token_id))
+    h = _mix(h + _spread(seed))
+    return _mix(h + _spread(step))
+
+
+def _spread(x: int | Tensor) -> int | Tensor:
+    """(x + 1) * GOLDEN modulo 2^64."""
+    return (x + 1) * _int64(GOLDEN) if isinstance(x, Tensor) else _int64((x + 1) * GOLDEN)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _int64(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _int64(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _int64(x: int) -> int:
+    """The int64 that equals x modulo 2^64; int64 tensors wrap around, so arithmetic modulo 2^64 needs no more."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64 (torch's own copies the sign), defined for 64 bits too."""
+    if bits == 0:
+        return x
+    return (x >> bits) & (2 ** (64 - bits) - 1) if bits < 64 else torch.zeros_like(x)
+
+
+def _count(covariance: TokenCovariance, ratio: float, at_least: int) -> Tensor:
+    """floor(ratio * N) in float64, as Python's int(ratio * N)."""
+    return (covariance.num_tokens.double() * ratio).long().clamp(min=at_least)
+
+
+def _draw(
+    token_id: Tensor, candidate: Tensor, n: Tensor, seed: int | Tensor, step: int | Tensor, ranks: AllReduces
+) -> tuple[Tensor, Tensor]:
+    """The n candidates of all ranks with the largest hash (all, if fewer): mask [T], number of candidates."""
+    key = token_hash(token_id, seed, step)
+    threshold, _, total = radix_select(key, candidate, n[None], 64, ranks)
+    reached = (key ^ SIGN) >= (threshold ^ SIGN)  # unsigned comparison
+    return candidate & reached & (n > 0), total
+
+
+def _ends(token_id: Tensor, mask: Tensor) -> Tensor:
+    """The smallest and the largest id under the mask [2]; the extremes of int64, crossed, where there is none."""
+    low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    if len(token_id) == 0:
+        return torch.stack([token_id.new_full((), high), token_id.new_full((), low)])
+    return torch.stack([token_id.masked_fill(~mask, high).amin(), token_id.masked_fill(~mask, low).amax()])
+
+
+def _bits_of_ids(token_id: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
+    """[1 + MAP_WORDS]: how many ids are looked at, and the map of their bits. `ends` [ranks, 2]: of the ids."""
+    span = (ends[:, 1].amax().double() - ends[:, 0].amin()).clamp(min=0)
+    stride = (span / (64 * MAP_WORDS - 2)).long() + 1
+    place = token_id.div(stride, rounding_mode="floor")
+    looked_at = mask & (place * stride == token_id)
+    bit = torch.bitwise_left_shift(torch.ones_like(place), place & 63)
+    bits = torch.zeros(MAP_WORDS, dtype=torch.int64, device=token_id.device)
+    bits.scatter_add_(0, (place >> 6) & (MAP_WORDS - 1), torch.where(looked_at, bit, 0))
+    return torch.cat([looked_at.sum()[None], bits])
+
+
+def _num_bits(x: Tensor) -> Tensor:
+    """The number of bits that are set, of int64."""
+    x = x - ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (x * 0x0101010101010101) >> 56
+
+
+def _finish(
+    chosen: Tensor, due: Tensor, token_id: Tensor, mask: Tensor, threshold: Tensor | None, ranks: AllReduces
+) -> Selection:
+    sums = ranks.sum(torch.cat([chosen.sum()[None], _bits_of_ids(token_id, mask, ranks.own)]))
+    count = sums[0]
+    repeated = sums[1] - _num_bits(sums[2:]).sum()  # at least so many
+    if check.readable(sums):
+        if repeated > 0 or count != due:
+            raise ValueError(
+                "token_id must be different for every unmasked token of the mini-batch, on all ranks: at least "
+                f"{max(int(repeated), 1)} tokens have the id of another one; {int(count)} tokens were chosen where "
+                f"{int(due)} were due"
+            )
+        return Selection(chosen, count, threshold)
+    spoilt = repeated > 0 if ranks.refused is None else (repeated > 0) | ranks.refused
+    if threshold is not None:
+        threshold = torch.where(spoilt, torch.nan, threshold)
+    return Selection((chosen | spoilt) & mask, torch.where(spoilt, -1, count), threshold)

@@ -1,0 +1,196 @@
+"""Token covariance, exact over the optimizer's mini-batch.
+
+Cov_i = (logprob_i - mean logprob) (advantage_i - mean advantage), means over all unmasked tokens of the mini-batch,
+wherever they are: the tokens given to one call and those that the other ranks of `group` give to theirs.
+
+It is bit-identical for every split of the batch, every order of the tokens and every number of ranks:
+  - Sums are integers. Each value is written in fixed point as coarse * 2^-10 + fine * 2^-41, and the two integers are
+    added in int64, where addition is associative. Floating sums in another order differ in the last bit, and that
+    bit moves borderline tokens in and out. A value is off by at most 2^-42; 2^32 tokens of |value| <= 2^20 fit.
+  - A token's covariance is computed in float64 from its own values and these means and rounded once to float32, so
+    it is a function of the token and the global sums alone. All comparisons are between those float32 values.
+Ranks may hold different numbers of tokens, none included. What they must agree on, and whether one of them has an error
+to raise, travels in the first all-reduce of each call (entcov/stats/ranks.py): where they do not agree, all of them
+raise, or on an accelerator get results that cannot be taken for good ones.
+
+Nothing makes the host wait on an accelerator: values are checked on the CPU only, and elsewhere bad values show as NaN
+in the covariance and its summary. Shapes depend on T and the number of ranks alone, so calls can be captured in a CUDA
+graph. The bits are the same on every device.
+
+What an accelerator does for T tokens (tests/test_covariance.py counts it; reads plus writes of the T-sized operations):
+  token_covariance 37 launches, 609 bytes a token       covariance_summary 72 launches, 474 bytes a token
+
+Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617, eq. 10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entcov import _checks as check
+from entcov.objective.radix_select import float_key, key_to_float, radix_select
+from entcov.stats.ranks import AllReduces, attempt
+
+COARSE = 2.0**10
+FINE = 2.0**31  # of a remainder of at most 1/2: 2^30 a token
+LARGEST = 2.0**20
+
+
+@dataclass(frozen=True)
+class TokenCovariance:
+    value: Tensor  # [T] float32, 0 outside the mask
+    mask: Tensor  # [T] bool
+    num_tokens: Tensor  # 0-d int64, under the mask, over all ranks
+    mean_logprob: Tensor  # 0-d float64
+    mean_advantage: Tensor  # 0-d float64
+
+
+@torch.no_grad()
+def token_covariance(
+    logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    denominator_eps: float = 0.0,
+    empty_ok: bool = False,
+) -> TokenCovariance:
+    """Covariance of every unmasked token over the whole mini-batch.
+
+    Equivalent to `(logprob - logprob[mask].mean()) * (advantage - advantage[mask].mean())`, in exact arithmetic up to
+    2^-42 in the means and one rounding to float32.
+
+    Args:
+        logprob: [T] float32 or float64, nats, of the current policy.
+        advantage: [T] float32 or float64.
+        mask: [T] bool. Values outside it are not used.
+        group: data-parallel group that shares the mini-batch. None: all of it is here (not torch's default group).
+        denominator_eps: added to the token count in the means; verl's masked_mean has 1e-8.
+        empty_ok: with no unmasked token anywhere, return zeros instead of an error.
+    Not differentiable (constants, as in the method). Nothing is mutated.
+    Collectives: 1 all-reduce of 48 bytes, and 8 for each rank; every rank must call.
+    Raises: TypeError, ValueError for dtypes and shapes; ValueError on every rank (CPU) if any unmasked value of any
+        rank is not finite or exceeds 2^20, or no token is unmasked on any rank. RuntimeError where another rank failed
+        or was called differently; on an accelerator the covariance is NaN there instead.
+    """
+
+    def checked() -> tuple[Tensor, Tensor, Tensor]:
+        check.vector("logprob", logprob, (torch.float32, torch.float64))
+        check.vector("advantage", advantage, (torch.float32, torch.float64), logprob)
+        check.vector("mask", mask, (torch.bool,), logprob)
+        check.number("denominator_eps", denominator_eps, 0.0)
+        return logprob, advantage, mask
+
+    tokens, failure = attempt(checked, group)
+    device = device_of(logprob, advantage, mask)
+    call = {"denominator_eps": denominator_eps, "empty_ok": empty_ok}
+    ranks = AllReduces("token_covariance", group, device, call, failure=failure)
+    eps, empty_ok = (0.0, True) if failure else (denominator_eps, empty_ok)
+    result = covariance_over(ranks, *(tokens or _no_tokens(device)), eps, empty_ok)
+    ranks.finish()
+    return result
+
+
+def covariance_over(
+    ranks: AllReduces, logprob: Tensor, advantage: Tensor, mask: Tensor, denominator_eps: float, empty_ok: bool
+) -> TokenCovariance:
+    """`token_covariance` with its one all-reduce."""
+    values = torch.where(mask, torch.stack([logprob, advantage]).double(), 0.0)
+    bad = ~(values.abs() <= LARGEST)  # NaN too
+    sums = torch.cat(
+        [
+            _fixed_point(torch.where(bad, 0.0, values)).sum(-1).flatten(),
+            torch.stack([mask.sum(), bad.sum()]),
+        ]
+    )
+    sums = ranks.sum(sums)
+    num_tokens, num_bad = sums[4], sums[5]
+    if check.readable(sums):
+        if num_bad > 0:
+            raise ValueError(
+                f"logprob and advantage must be finite and at most 2^20 in size under the mask: {int(num_bad)} of "
+                f"{2 * int(num_tokens)} values over all ranks are not, {int(bad[0].sum())} in logprob and "
+                f"{int(bad[1].sum())} in advantage on this rank"
+            )
+        if num_tokens == 0 and not empty_ok:
+            raise ValueError("mask must have a True token on at least one rank, got none in the whole mini-batch")
+    mean = _from_fixed_point(sums[:4].reshape(2, 2)) / (num_tokens + denominator_eps)
+    bad_anywhere = num_bad > 0 if ranks.refused is None else (num_bad > 0) | ranks.refused
+    mean = torch.where(bad_anywhere, torch.nan, mean)
+    centred = values - mean[:, None]
+    value = torch.where(mask, (centred[0] * centred[1]).float(), 0.0)
+    return TokenCovariance(value, mask, num_tokens, mean[0], mean[1])
+
+
+@torch.no_grad()
+def covariance_summary(covariance: TokenCovariance, *, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """Mean, largest value and 99.9 percent quantile of the covariance over the whole mini-batch, exact.
+
+    The quantile is the smallest value with at least 99.9 percent of the tokens at or below it.
+
+    Returns: {"actor/cov_mean", "actor/cov_max", "actor/cov_p999"}, 0-d tensors, the same on every rank and split: they
+        describe the mini-batch and must not be added up. The mean is the population covariance.
+    Collectives: 3 all-reduces, 2 MiB in total; every rank must call, with the covariance of one `token_covariance`.
+    Raises: RuntimeError where ranks do not; on an accelerator all values are NaN there instead.
+    """
+    _, failure = attempt(lambda: check_covariance(covariance), group)
+    if failure is not None:
+        covariance = no_covariance(device_of())
+    ranks = AllReduces("covariance_summary", group, covariance.value.device, means_of(covariance), failure=failure)
+    sums = ranks.sum(_fixed_point(covariance.value.double()).sum(-1))
+    n = covariance.num_tokens
+    rank = torch.stack([torch.ones_like(n), n - (999 * n + 999) // 1000 + 1])
+    key, _, _ = radix_select(float_key(covariance.value), covariance.mask, rank, 32, ranks)
+    ranks.finish()
+    largest, quantile = key_to_float(key).unbind()
+    summary = {
+        "actor/cov_mean": _from_fixed_point(sums) / n + 0.0 * covariance.mean_logprob,  # NaN if the inputs were bad
+        "actor/cov_max": largest,
+        "actor/cov_p999": quantile,
+    }
+    if ranks.refused is not None:
+        summary = {name: torch.where(ranks.refused, torch.nan, value) for name, value in summary.items()}
+    return summary
+
+
+def device_of(*values: object) -> torch.device:
+    return next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
+
+
+def _no_tokens(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The logprob, advantage and mask of a rank that has no tokens."""
+    nothing = torch.zeros(0, device=device)
+    return nothing, nothing, nothing.bool()
+
+
+def no_covariance(device: torch.device) -> TokenCovariance:
+    """The covariance of a rank without tokens, in a mini-batch without any."""
+    value, _, mask = _no_tokens(device)
+    mean = torch.zeros((), dtype=torch.float64, device=device)
+    return TokenCovariance(value, mask, mean.long(), mean, mean)
+
+
+def check_covariance(covariance: object) -> None:
+    if not isinstance(covariance, TokenCovariance):
+        raise TypeError(f"covariance must be what token_covariance returns, got {type(covariance).__name__}")
+
+
+def means_of(covariance: TokenCovariance) -> dict[str, Tensor]:
+    """What the covariances of all ranks have alike if they are those of one mini-batch."""
+    names = ("num_tokens", "mean_logprob", "mean_advantage")
+    return {f"covariance.{name}": getattr(covariance, name) for name in names}
+
+
+def _fixed_point(x: Tensor) -> Tensor:
+    """float64 [..., T], at most 2^20 in size -> int64 [..., 2, T]: coarse and fine part."""
+    coarse = (x * COARSE).round()
+    fine = ((x * COARSE - coarse) * FINE).round()
+    return torch.stack([coarse, fine], dim=-2).long()
+
+
+def _from_fixed_point(sums: Tensor) -> Tensor:
+    return sums[..., 0].double() / COARSE + sums[..., 1].double() / (COARSE * FINE)

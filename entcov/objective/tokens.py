@@ -1,0 +1,134 @@
+"""What the policy loss and the entropy controls are given: tokens, the mini-batch's totals, the loss's knobs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from entcov import _checks as check
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+LOG_RATIO_BOUND = 20.0  # verl's vanilla loss: exp(20) = 5e8 still leaves room in float32
+
+_FLOAT = (torch.float32, torch.float64)
+
+
+@dataclass
+class Tokens:
+    """Packed tokens of one micro-batch, every field [T]. Tokens of prompts and padding have `loss_mask` False.
+
+    Values outside `loss_mask` are never used: they may be anything, NaN included.
+    """
+
+    logprob: Tensor  # of the current policy; the loss is differentiable in it
+    old_logprob: Tensor  # of the policy before this rollout's first update, by the trainer
+    advantage: Tensor
+    loss_mask: Tensor  # bool
+    entropy: Tensor | None = None  # nats
+    clamped_entropy: Tensor | None = None  # nats
+    ref_logprob: Tensor | None = None  # of the reference policy
+    rollout_logprob: Tensor | None = None  # as the sampler reported it
+    sequence_length: Tensor | None = None  # int64, number of loss tokens in the token's whole sequence
+    token_id: Tensor | None = None  # int64, number of the token in the rollout batch: the same for every split
+
+    def __post_init__(self) -> None:
+        check.vector("logprob", self.logprob, _FLOAT)
+        check.vector("loss_mask", self.loss_mask, (torch.bool,), self.logprob)
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if field.name in ("sequence_length", "token_id"):
+                if value is not None:
+                    check.vector(field.name, value, (torch.int64,), self.logprob)
+            elif field.name != "loss_mask" and (value is not None or field.name in ("old_logprob", "advantage")):
+                check.vector(field.name, value, _FLOAT, self.logprob)
+
+    def masked(self) -> Tokens:
+        """A copy with 0 in every floating field outside the mask, so that garbage there reaches no sum or gradient."""
+        clean = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.is_floating_point():
+                clean[field.name] = torch.where(self.loss_mask, value, 0.0)
+        return replace(self, **clean)
+
+    @staticmethod
+    def cat(parts: Sequence[Tokens]) -> Tokens:
+        """One `Tokens` of all parts, in order. A field that some parts have and others lack is an error."""
+        if not parts:
+            raise ValueError("parts must hold at least one micro-batch, got none")
+        joined = {}
+        for field in fields(Tokens):
+            values = [getattr(part, field.name) for part in parts]
+            missing = [i for i, value in enumerate(values) if value is None]
+            if missing and len(missing) < len(values):
+                raise ValueError(
+                    f"{field.name} must be set in every micro-batch or in none, got None in number {missing[0]}"
+                )
+            joined[field.name] = None if missing else torch.cat(values)
+        return Tokens(**joined)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Denominators of the optimizer's mini-batch: over all its micro-batches and all data-parallel ranks.
+
+    The same values go into every call that belongs to the mini-batch. Integers, or 0-d integer tensors where reading
+    them would make the host wait.
+    """
+
+    num_tokens: int | Tensor  # tokens with loss_mask
+    num_sequences: int | Tensor  # sequences with at least one such token
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "num_sequences"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                if value.dim() or value.is_floating_point():
+                    raise TypeError(f"{name} must be a 0-d integer tensor, got {value.dtype} {tuple(value.shape)}")
+                value = int(value) if check.readable(value) else 1
+            check.integer(name, value, 1)
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    """Knobs of `policy_loss`. Ratios are fractions, never percents; every error names the key, the rule and the value.
+
+    `max_response_length` is the constant divisor of "seq-mean-token-sum-norm" (Dr.GRPO) and belongs to it alone.
+    """
+
+    clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]; 1 switches the lower side off
+    clip_high: float = 0.2  # inf switches the upper side off
+    dual_clip: float | None = None  # c > 1: the loss of a token with A < 0 is at most -c A
+    aggregation: str = "token-mean"
+    max_response_length: int | None = None
+    kl_coef: float = 0.0  # weight of the estimated KL(policy || reference)
+    kl_estimator: str = "k3"
+    tis_cap: float | None = None  # weight min(exp(old_logprob - rollout_logprob), tis_cap)
+
+    def __post_init__(self) -> None:
+        check.number("clip_low", self.clip_low, 0.0, 1.0, "it is a fraction: the ratio is clipped at 1 - clip_low")
+        if self.clip_high != math.inf:
+            check.number("clip_high", self.clip_high, 0.0, 10.0, "it is a fraction, not a percent; inf switches it off")
+        if self.dual_clip is not None:
+            check.number("dual_clip", self.dual_clip, 1.0)
+            if not 1.0 < self.dual_clip < math.inf:
+                raise ValueError(f"dual_clip must be greater than 1 and finite (None: off), got {self.dual_clip}")
+        check.one_of("aggregation", self.aggregation, AGGREGATIONS)
+        if self.aggregation == "seq-mean-token-sum-norm":
+            if self.max_response_length is None:
+                raise ValueError("max_response_length must be given for aggregation seq-mean-token-sum-norm, got None")
+            check.integer("max_response_length", self.max_response_length, 1)
+        elif self.max_response_length is not None:
+            raise ValueError(
+                f"max_response_length must be None unless aggregation is seq-mean-token-sum-norm: {self.aggregation} "
+                f"would ignore {self.max_response_length}"
+            )
+        check.number("kl_coef", self.kl_coef, 0.0)
+        check.one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        if self.tis_cap is not None:
+            check.positive("tis_cap", self.tis_cap)

@@ -1,0 +1,1 @@
+"""Memory, traffic and time of a large recipe, worked out without a GPU."""

@@ -1,0 +1,400 @@
+"""Will it fit, and on what layout? Memory per GPU of a Megatron run with a vLLM engine, by arithmetic alone.
+
+Every formula and its source: docs/large_models.md. Bytes unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from entcov.plan.model_shapes import ModelShape, shape_of
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator, from its maker's data sheet: dense bfloat16 peak and one-way link speeds."""
+
+    name: str
+    memory: int
+    flops: float  # per second
+    bandwidth: float  # of its memory, bytes a second
+    node_link: float  # to a GPU of the same node
+    network: float  # to another node, one network card a GPU
+
+
+GPUS = {
+    "a100": Gpu("A100 SXM 80 GB", 79 * GIB, 312e12, 2.04e12, 300e9, 25e9),
+    "h100": Gpu("H100 SXM 80 GB", 79 * GIB, 989e12, 3.35e12, 450e9, 50e9),
+    "h200": Gpu("H200 SXM 141 GB", 140 * GIB, 989e12, 4.8e12, 450e9, 50e9),
+    "b200": Gpu("B200 SXM 180 GB", 178 * GIB, 2250e12, 7.7e12, 900e9, 50e9),
+}
+
+# What no formula here knows: CUDA context, NCCL buffers, workspaces and fragmentation of the allocator; and what vLLM
+# itself needs beside weights and cache. Assumptions, to be replaced by measurements.
+TRAINER_RESERVE = 5 * GIB
+ENGINE_RESERVE = 2 * GIB
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "80GiB", "80GB" or "65536MiB".
+
+    Raises:
+        ValueError: another form, or not above 0.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|MiB|MB)", text.strip())
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"a memory size must be a number above 0 with GiB, GB, MiB or MB, got {text!r}")
+    return round(float(match[1]) * {"GiB": GIB, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}[match[2]])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a recipe and a machine decides memory, traffic and time. `KNOBS` has the recipe's names."""
+
+    shape: ModelShape
+    gpu: Gpu
+    gpus: int
+    gpus_per_node: int = 8
+    bf16: bool = True  # model.compute_dtype
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    context_parallel: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    overlap: bool = False
+    recompute: str = "none"
+    optimizer_offload: float = 0.0
+    reference: bool = False  # a frozen copy of the policy, where loss.kl_coef > 0
+    selection: bool = False  # a covariance control is in force
+    select_on_first_update: bool = False  # it takes a pass of its own on the first update too
+    clamped_entropy: bool = False
+    micro_batch_tokens: int = 16384
+    prompts_per_step: int = 256
+    group_size: int = 8
+    updates: int = 8  # optimizer steps of one epoch over a rollout batch
+    epochs: int = 1
+    max_prompt: int = 1024
+    max_response: int = 8192
+    mean_response: int = 4096
+    mean_prompt: int = 256
+    engine: str = "colocated"  # colocated | server | in_process
+    engine_tensor_parallel: int = 1
+    gpu_memory_utilization: float = 0.5
+    max_num_seqs: int = 256
+    kv_cache_memory_bytes: int | None = None
+    sleep: bool = True
+
+    @property
+    def replica(self) -> int:
+        """GPUs that hold one copy of the model and share one micro-batch."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
+    @property
+    def data_parallel(self) -> int:
+        return self.gpus // self.replica
+
+    @property
+    def value_bytes(self) -> int:
+        return 2 if self.bf16 else 4
+
+    @property
+    def tokens_on_rank(self) -> int:
+        """Tokens of a full micro-batch on one context-parallel rank."""
+        return math.ceil(self.micro_batch_tokens / self.context_parallel)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.prompts_per_step * self.group_size * (self.mean_prompt + self.mean_response)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one replica in one optimizer step, if they are full."""
+        return max(1, math.ceil(self.step_tokens / self.updates / self.data_parallel / self.micro_batch_tokens))
+
+
+KNOBS = {
+    "tensor_parallel": "megatron.tensor_parallel",
+    "pipeline_parallel": "megatron.pipeline_parallel",
+    "context_parallel": "megatron.context_parallel",
+    "sequence_parallel": "megatron.sequence_parallel",
+    "recompute": "megatron.recompute",
+    "optimizer_offload": "megatron.optimizer_offload",
+    "micro_batch_tokens": "actor.micro_batch_tokens",
+    "engine_tensor_parallel": "rollout.vllm.tensor_parallel",
+    "gpu_memory_utilization": "rollout.vllm.gpu_memory_utilization",
+    "sleep": "rollout.vllm.sleep",
+    "gpus": "--gpus",
+}
+
+
+def settings_from(
+    config: Any, *, gpus: int, gpu: Gpu, gpus_per_node: int = 8, mean_response: int | None = None
+) -> Settings:
+    """Settings of a recipe (`entcov.rl.config.Config`) on so many GPUs.
+
+    Args:
+        mean_response: tokens of a mean response; default: half of the limit, an assumption.
+
+    Raises:
+        ValueError: a recipe for another engine than Megatron, or a model whose shape is not known.
+    """
+    if config.actor.engine != "megatron":
+        raise ValueError(f"plan: is about actor.engine=megatron, got {config.actor.engine!r}")
+    limit = config.rollout.max_response_length
+    if mean_response is not None and not 1 <= mean_response <= limit:
+        raise ValueError(f"mean_response: must be in [1, rollout.max_response_length = {limit}], got {mean_response}")
+    megatron, vllm = config.megatron, config.rollout.vllm
+    controls = config.build_controls()
+    return Settings(
+        shape=shape_of(config.model.path, config.model.config),
+        gpu=gpu,
+        gpus=gpus,
+        gpus_per_node=gpus_per_node,
+        bf16=config.model.compute_dtype == "bfloat16",
+        **{name: getattr(megatron, name) for name in (
+            "tensor_parallel", "pipeline_parallel", "context_parallel", "sequence_parallel", "distributed_optimizer",
+            "overlap", "recompute", "optimizer_offload",
+        )},
+        reference=config.loss.kl_coef > 0,
+        selection=any("selection" in c.needs for c in controls),
+        select_on_first_update=megatron.selection_logprob == "recompute",
+        clamped_entropy=any("clamped_entropy" in c.needs for c in controls),
+        micro_batch_tokens=config.actor.micro_batch_tokens,
+        prompts_per_step=config.rollout.prompts_per_step,
+        group_size=config.rollout.group_size,
+        updates=config.actor.updates_per_rollout,
+        epochs=config.actor.epochs,
+        max_prompt=config.data.max_prompt_length,
+        max_response=limit,
+        mean_response=limit // 2 if mean_response is None else mean_response,
+        mean_prompt=min(256, config.data.max_prompt_length),
+        engine=vllm.mode if config.rollout.engine == "vllm" else "in_process",
+        engine_tensor_parallel=vllm.tensor_parallel,
+        gpu_memory_utilization=vllm.gpu_memory_utilization,
+        max_num_seqs=vllm.max_num_seqs,
+        kv_cache_memory_bytes=vllm.kv_cache_memory_bytes,
+        sleep=vllm.sleep,
+    )  # fmt: skip
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one GPU of one pipeline stage, in bytes, and what it must stay below."""
+
+    stage: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int  # main weights and Adam's two moments, the part on the GPU
+    reference: int
+    activations: int
+    logits: int  # with their gradient and the statistics; last stage
+    engine_weights: int
+    kv_cache: int
+    asleep: bool  # the engine's memory is free while the trainer works
+    limit: int
+
+    @property
+    def resident(self) -> int:
+        """Of the trainer, whatever it does."""
+        return self.weights + self.gradients + self.optimizer + self.reference + TRAINER_RESERVE
+
+    @property
+    def engine(self) -> int:
+        weights_and_cache = self.engine_weights + self.kv_cache
+        return weights_and_cache + ENGINE_RESERVE if weights_and_cache else 0
+
+    @property
+    def training(self) -> int:
+        return self.resident + self.activations + self.logits + (0 if self.asleep else self.engine)
+
+    @property
+    def generation(self) -> int:
+        return self.resident + self.engine
+
+    @property
+    def peak(self) -> int:
+        return max(self.training, self.generation)
+
+
+def layer_activations(s: Settings) -> int:
+    """Kept of one layer for the backward pass of one full micro-batch, nothing recomputed."""
+    m, t = s.shape, s.tensor_parallel
+    around = 4 * m.hidden_size // (t if s.sequence_parallel else 1)  # inputs and outputs of the two norms
+    attention = (2 * m.query_width + 2 * m.key_value_width) // t  # queries, keys, values, output
+    mlp = 3 * m.intermediate_size // t  # gate, up, and their product
+    return s.tokens_on_rank * ((around + attention + mlp) * s.value_bytes + 4 * m.num_attention_heads // t)
+
+
+def activations(s: Settings, stage: int) -> int:
+    """Of a stage at its fullest: under one-forward-one-backward, stage i holds pipeline_parallel - i micro-batches."""
+    in_flight = min(s.pipeline_parallel - stage, s.micro_batches)
+    layers = s.shape.num_hidden_layers // s.pipeline_parallel
+    layer = layer_activations(s)
+    hidden = s.tokens_on_rank * s.shape.hidden_size * s.value_bytes // (s.tensor_parallel if s.sequence_parallel else 1)
+    if s.recompute == "full":
+        return in_flight * (layers + 1) * hidden + layer
+    if s.recompute == "selective":  # the attention core: its output and log-sum-exp
+        core = s.shape.query_width * s.value_bytes + 4 * s.shape.num_attention_heads
+        layer -= s.tokens_on_rank * core // s.tensor_parallel
+    return in_flight * (layers * layer + hidden)
+
+
+def memory(s: Settings, stage: int) -> Memory:
+    """What one GPU of `stage` holds at the fullest moment of training and of generation."""
+    parameters = s.shape.parameters_on_rank(s.tensor_parallel, s.pipeline_parallel, stage)
+    # Adam in float32: two moments, and a main copy where the weights are bfloat16.
+    state = parameters * (12 if s.bf16 else 8)
+    if s.distributed_optimizer:
+        state = math.ceil(state / (s.data_parallel * s.context_parallel))
+    logits = 0
+    if stage == s.pipeline_parallel - 1:
+        columns = s.shape.padded_vocab(s.tensor_parallel) // s.tensor_parallel
+        logits = s.tokens_on_rank * (2 * columns * s.value_bytes + 36)
+    engine_weights, cache = engine_memory(s)
+    return Memory(
+        stage=stage,
+        parameters=parameters,
+        weights=parameters * s.value_bytes,
+        gradients=parameters * 4,
+        optimizer=round(state * (1 - s.optimizer_offload)),
+        reference=parameters * s.value_bytes if s.reference else 0,
+        activations=activations(s, stage),
+        logits=logits,
+        engine_weights=engine_weights,
+        kv_cache=cache,
+        asleep=s.sleep,
+        limit=s.gpu.memory,
+    )
+
+
+def engine_memory(s: Settings) -> tuple[int, int]:
+    """(weights, key-value cache) of a colocated engine on one GPU; a cache below 0: the budget is too small."""
+    if s.engine != "colocated":
+        return 0, 0
+    weights = math.ceil(s.shape.parameters * s.value_bytes / s.engine_tensor_parallel)
+    if s.kv_cache_memory_bytes is not None:
+        return weights, s.kv_cache_memory_bytes
+    return weights, round(s.gpu_memory_utilization * s.gpu.memory) - weights - ENGINE_RESERVE
+
+
+def engine_sequences(s: Settings) -> float:
+    """Sequences of mean length that one engine holds at once; a server's share is not known and counts as unlimited."""
+    if s.engine != "colocated":
+        return float(s.max_num_seqs)
+    per_token = s.shape.kv_bytes_per_token(s.engine_tensor_parallel, s.value_bytes)
+    return min(s.max_num_seqs, engine_memory(s)[1] / (per_token * (s.mean_prompt + s.mean_response)))
+
+
+def stages(s: Settings) -> list[Memory]:
+    """Memory of every pipeline stage."""
+    return [memory(s, stage) for stage in range(s.pipeline_parallel)]
+
+
+# ---- what does not fit, and what would make it fit -----------------------------------------------------------------
+
+
+def problems(s: Settings) -> list[str]:
+    """Why this plan cannot run, one line each with the key to turn; empty if it fits."""
+    out = s.shape.layout_errors(s.tensor_parallel, s.pipeline_parallel)
+    if s.gpus % s.replica:
+        out.append(f"--gpus={s.gpus} is no multiple of tensor x pipeline x context parallel = {s.replica}")
+    if s.tensor_parallel > s.gpus_per_node:
+        out.append(f"megatron.tensor_parallel={s.tensor_parallel} reaches over a node of {s.gpus_per_node} GPUs")
+    longest = s.max_prompt + s.max_response
+    if s.micro_batch_tokens < longest:
+        out.append(f"actor.micro_batch_tokens={s.micro_batch_tokens} cannot hold a sequence of {longest} tokens")
+    if s.engine == "colocated":
+        if s.shape.num_attention_heads % s.engine_tensor_parallel:
+            out.append(
+                f"rollout.vllm.tensor_parallel={s.engine_tensor_parallel} does not divide "
+                f"{s.shape.num_attention_heads} heads"
+            )
+        if s.gpus % s.engine_tensor_parallel:
+            out.append(f"--gpus={s.gpus} is no multiple of rollout.vllm.tensor_parallel={s.engine_tensor_parallel}")
+        one = s.shape.kv_bytes_per_token(s.engine_tensor_parallel, s.value_bytes) * longest
+        cache = engine_memory(s)[1]
+        if cache < one:
+            out.append(
+                f"the engine's cache would have {cache / GIB:.1f} GiB and one sequence of {longest} tokens needs "
+                f"{one / GIB:.1f} GiB (rollout.vllm.gpu_memory_utilization, rollout.vllm.tensor_parallel)"
+            )
+    if out:
+        return out
+    for phase in ("training", "generation"):
+        worst = max(stages(s), key=lambda m: getattr(m, phase))
+        need = getattr(worst, phase)
+        if need > worst.limit:
+            out.append(
+                f"{phase} needs {need / GIB:.1f} GiB on stage {worst.stage}, the GPU has {worst.limit / GIB:.1f} GiB"
+            )
+    return out
+
+
+def _changes(s: Settings) -> Iterator[dict[str, Any]]:
+    """Single knobs, cheapest first: those that cost no speed, those that cost some, more hardware."""
+    if s.engine == "colocated" and not s.sleep:
+        yield {"sleep": True}
+    if s.engine == "colocated" and s.kv_cache_memory_bytes is None:
+        for tenths in range(9, 1, -1):
+            if tenths / 10 != s.gpu_memory_utilization:
+                yield {"gpu_memory_utilization": tenths / 10}
+        if s.engine_tensor_parallel < s.gpus_per_node:
+            yield {"engine_tensor_parallel": 2 * s.engine_tensor_parallel}
+    if s.tensor_parallel > 1 and not s.sequence_parallel:
+        yield {"sequence_parallel": True}
+    longest = s.max_prompt + s.max_response
+    if s.micro_batch_tokens != longest:
+        yield {"micro_batch_tokens": longest}
+    for value in {"none": ("selective", "full"), "selective": ("full",), "full": ()}[s.recompute]:
+        yield {"recompute": value}
+    if s.tensor_parallel < s.gpus_per_node:
+        yield {"tensor_parallel": 2 * s.tensor_parallel, "sequence_parallel": True}
+    yield {"pipeline_parallel": 2 * s.pipeline_parallel}
+    yield {"context_parallel": 2 * s.context_parallel}
+    if s.optimizer_offload < 1:
+        yield {"optimizer_offload": 1.0}
+    yield {"gpus": 2 * s.gpus}
+
+
+def remedies(s: Settings, most: int = 4) -> list[list[str]]:
+    """Changes that make it fit: every single knob that does; else the first pairs, else triples, `most` in all.
+
+    Returns:
+        Lists of `key=value` as the command line takes them; empty where it fits already or nothing here helps.
+    """
+    if not problems(s):
+        return []
+    frontier: list[tuple[Settings, dict[str, Any]]] = [(s, {})]
+    seen: set[frozenset] = set()
+    for _ in range(3):
+        following, fits = [], []
+        for now, changed in frontier:
+            for change in _changes(now):
+                if change.keys() & changed.keys() - {"sequence_parallel"}:
+                    continue
+                candidate, total = dataclasses.replace(now, **change), changed | change
+                if frozenset(total.items()) in seen:
+                    continue
+                seen.add(frozenset(total.items()))
+                following.append((candidate, total))
+                if not problems(candidate):
+                    fits.append(total)
+        if fits:
+            return [[f"{KNOBS[name]}={_shown(value)}" for name, value in total.items()] for total in fits[:most]]
+        frontier = following
+    return []
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

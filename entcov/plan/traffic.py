@@ -1,0 +1,177 @@
+"""What a step sends and how long it may take: counts, bytes and a rough time with its assumptions. See memory.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from entcov.plan.memory import Settings, engine_sequences, memory
+
+# Assumptions, all to be replaced by measurements on the machine.
+COMPUTE_EFFICIENCY = 0.45  # share of the GPU's dense bfloat16 peak that the passes' matrix products reach
+LINK_EFFICIENCY = 0.7  # share of a link's one-way speed that a collective of megabytes reaches
+MEMORY_EFFICIENCY = 0.6  # share of the memory's speed that a decoding step reaches
+DECODE_OVERHEAD = 3e-3  # seconds of a decoding step that neither memory nor compute explains: launches, sampling
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of communication of a GPU in one step of the loop. `bytes_each` is what the GPU sends in one of them."""
+
+    name: str
+    group: str
+    count: int
+    bytes_each: float
+    seconds: float  # in all, if nothing hides them
+
+    @property
+    def bytes(self) -> float:
+        return self.count * self.bytes_each
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes over micro-batches that one replica makes in a step of the loop."""
+
+    scoring: int  # forward alone: old log-probabilities, and those of the reference
+    selecting: int  # forward alone: covariance under the current policy
+    forward: int  # with a backward pass after it
+    recomputed: int
+
+    @property
+    def forwards(self) -> int:
+        return self.scoring + self.selecting + self.forward + self.recomputed
+
+
+def passes(s: Settings) -> Passes:
+    """How often a replica goes over its micro-batches."""
+    updates = s.epochs * s.updates * s.micro_batches
+    scoring = math.ceil(s.step_tokens / s.data_parallel / s.micro_batch_tokens) * (2 if s.reference else 1)
+    selecting = updates if s.select_on_first_update else updates - s.micro_batches
+    return Passes(
+        scoring=scoring,
+        selecting=selecting if s.selection else 0,
+        forward=updates,
+        recomputed=updates if s.recompute == "full" else 0,
+    )
+
+
+def traffic(s: Settings) -> list[Traffic]:
+    """Communication of a GPU of the last stage in one step of the loop, scalars left out.
+
+    Ring algorithms: a rank of n sends (n - 1)/n of a gathered or scattered buffer, twice that of a reduced one.
+    """
+    n = passes(s)
+    layers = s.shape.num_hidden_layers // s.pipeline_parallel
+    hidden = s.tokens_on_rank * s.shape.hidden_size * s.value_bytes
+    out: list[Traffic] = []
+
+    def add(name: str, group: str, ranks: int, count: int, size: float, factor: float, speed: float) -> None:
+        if ranks > 1 and count:
+            each = factor * (ranks - 1) / ranks * size
+            out.append(Traffic(name, group, count, each, count * each / (speed * LINK_EFFICIENCY)))
+
+    near, far = s.gpu.node_link, s.gpu.network
+    t, p, c = s.tensor_parallel, s.pipeline_parallel, s.context_parallel
+    group_speed = near if t * c * p * s.data_parallel <= s.gpus_per_node else far
+    crossing = near if t * c * p <= s.gpus_per_node else far
+    # A layer reduces twice in each direction; the embedding once forward, the head once backward.
+    down, up = n.scoring + n.selecting + n.forward, n.forward
+    reductions = layers * 2 * (n.forwards + up) + (down if p == 1 else 0) + up
+    if s.sequence_parallel:
+        # Each reduction is a scatter here, and a gather on the way back; and what entered a column-parallel matrix is
+        # gathered a second time for the gradient of its weights: twice a layer, once for the head.
+        gathers = layers * (2 * n.forwards + 4 * up) + down + (2 if p == 1 else 1) * up
+        add("activations, all-gather", "tensor", t, gathers, hidden, 1, near)
+        add("activations, reduce-scatter", "tensor", t, reductions, hidden, 1, near)
+    else:
+        add("activations, all-reduce", "tensor", t, reductions, hidden, 2, near)
+    if c > 1:
+        keys = s.tokens_on_rank * 2 * s.shape.key_value_width // t * s.value_bytes
+        count = layers * (c - 1) * (n.forwards + 2 * n.forward)
+        speed = near if t * c <= s.gpus_per_node else far
+        out.append(Traffic("keys and values, ring", "context", count, keys, count * keys / (speed * LINK_EFFICIENCY)))
+    if p > 1:
+        edge = hidden / (t if s.sequence_parallel else 1)
+        count = n.scoring + n.selecting + 2 * n.forward
+        seconds = count * edge / (crossing * LINK_EFFICIENCY)
+        out.append(Traffic("edges of stages, send", "pipeline", count, edge, seconds))
+    rows = s.tokens_on_rank
+    clamp = 512 if s.clamped_entropy else 0
+    once = n.selecting + n.forward
+    add("row statistics with moments, all-gather", "tensor", t, n.scoring, t * rows * (28 + clamp), 1, near)
+    add("row statistics, all-gather", "tensor", t, once, t * rows * (16 + clamp), 1, near)
+    if clamp:  # the candidates near the threshold, at most about three in 127 columns: docs/ops.md
+        candidates = 28 + 4 * 3 * s.shape.padded_vocab(t) // t // 127
+        add("clamp candidates, all-gather", "tensor", t, n.scoring + once, t * rows * candidates, 1, near)
+    ranks = s.data_parallel * c
+    parameters = max(memory(s, stage).parameters for stage in range(p))
+    steps = s.epochs * s.updates
+    if s.distributed_optimizer:
+        add("gradients, reduce-scatter", "data", ranks, steps, 4 * parameters, 1, group_speed)
+        add("weights, all-gather", "data", ranks, steps, s.value_bytes * parameters, 1, group_speed)
+    else:
+        add("gradients, all-reduce", "data", ranks, steps, 4 * parameters, 2, group_speed)
+    # Every rank learns what the last stage has computed of every token: float32, one number a token and statistic.
+    scored = 4 * s.step_tokens * (4 if s.clamped_entropy else 3)
+    add("scores, all-reduce", "data", ranks, 1, scored, 2, group_speed)
+    if s.reference:
+        add("reference scores, all-reduce", "data", ranks, 1, 4 * s.step_tokens, 2, group_speed)
+    if s.selection:
+        chosen = n.selecting // s.micro_batches
+        add("selection scores, all-reduce", "data", ranks, chosen, 4 * s.step_tokens / s.updates, 2, group_speed)
+    whole = s.shape.parameters * s.value_bytes
+    add("weight sync", "replica", t * p, 1, whole, 1, crossing)
+    return out
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one step of the loop, phase by phase."""
+
+    generation: float  # 0 where the engine is not colocated: its GPUs are not part of the plan
+    scoring: float
+    selecting: float
+    updates: float
+    communication: float  # what is not hidden behind the passes
+    sync: float
+
+    @property
+    def step(self) -> float:
+        return self.generation + self.scoring + self.selecting + self.updates + self.communication + self.sync
+
+
+def estimate(s: Settings) -> Time:
+    """Seconds a phase, from peak speeds and the efficiencies above. Good for comparing layouts, not for promises."""
+    length = s.mean_prompt + s.mean_response
+    flops = s.shape.forward_flops(s.step_tokens, length / 2)
+    pace = s.gpus * s.gpu.flops * COMPUTE_EFFICIENCY * (1 if s.bf16 else 1 / 16)  # float32: no tensor cores
+    bubble = 1 + (s.pipeline_parallel - 1) / s.micro_batches
+    n = passes(s)
+    once = flops / pace * bubble
+    sent = traffic(s)
+    hidden = {"gradients, reduce-scatter", "weights, all-gather"} if s.overlap else set()
+    return Time(
+        generation=_generation(s) if s.engine == "colocated" else 0.0,
+        scoring=once * (2 if s.reference else 1),
+        selecting=once * s.epochs * n.selecting / n.forward,
+        updates=once * s.epochs * (4 if s.recompute == "full" else 3),
+        communication=sum(one.seconds for one in sent if one.name not in hidden and one.name != "weight sync"),
+        sync=sum(one.seconds for one in sent if one.name == "weight sync"),
+    )
+
+
+def _generation(s: Settings) -> float:
+    """Decoding is bound by reading the weights and the cache once for each token of every running sequence."""
+    engines = max(1, s.gpus // s.engine_tensor_parallel)
+    mine = s.prompts_per_step * s.group_size / engines
+    running = max(1.0, min(mine, engine_sequences(s)))
+    length = s.mean_prompt + s.mean_response / 2
+    read = s.shape.parameters * s.value_bytes / s.engine_tensor_parallel
+    read += running * length * s.shape.kv_bytes_per_token(s.engine_tensor_parallel, s.value_bytes)
+    compute = s.shape.forward_flops(running, length) / s.engine_tensor_parallel / (s.gpu.flops * COMPUTE_EFFICIENCY)
+    # Two all-reduces a layer; small messages, so latency rules: 10 microseconds each.
+    talk = 2e-5 * s.shape.num_hidden_layers if s.engine_tensor_parallel > 1 else 0.0
+    token = max(read / (s.gpu.bandwidth * MEMORY_EFFICIENCY), compute) + talk + DECODE_OVERHEAD
+    # As many rounds as the tokens need, and at least one sequence of full length from first token to last.
+    return token * max(mine * s.mean_response / running, float(s.max_response))

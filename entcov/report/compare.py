@@ -1,0 +1,319 @@
+"""Matched runs of several entropy controls: what each ends with, and how it differs from its zero-strength twin."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from entcov.intervals import mean_interval
+from entcov.report.plots import plot_runs
+from entcov.report.run_matrix import Failure, Job, run_matrix
+from entcov.rl.record.durable import replace_file
+from entcov.rl.record.metrics import read_metrics
+
+FINAL_FRACTION = 0.1  # "final" is the mean over this last part of a run's steps
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that a run ends with."""
+
+    name: str
+    title: str
+    digits: int
+    pattern: str  # of the metric keys; several (data sources) are averaged
+    last_only: bool = False  # the last logged value, not the mean over the final steps
+
+
+MEASURES = (
+    Measure("entropy", "final entropy, nats", 4, r"actor/entropy"),
+    Measure("reward", "final train reward", 3, r"critic/score/mean"),
+    Measure("accuracy", "held-out accuracy", 3, r"val-core/.+/acc/mean@\d+", last_only=True),
+    Measure("best", "held-out best of k", 3, r"val-core/.+/acc/best@\d+(/mean)?", last_only=True),
+    Measure("length", "response length, tokens", 1, r"response_length/mean"),
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with the half width of its 95 % interval (NaN with one seed), and the values by seed."""
+
+    mean: float
+    half_width: float
+    by_seed: dict[int, float]
+
+    @classmethod
+    def of(cls, by_seed: dict[int, float]) -> Estimate:
+        """NaN if one of the values is: a run that ended in NaN must not drop out of its control's mean."""
+        return cls(*(mean_interval(list(by_seed.values())) if by_seed else (math.nan, math.nan)), by_seed)
+
+    @property
+    def excludes_zero(self) -> bool | None:
+        """Whether the interval lies on one side of 0; None without an interval."""
+        return None if math.isnan(self.half_width) else abs(self.mean) > self.half_width
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result: per control and measure the estimate, and the paired difference to the control's twin."""
+
+    command: str
+    environment: str
+    steps: int
+    seeds: tuple[int, ...]
+    twins: dict[str, str]
+    estimates: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Estimate]]
+    entropy_ratio: dict[str, tuple[float, float, float]]  # geometric mean over seeds of entropy / twin's; interval
+    failures: list[Failure]
+
+
+def compare(
+    arguments: Callable[[str, int, Path], Sequence[str]],
+    *,
+    controls: Sequence[str],
+    seeds: Sequence[int],
+    out_dir: str | Path,
+    jobs: int = 1,
+    command: str,
+    twins: str | Mapping[str, str] = "none",
+    total_steps: int | None = None,
+    display: bool | str = "auto",
+    program: Sequence[str] = (sys.executable, "-m", "entcov"),
+) -> int:
+    """Run every control with every seed, and write comparison.md, comparison.json and plots into `out_dir`.
+
+    Run `control`, `seed` lives in `out_dir/control/seed_N`; calling again runs only what has not finished. The table is
+    also printed.
+
+    Args:
+        arguments: (control, seed, run_dir) -> the arguments of the process `program ...` that makes the run.
+        jobs: runs at a time, each with one CPU thread.
+        command: what the user typed, for the record.
+        twins: the zero-strength twin of every control, or control -> twin. A twin is a control of the list; it differs
+            from its controls in nothing but the control's strength, which is for `arguments` to see to.
+        total_steps, display: for the display of the running matrix.
+        program: what is started.
+
+    Returns:
+        Exit code: 0 when every run finished, 1 when some failed (reported with their logs' ends; the rest is compared).
+
+    Raises:
+        ValueError: controls or seeds are empty or repeated, jobs < 1, or a twin is not among the controls.
+    """
+    out_dir = Path(out_dir)
+    _check(controls, seeds)
+    twin_of = _twins(controls, twins)
+    places = {(c, s): out_dir / c / f"seed_{s}" for c in controls for s in seeds}
+    # Seed by seed: an interrupted comparison has whole pairs.
+    matrix = [
+        Job(f"{c} seed {s}", (*program, *arguments(c, s, places[c, s])), places[c, s]) for s in seeds for c in controls
+    ]
+    failures = run_matrix(matrix, jobs, total_steps=total_steps, display=display)
+    failed = {failure.label for failure in failures}
+    rows = {c: {s: read_metrics(places[c, s]) for s in seeds if f"{c} seed {s}" not in failed} for c in controls}
+    comparison = summarize(rows, twin_of, command=command, failures=failures)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if plotted := {control: list(by_seed.values()) for control, by_seed in rows.items() if by_seed}:
+        plot_runs(plotted, out_dir / "plots")
+    replace_file(out_dir / "comparison.json", (json.dumps(_plain(asdict(comparison)), indent=1) + "\n").encode())
+    replace_file(out_dir / "comparison.md", markdown(comparison, plots=bool(plotted)).encode())
+    console = Console()
+    for table in tables(comparison):
+        console.print(_rich(*table))
+    as_is = {"markup": False, "highlight": False, "soft_wrap": True}  # paths and logs stay whole, for copying
+    for failure in failures:
+        console.print(f"\n{failure.label} failed ({failure.reason}), end of {failure.log}:", style="red", **as_is)
+        console.print(failure.tail, **as_is)
+    console.print(f"\n{out_dir / 'comparison.md'}", **as_is)
+    return 1 if failures else 0
+
+
+def summarize(
+    rows: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]],
+    twins: Mapping[str, str],
+    *,
+    command: str,
+    failures: Sequence[Failure] = (),
+) -> Comparison:
+    """The comparison of finished runs: `rows[control][seed]` are a run's metrics."""
+    final = {c: {s: final_values(run) for s, run in by_seed.items()} for c, by_seed in rows.items()}
+    names = [measure.name for measure in MEASURES]
+    differences, ratio = {}, {}
+    for control, twin in twins.items():
+        pairs = [(seed, values, final[twin][seed]) for seed, values in final[control].items() if seed in final[twin]]
+        differences[control] = {
+            name: Estimate.of({s: a[name] - b[name] for s, a, b in pairs if name in a and name in b}) for name in names
+        }
+        ratio[control] = _ratio(
+            [(a["entropy"], b["entropy"]) for _, a, b in pairs if "entropy" in a and "entropy" in b]
+        )
+    return Comparison(
+        command=command,
+        environment=_environment(),
+        steps=max((int(run[-1]["step"]) for by_seed in rows.values() for run in by_seed.values()), default=0),
+        seeds=tuple(sorted({seed for by_seed in rows.values() for seed in by_seed})),
+        twins=dict(twins),
+        estimates={
+            c: {name: Estimate.of({s: v[name] for s, v in by_seed.items() if name in v}) for name in names}
+            for c, by_seed in final.items()
+        },
+        differences=differences,
+        entropy_ratio=ratio,
+        failures=list(failures),
+    )
+
+
+def final_values(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Measure name -> what the run ended with; what it did not log is absent."""
+    last_step = rows[-1]["step"]
+    first_final = last_step - max(1, round(FINAL_FRACTION * last_step))  # exclusive
+    values = {}
+    for measure in MEASURES:
+        logged = [
+            {k: v for k, v in row.items() if re.fullmatch(measure.pattern, k)} | {"step": row["step"]} for row in rows
+        ]
+        logged = [row for row in logged if len(row) > 1]
+        logged = logged[-1:] if measure.last_only else [row for row in logged if row["step"] > first_final]
+        means = [_mean([value for key, value in row.items() if key != "step"]) for row in logged]
+        if means:
+            values[measure.name] = _mean(means)
+    return values
+
+
+def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, rows of text): the estimates, and the differences to the twins."""
+    measures = [m for m in MEASURES if any(e[m.name].by_seed for e in comparison.estimates.values())]
+    first = [
+        [control, str(max((len(e.by_seed) for e in estimates.values()), default=0))]
+        + [_shown(estimates[m.name], m.digits) for m in measures]
+        for control, estimates in comparison.estimates.items()
+    ]
+    found = [("Where the runs end", ["control", "seeds", *(m.title for m in measures)], first)]
+    second = []
+    for control, twin in comparison.twins.items():
+        cells = []
+        for measure in measures:
+            difference = comparison.differences[control][measure.name]
+            text = _shown(difference, measure.digits, sign="+")
+            cells.append(f"{text} *" if difference.excludes_zero else text)
+        mean, low, high = comparison.entropy_ratio[control]
+        times = "—" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
+        second.append([control, twin, times, *cells])
+    if second:
+        header = ["control", "twin", "entropy / twin's", *(m.title for m in measures)]
+        found.append(("Difference to the zero-strength twin, paired by seed", header, second))
+    return found
+
+
+def markdown(comparison: Comparison, plots: bool) -> str:
+    """The comparison as a page."""
+    seeds = ", ".join(map(str, comparison.seeds)) or "none"
+    lines = [
+        "# Comparison of entropy controls",
+        "",
+        f"```\n{comparison.command}\n```",
+        "",
+        f"{comparison.environment}. {comparison.steps} steps; finished seeds: {seeds}.",
+        "",
+        "Cells: mean ± half width of the 95 % interval over seeds (Student t). Final, and response length: mean over "
+        f"the last {FINAL_FRACTION:.0%} of steps. Held-out numbers: the last evaluation, averaged over data sources. A "
+        "difference is the mean over seeds of (control − twin with the same seed); * marks an interval that does not "
+        "contain 0. The ratio is the geometric mean over the same pairs, with its interval.",
+    ]
+    for title, header, rows in tables(comparison):
+        lines += ["", f"## {title}", "", _row(header), _row(["---"] * len(header)), *map(_row, rows)]
+    if comparison.failures:
+        lines += ["", "## Failed runs", ""]
+        for failure in comparison.failures:
+            lines += [f"{failure.label} ({failure.reason}):", "", f"```\n{failure.tail}\n```", ""]
+    if plots:
+        lines += ["", "![entropy, reward, response length and covariance](plots/overview.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _check(controls: Sequence[str], seeds: Sequence[int]) -> None:
+    for name, values in (("controls", controls), ("seeds", seeds)):
+        if not values:
+            raise ValueError(f"{name} must hold at least one entry, got none")
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} must not repeat an entry, got {list(values)}")
+    for control in controls:
+        if Path(control).name != control:
+            raise ValueError(f"controls: a name that is no plain folder name cannot be compared, got {control!r}")
+
+
+def _twins(controls: Sequence[str], twins: str | Mapping[str, str]) -> dict[str, str]:
+    if isinstance(twins, str):
+        twins = {control: twins for control in controls if control != twins}
+    for control, twin in twins.items():
+        for name in (control, twin):
+            if name not in controls:
+                raise ValueError(
+                    f"twins: {name!r} (twin of {control!r}: {twin!r}) must be among the controls {list(controls)}"
+                )
+    return dict(twins)
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Geometric mean of a / b and its interval; NaN unless every number is positive."""
+    if not pairs or not all(a > 0 and b > 0 for a, b in pairs):
+        return math.nan, math.nan, math.nan
+    mean, half = mean_interval([math.log(a / b) for a, b in pairs])
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def _shown(estimate: Estimate, digits: int, sign: str = "") -> str:
+    if not estimate.by_seed:
+        return "—"
+    text = f"{estimate.mean:{sign}.{digits}f}"
+    return text if math.isnan(estimate.half_width) else f"{text} ± {estimate.half_width:.{digits}f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rich(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _environment() -> str:
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        processor = match[1]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("entcov", "torch", "transformers"))
+    return f"{versions}, Python {platform.python_version()}, {processor}, {os.cpu_count()} cores"
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: NaN as null, paths and keys as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

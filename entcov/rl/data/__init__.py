@@ -1,0 +1,1 @@
+"""Prompts: data sets, their order over a run, and their tokens."""

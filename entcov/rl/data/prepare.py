@@ -1,0 +1,328 @@
+"""Public mathematics sets into verl's row format: read, extract the answer, apply the prompt, drop repeats, write.
+
+    name           repository on the Hugging Face hub   splits        answer
+    dapo_math_17k  BytedTsinghua-SIA/DAPO-Math-17k      train         reward_model.ground_truth (verl's rows)
+    math           DigitalLearningGmbH/MATH-lighteval   train, test   last \\boxed{} of the solution
+    gsm8k          openai/gsm8k                         train, test   after "####"
+    math500        HuggingFaceH4/MATH-500               test          answer
+    aime24         HuggingFaceH4/aime_2024              test          answer
+    aime25         math-ai/aime25                       test          answer
+    amc            AI-MO/aimo-validation-amc            test          answer (a float there)
+    olympiadbench  Hothan/OlympiadBench                 test          final_answer; English, text only, competitions
+    minerva        math-ai/minervamath                  test          answer
+    omni_math      KbsdJames/Omni-MATH                  test          answer
+
+`data_source` is what metrics and `eval.sources` call the set: the name above, for the training sets verl's names.
+The reward is `style: math` (math-verify) unless a set keeps GSM8K's own prompt, whose answers stand after "####".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entcov.rl.data.stream import raw_rows, write_rows
+from entcov.rl.rewards.rules import last_boxed
+from entcov.rl.types import Example
+
+# The prompts of the runs that the recipes repeat: DAPO-Math-17k carries its own, verl's preparation scripts have the
+# other two. An evaluation set wants the prompt that the policy was trained with.
+TEMPLATES = {
+    "dapo": (
+        "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+        "$Answer (without quotes) where $Answer is the answer to the problem.\n\n",
+        '\n\nRemember to put your answer on its own line after "Answer:".',
+    ),
+    "boxed": ("", " Let's think step by step and output the final answer within \\boxed{}."),
+    "gsm8k": ("", ' Let\'s think step by step and output the final answer after "####".'),
+}
+_BARE_BOX = re.compile(r"\\f?box(?:ed)?\s+([^\s$]+)")  # some of MATH's solutions: \boxed 2$
+_LEADING_ZEROS = re.compile(r"0+[0-9]+")  # AIME's answer sheets: 033
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a set is and how its rows are read. `files`: split -> pattern of file names in the repository."""
+
+    repo: str
+    files: dict[str, str]
+    data_source: str
+    question: Callable[[dict], str]
+    answer: Callable[[dict], str | None]  # None: the row has none
+    template: str = "dapo"
+    solution: Callable[[dict], str | None] | None = None  # a worked one that earns the reward
+
+
+def _column(row: dict, *names: str) -> Any:
+    for name in names:
+        if name in row:
+            return row[name]
+    raise ValueError(f"a row must have the column {' or '.join(names)}, this one has {', '.join(row)}")
+
+
+def _text(*names: str) -> Callable[[dict], str]:
+    def read(row: dict) -> str:
+        value = _column(row, *names)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{names[0]} must be a non-empty string, got {value!r}")
+        return value.strip()
+
+    return read
+
+
+def _answer(*names: str) -> Callable[[dict], str | None]:
+    return lambda row: plain_answer(_column(row, *names))
+
+
+def plain_answer(value: Any) -> str | None:
+    """An answer as text: 142.0 and "142" and ["$142$"] and "0142" are "142"; several are joined; None where empty."""
+    if isinstance(value, list):
+        parts = [plain_answer(part) for part in value]
+        return ", ".join(part for part in parts if part) or None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "" if value is None else str(value).strip()
+    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
+        text = text[1:-1].strip()
+    return str(int(text)) if _LEADING_ZEROS.fullmatch(text) else text or None
+
+
+def _boxed(row: dict) -> str | None:
+    """The last boxed expression of MATH's solution, with braces or without."""
+    solution = _text("solution")(row)
+    found = last_boxed(solution) or last_boxed(solution.replace("\\fbox{", "\\boxed{"))
+    if found is None:
+        bare = _BARE_BOX.findall(solution)
+        found = bare[-1] if bare else None
+    return found and found.strip()
+
+
+def _boxed_solution(row: dict) -> str | None:
+    """MATH's solution where it ends as the reward wants it: a box without braces earns nothing."""
+    solution = _text("solution")(row)
+    return solution if last_boxed(solution) is not None else None
+
+
+def _after_hashes(row: dict) -> str | None:
+    _, mark, tail = _text("answer")(row).rpartition("####")
+    return tail.strip().replace(",", "") or None if mark else None
+
+
+def _dapo_question(row: dict) -> str:
+    """The question of a row whose prompt has DAPO's wording round it; a text without the wording is the question."""
+    messages = _column(row, "prompt")
+    if not (isinstance(messages, list) and len(messages) == 1):
+        raise ValueError(f"prompt must be a list of one message, got {str(messages)[:80]!r}")
+    before, after = TEMPLATES["dapo"]
+    return _text("content")(messages[0]).removeprefix(before.strip()).removesuffix(after.strip()).strip()
+
+
+SOURCES = {
+    "dapo_math_17k": Source(
+        "BytedTsinghua-SIA/DAPO-Math-17k",
+        {"train": "data/dapo-math-17k.parquet"},
+        "math_dapo",
+        question=_dapo_question,
+        answer=lambda row: plain_answer(_column(_column(row, "reward_model"), "ground_truth")),
+    ),
+    "math": Source(
+        "DigitalLearningGmbH/MATH-lighteval",
+        {"train": "data/train-*.parquet", "test": "data/test-*.parquet"},
+        "DigitalLearningGmbH/MATH-lighteval",
+        question=_text("problem"),
+        answer=_boxed,
+        template="boxed",
+        solution=_boxed_solution,
+    ),
+    "gsm8k": Source(
+        "openai/gsm8k",
+        {"train": "main/train-*.parquet", "test": "main/test-*.parquet"},
+        "openai/gsm8k",
+        question=_text("question"),
+        answer=_after_hashes,
+        template="gsm8k",
+        solution=_text("answer"),
+    ),
+    "math500": Source(
+        "HuggingFaceH4/MATH-500", {"test": "test.jsonl"}, "math500", question=_text("problem"), answer=_answer("answer")
+    ),
+    "aime24": Source(
+        "HuggingFaceH4/aime_2024",
+        {"test": "data/train-*.parquet"},
+        "aime24",
+        question=_text("problem", "Problem"),
+        answer=_answer("answer", "Answer"),
+    ),
+    "aime25": Source(
+        "math-ai/aime25",
+        {"test": "test.jsonl"},
+        "aime25",
+        question=_text("problem", "question"),
+        answer=_answer("answer"),
+    ),
+    "amc": Source(
+        "AI-MO/aimo-validation-amc",
+        {"test": "data/train-*.parquet"},
+        "amc",
+        question=_text("problem", "question"),
+        answer=_answer("answer"),
+    ),
+    "olympiadbench": Source(
+        "Hothan/OlympiadBench",
+        {"test": "OlympiadBench/OE_TO_maths_en_COMP/*.parquet"},
+        "olympiadbench",
+        question=_text("question"),
+        answer=_answer("final_answer"),
+    ),
+    "minerva": Source(
+        "math-ai/minervamath",
+        {"test": "test.jsonl"},
+        "minerva",
+        question=_text("question", "problem"),
+        answer=_answer("answer"),
+    ),
+    "omni_math": Source(
+        "KbsdJames/Omni-MATH",
+        {"test": "test.jsonl"},
+        "omni_math",
+        question=_text("problem"),
+        answer=_answer("answer"),
+    ),
+}
+EVAL_SETS = ("math500", "aime24", "aime25", "amc", "olympiadbench", "minerva", "omni_math")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What became of one split. read = written + repeats + contradictory + unanswered."""
+
+    path: Path
+    origin: str  # file, or repository@commit
+    read: int
+    written: int
+    repeats: int  # rows whose question was there already, with the same answer
+    contradictory: int  # rows of questions that occur with different answers: none of them is kept
+    unanswered: int
+
+    def __str__(self) -> str:
+        left_out = {"repeats": self.repeats, "contradictory": self.contradictory, "unanswered": self.unanswered}
+        out = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
+        shown = f" (left out: {out})" if out else ""
+        return f"{self.path}: {self.written} rows of {self.read} from {self.origin}{shown}"
+
+
+def prepare(
+    name: str,
+    out: str | Path = "data",
+    *,
+    source: str | Path | None = None,
+    split: str | None = None,
+    template: str | None = None,
+    revision: str | None = None,
+) -> list[Prepared]:
+    """Writes OUT/NAME/SPLIT.parquet for every split of a set, atomically, and says what was read and left out.
+
+    Args:
+        source: a .parquet or .jsonl file in the set's own schema; default: its repository on the hub.
+        split: one split alone; must be given with `source` where the set has several.
+        template: key of `TEMPLATES`; default: the set's own.
+        revision: commit or tag of the repository.
+
+    Raises:
+        ValueError: an unknown name, split or template, or a row in another schema (names the row).
+        FileNotFoundError: no such file, or the repository has none of that name any more.
+        RuntimeError: the hub cannot be reached or refuses.
+    """
+    for what, value, known in (("data set", name, SOURCES), ("template", template or "dapo", TEMPLATES)):
+        if value not in known:
+            raise ValueError(f"{what}: must be one of {', '.join(known)}, got {value!r}")
+    spec = SOURCES[name]
+    if split is not None and split not in spec.files:
+        raise ValueError(f"split: {name} has {', '.join(spec.files)}, got {split!r}")
+    if source is not None and revision is not None:
+        raise ValueError(f"revision: belongs to the hub and cannot go with source={source}, got {revision!r}")
+    if source is not None and split is None and len(spec.files) > 1:
+        raise ValueError(f"split: must be given with source, {name} has {', '.join(spec.files)}")
+    results = []
+    for one in spec.files if split is None else [split]:
+        if source is None:
+            files, origin = _download(spec.repo, spec.files[one], revision)
+        else:
+            files, origin = [Path(source)], str(source)
+        path = Path(out) / name / f"{one}.parquet"
+        results.append(_prepare_split(spec, one, files, origin, path, template or spec.template))
+    return results
+
+
+def _download(repo: str, pattern: str, revision: str | None) -> tuple[list[Path], str]:
+    from huggingface_hub import snapshot_download
+
+    advice = "Download the file where there is a network and pass --source FILE"
+    try:
+        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[pattern]))
+    except OSError as error:  # all of the hub's errors are, those of the network too
+        raise RuntimeError(f"{repo} could not be fetched from the hub: {error}\n{advice}") from error
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"{repo} at {folder.name} has no file {pattern}. {advice}, or name a --revision")
+    return files, f"{repo}@{folder.name[:12]}"
+
+
+def _prepare_split(
+    spec: Source, split: str, files: list[Path], origin: str, path: Path, template: str
+) -> Prepared:
+    found: dict[str, tuple[Example, int]] = {}  # by question -> first row, number of rows
+    contradicted: set[str] = set()
+    read = unanswered = 0
+    for place, row in _rows(files):
+        read += 1
+        try:
+            question, answer = spec.question(row), spec.answer(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if answer is None:
+            unanswered += 1
+            continue
+        key = " ".join(question.split())
+        if key in found:
+            example, count = found[key]
+            found[key] = example, count + 1
+            if example.ground_truth != answer:
+                contradicted.add(key)
+            continue
+        before, after = TEMPLATES[template]
+        own_style = template == "gsm8k" and spec.data_source == "openai/gsm8k"
+        example = Example(
+            data_source=spec.data_source,
+            prompt=({"role": "user", "content": f"{before}{question}{after}"},),
+            ground_truth=answer,
+            ability="math",
+            style="gsm8k" if own_style else "math",
+            extra_info={"split": split, "index": read - 1},
+            solution=spec.solution(row) if spec.solution else None,
+        )
+        found[key] = example, 1
+    kept = [example for key, (example, _) in found.items() if key not in contradicted]
+    if not kept:
+        raise ValueError(f"{origin}: none of {read} rows has a usable question and answer")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(kept, path)
+    dropped = sum(found[key][1] for key in contradicted)
+    repeats = read - unanswered - dropped - len(kept)
+    return Prepared(path, origin, read, len(kept), repeats, dropped, unanswered)
+
+
+def _rows(files: list[Path]) -> Iterator[tuple[str, dict]]:
+    for file in files:
+        for place, row in raw_rows(file):
+            try:
+                row = json.loads(row) if isinstance(row, str) else row
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, {place}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, {place}: must be an object, got {type(row).__name__}")
+            yield f"{file}, {place}", row

@@ -1,0 +1,1 @@
+"""Actor, model and sampler on Hugging Face transformers, in one process."""

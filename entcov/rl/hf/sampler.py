@@ -1,0 +1,188 @@
+"""Samplers: the one in this process, batched generation from the very model that is being trained, and the choice.
+
+Every sampler has the same two methods:
+    generate(prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None)
+    sync(weight_version, named_weights)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from entcov.rl.config import Config
+from entcov.rl.hf.model import forward
+from entcov.rl.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from entcov.rl.vllm.sampler import VllmSampler
+
+
+def build_sampler(config: Config, model: nn.Module, tokenizer) -> InProcessSampler | VllmSampler:
+    """The sampler that `config.rollout.engine` names. `sync` gives it the weights before the first `generate`.
+
+    Args:
+        model: the policy. Sampling in this process goes through it; vLLM wants its configuration alone.
+    """
+    if config.rollout.engine == "vllm":
+        from entcov.rl.vllm.sampler import build_vllm_sampler
+
+        return build_vllm_sampler(config, model, tokenizer, stop=end_tokens(model.generation_config, tokenizer))
+    return InProcessSampler(model, tokenizer, batch_size=config.rollout.batch_size)
+
+
+class InProcessSampler:
+    """Samples responses and records each token's log-probability under the policy softmax(logits / temperature).
+
+    The model is the trainer's own, so weights never travel; `sync` only takes over the version number. One uniform
+    number per (sequence, position) is drawn before generation starts, so a response does not depend on which other
+    sequences share its batch, but for rounding in the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, *, batch_size: int):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.weight_version = 0
+        self.eos_ids = torch.tensor(end_tokens(model.generation_config, tokenizer))
+
+    def sync(self, weight_version: int, named_weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        """Takes over the trainer's weights; they are shared here, so only the version changes."""
+        self.weight_version = weight_version
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        temperature: float,
+        max_response_length: int,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+        on_done: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:
+        """`group_size` responses to each prompt, prompt by prompt.
+
+        Args:
+            temperature: the policy is softmax(logits / temperature); 0 takes the likeliest token, with the
+                log-probability of softmax(logits).
+            seed: fixes every draw.
+            progress: called with (sequences done, sequences in all) after each generation batch.
+            on_done: called with each response as soon as it is complete, in no particular order.
+        """
+        noise = torch.rand(
+            (len(prompts) * group_size, max_response_length),
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        was_training = self.model.training
+        self.model.eval()
+        # Prompts of similar length share a batch: less padding. Results are put back in the caller's order.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
+        per_batch = max(1, self.batch_size // group_size)
+        out: list[Rollout | None] = [None] * (len(prompts) * group_size)
+        for start in range(0, len(order), per_batch):
+            chosen = order[start : start + per_batch]
+            rows = [i * group_size + g for i in chosen for g in range(group_size)]
+            responses = self._generate_batch(
+                [prompts[i] for i in chosen], group_size, temperature, max_response_length, noise[rows]
+            )
+            for row, (tokens, logprob) in zip(rows, responses, strict=True):
+                finished = bool(tokens) and tokens[-1] in self.eos_ids
+                out[row] = Rollout(
+                    prompt=prompts[row // group_size],
+                    sample=row % group_size,
+                    tokens=tokens,
+                    logprob=logprob,
+                    finished=finished,
+                    weight_version=self.weight_version,
+                    text=self.tokenizer.decode(tokens[:-1] if finished else tokens),
+                )
+                if on_done is not None:
+                    on_done(out[row])
+            if progress is not None:
+                progress(min(len(order), start + per_batch) * group_size, len(out))
+        self.model.train(was_training)
+        return out  # type: ignore[return-value]  # every row was filled
+
+    def _generate_batch(self, prompts, group_size, temperature, max_response_length, noise):
+        device = self.model.device
+        noise, eos_ids = noise.to(device), self.eos_ids.to(device)
+        width = max(len(p.tokens) for p in prompts)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.eos_ids[0])
+        ids = torch.tensor([[pad] * (width - len(p.tokens)) + list(p.tokens) for p in prompts], device=device)
+        mask = torch.tensor(
+            [[0] * (width - len(p.tokens)) + [1] * len(p.tokens) for p in prompts], device=device
+        )  # left padding: every response starts in the same column
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(ids, mask, mask.cumsum(1).sub(1).clamp(min=0), cache)
+        # Prompts are read once; their cache and last logits are then repeated for the group.
+        cache.batch_repeat_interleave(group_size)
+        logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
+        rows = torch.arange(len(prompts) * group_size, device=device)  # sequences still running
+        tokens = torch.zeros((len(rows), max_response_length), dtype=torch.int64, device=device)
+        logprob = torch.zeros((len(rows), max_response_length), dtype=torch.float32, device=device)
+        length = torch.full((len(rows),), max_response_length, device=device)
+        for t in range(max_response_length):
+            token, token_logprob = draw(logits, temperature, noise[rows, t])
+            tokens[rows, t], logprob[rows, t] = token, token_logprob
+            done = torch.isin(token, eos_ids)
+            length[rows[done]] = t + 1
+            running = ~done
+            if not running.any() or t + 1 == max_response_length:
+                break
+            if done.any():
+                rows, mask, token = rows[running], mask[running], token[running]
+                cache.batch_select_indices(running.nonzero()[:, 0])
+            mask = torch.cat((mask, mask.new_ones(len(rows), 1)), 1)
+            logits = self._forward(token[:, None], mask, mask.sum(1, keepdim=True) - 1, cache)
+        tokens, logprob, length = tokens.tolist(), logprob.tolist(), length.tolist()
+        return [(tokens[r][:n], logprob[r][:n]) for r, n in enumerate(length)]
+
+    def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
+        out = forward(
+            self.model,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+
+def end_tokens(generation_config, tokenizer) -> list[int]:
+    """The tokens that end a response: the tokenizer's, or the model's where the tokenizer has none."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        eos = generation_config.eos_token_id
+    return list(eos) if isinstance(eos, list | tuple) else [eos]
+
+
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the distribution function at `uniform`, and its log-probability.
+
+    Args:
+        logits: [B, V].
+        temperature: 0 takes the likeliest token instead.
+        uniform: [B] float64 in [0, 1).
+
+    Returns:
+        token [B] int64, and logprob [B] float32 under softmax(logits / temperature), or softmax(logits) at 0.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    logp = (logits / temperature).log_softmax(-1)
+    cumulative = logp.double().exp().cumsum(-1)
+    point = uniform[:, None] * cumulative[:, -1:]  # the sum is 1 but for rounding
+    # The first column whose cumulative mass exceeds the point: a token of probability 0 is never it.
+    token = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[1] - 1)
+    return token[:, 0], logp.gather(1, token)[:, 0]

@@ -1,0 +1,1 @@
+"""What a run leaves on the disk: checkpoints, metrics, its folder and its progress."""

@@ -1,0 +1,103 @@
+"""A run's folder: one process at a time runs in it, and it belongs to one recipe from its first step on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from entcov.rl.config import Config, ConfigError
+from entcov.rl.record.checkpoint import Checkpoint, list_steps, load_checkpoint, load_latest
+from entcov.rl.record.durable import clear_leftovers, locked, make_folder, replace_file
+from entcov.rl.record.metrics import has_rows
+from entcov.rl.stored_recipe import check_same_recipe, store_recipe
+from entcov.rl.types import Rollout
+
+SAMPLES = "samples"
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """The folder for this process alone. Leftovers of killed processes are then nobody's work, and removed.
+
+    Raises:
+        RuntimeError: another process runs in it.
+        ConfigError: the folder cannot be made.
+    """
+    try:
+        make_folder(run_dir)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"run_dir: the folder {run_dir} cannot be made ({error.strerror})") from None
+    with locked(run_dir, wait=False) as ours:
+        if not ours:
+            raise RuntimeError(f"{run_dir} is in use by another process; two runs cannot share a directory")
+        for folder in (run_dir, run_dir / SAMPLES):
+            clear_leftovers(folder)
+        yield
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether the folder holds a checkpoint or a logged step. Without either, a start that failed has done nothing."""
+    checkpoints = run_dir / "checkpoints"
+    return (checkpoints.is_dir() and bool(list_steps(checkpoints))) or has_rows(run_dir)
+
+
+def check_resume(run_dir: Path, resume: str) -> None:
+    """Raises ValueError unless `resume` is "auto", "never" or the path of one of this run's checkpoints."""
+    if resume in ("auto", "never"):
+        return
+    path, checkpoints = Path(resume), run_dir / "checkpoints"
+    if path.resolve().parent != checkpoints.resolve() or not path.is_dir():
+        raise ValueError(f"resume: must be one of this run's checkpoints {checkpoints}/step_N, got {resume}")
+
+
+def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
+    """Makes the folder, which this process holds, this recipe's; the checkpoint to go on from.
+
+    Raises:
+        ConfigError: it is another recipe's, or `resume` is "never" and something is there.
+        CheckpointError, ValueError: there is no such checkpoint, or it is damaged. The folder is as it was.
+    """
+    checkpoints = run_dir / "checkpoints"
+    if has_begun(run_dir):
+        if resume == "never":
+            raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
+        check_same_recipe(run_dir, config)
+    if resume in ("auto", "never"):
+        checkpoint = load_latest(checkpoints)
+    else:
+        checkpoint = load_checkpoint(resume)
+    store_recipe(run_dir, config)
+    return checkpoint
+
+
+def write_samples(path: Path, rollouts: list[Rollout], limit: int = 64) -> None:
+    """A few scored responses to read."""
+    make_folder(path.parent)
+    rows = [
+        {
+            "prompt": [m["content"] for m in r.prompt.example.prompt],
+            "response": r.text,
+            "ground_truth": r.prompt.example.ground_truth,
+            "reward": r.reward,
+            "finished": r.finished,
+        }
+        for r in rollouts[:limit]
+    ]
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def keep_evaluation(run_dir: Path, step: int, result: dict[str, Any], rollouts: list[Rollout]) -> None:
+    """Results and responses of an evaluation, under RUN/eval. Evaluations of one run may go on side by side.
+
+    Raises:
+        OSError: they cannot be written there, e.g. on a read-only disk.
+    """
+    folder = run_dir / "eval"
+    make_folder(folder)
+    with locked(folder, wait=True):
+        clear_leftovers(folder)
+        write_samples(folder / f"step_{step}.jsonl", rollouts, limit=len(rollouts))
+        replace_file(folder / f"step_{step}.json", (json.dumps(result, indent=1) + "\n").encode())

@@ -1,0 +1,69 @@
+"""Rewards of responses while others are still being generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from threading import Semaphore
+
+from entcov.rl.rewards import rules
+from entcov.rl.sandbox import Budget, free_cores
+from entcov.rl.threads import submit
+from entcov.rl.types import Rollout
+
+STEP_LIMIT = 300.0  # seconds that the responses of one step may keep every sandbox busy; the rest of them score 0
+
+
+class Scorer:
+    """Threads that fill in `Rollout.reward`. A context manager; `take` is a sampler's `on_done`, `finish` comes after.
+
+    The built-in rewards work in child processes or for microseconds, so their threads leave the generation alone; they
+    get as many threads as there may be children. A reward function of your own gets one thread: it runs beside the
+    generation, and need not be safe to call twice at once. Where the system has no thread left, `take` scores.
+
+    A reward depends on its own rollout alone, so neither the order nor the number of threads shows in the result. Time
+    is the exception: a response that is not scored within its limit, or for which nothing is left of the time that a
+    step's responses may take in sandboxes (300 s for each of them), gets reward 0 and `Rollout.timed_out`.
+    """
+
+    def __init__(self, score: rules.RewardFunction) -> None:
+        self.score = score
+        threads = free_cores() if score is rules.score else 1
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="entcov-reward")
+        self._turn = Semaphore(threads)
+        self._budget = Budget(STEP_LIMIT * threads)
+        self._waiting: list[Future[None]] = []
+        self._taken: set[int] = set()
+
+    def take(self, rollout: Rollout) -> None:
+        """Scores a complete response some time before `finish` returns. Callable from any thread."""
+        self._taken.add(id(rollout))
+        self._waiting.append(submit(self._pool, self._score, rollout))
+
+    def finish(self, rollouts: Sequence[Rollout]) -> None:
+        """Returns when all of `rollouts` have their rewards.
+
+        Those that never went through `take` are scored now, unless they came with a reward: a sampler may announce
+        its responses or not, and one that spans several processes brings them scored.
+
+        Raises:
+            Whatever the reward function raised first.
+        """
+        for rollout in rollouts:
+            if id(rollout) not in self._taken and rollout.reward is None:
+                self.take(rollout)
+        wait(self._waiting, return_when=FIRST_EXCEPTION)
+        for scored in self._waiting:
+            if scored.done():
+                scored.result()
+
+    def _score(self, rollout: Rollout) -> None:
+        with self._turn, self._budget.charged() as charge:
+            rollout.reward = self.score(rollout.prompt.example, rollout.text)
+        rollout.timed_out = charge.timed_out
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)

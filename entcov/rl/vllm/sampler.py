@@ -1,0 +1,135 @@
+"""Rollouts by vLLM: the sampler that the loop sees, over an engine in this process or a server's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from entcov.rl.config import Config
+from entcov.rl.rollouts import derived_seed
+from entcov.rl.types import Prompt, Rollout
+from entcov.rl.vllm.client import ServerEngine
+from entcov.rl.vllm.engine import Completion, LocalEngine, Request
+from entcov.rl.vllm.weight_sync import ByReference, Engine, ExpectedWeights, NamedWeights, WeightSync
+
+
+class GeneratingEngine(Engine, Protocol):
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]: ...
+
+
+class VllmSampler:
+    """Samples responses from vLLM, with each token's log-probability under the policy softmax(logits / temperature).
+
+    Every response has a request and a seed of its own, made of (seed, prompt, sample): it does not depend on the other
+    requests but for rounding, which in vLLM changes with the batch. Token ids go in and come out; the text is decoded
+    by the trainer's tokenizer.
+
+    Args:
+        engine: where requests go.
+        sync: keeps its weights at the trainer's.
+        tokenizer: decodes responses.
+        stop: tokens that end a response.
+        max_model_len: tokens of prompt and response together, which the engine was started for.
+    """
+
+    def __init__(
+        self, engine: GeneratingEngine, sync: WeightSync, tokenizer, *, stop: Sequence[int], max_model_len: int
+    ) -> None:
+        self.engine, self.tokenizer, self.stop, self.max_model_len = engine, tokenizer, tuple(stop), max_model_len
+        self._sync = sync
+
+    def sync(self, weight_version: int, named_weights: NamedWeights) -> None:
+        """Gives the engine the trainer's weights. No request may be running. Collective where `named_weights` is.
+
+        Raises: see `WeightSync`.
+        """
+        self._sync(weight_version, named_weights)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        temperature: float,
+        max_response_length: int,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+        on_done: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:
+        """`group_size` responses to each prompt, prompt by prompt; arguments as `InProcessSampler.generate`.
+
+        Raises:
+            ValueError: a temperature that vLLM does not sample at, or more tokens than the engine was started for.
+            RuntimeError: the engine has no weights yet, or parts of two sets, or others than the trainer's last ones.
+        """
+        _check_temperature("temperature", temperature)
+        longest = max((len(prompt.tokens) for prompt in prompts), default=0)
+        if longest + max_response_length > self.max_model_len:  # vLLM would cut responses off before their limit
+            raise ValueError(
+                f"max_response_length: prompt and response must fit into {self.max_model_len} tokens, got "
+                f"{max_response_length} after a prompt of {longest}"
+            )
+        version = self._sync.version
+        if version is None:
+            raise RuntimeError("generate: vLLM does not hold the trainer's weights; a whole sync must come first")
+        requests = [
+            Request(prompt.tokens, derived_seed(seed, prompt.uid, sample), temperature, max_response_length, self.stop)
+            for prompt in prompts
+            for sample in range(group_size)
+        ]
+        out: list[Rollout | None] = [None] * len(requests)
+        for done, (row, completion) in enumerate(self.engine.generate(requests), start=1):
+            if completion.versions != (str(version),):
+                raise RuntimeError(
+                    f"generate: a response came from weights {' and '.join(completion.versions)}, and the trainer's "
+                    f"last sync was {version}: somebody else updates this engine"
+                )
+            tokens = completion.tokens
+            finished = tokens[-1] in self.stop
+            out[row] = Rollout(
+                prompt=prompts[row // group_size],
+                sample=row % group_size,
+                tokens=tokens,
+                logprob=completion.logprob,
+                finished=finished,
+                weight_version=version,
+                text=self.tokenizer.decode(tokens[:-1] if finished else tokens),
+            )
+            if on_done is not None:
+                on_done(out[row])
+            if progress is not None:
+                progress(done, len(out))
+        return out  # type: ignore[return-value]  # every request has been answered
+
+
+def build_vllm_sampler(config: Config, model: nn.Module, tokenizer, *, stop: Sequence[int]) -> VllmSampler:
+    """The sampler of `rollout.engine: vllm`. Its weights come by `sync`.
+
+    Args:
+        model: the policy, for its configuration alone; it may be on the meta device.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError: settings that cannot hold on this machine, or a server that does not fit.
+    """
+    _check_temperature("rollout.temperature", config.rollout.temperature)
+    settings, dtype = config.rollout.vllm, getattr(torch, config.model.compute_dtype)
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    expected = ExpectedWeights(model.config)
+    if settings.mode == "server":
+        engine = ServerEngine(settings, expected, max_model_len=longest, dtype=dtype)
+        transport = engine.transport()
+    else:
+        engine, transport = LocalEngine(model.config, settings, max_model_len=longest, dtype=dtype), ByReference()
+    return VllmSampler(
+        engine, WeightSync(engine, expected, transport, dtype=dtype), tokenizer, stop=stop, max_model_len=longest
+    )
+
+
+def _check_temperature(name: str, value: float) -> None:
+    """vLLM refuses more than 2, and samples at 0.01 where less was asked for."""
+    if value != 0 and not 0.01 <= value <= 2:
+        raise ValueError(f"{name}: vLLM samples at temperatures from 0.01 to 2, or at 0 (greedy), got {value}")

@@ -1,0 +1,143 @@
+"""logit_covariance: what a change of the logits does to the entropy; the vocabulary may be split over ranks.
+
+Built as token_stats is: local op -> one all-gather -> merge -> a few [T] formulas, and a backward of one local op.
+Formulas: docs/math.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entcov import ops, shard_ops
+from entcov.op_registry import constant_temperature
+from entcov.stats.ranks import eager
+from entcov.stats.shards import Part, Shard, gather, resolve_shard
+from entcov.stats.token_stats import check_leading_shape
+
+CHANGE_UNIT = 2.0**26  # of the sums of changes of logits, csrc/covariance_stats.h
+
+
+class LogitCovariance(NamedTuple):
+    """What `logit_covariance` returns: fp32, the leading shape of the logits, in nats."""
+
+    covariance: Tensor
+    predicted_entropy_change: Tensor
+    entropy_change: Tensor
+    kl: Tensor
+
+
+def logit_covariance(
+    logits_old: Tensor,
+    logits_new: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    loss_mask: Tensor | None = None,
+) -> LogitCovariance:
+    """What a change of the logits does to the entropy of each row: predicted by the covariance, and truly.
+
+    Equivalent to, in float64 and with all columns on one rank (entcov/verify/reference.py):
+
+        old, new = (log_softmax(z[..., :vocab_size].double() / temperature, -1) for z in (logits_old, logits_new))
+        p = old.exp();  change = (logits_new - logits_old)[..., :vocab_size].double() / temperature
+        covariance = (p * old * change).sum(-1) - (p * old).sum(-1) * (p * change).sum(-1)     # Cov_{a~p}(log p, dz)
+        predicted_entropy_change = -covariance                                                # to first order in dz
+        entropy_change = entropy(new) - entropy(old)
+        kl = (p * (old - new)).sum(-1)                                                        # KL(old || new)
+
+    Args:
+        logits_old, logits_new: [..., V_local] of one shape and dtype: float32, bfloat16 or float16, stride 1 along the
+            vocabulary. This rank's columns, before and after. logits_old is a constant.
+        group, vocab_start, vocab_size, temperature: as for `token_stats`.
+        loss_mask: [...] bool. Rows that are False are not read: all their outputs and gradients are 0.
+
+    Returns:
+        LogitCovariance: fp32 [...], in nats; bit-identical on all ranks of the group.
+
+    Differentiable: all outputs, with respect to logits_new, once.
+    Mutated: nothing. Kept for backward: the two logits, the mask, and 32 bytes a token. Nobody sees that a compiled
+    function writes these logits before backward: keep this call out of it then, by `torch.compiler.disable`.
+    Collectives: one all-gather of 32 bytes a token and rank plus about 40 bytes in forward, none in backward.
+
+    Error against float64: 2e-5 absolute where the logits change by a few units. A logit that becomes -inf makes the kl
+    +inf (and the covariance need not be finite); one that was -inf does not count. A NaN or +inf on either side makes
+    its row NaN.
+
+    Raises: as `token_stats`; on CUDA a row without a finite logit is NaN.
+
+    Source: docs/math.md (13) to (16); Cui et al., arXiv 2505.22617, theorems 1 and 2.
+    """
+    arguments = (logits_old, logits_new, group, vocab_start, vocab_size, temperature, loss_mask)
+    if group is None:
+        (old, new, mask), place = _resolved_pair(*arguments)
+        with torch.no_grad():
+            parts = ops.covariance_stats(old, new.detach(), *place, mask)[None]
+    else:
+        (old, new, mask), place, parts = eager(_sharded_covariance_parts)(*arguments)
+    with torch.no_grad():
+        stats = ops.merge_covariance_stats(parts, mask, place[2])
+    covariance, entropy_change, kl = _LogitCovariance.apply(old, new, stats, mask, *place)
+    return LogitCovariance(*(x.view(logits_new.shape[:-1]) for x in (covariance, -covariance, entropy_change, kl)))
+
+
+def _resolved_pair(logits_old, logits_new, group, vocab_start, vocab_size, temperature, loss_mask):
+    """(logits before, logits after [T, V_local], mask [T] or None), (start of the shard, vocab_size, temperature)"""
+    if logits_old.shape != logits_new.shape:
+        raise ValueError(
+            f"logits_old must have the shape of logits_new, got {tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
+        )
+    leading = logits_new.shape[:-1]
+    check_leading_shape("logits_old", logits_old, "logits_new", leading)
+    check_leading_shape("logits_new", logits_new, "loss_mask", leading if loss_mask is None else loss_mask.shape)
+    shard = resolve_shard(logits_new.shape[-1], group, vocab_start, vocab_size)
+    old, new = (x.reshape(leading.numel(), shard.width) for x in (logits_old.detach(), logits_new))
+    mask = None if loss_mask is None else loss_mask.reshape(leading.numel()).contiguous()
+    return (old, new, mask), (shard.start, shard.vocab_size, constant_temperature(temperature))
+
+
+def _sharded_covariance_parts(logits_old, logits_new, group, *arguments):
+    rows = place = None
+
+    def prepare():
+        nonlocal rows, place
+        rows, place = _resolved_pair(logits_old, logits_new, group, *arguments)
+        old, new, mask = rows
+        start, vocab_size, temperature = place
+        payload = ops.covariance_stats(old, new.detach(), *place, mask)
+        call = {"dtype": str(new.dtype).removeprefix("torch."), "temperature": temperature}
+        call["loss_mask"] = None if mask is None else "given"
+        checksums = {} if mask is None else {"loss_mask": shard_ops.checksum(mask.long())}
+        return Part(payload, Shard(start, new.shape[1], vocab_size), call, checksums)
+
+    shape = (logits_new.shape[:-1].numel(), 8)
+    parts, _ = gather("logit_covariance", group, shape, logits_new.device, prepare)
+    return rows, place, parts
+
+
+class _LogitCovariance(torch.autograd.Function):
+    """Merged statistics -> (covariance, entropy change, kl), linked to the new logits."""
+
+    @staticmethod
+    def forward(ctx, old, new, stats, mask, vocab_start, vocab_size, temperature):
+        ctx.save_for_backward(old, new, stats, mask)
+        ctx.place = (vocab_start, vocab_size, temperature)
+        ctx.set_materialize_grads(False)
+        _, rest_old, sum_old, _, rest_new, sum_new, sum_d, sum_xd = stats.unbind(-1)
+        total = 1 + rest_old
+        unit = CHANGE_UNIT / temperature  # of the means of d
+        mean_x, mean_d = sum_old / total, sum_d / total
+        grown = rest_new - rest_old
+        log_ratio = (grown.abs() / (1 + rest_new).minimum(total)).log1p().copysign(grown)  # L_new - L_old
+        entropy_change = log_ratio - sum_new / (1 + rest_new) + mean_x
+        return (sum_xd / total - mean_x * mean_d) * unit, entropy_change, log_ratio - mean_d * unit
+
+    @staticmethod
+    def backward(ctx, grad_covariance, grad_entropy_change, grad_kl):
+        old, new, stats, mask = ctx.saved_tensors
+        grads = [None if g is None else g.contiguous() for g in (grad_covariance, grad_entropy_change, grad_kl)]
+        grad = ops.logit_covariance_grad(old, new, stats, *grads, mask, *ctx.place)
+        return None, grad, None, None, None, None, None

@@ -1,0 +1,353 @@
+"""token_stats: log-probability and entropies of a policy whose vocabulary may be split over ranks.
+
+Local op -> one all-gather -> merge -> a few [T] formulas, with an autograd.Function that keeps the caller's logits and
+the merged statistics, and whose backward is one local op. Formulas: docs/math.md.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entcov import clamp_ops, ops, shard_ops
+from entcov.clamp_rounds import sharded_clamped_statistics
+from entcov.op_registry import constant_temperature
+from entcov.stats.ranks import eager
+from entcov.stats.shards import Part, Shard, gather, resolve_shard
+
+SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
+
+
+class TokenStats(NamedTuple):
+    """What `token_stats` returns: fp32, the shape of `target`, in nats. None: not asked for."""
+
+    logprob: Tensor
+    entropy: Tensor
+    clamped_entropy: Tensor | None
+    collision: Tensor | None
+    varentropy: Tensor | None
+    entropy_drift: Tensor | None
+
+
+def token_stats(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    clamp_p: float | None = None,
+    top_k: int | None = None,
+    moments: bool = False,
+    ignore_index: int = -100,
+) -> TokenStats:
+    """Log-probability of each token and entropies of the distribution it was drawn from, with gradients to the logits.
+
+    Equivalent to, in float64 and with all columns on one rank (entcov/verify/reference.py):
+
+        log_p = log_softmax(logits[..., :vocab_size].double() / temperature, -1);  p = log_p.exp()
+        logprob = log_p.gather(-1, target[..., None])[..., 0]
+        entropy = -(p * log_p).sum(-1)                                 # 0 * -inf is 0
+        clamped_entropy = entropy of softmax(topk(logits, k).values / temperature),
+                          k = top_k or vocab_size - int(vocab_size * clamp_p)
+        collision = (p * p).sum(-1);  varentropy = (p * (log_p + entropy) ** 2).sum(-1)
+        entropy_drift = d entropy / d alpha of the step  logits / temperature += alpha * (onehot(target) - p)
+
+    Args:
+        logits: [..., V_local] float32, bfloat16 or float16, stride 1 along the vocabulary. This rank's columns.
+            Leading dims that one stride can walk are read in place; others are copied (`logits[:, :-1]` is such a
+            case: shift `target` instead, and fill its end with ignore_index).
+        target: [...] int64, global token ids, the same on every rank.
+        group: process group over which the vocabulary is split. None: all of it is here.
+        vocab_start: global id of column 0. Default: rank * V_local. Shards may be uneven, empty, and in any order.
+        vocab_size: true size of the whole vocabulary; columns from there on are padding and do not exist. Default: all
+            columns (world * V_local). Required with vocab_start.
+        temperature: divides the logits, as the sampler's does. A constant: a tensor must not require a gradient.
+        clamp_p: fraction (not percent) of the vocabulary to leave out of clamped_entropy, lowest logits first; [0, 1).
+        top_k: or the number of logits to keep in it.
+        moments: also return collision, varentropy and entropy_drift.
+        ignore_index: rows with this target are not read: all their outputs and gradients are 0.
+
+    Returns:
+        TokenStats: fp32 [...], in nats (entropy_drift: nats per unit of step); bit-identical on all ranks of the group.
+
+    Differentiable: logprob, entropy, clamped_entropy, with respect to logits, in their dtype; once (a second derivative
+    is a RuntimeError). The kept set of the clamp is a constant; logits that tie at its threshold share one weight, so
+    the gradient is the mean over all ways to break the tie. The moments are detached. Outputs that the loss does not
+    use cost nothing in backward.
+
+    Mutated: nothing. Kept for backward: the caller's logits and target, and 16 bytes a token (28 with moments, 16 more
+    with a clamp); nothing of size V. The logits must not be written before backward. Autograd raises if they are, but
+    does not see what a compiled function writes itself: there the CPU raises, and a GPU makes the target's gradient
+    NaN, where a target's logit has changed. `torch.compiler.disable(token_stats)` in such a function sees every change.
+
+    Collectives, in forward, which every rank of the group must enter: one all-gather of 16 bytes a token and rank (28
+    with moments) plus about 40 bytes. A clamp adds 512 bytes a token and rank to it, and a second all-gather of 28 +
+    4 C bytes, where C bounds how many logits any rank has between the bounds of the threshold that the first one
+    yields: two or three times V_local / 127, at most (R + 1) times unless logits tie. With a clamp on CUDA it is one
+    all-gather of 256 bytes and one of 684 (696 with moments), and one more of 684 for each further round that a row
+    needs: none for most rows of bf16, one for many whose threshold is near 0 or among the few hundred largest or
+    smallest logits, one for fp32 with all its bits, at most 5. The host waits for the GPU once a round, for the number
+    of such rows; while a CUDA graph is captured it does not, and all 7 rounds run. Backward: none.
+
+    Error against float64 on the same rounded logits: 1e-5 absolute for logprob and entropies at V = 151,936; for peaked
+    rows 1e-5 relative as well (entropies down to 1e-6). -inf is a probability of 0; a NaN or +inf makes its row NaN.
+
+    Raises:
+        ValueError: shapes, ranges, a target outside the vocabulary, rows without a finite logit. On CUDA the last two
+            are not looked for, since that would wait for the GPU: all outputs of such a row and its gradient are NaN.
+        TypeError: dtypes.
+        RuntimeError: ranks called differently (shards that do not cover the vocabulary once, another temperature,
+            target, ...): the same error on every rank. Or another rank's arguments are wrong: that rank raises its own
+            error, the others one that names it. On CUDA all outputs of all rows that are not ignored, and their
+            gradients, are NaN on every rank instead; TORCH_DISTRIBUTED_DEBUG=DETAIL gives the errors there too. See
+            `entcov.stats.shards.gather` for different numbers of tokens.
+
+    Source: the one-pass merge is docs/math.md (4), (5); clamped entropy: Shen, arXiv 2509.03493, docs/math.md (10);
+    entropy drift: Wang et al., arXiv 2602.03392, theorem 3.3, docs/math.md (9).
+    """
+    arguments = (logits, target, group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index)
+    if group is None:
+        rows, tokens, settings = _resolved(*arguments)
+        with torch.no_grad():
+            stats, clamp = row_statistics(rows.detach(), tokens, *settings)
+    else:
+        rows, tokens, settings, stats, clamp = eager(_sharded_token_stats)(*arguments)
+    place = (settings.shard.start, settings.shard.vocab_size, settings.temperature, ignore_index)
+    outputs = _TokenStats.apply(rows, tokens, stats, clamp, *place)
+    return named_outputs(outputs, stats, target, settings.temperature, moments, ignore_index)
+
+
+class Settings(NamedTuple):
+    """How statistics are to be made of rows."""
+
+    shard: Shard
+    kept: int | None  # logits that the clamp keeps
+    temperature: float
+    moments: bool
+    ignore_index: int
+
+
+def resolved_settings(
+    width, group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index
+) -> Settings:
+    """The arguments of `token_stats` with defaults filled in, once they are seen to be possible."""
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    shard = resolve_shard(width, group, vocab_start, vocab_size)
+    kept = kept_count(shard.vocab_size, clamp_p, top_k)
+    return Settings(shard, kept, constant_temperature(temperature), bool(moments), ignore_index)
+
+
+def _resolved(logits, target, group, *arguments):
+    """(logits [T, V_local], target [T], Settings)"""
+    check_leading_shape("logits", logits, "target", target.shape)
+    settings = resolved_settings(logits.shape[-1], group, *arguments)
+    T = target.numel()
+    return logits.reshape(T, settings.shard.width), target.reshape(T).contiguous(), settings
+
+
+def _sharded_token_stats(logits, target, group, *arguments):
+    *_, clamp_p, top_k, moments, _ = arguments
+    flat = None
+
+    def resolve():
+        nonlocal flat
+        flat, tokens, settings = _resolved(logits, target, group, *arguments)
+        return LogitRows(flat.detach(), tokens), settings, {}
+
+    size = (logits.shape[:-1].numel(), logits.device, moments, clamp_p is not None or top_k is not None)
+    rows, *found = sharded_row_statistics(LogitRows.name, group, *size, resolve)
+    return flat, rows.target, *found
+
+
+def check_leading_shape(name: str, logits: Tensor, per_row: str, shape: torch.Size) -> None:
+    """Before the reshape, which would hide it: one entry of `per_row` a row, and unit stride along the vocabulary."""
+    if logits.dim() < 1 or logits.shape[:-1] != shape:
+        raise ValueError(
+            f"{per_row} must have the leading shape of {name}, {tuple(logits.shape[:-1])}, got {tuple(shape)}"
+        )
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(f"{name} must have stride 1 along the vocabulary, got strides {tuple(logits.stride())}")
+
+
+def kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int | None:
+    """How many logits the clamp keeps; None: no clamp."""
+    if clamp_p is not None and top_k is not None:
+        raise ValueError(f"clamp_p and top_k exclude each other, got {clamp_p} and {top_k}")
+    if clamp_p is not None:
+        if not 0 <= clamp_p < 1:
+            raise ValueError(f"clamp_p must be in [0, 1), a fraction, not percent, got {clamp_p}")
+        return vocab_size - int(vocab_size * clamp_p)
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must be in [1, vocab_size = {vocab_size}], got {top_k}")
+    return top_k
+
+
+def row_statistics(logits, target, shard, kept, temperature, moments, ignore_index):
+    """(merged row statistics [T, 4 | 7], clamp [T, 4] or None) when all columns are here."""
+    if kept is not None:
+        return clamp_ops.clamped_stats(logits, target, kept, shard.vocab_size, temperature, moments, ignore_index)
+    stats = ops.row_stats(logits, target, shard.start, shard.vocab_size, temperature, moments, ignore_index)
+    return ops.merge_row_stats(stats[None], target, temperature, ignore_index), None
+
+
+class LogitRows(NamedTuple):
+    """The logits [T, V_local] of the tokens `target` [T], for what is computed row by row.
+
+    entcov.stats.lm_head has rows of another kind, whose logits exist for one chunk of tokens at a time.
+    """
+
+    logits: Tensor
+    target: Tensor
+    name = "token_stats"  # of the public function, in messages
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits.dtype
+
+    def apply(self, op: Callable, *arguments, per_row: tuple[Tensor, ...] = ()):
+        """op(logits, target, *per_row, *arguments): a tensor or a tuple of them, one row a token, each made from that
+        token's row of logits, target and per_row alone."""
+        return op(self.logits, self.target, *per_row, *arguments)
+
+    def checksums(self, ignore_index: int) -> dict[str, Tensor]:
+        """Of what every rank must have alike, for `shards.Part`."""
+        return {"target": shard_ops.checksum(self.target)}
+
+
+def sharded_row_statistics(op, group, T, device, moments, clamped, resolve):
+    """(rows, settings, and the same) over the ranks of `group`: one all-gather, and one more with a clamp.
+
+    Args:
+        op: public name of the caller, for messages.
+        T, device, moments, clamped: how many rows there are, where, and what is asked for: the size of the messages,
+            known before anything is checked.
+        resolve: () -> (rows, Settings, what else every rank must be called with); it may raise (`shards.gather`).
+    """
+    if clamped and clamp_in_rounds(device):
+        return sharded_clamped_statistics(op, group, T, device, moments, resolve, agreed)
+    fields = 7 if moments else 4
+    # The sketch has one size whatever the vocabulary: ranks may not agree on that, and must find out here.
+    width = fields + (SKETCH_SIZE if clamped else 0)
+    rows = settings = None
+
+    def prepare():
+        nonlocal rows, settings
+        rows, settings, call = resolve()
+        return Part(rows.apply(_part, *settings), settings.shard, *agreed(rows, settings, call))
+
+    parts, layout = gather(op, group, (T, width), device, prepare)
+    shard, kept, temperature, _, ignore_index = settings
+    target, place = rows.target, (shard.start, shard.vocab_size)
+    stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
+    if kept is None:
+        return rows, settings, stats, None
+    start, columns = layout.unbind(-1)
+    ranks = _sketch_ranks((shard.vocab_size - start).clamp(min=0).minimum(columns))
+    bracket = clamp_ops.clamp_bracket(parts[..., fields:], ranks, target, stats, kept, ignore_index)
+    capacity = int(bracket[:, 2].max()) if len(bracket) else 0
+
+    def collect():
+        arguments = (capacity, *place, temperature, ignore_index)
+        return Part(rows.apply(clamp_ops.clamp_collect, *arguments, per_row=(stats, bracket)), shard, {}, {})
+
+    parts, _ = gather(op, group, (T, clamp_ops.PART_FIELDS + capacity), device, collect)
+    clamp = clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
+    return rows, settings, stats, clamp
+
+
+def agreed(rows, settings: Settings, call: dict) -> tuple[dict, dict]:
+    """(call, checksums) of `shards.Part`, for statistics of these rows."""
+    call = {
+        "dtype": str(rows.dtype).removeprefix("torch."),
+        "temperature": settings.temperature,
+        "ignore_index": settings.ignore_index,
+        "number of logits kept (clamp_p, top_k)": settings.kept or 0,
+        **call,
+    }
+    return call, rows.checksums(settings.ignore_index)
+
+
+def clamp_in_rounds(device: torch.device) -> bool:
+    """Which of two ways a sharded clamp takes: a sample first, or exact order statistics, which only the CPU has."""
+    return device.type == "cuda"
+
+
+def _part(logits, target, shard, kept, temperature, moments, ignore_index):
+    """What a shard sends first: its statistics, and its sketch for the clamp."""
+    place = (shard.start, shard.vocab_size)
+    stats = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
+    if kept is None:
+        return stats
+    ranks = _sketch_ranks(torch.full((), shard.columns, device=target.device))
+    return torch.cat((stats, clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)), dim=1)
+
+
+def _sketch_ranks(columns: Tensor) -> Tensor:
+    """Evenly spaced ranks [..., SKETCH_SIZE] of the columns [...] int64 of shards, both ends included; all of them if
+    few; zeros if there are none."""
+    steps = torch.arange(SKETCH_SIZE, device=columns.device)
+    ranks = 1 + steps * (columns[..., None] - 1) // (SKETCH_SIZE - 1)
+    return ranks * (columns[..., None] > 0)
+
+
+def _moments(stats: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(7) collision, (8) varentropy, (9) entropy drift of merged statistics [T, 7]."""
+    top, rest, sum_xexp, picked, rest2, sum_xexp2, sum_x2exp = stats.unbind(-1)
+    total, log_total = 1 + rest, rest.log1p()
+    mean = sum_xexp / total
+    entropy = log_total - mean
+    collision = (1 + rest2) / total**2
+    varentropy = sum_x2exp / total - mean**2
+    # E_p[S] = H sum p^2 + sum p^2 log p;  S_target = p_target (H + log p_target)
+    mean_s = entropy * collision + (sum_xexp2 - log_total * (1 + rest2)) / total**2
+    logprob = _distance(picked, top, temperature) - log_total
+    p = logprob.exp()
+    s_target = torch.where(p == 0, p, p * (entropy + logprob))  # logprob may be -inf; a NaN stays
+    # The zeroed statistics of an ignored row read as a certain token: everything 0 but the collision.
+    return collision.masked_fill(target == ignore_index, 0.0), varentropy, mean_s - s_target
+
+
+def _distance(picked: Tensor, top: Tensor, temperature: float) -> Tensor:
+    """(picked - top) / temperature, which may fit fp32 where the difference does not. Halves are exact."""
+    return torch.sub(0.5 * picked, top, alpha=0.5) / (0.5 * temperature)
+
+
+def differentiable_outputs(stats: Tensor, clamp: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
+    """(logprob, entropy[, clamped_entropy]) [T] of merged statistics."""
+    top, rest, sum_xexp, picked = stats[:, :4].unbind(-1)
+    log_total = rest.log1p()
+    outputs = (_distance(picked, top, temperature) - log_total, log_total - sum_xexp / (1 + rest))
+    return outputs if clamp is None else (*outputs, clamp[:, 3].clone())
+
+
+def named_outputs(outputs, stats, target, temperature, moments, ignore_index) -> TokenStats:
+    """These outputs and the moments, in the shape of `target`."""
+    scaled = [None] * 3
+    if moments:
+        with torch.no_grad():
+            scaled = _moments(stats, target.reshape(-1), temperature, ignore_index)
+    values = (*outputs, *[None] * (3 - len(outputs)), *scaled)
+    return TokenStats(*(None if x is None else x.view(target.shape) for x in values))
+
+
+class _TokenStats(torch.autograd.Function):
+    """Merged statistics -> (logprob, entropy[, clamped_entropy]), linked to the logits they came from."""
+
+    @staticmethod
+    def forward(ctx, logits, target, stats, clamp, vocab_start, vocab_size, temperature, ignore_index):
+        ctx.save_for_backward(logits, target, stats, clamp)
+        ctx.place = (vocab_start, vocab_size, temperature, ignore_index)
+        ctx.set_materialize_grads(False)
+        return differentiable_outputs(stats, clamp, temperature)
+
+    @staticmethod
+    def backward(ctx, grad_logprob, grad_entropy, grad_clamped=None):
+        logits, target, stats, clamp = ctx.saved_tensors
+        grads = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_clamped)]
+        grad = ops.logits_grad(logits, target, stats, *grads, clamp, *ctx.place)
+        return grad, None, None, None, None, None, None, None
