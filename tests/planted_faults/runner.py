@@ -76,7 +76,8 @@ def survivors(faults: Sequence[Fault], *, jobs: int = 1, tell: Callable[[str], N
         for run in started:
             outcome = run.outcome()
             if bad := outcome.failed | outcome.broken.keys() | set(run.tests) - outcome.passed:
-                raise RuntimeError(f"without any fault these do not pass: {', '.join(sorted(bad))}\n{outcome}")
+                reasons = "".join(f"\n  {test}: {outcome.broken.get(test, 'failed')}" for test in sorted(bad))
+                raise RuntimeError(f"without any fault these tests do not pass:{reasons}")
             tell(f"{len(run.tests)} tests pass without a fault ({outcome.seconds:.1f} s)")
         problems: dict[str, str] = {}
         waiting, idle, running = list(faults), list(trees), {}

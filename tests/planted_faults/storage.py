@@ -95,6 +95,7 @@ FAULTS = (
         "final.rename(old)",
         "shutil.rmtree(final)",
         [T_CHECKPOINT + "kill_before_every_file_operation[same step again]"],
+        slow="a kill at every file operation",
     ),
     Fault(
         "digest_is_not_checked",
