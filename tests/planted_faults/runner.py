@@ -102,9 +102,16 @@ def survivors(faults: Sequence[Fault], *, jobs: int = 1, tell: Callable[[str], N
 
 def _preload() -> None:
     """Imports once what every child needs and no fault can be in."""
+    import tomllib  # noqa: F401
+    import zoneinfo  # noqa: F401
+
     import numpy  # noqa: F401
     import omegaconf  # noqa: F401
-    import pydantic  # noqa: F401
+    import pydantic.fields  # noqa: F401
+    import pydantic.json_schema  # noqa: F401
+    import rich.live  # noqa: F401
+    import rich.progress  # noqa: F401
+    import rich.table  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch.distributed  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
