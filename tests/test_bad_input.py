@@ -246,7 +246,8 @@ def test_full_disk(tmp_path, monkeypatch):
 def place(tmp_path_factory):
     """Folder with a recipe, a file that is none, and an empty folder."""
     base = tmp_path_factory.mktemp("bad")
-    (base / "recipe.yaml").write_text(yaml.safe_dump(recipe(base / "run")))
+    short = {"steps": 0, "warm_start.steps": 1, "eval.prompts": 1, "eval.samples": 1}  # of what is not refused
+    (base / "recipe.yaml").write_text(yaml.safe_dump(recipe(base / "run", **short)))
     (base / "file.txt").write_text("no recipe")
     (base / "folder").mkdir()
     return base

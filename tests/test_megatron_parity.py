@@ -32,8 +32,8 @@ MODELS = {
     "llama": {
         "model_type": "llama", "head_dim": 16, "tie_word_embeddings": False, "rope_parameters": LLAMA3,
         "max_position_embeddings": 131072,
-    },  # fmt: skip
-}
+    },
+}  # fmt: skip
 
 
 def matrix(**megatron) -> list[dict]:

@@ -44,3 +44,18 @@ def test_ranks_that_disagree_all_raise_the_same_error(monkeypatch, name):
     first, *others = on_every_rank(monkeypatch, call)
     assert isinstance(first, kind) and re.search(message, str(first)), first
     assert all(repr(other) == repr(first) for other in others), others
+
+
+def test_a_rank_that_ends_before_it_says_what_it_was_called_with(monkeypatch):
+    """gloo may bring the first messages, of different sizes, and end one process before the second ones."""
+
+    def lost(*arguments, **named):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(ThreadRanks, "all_gather_object", lost)
+    call, _ = disagreements.DISAGREEMENTS["select_clip_cov step"]
+    first, *_ = on_every_rank(monkeypatch, call)
+    assert "equally many tokens" in str(first) and "The backend says: Connection closed by peer" in str(first)
+    call, message = disagreements.FAILURES[next(iter(disagreements.FAILURES))]
+    *_, failed = on_every_rank(monkeypatch, call)
+    assert re.search(message, str(failed))  # the one that failed raises its own error

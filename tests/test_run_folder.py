@@ -278,9 +278,18 @@ def test_a_failure_whose_state_cannot_be_stored_says_both(tmp_path, capsys, monk
     assert "step 1 is lost: storing the state failed: [Errno 28] disk full. The latest" in capsys.readouterr().err
 
 
+@pytest.fixture
+def default_signals():
+    """As in a terminal; a shell's background jobs ignore SIGINT, and a run leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("method", ["score", "update"])
-def test_a_signal_waits_for_the_step_and_its_checkpoint(tmp_path, capfd, number, method):
+def test_a_signal_waits_for_the_step_and_its_checkpoint(tmp_path, capfd, default_signals, number, method):
     def strike():
         signal.raise_signal(number)
 
@@ -293,7 +302,7 @@ def test_a_signal_waits_for_the_step_and_its_checkpoint(tmp_path, capfd, number,
     assert_goes_on_from(tmp_path / "run", 3, tmp_path)
 
 
-def test_a_second_interrupt_does_not_wait(tmp_path, capsys, monkeypatch):
+def test_a_second_interrupt_does_not_wait(tmp_path, capsys, monkeypatch, default_signals):
     def strike():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # torchrun's copy of the same Ctrl-C

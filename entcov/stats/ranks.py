@@ -69,7 +69,14 @@ def raise_together(
     """
     text = None if failure is None else f"{type(failure).__name__}: {failure}"
     everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (op, text, call, checksums), group=group)
+    try:
+        dist.all_gather_object(everyone, (op, text, call, checksums), group=group)
+    except RuntimeError as error:  # gloo ends the process of a rank that gets more than it expects
+        raise failure or RuntimeError(
+            f"{op}: the ranks of the group do not agree on the call, and one ended before it said what it was called "
+            "with. Every rank must make the call, with equally many tokens and the same outputs (moments, clamp). The "
+            f"backend says: {error}"
+        ) from error
     if failure is not None:
         raise failure
     for rank, (_, theirs, *_) in enumerate(everyone):

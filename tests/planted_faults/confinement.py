@@ -190,6 +190,7 @@ FAULTS = (
         "started + limit, most_output",
         "started + limit + 30, most_output",
         [T_SANDBOX + "no_program_outlives_its_end"],
+        slow="until the kernel ends the program",
     ),
     Fault(
         "programs_have_the_pipe_of_the_worker",

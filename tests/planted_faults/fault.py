@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SHARED = "its test takes longer than most, and the ordinary suite tries it with another fault"
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -76,7 +76,8 @@ def survivors(faults: Sequence[Fault], *, jobs: int = 1, tell: Callable[[str], N
         for run in started:
             outcome = run.outcome()
             if bad := outcome.failed | outcome.broken.keys() | set(run.tests) - outcome.passed:
-                raise RuntimeError(f"without any fault these do not pass: {', '.join(sorted(bad))}\n{outcome}")
+                reasons = "".join(f"\n  {test}: {outcome.broken.get(test, 'failed')}" for test in sorted(bad))
+                raise RuntimeError(f"without any fault these tests do not pass:{reasons}")
             tell(f"{len(run.tests)} tests pass without a fault ({outcome.seconds:.1f} s)")
         problems: dict[str, str] = {}
         waiting, idle, running = list(faults), list(trees), {}
@@ -101,9 +102,16 @@ def survivors(faults: Sequence[Fault], *, jobs: int = 1, tell: Callable[[str], N
 
 def _preload() -> None:
     """Imports once what every child needs and no fault can be in."""
+    import tomllib  # noqa: F401
+    import zoneinfo  # noqa: F401
+
     import numpy  # noqa: F401
     import omegaconf  # noqa: F401
-    import pydantic  # noqa: F401
+    import pydantic.fields  # noqa: F401
+    import pydantic.json_schema  # noqa: F401
+    import rich.live  # noqa: F401
+    import rich.progress  # noqa: F401
+    import rich.table  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch.distributed  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
