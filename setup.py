@@ -89,30 +89,36 @@ def cuda_library_folder(nvcc: Path) -> Path:
     raise SystemExit(f"entcov: no libcudart_static.a beside {nvcc}; looked in {', '.join(map(str, folders))}")
 
 
-def ninja_file(sources: list[str], output: Path, folder: Path, commands: tuple[list[str], list[str], list[str]]) -> str:
-    """The build of one extension. Paths are relative to ROOT; the compiler lists the headers that each object needs."""
+def find_ninja() -> str:
+    """The program of the ninja package. pip puts it in the folder of scripts; with --target, in bin beside the package;
+    to build in isolation, on the PATH."""
+    places = (ninja.BIN_DIR, str(Path(ninja.__file__).parents[1] / "bin"), os.environ.get("PATH", ""))
+    found = shutil.which("ninja", path=os.pathsep.join(filter(None, places)))
+    if found is None:
+        raise SystemExit("entcov: the package ninja has no program here; pip install --force-reinstall ninja")
+    return found
+
+
+def write_graph(
+    path: Path, sources: list[str], output: Path, folder: Path, commands: tuple[list[str], list[str], list[str]]
+) -> None:
+    """The build of one extension for ninja. Paths are relative to ROOT. The compiler lists each object's headers."""
     compile_, link, libraries = (shlex.join(part).replace("$", "$$") for part in commands)
-    lines = [
-        f"builddir = {_escape(folder)}",  # where ninja keeps its log
-        "rule compile",
-        f"  command = {compile_} -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compiling $in",
-        "rule link",  # under another name first: a process that has the old file open keeps it
-        f"  command = {link} $in {libraries} -o $out.partial && mv -f $out.partial $out",
-        "  description = linking $out",
-    ]
-    objects = []
-    for source in sources:
-        objects.append(_escape(folder / (source.replace("/", "_") + ".o")))
-        lines.append(f"build {objects[-1]}: compile {_escape(source)}")
-    lines.append(f"build {_escape(output)}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
-
-
-def _escape(path: Path | str) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    with path.open("w") as file:
+        graph = ninja.Writer(file, width=10_000)
+        graph.variable("builddir", str(folder))  # where ninja keeps its log
+        graph.rule(
+            "compile", f"{compile_} -MMD -MF $out.d -c $in -o $out", description="compiling $in",
+            depfile="$out.d", deps="gcc",
+        )  # fmt: skip
+        # Under another name first: a process that has the old file open keeps it.
+        graph.rule(
+            "link", f"{link} $in {libraries} -o $out.partial && mv -f $out.partial $out", description="linking $out"
+        )
+        objects = [str(folder / (source.replace("/", "_") + ".o")) for source in sources]
+        for source, obj in zip(sources, objects, strict=True):
+            graph.build(obj, "compile", source)
+        graph.build(str(output), "link", objects)
 
 
 class Build(build_ext):
@@ -127,9 +133,9 @@ class Build(build_ext):
             for obj in (ROOT / folder).glob("*.o"):
                 obj.unlink()
         graph = folder / "build.ninja"
-        (ROOT / graph).write_text(ninja_file(ext.sources, output, folder, commands))
+        write_graph(ROOT / graph, ext.sources, output, folder, commands)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        command = [Path(ninja.BIN_DIR) / "ninja", "-f", graph, "-j", jobs]
+        command = [find_ninja(), "-f", graph, "-j", jobs]
         if subprocess.run(command, cwd=ROOT).returncode:
             raise SystemExit(f"entcov: building {ext.name} failed; the messages of the compiler are above")
 

@@ -161,8 +161,7 @@ def shape_of(path: str | None, config: dict[str, Any] | None) -> ModelShape:
         return ModelShape.from_config(json.loads(file.read_text()), path)
     if path in PUBLISHED:
         return ModelShape.from_config(PUBLISHED[path], path)
-    near, known = check.suggestion(path, PUBLISHED), ", ".join(name.partition("/")[2] for name in PUBLISHED)
     raise ValueError(
-        f"model.path: must be a folder with a config.json or a published model, got {path!r}{near}; for another give "
-        f"model.path=null model.tokenizer=NAME model.config.model_type=llama model.config.... Known: {known}"
+        f"model.path: must be a folder with a config.json or one of {', '.join(PUBLISHED)}, got {check.shown(path)}; "
+        "another model's shape goes in model.config, with model.path=null"
     )

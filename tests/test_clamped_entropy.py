@@ -327,6 +327,15 @@ def test_counts_that_are_none_make_their_row_nan(field, value):
         assert clamp[1].isnan().all()
 
 
+def test_more_values_than_a_part_has_room_for_make_its_row_nan():
+    *_, finish = steps()
+    right, parts = clamp_ops.clamp_finish(*finish), finish[0].clone()
+    for claimed in (parts.shape[2] - 7 + 1, 5000, 2**24):
+        parts[0, 1, 6] = claimed
+        clamp = clamp_ops.clamp_finish(parts, *finish[1:])
+        assert torch.equal(clamp[[0, 2]], right[[0, 2]]) and clamp[1].isnan().all()
+
+
 def test_more_columns_than_counts_hold_are_an_error():
     logits = torch.empty(1, 2**24 + 1, device="meta")
     target = torch.zeros(1, dtype=torch.int64, device="meta")

@@ -270,13 +270,14 @@ def test_changes_beyond_fp32_are_those_of_float64(temperature, dtype, isa):
     and with the largest changes where the probability was 0 before."""
     V = 3000
     rng = torch.Generator().manual_seed(0)
-    ends = 3e38 * (2 * torch.randint(0, 2, (6, V), generator=rng) - 1)
-    old, new = torch.randn(6, V, generator=rng), torch.randn(6, V, generator=rng)
+    ends = 3e38 * (2 * torch.randint(0, 2, (7, V), generator=rng) - 1)
+    old, new = torch.randn(7, V, generator=rng), torch.randn(7, V, generator=rng)
     old[1], new[1] = 1.0, 3e34 * new[1]  # the sum of the changes overflows
     old[2], new[2] = ends[2], ends[3]
     old[3], new[3] = 3e38, -3e38
     old[4], new[4] = -3e38, 3e38 * torch.rand(V, generator=rng)
     old[5, ::2], new[5, ::2] = -3e38, 3e38
+    new[6, :1100], new[6, 1100:] = -3e38, 3e38  # shards whose maxima are too far apart for a difference
     old, new = old.to(dtype), new.to(dtype)
     expected = reference.logit_covariance(old, new, temperature=temperature)
     log_p = reference.log_probs(old, temperature)

@@ -34,6 +34,7 @@ CPU_TESTS = {
         every_kind_of_row_matches_float64 every_vocabulary_size_matches_float64 no_rows_and_no_columns
         entropy_of_a_nearly_certain_row_keeps_its_digits exponential_vanishes_below_the_range_of_fp32
         exponential_is_as_accurate_as_promised bounds_hold_with_room_where_the_errors_of_all_exponentials_agree
+        logits_of_any_size
         fp16_is_read_exactly a_row_depends_on_itself_alone nan_and_plus_infinity_stay_in_their_row
         ignored_rows_are_zero_and_not_read
         a_row_of_nan_or_nan_beside_minus_infinity padding_columns_do_not_exist merge_is_associative

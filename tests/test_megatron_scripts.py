@@ -62,7 +62,8 @@ def test_the_scripts_train_and_evaluate_and_one_process_agrees(tmp_path):
     assert config.megatron.tensor_parallel == 2 and config.megatron.sequence_parallel and config.actor.packing
     assert "actor/cov_clipfrac" in read_metrics(run)[-1]
 
-    shown = script("eval.sh", str(run), "eval.temperature=0.0", "eval.samples=1", "eval.prompts=16")
+    own = ["data.val_files=[]", "eval.prompts=16"]  # the run's task has held-out prompts, and no files beside them
+    shown = script("eval.sh", str(run), "eval.temperature=0.0", "eval.samples=1", *own)
     row = next(line.split() for line in shown.splitlines() if line.startswith("entcov/carry_arithmetic"))
     assert row[1:4] == ["16", "1", "0"] and shown.count("data source") == 1  # the first rank alone prints
     files = [run / "eval" / f"step_1.{suffix}" for suffix in ("json", "jsonl")]

@@ -314,3 +314,17 @@ def test_a_row_without_a_finite_logit_is_an_error_that_counts():
     target[2] = IGNORE
     with pytest.raises(ValueError, match=r"1 rows have no finite logit \(first: row 4\)"):
         merged([stats], target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_logits_of_any_size(dtype, isa):
+    """The CUDA kernels multiply by 1 / temperature before they subtract, and put the rounding of that right afterwards.
+    From logits of about 1e10 on that made NaN. Offsets and spreads of each size."""
+    sizes = 10.0 ** torch.arange(-3, 39)
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(sizes), 2500, generator=rng).clamp(-3, 3)
+    for logits in (sizes[:, None] * noise, sizes[:, None] + noise, -sizes[:, None] * (1 + 1e-6 * noise)):
+        logits = logits.clamp(-3e38, 3e38).to(dtype)
+        target = targets(logits)
+        for temperature in (1.0, 0.3, 1e4):
+            check(logits, target, statistics(logits, target, temperature=temperature), temperature)

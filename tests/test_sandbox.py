@@ -230,8 +230,10 @@ def test_the_same_programs_leave_traces_without_a_sandbox(surroundings):
         surroundings.victim.kill()
         surroundings.victim.wait()
         surroundings.restore()
-    # Not every system lets a process read the memory of its parent, or trace another one.
-    assert set(silent) <= {"the memory of the parent", "tracing another process", "extended attributes"}
+    # Not every system lets a process read the memory of its parent, or trace another one. pytest-xdist writes its
+    # workers' titles over the environment that /proc shows.
+    may_be = {"the memory of the parent", "the environment of the parent", "tracing another process"}
+    assert set(silent) <= {*may_be, "extended attributes"}
 
 
 @needs_isolation
@@ -359,6 +361,34 @@ def is_running(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@needs_isolation
+def test_the_process_of_math_verify_is_confined_and_runs_no_answer(tmp_path, monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setenv("ENTCOV_TEST_TOKEN", "x")
+    mark, math = tmp_path / "mark", SandboxPool("math", limit=LIMIT, extra="train")
+    for answer in (
+        f"__import__('os').system('touch {mark}')",
+        f"1+1; open('{mark}', 'w')",
+        f"\\text{{open('{mark}', 'w')}}",
+        f"$open('{mark}', 'w')$",
+        "1+1.__class__",
+        "exit()",
+        '{"score": 1}\n{"score": 1}',
+    ):
+        assert math.score(gold="2/7", answer=answer) == 0.0 and not mark.exists(), answer
+        assert math.score(gold="2/7", answer="\\frac{4}{14}") == 1.0, answer
+    [worker] = math._idle
+    process = Path(f"/proc/{worker.process.pid}")
+    status = process.joinpath("status").read_text()
+    for line in ("NoNewPrivs:\t1", "Seccomp:\t2", "CapEff:\t0000000000000000", "CapPrm:\t0000000000000000"):
+        assert line in status
+    names = {entry.partition("=")[0] for entry in process.joinpath("environ").read_text().split("\0")}
+    assert "ENTCOV_TEST_TOKEN" not in names and "HOME" not in names and "PYTHONHASHSEED" in names
+    limits = process.joinpath("limits").read_text()
+    assert limits.count("Max file size             0                    0") == 1
+    math.close()
 
 
 # ---- the protocol --------------------------------------------------------------------------------------------------

@@ -138,6 +138,14 @@ def test_an_error_shows_the_interpolation_and_not_its_value(recipe_file, key, va
     assert SECRET not in str(error.value)
 
 
+def test_a_value_that_a_message_cuts_is_not_shown_in_part(recipe_file, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "sk-" + "0123456789" * 20)
+    for key in ("advantage", "data.settings"):
+        with pytest.raises(ConfigError) as error:
+            load_config(recipe_file(**{key: "${oc.env:SOME_TOKEN}"}))
+        assert "sk-0" not in str(error.value) and "${oc.env:SOME_TOKEN}" in str(error.value)
+
+
 def test_a_key_that_the_program_has_changed_is_stored_as_it_is(tmp_path, recipe_file):
     config = load_config(recipe_file(**{"logging.wandb": {"a": "${oc.env:SOME_TOKEN}", "b": r"\${kept}"}}))
     assert config.logging.wandb == {"a": SECRET, "b": "${kept}"}

@@ -18,15 +18,14 @@ from tests.toy_run import outcome, toy_train
 
 @pytest.fixture
 def no_threads(monkeypatch):
-    """No thread starts but those that score rewards (entcov/rl/scoring.py), until `allowed` others have."""
+    """No thread starts but the first `allowed`."""
     threads.say.cache_clear()
     start, state = threading.Thread.start, {"allowed": 0}
 
     def refuse(thread):
-        if not thread.name.startswith("entcov-reward"):
-            if not state["allowed"]:
-                raise RuntimeError("can't start new thread")
-            state["allowed"] -= 1
+        if not state["allowed"]:
+            raise RuntimeError("can't start new thread")
+        state["allowed"] -= 1
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)

@@ -124,33 +124,22 @@ struct PairSums {
   }
 };
 
-struct ChangeSums {
-  float d, td;
-};
-
-// The sums of d once more, relative to the maxima of the columns, in units of kChangeUnit.
-template <class T, bool kAligned>
-__device__ __forceinline__ ChangeSums sums_in_units(const Reader<T, kAligned>& old_reader,
-                                                    const Reader<T, kAligned>& new_reader, int first, int step,
-                                                    float old_max, float new_max, float c) {
+// The sums of d once more, relative to the maxima of the columns, in units of kChangeUnit. A loop that needs few registers is
+// better than a fast one.
+template <class T>
+__device__ __forceinline__ void sum_in_units(const T* old_row, const T* new_row, int first, int step, int count,
+                                             float old_max, float new_max, float c, float (&sums)[2]) {
   constexpr float kUnits = 1.0f / kChangeUnit;
   const float from = old_max == -INFINITY ? 0.0f : old_max, to = new_max == -INFINITY ? 0.0f : new_max;
   const float change = to * kUnits - from * kUnits;
-  ChangeSums s{0.0f, 0.0f};
+  sums[0] = sums[1] = 0.0f;
 #pragma unroll 1
-  for (int i = first; i < old_reader.vectors(); i += step) {
-    float x[kVector<T>], y[kVector<T>];
-    unpack<T>(old_reader.any(i), x), unpack<T>(new_reader.any(i), y);
-    ChangeSums of_vector{0.0f, 0.0f};
-#pragma unroll
-    for (int k = 0; k < kVector<T>; k++) {
-      const float t = at_least((x[k] - from) * c, kExp2Floor), p = exp2_fast(t);
-      const float pd = p == 0.0f ? 0.0f : p * ((y[k] * kUnits - x[k] * kUnits) - change);
-      of_vector.d += pd, of_vector.td = fmaf(t, pd, of_vector.td);
-    }
-    s.d += of_vector.d, s.td += of_vector.td;
+  for (int j = first; j < count; j += step) {
+    const float x = Element<T>::widen(old_row[j]), y = Element<T>::widen(new_row[j]);
+    const float t = at_least((x - from) * c, kExp2Floor), p = exp2_fast(t);
+    const float pd = p == 0.0f ? 0.0f : p * ((y * kUnits - x * kUnits) - change);
+    sums[0] += pd, sums[1] = fmaf(t, pd, sums[1]);
   }
-  return s;
 }
 
 template <class T, bool kAligned, int kTeamWarps>
@@ -158,6 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stat
   using TheTeam = Team<kTeamWarps, PairSums::kCount>;
   constexpr int kTile = kVectors * TheTeam::kSize;
   __shared__ typename TheTeam::Shared shared, shared_new;
+  __shared__ typename Team<kTeamWarps, 2>::Shared shared_again;
 
   const Unit unit = this_unit<kTeamWarps>(a.segments);
   if (unit.row >= a.T) return;
@@ -211,22 +201,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stat
   float v[PairSums::kCount] = {s.before.at_max, s.before.e, s.before.te, s.after.at_max,
                                s.after.e,       s.after.te, s.d,         s.td};
   team.sum(v, shared);
-  float units = 1.0f / kChangeUnit;  // of the sums of d in kChangeUnit
-  const bool overflow = team.rank == 0 && !(fabsf(v[6]) < INFINITY && fabsf(v[7]) < INFINITY);
-  if (team.max(overflow ? 1.0f : 0.0f, shared_new, 2) > 0.0f) {
-    const ChangeSums again = sums_in_units<T, kAligned>(old_reader, new_reader, team.rank, TheTeam::kSize, old_max,
-                                                        new_max, a.scale);
-    float w[PairSums::kCount] = {again.d, again.td};
-    team.sum(w, shared_new);
-    v[6] = w[0], v[7] = w[1], units = 1.0f;
+  const bool first = team.rank == 0;
+  float d = v[6] * (1.0f / kChangeUnit), td = v[7] * (kLn2 / kChangeUnit), poison = 0.0f;
+  if (first) {
+    const float rest_old = old_max == INFINITY ? NAN : v[1] + (old_max == -INFINITY ? 0.0f : v[0] - 1.0f);
+    const float rest_new = new_max == INFINITY ? NAN : v[4] + (new_max == -INFINITY ? 0.0f : v[3] - 1.0f);
+    poison = 0.0f * (rest_old + rest_new);
+    out[0] = old_max, out[1] = rest_old, out[2] = v[2] * kLn2;
+    out[3] = new_max, out[4] = rest_new, out[5] = v[5] * kLn2;
   }
-  if (team.rank != 0) return;
-  const float rest_old = old_max == INFINITY ? NAN : v[1] + (old_max == -INFINITY ? 0.0f : v[0] - 1.0f);
-  const float rest_new = new_max == INFINITY ? NAN : v[4] + (new_max == -INFINITY ? 0.0f : v[3] - 1.0f);
-  const float poison = 0.0f * (rest_old + rest_new);
-  out[0] = old_max, out[1] = rest_old, out[2] = v[2] * kLn2;
-  out[3] = new_max, out[4] = rest_new, out[5] = v[5] * kLn2;
-  out[6] = v[6] * units + poison, out[7] = v[7] * (kLn2 * units) + poison;
+  const bool overflow = first && !(fabsf(d) < INFINITY && fabsf(td) < INFINITY);
+  const Team<kTeamWarps, 2> again{team.rank};
+  if (again.max(overflow ? 1.0f : 0.0f, shared_again, 0) > 0.0f) {
+    float sums[2];
+    sum_in_units(old_row, new_row, team.rank, TheTeam::kSize, count, old_max, new_max, a.scale, sums);
+    again.sum(sums, shared_again);
+    d = sums[0], td = sums[1] * kLn2;
+  }
+  if (first) out[6] = d + poison, out[7] = td + poison;
 }
 
 }  // namespace

@@ -5,24 +5,27 @@
 // sums become those of row_stats.h and a peaked row keeps its digits.
 //
 // t is one FFMA, x c - mc, with mc = max c rounded. That is off by the rounding of mc, the same for every element, known
-// exactly (another FFMA), and put right when the sums are used. So an offset of 1e4 costs no digit. Where max c
-// overflows, `limit` sends every element to the slow path, which then subtracts before it multiplies.
+// exactly (another FFMA), and put right when the sums are used. So an offset of 1e4 costs no digit. Where max c is so large
+// that its rounding could be worth more than a few powers of 2, or where it overflows, `limit` sends every element to the
+// slow path, which then subtracts before it multiplies.
 #pragma once
 
 #include "vec.cuh"
 
 namespace entcov::cuda {
 
+constexpr float kLargestProduct = 67108864.0f;  // 2^26: rounded to a multiple of 4, max c is off by 2 at most
+
 struct Sums {
   float max;            // the reference, raw; -inf: nothing finite yet
-  float limit;          // elements below it take the fast path: max, or -inf where max c overflows
-  float mc;             // max c rounded; 0 where it overflows
+  float limit;          // elements below it take the fast path: max, or -inf where max c is too large
+  float mc;             // max c rounded; 0 where it is too large
   float at_max = 0.0f;  // how many elements equal max
   float e = 0.0f, te = 0.0f;
 
   __device__ __forceinline__ void refer_to(float new_max, float c) {
     const float product = new_max * c;
-    const bool fits = fabsf(product) < 1e37f;  // false for an infinite max too
+    const bool fits = fabsf(product) < kLargestProduct;  // false for an infinite max too
     max = new_max;
     limit = fits ? new_max : -INFINITY;
     mc = fits ? product : 0.0f;

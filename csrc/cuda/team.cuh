@@ -32,13 +32,13 @@ struct Team {
 
   // Each use has its own place, so that a fast warp cannot overwrite what a slow one still reads.
   struct Shared {
-    float max[3][kTeamWarps];
+    float max[2][kTeamWarps];
     float sum[N][kTeamWarps];
   };
 
   int rank;  // of this thread in its team
 
-  // The largest of v over the team, for every thread of it; NaN does not count. use: 0, then 1, then 2.
+  // The largest of v over the team, for every thread of it; NaN does not count. use: 0, then 1.
   __device__ __forceinline__ float max(float v, Shared& shared, int use) const {
     v = warp_max(v);
     if (kTeamWarps == 1) return v;

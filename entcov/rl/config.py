@@ -18,7 +18,7 @@ from entcov.advantages import ADVANTAGES
 from entcov.controls import CONTROLS, Control, make_control
 from entcov.losses import PolicyLossConfig
 from entcov.rl.durable import replace_file
-from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolve_recipe, texts, value_at
+from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolved, texts, value_at
 
 _STRICT = ConfigDict(extra="forbid")
 # Strict: a number is a number, where pydantic would take true for 1 and "3" for 3.
@@ -346,18 +346,25 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def resolve_config(tree: DictConfig, origin: str) -> Config:
     """The recipe with every interpolation resolved, checked. Messages show interpolations, and not their values."""
-    raw, data = OmegaConf.to_container(tree, resolve=False), resolve_recipe(tree, origin)
+    raw, data = OmegaConf.to_container(tree, resolve=False), resolved(tree, origin)
     try:
         config = parse_config(data, origin)
     except ConfigError as error:
         message = str(error)
         for path, said in interpolations(raw):
             for text in texts(value_at(data, path)):
-                message = message.replace(repr(text), repr(said))
+                message = _without(message.replace(repr(text), repr(said)), text, str(said))
         raise ConfigError(message) from None
     tree = dataclasses.asdict(config)
     config.interpolated = {path: (said, value_at(tree, path)) for path, said in interpolations(raw)}
     return config
+
+
+def _without(message: str, value: str, said: str) -> str:
+    """The message with `said` in place of `value`, and of the first characters of a value that was cut (8 or more)."""
+    for length in range(len(value), 7, -1):
+        message = message.replace(value[:length], said)
+    return message
 
 
 def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:

@@ -33,7 +33,7 @@ def naming(key: str) -> Iterator[None]:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The recipe at `path` with `a.b=value` overrides applied in order. Nothing is resolved: no variable has been read.
+    """The recipe at `path` with `a.b=value` overrides applied in order; nothing is resolved and no key is checked.
 
     Raises:
         ConfigError: no such file, not UTF-8, not YAML, no mapping, nested too deep, or a malformed override.
@@ -49,36 +49,25 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         ) from None
     except OSError as error:
         raise ConfigError(f"recipe {path}: cannot be read ({error.strerror})") from None
-    where = f"recipe {path}"
-    try:
+    with _told(f"recipe {path}"):
         _check_levels(text)
         tree = OmegaConf.load(io.StringIO(text))
-        if not isinstance(tree, DictConfig):
-            raise ConfigError(f"{where}: must be a mapping of keys, got {check.shown(OmegaConf.to_container(tree))}")
-        for item in overrides:
-            where = f"override {check.shown(item)}"
-            _override(tree, item, where)
-        return tree
-    except (yaml.YAMLError, _TooDeepError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {_said(error)}") from None
-    except ConfigError:
-        raise
-    except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
-        raise _explained(error, where) from None
+    if not isinstance(tree, DictConfig):
+        plain = OmegaConf.to_container(tree)
+        raise ConfigError(f"recipe {path}: must be a mapping of keys, got {check.shown(plain)}")
+    for item in overrides:
+        _override(tree, item)
+    return tree
 
 
-def resolve_recipe(tree: DictConfig, origin: str) -> dict[str, Any]:
-    """The recipe as plain containers, `${...}` resolved. Raises ConfigError where that cannot be done."""
-    try:
+def resolved(tree: DictConfig, origin: str) -> dict[str, Any]:
+    """The recipe as plain containers, every `${...}` replaced by its value.
+
+    Raises:
+        ConfigError: one has none, or a key that must be given (`???`) is not.
+    """
+    with _told(f"recipe {origin}"):
         return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
-        raise _explained(error, f"recipe {origin}") from None
-
-
-def _explained(error: Exception, where: str) -> ConfigError:
-    key = getattr(error, "full_key", None)
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return ConfigError(f"{where}: {f'{key}: ' if key else ''}{check.one_line(first)}")
 
 
 def interpolations(raw: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -106,15 +95,30 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(item)
 
 
-def _override(tree: DictConfig, item: str, where: str) -> None:
-    key, separator, value = item.partition("=")
+def _override(tree: DictConfig, item: str) -> None:
+    where = f"override {check.shown(item)}"
+    key, separator, text = item.partition("=")
     if not separator or not _KEY.fullmatch(key):
         raise ConfigError(f"{where}: must have the form key=value, with a key such as actor.lr")
     if key.count(".") >= MOST_LEVELS:
         raise ConfigError(f"{where}: a key has at most {MOST_LEVELS} levels, got {key.count('.') + 1}")
-    _check_levels(value)
-    given = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
-    OmegaConf.update(tree, key, given["value"], merge=True)
+    with _told(where):
+        _check_levels(text)
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+        OmegaConf.update(tree, key, value, merge=True)
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """What YAML and OmegaConf raise becomes one line that begins with `where`."""
+    try:
+        yield
+    except (yaml.YAMLError, _TooDeepError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {_said(error)}") from None
+    except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
+        key = getattr(error, "full_key", None)
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{check.one_line(first)}") from None
 
 
 class _TooDeepError(Exception):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from queue import Empty, SimpleQueue
 from threading import Semaphore
 
 from entcov.rl import rewards
 from entcov.rl.sandbox import Budget, free_cores
+from entcov.rl.threads import submit
 from entcov.rl.types import Rollout
 
 STEP_LIMIT = 300.0  # seconds that the responses of one step may keep every sandbox busy; the rest of them score 0
@@ -32,20 +32,13 @@ class Scorer:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="entcov-reward")
         self._turn = Semaphore(threads)
         self._budget = Budget(STEP_LIMIT * threads)
-        self._queue: SimpleQueue[tuple[Rollout, Future[None]]] = SimpleQueue()
         self._waiting: list[Future[None]] = []
         self._taken: set[int] = set()
 
     def take(self, rollout: Rollout) -> None:
         """Scores a complete response some time before `finish` returns. Callable from any thread."""
         self._taken.add(id(rollout))
-        scored: Future[None] = Future()
-        self._waiting.append(scored)
-        self._queue.put((rollout, scored))
-        try:
-            self._pool.submit(self._score_next)
-        except RuntimeError:  # "can't start new thread": the queue is worked off here, or by a thread that there is
-            self._score_next()
+        self._waiting.append(submit(self._pool, self._score, rollout))
 
     def finish(self, rollouts: Sequence[Rollout]) -> None:
         """Returns when all of `rollouts` have their rewards.
@@ -64,19 +57,10 @@ class Scorer:
             if scored.done():
                 scored.result()
 
-    def _score_next(self) -> None:
-        try:
-            rollout, scored = self._queue.get_nowait()
-        except Empty:
-            return
-        try:
-            with self._turn, self._budget.charged() as charge:
-                rollout.reward = self.score(rollout.prompt.example, rollout.text)
-            rollout.timed_out = charge.timed_out
-        except BaseException as error:
-            scored.set_exception(error)
-        else:
-            scored.set_result(None)
+    def _score(self, rollout: Rollout) -> None:
+        with self._turn, self._budget.charged() as charge:
+            rollout.reward = self.score(rollout.prompt.example, rollout.text)
+        rollout.timed_out = charge.timed_out
 
     def __enter__(self) -> Scorer:
         return self

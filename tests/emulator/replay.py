@@ -213,6 +213,37 @@ def clamp_over_shards(cuda, x: np.ndarray, kept: int, dtype: int, target: Block)
     raise RuntimeError(f"{unfinished.read()[0]} rows are not done after {turn + 1} rounds")
 
 
+def run_wrong_clamp_case(cuda, dtype: int) -> str:
+    """Brackets and parts that no kernel made: what comes of them does not matter, but that nothing else is touched."""
+    V, whole = 3000, (0x007FFFFF, 0xFF800000)  # keys from -inf to +inf
+    rng = np.random.default_rng(0)
+    brackets = [(*whole, 1), (*whole, 3), (*whole, 7), (*whole[::-1], 1), (0, 0, 0), (0, 2**32 - 1, 1)]
+    brackets += [(0x7FFFFFFF - 159, 0x7FFFFFFF, mode) for mode in (0, 1, 3)]  # +0 lies behind the key of -0
+    T = len(brackets)
+    x = 3 * rng.standard_normal((T, V))
+    x[:, ::2] = 0.0
+    logits, target = Block(narrow(x, dtype)), Block(np.zeros(T, np.int64))
+    given = np.array([(*b, 0) for b in brackets], np.uint32)
+    bracket, part = Block(given), floats(T, 171)
+    cuda.clamp_part(
+        dtype, logits.pointer, V, T, V, target.pointer, 0, V, IGNORE, bracket.pointer, 1.25, part.pointer, 0
+    )
+    own = part.read()[:, 4:]
+    stats = Block(np.ascontiguousarray(part.read()[:, :4]))
+    for wrong in (161.0, 5000.0, 2.0**24 + 2, 1e30, -5.0, 0.5, np.nan, np.inf, -np.inf):
+        for field in (4, 5, 6, 7, 166, slice(None)):
+            parts = own.copy()
+            parts[:, field] = wrong
+            parts, again, clamp = Block(np.stack([parts, own])), Block(given), floats(T, 4)
+            unfinished = Block(np.zeros(1, np.int32))
+            for kept in (1, V // 2, V):
+                cuda.clamp_narrow(
+                    parts.pointer, T * 167, 167, 2, T, target.pointer, stats.pointer, 4, IGNORE, kept, 1.25,
+                    again.pointer, clamp.pointer, unfinished.pointer, 0,
+                )  # fmt: skip
+    return "survived"
+
+
 CLAMP_CASES = {f"clamp, {V} {name}": (V, dtype) for V in (7, 9001) for name, dtype in DTYPES.items()}
 
 # name: T, V, columns that exist, columns between the rows, dtype, elements past a 16-byte boundary
@@ -243,6 +274,8 @@ def main(extension: str, seed: str, wanted: str = "") -> None:
     with np.errstate(all="ignore"):
         results = {name: run_case(cuda, *case) for name, case in CASES.items() if wanted in name}
         results |= {name: run_clamp_case(cuda, *case) for name, case in CLAMP_CASES.items() if wanted in name}
+        wrong = {f"wrong brackets and parts, {name}": dtype for name, dtype in DTYPES.items()}
+        results |= {name: run_wrong_clamp_case(cuda, dtype) for name, dtype in wrong.items() if wanted in name}
     print(json.dumps(results))
 
 

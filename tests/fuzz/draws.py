@@ -74,8 +74,8 @@ def _offset(draw, T, V):
 
 
 def _huge(draw, T, V):
-    """The whole range of the dtype: differences of two such logits overflow it."""
-    z = (2 * torch.rand(T, V, generator=draw.torch) - 1) * draw.choice((1e4, 3e38, 3e38, 3.4e38))
+    """Any size up to the limit of the dtype, where the difference of two logits overflows it."""
+    z = (2 * torch.rand(T, V, generator=draw.torch) - 1) * draw.choice((10 ** draw.uniform(4, 38), 3e38, 3.4e38))
     return torch.where(torch.rand(T, V, generator=draw.torch) < draw.choice((0.0, 0.5)), z.sign() * z.abs().max(), z)
 
 

@@ -123,8 +123,8 @@ def logit_covariance(old: Tensor, new: Tensor, temperature: float) -> Change:
         "entropy_change": after.entropy + before.entropy,
         "kl": before.mean(shift.abs()) + before.log_total + after.log_total,
     }
-    raw_sizes = {
-        "covariance": before.mean((x * d).abs()) + before.mean(x.abs()) * before.mean(d.abs()),
+    raw_sizes = {  # x itself is rounded too, where it is 0 by the difference of two products
+        "covariance": before.mean((1 + x.abs()) * d.abs()) + before.mean(x.abs()) * before.mean(d.abs()),
         "entropy_change": torch.zeros_like(sizes["kl"]),
         "kl": before.mean(d.abs()),
     }

@@ -28,11 +28,11 @@ def make_calls(count: int, options: list[str], environment: dict[str, str]) -> N
 
 
 def test_as_installed():
-    make_calls(150, [], dict(os.environ))
+    make_calls(100, [], dict(os.environ))
 
 
 def test_cpu_core_under_the_sanitizers():
-    make_calls(150, ["--cpu-core", str(sanitized.build())], sanitized.environment())
+    make_calls(100, ["--cpu-core", str(sanitized.build())], sanitized.environment())
 
 
 def test_cuda_kernels_under_the_sanitizers(products):  # noqa: F811

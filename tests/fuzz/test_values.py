@@ -228,12 +228,12 @@ def test_random_rows(check, device, isa, monkeypatch, request):
         if isa != "avx2":
             pytest.skip("the CUDA kernels have one instruction set")
         emulated.install(monkeypatch, request.getfixturevalue("kernels"))
-    for seed in draws.seeds(80 if device == "cpu" else 15, run=SUPPORTED_ISAS.index(isa)):
+    for seed in draws.seeds(60 if device == "cpu" else 8, run=SUPPORTED_ISAS.index(isa)):
         with case(seed) as draw, monkeypatch.context() as patch:
             check(draw, patch, 2200 if device == "cpu" else 900)
 
 
 def test_random_heads():
-    for seed in draws.seeds(150):
+    for seed in draws.seeds(80):
         with case(seed) as draw:
             check_linear_token_stats(draw)
