@@ -1,6 +1,6 @@
-"""The tests against planted faults: every fault of the list that is quick to try is seen by the tests that it names.
+"""The tests against planted faults: each named test sees a fault, of those that are quick to try one.
 
-`python -m tests.planted_faults` tries the slow ones too.
+`python -m tests.planted_faults` tries all of them.
 """
 
 from __future__ import annotations

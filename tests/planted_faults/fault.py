@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SHARED = "its test takes longer than most, and the ordinary suite tries it with another fault"
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -18,7 +16,7 @@ class Fault:
     new: what the mistake puts in its place.
     tests: pytest node ids. Each must fail by the fault alone; one without brackets stands for all its parameters, of
         which at least one must fail.
-    slow: why the fault is left out of the ordinary suite; None: it is part of it.
+    slow: why the ordinary suite does not try the fault; None: it does, unless an earlier one names the same tests.
     """
 
     name: str

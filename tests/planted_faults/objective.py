@@ -1,6 +1,6 @@
 """Faults of the loss, the token covariance and its selections, the advantages, the controls."""
 
-from tests.planted_faults.fault import SHARED, Fault
+from tests.planted_faults.fault import Fault
 
 LOSSES, COVARIANCE, ADVANTAGES = (
     "entcov/objective/policy_loss.py",
@@ -227,7 +227,6 @@ FAULTS = (
         "histogram = ranks.sum(histogram).view",
         "ranks.sum(histogram.clone())\n        histogram = histogram.view",
         [RANKS],
-        slow=SHARED,
     ),
     Fault(
         "advantage_is_not_centred",
@@ -433,7 +432,6 @@ FAULTS = (
         "step=step,",
         "step=0,",
         [T_SPLITS + "one_process_any_split"],
-        slow=SHARED,
     ),
     Fault(
         "clip_cov_ignores_its_seed",
@@ -441,7 +439,6 @@ FAULTS = (
         "seed=self.seed,",
         "seed=0,",
         [T_SPLITS + "one_process_any_split"],
-        slow=SHARED,
     ),
     Fault(
         "clip_cov_of_the_paper_drops_one_token_at_least",
@@ -456,7 +453,6 @@ FAULTS = (
         "if reference else None,\n            group=group,",
         "if reference else None,\n            group=None,",
         [RANKS],
-        slow=SHARED,
     ),
     Fault(
         "kl_cov_settles_ties_alike_in_every_step",

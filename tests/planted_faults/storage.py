@@ -1,6 +1,6 @@
 """Faults of what is written (files, checkpoints, the metrics record), and of data, tasks and rewards."""
 
-from tests.planted_faults.fault import SHARED, Fault
+from tests.planted_faults.fault import Fault
 
 DURABLE, SEALED, CHECKPOINT, RUN_FOLDER, STORED_RECIPE, METRICS, DATA, REWARDS, TASK = (
     f"entcov/rl/{name}.py"
@@ -254,7 +254,6 @@ FAULTS = (
         r'r"\.tmp_.+\.\d+"',
         r'r"\.tmp_.+"',
         [T_RUN_FOLDER + "leftovers_of_killed_processes_go_and_other_files_stay"],
-        slow=SHARED,
     ),
     Fault(
         "resumed_run_may_have_another_recipe",
@@ -276,7 +275,6 @@ FAULTS = (
         "value if digests.match(path, value) else said",
         "value",
         [T_STORED_RECIPE + "what_decides_a_run_is_compared_by_value_however_it_is_written"],
-        slow=SHARED,
     ),
     Fault(
         "digests_have_no_salt",
@@ -291,7 +289,6 @@ FAULTS = (
         "text.encode(), mode=0o600",
         "text.encode()",
         [T_STORED_RECIPE + "digests_have_a_salt_of_their_own_and_are_closed_to_others"],
-        slow=SHARED,
     ),
     Fault(
         "every_run_is_trusted",
@@ -377,7 +374,6 @@ FAULTS = (
         "lambda key: self._split(key) == split",
         "lambda key: True",
         [T_RUN + "training_never_sees_a_held_out_question"],
-        slow=SHARED,
     ),
     Fault(
         "examples_ignore_the_index",

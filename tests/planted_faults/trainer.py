@@ -1,6 +1,6 @@
 """Faults of the loop, the actor, the sampler, the batch, the evaluation and the run around them."""
 
-from tests.planted_faults.fault import SHARED, Fault
+from tests.planted_faults.fault import Fault
 
 LOOP, ROLLOUTS, ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, ENGINE = (
     f"entcov/rl/{name}.py"
@@ -224,7 +224,6 @@ FAULTS = (
         "lr = self.config.lr * min(1.0, ",
         "lr = self.config.lr * max(1.0, 0 * ",
         [T_ACTOR + "updates_are_adamw_by_hand"],
-        slow=SHARED,
     ),
     Fault(
         "learning_rate_warm_up_starts_at_0",
@@ -232,7 +231,6 @@ FAULTS = (
         "(self.weight_version + 1) / max(1,",
         "self.weight_version / max(1,",
         [T_ACTOR + "updates_are_adamw_by_hand"],
-        slow=SHARED,
     ),
     Fault(
         "totals_of_the_micro_batch",
@@ -247,7 +245,6 @@ FAULTS = (
         "num_tokens=batch.num_loss_tokens",
         "num_tokens=len(batch.tokens)",
         [T_ACTOR + "denominators_are_the_response_tokens_of_the_mini_batch"],
-        slow=SHARED,
     ),
     Fault(
         "gradients_of_the_last_update_stay",
@@ -255,7 +252,6 @@ FAULTS = (
         "        self.optimizer.zero_grad(set_to_none=True)\n",
         "",
         [T_ACTOR + "updates_are_adamw_by_hand"],
-        slow=SHARED,
     ),
     Fault(
         "gradient_is_not_clipped",
@@ -263,7 +259,6 @@ FAULTS = (
         "self.config.max_grad_norm))",
         "math.inf))",
         [T_ACTOR + "updates_are_adamw_by_hand"],
-        slow=SHARED,
     ),
     Fault(
         "infinite_gradients_update",
@@ -299,7 +294,6 @@ FAULTS = (
         "self._stats(self.reference, part).logprob",
         "self._stats(self.model, part).logprob",
         [T_ACTOR + "scores_are_the_plain_forward_pass_at_the_samplers_temperature"],
-        slow=SHARED,
     ),
     Fault(
         "trainer_ignores_the_temperature",
@@ -307,7 +301,6 @@ FAULTS = (
         "temperature=self.temperature, **options",
         "temperature=1.0, **options",
         [T_ACTOR + "scores_are_the_plain_forward_pass_at_the_samplers_temperature"],
-        slow=SHARED,
     ),
     Fault(
         "optimizer_state_not_restored",
@@ -322,7 +315,6 @@ FAULTS = (
         'self.weight_version = state["weight_version"]',
         "pass",
         [T_ACTOR + "the_optimizer_goes_on_from_its_state"],
-        slow=SHARED,
     ),
     Fault(
         "weight_decay_ignored",
@@ -330,9 +322,8 @@ FAULTS = (
         "weight_decay=config.weight_decay",
         "weight_decay=0.0",
         [T_ACTOR + "updates_are_adamw_by_hand"],
-        slow=SHARED,
     ),
-    Fault("betas_ignored", ACTOR, "betas=config.betas, ", "", [T_ACTOR + "updates_are_adamw_by_hand"], slow=SHARED),
+    Fault("betas_ignored", ACTOR, "betas=config.betas, ", "", [T_ACTOR + "updates_are_adamw_by_hand"]),
     Fault(
         "reference_follows_the_policy",
         ENGINE,
@@ -398,7 +389,6 @@ FAULTS = (
         "length[rows[done]] = t + 1",
         "length[rows[done]] = max(t, 1)",
         [T_SAMPLER + "logprob_is_that_of_the_plain_forward_pass"],
-        slow=SHARED,
     ),
     Fault(
         "finished_by_length",
@@ -406,7 +396,6 @@ FAULTS = (
         "finished = bool(tokens) and tokens[-1] in self.eos_ids",
         "finished = len(tokens) < max_response_length",
         [T_SAMPLER + "logprob_is_that_of_the_plain_forward_pass"],
-        slow=SHARED,
     ),
     Fault(
         "text_ends_in_the_end_token",
@@ -428,7 +417,6 @@ FAULTS = (
         "noise[rows]\n",
         "noise[: len(rows)]\n",
         [T_SAMPLER + "responses_do_not_depend_on_the_batch_they_are_generated_in"],
-        slow=SHARED,
     ),
     Fault(
         "padding_shifts_positions",
@@ -436,7 +424,6 @@ FAULTS = (
         "mask.cumsum(1).sub(1).clamp(min=0), cache",
         "torch.arange(width, device=device).expand_as(mask), cache",
         [T_SAMPLER + "logprob_is_that_of_the_plain_forward_pass"],
-        slow=SHARED,
     ),
     Fault(
         "rollouts_say_another_weight_version",
@@ -444,7 +431,6 @@ FAULTS = (
         "weight_version=self.weight_version,",
         "weight_version=0,",
         [T_SAMPLER + "rollouts_carry_their_weight_version_and_a_text_without_the_end_token"],
-        slow=SHARED,
     ),
     # ---- evaluation, the run, the warm start -------------------------------------------------------------------------
     Fault(
@@ -532,7 +518,6 @@ FAULTS = (
         "_SAME_INTERRUPT = 1.0",
         "_SAME_INTERRUPT = -1.0",
         [T_RUN_FOLDER + "a_second_interrupt_does_not_wait"],
-        slow=SHARED,
     ),
     Fault(
         "signal_handlers_stay",
@@ -540,7 +525,6 @@ FAULTS = (
         "            signal.signal(number, handler)\n",
         "            pass\n",
         [T_RUN_FOLDER + "a_signal_waits_for_the_step_and_its_checkpoint"],
-        slow=SHARED,
     ),
     Fault(
         "step_of_the_signal_is_not_stored",
@@ -548,7 +532,6 @@ FAULTS = (
         "if last or stop or (",
         "if last or (",
         [T_RUN_FOLDER + "a_signal_waits_for_the_step_and_its_checkpoint"],
-        slow=SHARED,
     ),
     Fault(
         "state_in_the_middle_of_an_update_is_stored",
@@ -578,7 +561,6 @@ FAULTS = (
         "if (device.index or 0) >= count:",
         "if False:",
         [T_BAD_INPUT + "a_bad_change_of_the_recipe[device=cuda:99]"],
-        slow=SHARED,
     ),
     Fault(
         "misspelt_source_of_an_evaluation_is_ignored",
@@ -643,7 +625,6 @@ FAULTS = (
         "/ batch.num_loss_tokens",
         "/ part.num_loss_tokens",
         [T_WARM_START + "rates_and_losses"],
-        slow=SHARED,
     ),
     Fault(
         "warm_start_leaves_out_the_end_token",
@@ -651,6 +632,5 @@ FAULTS = (
         "+ [tokenizer.eos_token_id]",
         "",
         [T_WARM_START + "rates_and_losses"],
-        slow=SHARED,
     ),
 )
