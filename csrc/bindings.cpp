@@ -1,13 +1,25 @@
-// Python's door to the CPU core: addresses come in as integers, nothing is checked and nothing is owned here.
-// The only file that includes Python. An op is one line: raw() derives its signature from the launcher's.
+// Python's door to the kernels, the only file that includes Python. Compiled once for each core: with ENTCOV_CUDA into
+// the module _cuda, without it into _cpu. An op is one line: raw() derives what Python passes from the launcher's own
+// signature. Addresses come in as integers and structs as tuples of their members; nothing is checked or owned here. An
+// Error is raised as RuntimeError; an op returns whether a row is NaN. Importing _cuda needs no driver: the runtime is linked statically and touches the
+// driver at the first launch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include "clamp.h"
-#include "entcov.h"
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+
+#include "kernels.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using namespace entcov;
+using Address = uintptr_t;  // Tensor.data_ptr() or Stream.cuda_stream; 0 is null, or the default stream
 
 template <class T>
 struct FromPython {
@@ -15,41 +27,109 @@ struct FromPython {
 };
 template <class T>
 struct FromPython<T*> {
-  using type = uintptr_t;  // Tensor.data_ptr(); 0 is a null pointer
+  using type = Address;
+};
+template <>
+struct FromPython<Logits> {
+  using type = std::tuple<int, Address, int64_t, int64_t, int64_t>;
+};
+template <>
+struct FromPython<RowSpec> {  // with the temperature itself
+  using type = std::tuple<int64_t, int64_t, double, int64_t>;
+};
+template <>
+struct FromPython<Messages> {
+  using type = std::tuple<Address, int64_t, int64_t, int64_t>;
+};
+template <>
+struct FromPython<RowOutputs> {
+  using type = std::tuple<Address, Address, Address, Address, Address>;
+};
+template <>
+struct FromPython<RowGrads> {
+  using type = std::tuple<Address, Address, Address>;
+};
+template <>
+struct FromPython<CovarianceOutputs> {
+  using type = std::tuple<Address, Address, Address, Address>;
+};
+template <>
+struct FromPython<CovarianceGrads> : FromPython<RowGrads> {};
+
+// The members of a struct, one by one: to<float*>(address), to<int64_t>(number).
+struct Member {
+  Address value;
+  template <class T>
+  operator T*() const {
+    return reinterpret_cast<T*>(value);
+  }
 };
 
 template <class T>
-T to_native(typename FromPython<T>::type value) {
-  if constexpr (std::is_pointer_v<T>)
+T to_native(const typename FromPython<T>::type& value) {
+  if constexpr (std::is_pointer_v<T>) {
     return reinterpret_cast<T>(value);
-  else
+  } else if constexpr (std::is_same_v<T, Logits>) {
+    const auto& [dtype, data, row_stride, rows, width] = value;
+    return {static_cast<DType>(dtype), reinterpret_cast<const void*>(data), row_stride, rows, width};
+  } else if constexpr (std::is_same_v<T, RowSpec>) {
+    const auto& [vocab_start, vocab_size, temperature, ignore_index] = value;
+    return {vocab_start, vocab_size, static_cast<float>(1.0 / temperature), ignore_index};
+  } else if constexpr (std::is_same_v<T, Messages>) {
+    const auto& [data, ranks, rows, width] = value;
+    return {reinterpret_cast<const float*>(data), ranks, rows, width};
+  } else if constexpr (std::is_same_v<T, typename FromPython<T>::type>) {
     return value;
+  } else {  // a struct of pointers
+    return std::apply([](auto... address) { return T{Member{address}...}; }, value);
+  }
 }
 
-template <class R, class... A>
-auto raw(R (*launch)(A...)) {
-  return [launch](typename FromPython<A>::type... args) {
-    py::gil_scoped_release unlocked;
-    return launch(to_native<A>(args)...);
+template <class... A>
+auto raw(Error (*launch)(A...)) {
+  return [launch](const typename FromPython<std::decay_t<A>>::type&... args) {
+    Error error = nullptr;
+    {
+      py::gil_scoped_release unlocked;
+      error = launch(to_native<std::decay_t<A>>(args)...);
+    }
+    if (error && error != kRowIsNaN) throw std::runtime_error(error);
+    return error != nullptr;
   };
+}
+
+int64_t hash_of_bytes(const std::string& bytes) {
+  uint64_t hash = hash_of(-1, static_cast<int64_t>(bytes.size()));
+  for (size_t at = 0; at < bytes.size(); at += sizeof(int64_t)) {
+    int64_t word = 0;
+    memcpy(&word, bytes.data() + at, std::min(sizeof word, bytes.size() - at));
+    hash += hash_of(static_cast<int64_t>(at), word);
+  }
+  return static_cast<int64_t>(hash);
 }
 
 }  // namespace
 
+#ifdef ENTCOV_CUDA
+PYBIND11_MODULE(_cuda, m) {
+#else
 PYBIND11_MODULE(_cpu, m) {
-  namespace cpu = entcov::cpu;
-  m.def("isa", &cpu::isa);
-  m.def("set_isa", &cpu::set_isa, py::arg("name").none(false));
-  m.def("first_bad_target", raw(cpu::first_bad_target));
-  m.def("row_stats", raw(cpu::row_stats));
-  m.def("merge_row_stats", raw(cpu::merge_row_stats));
-  m.def("logits_grad", raw(cpu::logits_grad));
-  m.def("covariance_stats", raw(cpu::covariance_stats));
-  m.def("merge_covariance_stats", raw(cpu::merge_covariance_stats));
-  m.def("logit_covariance_grad", raw(cpu::logit_covariance_grad));
-  m.def("advise_huge_pages", raw(cpu::advise_huge_pages));
-  m.def("order_statistics", raw(cpu::order_statistics));
-  m.def("clamp_bracket", raw(cpu::clamp_bracket));
-  m.def("clamp_collect", raw(cpu::clamp_collect));
-  m.def("clamp_finish", raw(cpu::clamp_finish));
+#endif
+  namespace core = ENTCOV_CORE;
+  m.def("segments", &core::segments);
+  m.def("message", raw(core::message));
+  m.def("row_stats", raw(core::row_stats));
+  m.def("merge_row_stats", raw(core::merge_row_stats));
+  m.def("logits_grad", raw(core::logits_grad));
+  m.def("covariance_stats", raw(core::covariance_stats));
+  m.def("merge_covariance_stats", raw(core::merge_covariance_stats));
+  m.def("logit_covariance_grad", raw(core::logit_covariance_grad));
+#ifndef ENTCOV_CUDA
+  m.def("hash", &hash_of_bytes);
+  m.def("isa", &core::isa);
+  m.def("set_isa", &core::set_isa, py::arg("name").none(false));
+  m.def("advise_huge_pages", [](Address memory, int64_t bytes) {
+    core::advise_huge_pages(reinterpret_cast<void*>(memory), bytes);
+  });
+#endif
 }

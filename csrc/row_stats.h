@@ -48,8 +48,22 @@ struct RowStats {
 constexpr int kRowStatsFields = 4;         // without moments
 constexpr int kRowStatsMomentsFields = 7;  // with them
 
-// The column of a token in a shard that begins with token `start` >= 0; -1: it lies before. Any int64 may be a target.
-ENTCOV_HD int64_t column_of(int64_t token, int64_t start) { return token < start ? -1 : token - start; }
+// The columns of a shard, and how its rows are read.
+struct RowSpec {
+  int64_t vocab_start;  // token id of column 0, >= 0
+  int64_t vocab_size;   // of the whole row: tokens from here on are padding and do not exist
+  float inv_temperature;
+  int64_t ignore_index;  // rows with this target are not read: all zeros
+
+  // Of `width` columns, how many exist.
+  ENTCOV_HD int64_t columns(int64_t width) const {
+    const int64_t left = vocab_size > vocab_start ? vocab_size - vocab_start : 0;
+    return left < width ? left : width;
+  }
+  // The column of a token; -1: it lies before the shard. Any int64 may be a target.
+  ENTCOV_HD int64_t column_of(int64_t token) const { return token < vocab_start ? -1 : token - vocab_start; }
+  ENTCOV_HD bool is_token(int64_t target) const { return target >= 0 && target < vocab_size; }
+};
 
 // e^d below this is 0 in fp32 (the smallest denormal is e^-103.97).
 constexpr float kExpFloor = -104.0f;
@@ -83,6 +97,53 @@ ENTCOV_HD RowStats merge(const RowStats& a, const RowStats& b, float inv_tempera
   r.sum_x2exp = hi.sum_x2exp + (lo.sum_x2exp + 2.0f * d * lo.sum_xexp + d * d * total) * k;
   r.target = a.target > b.target ? a.target : b.target;
   return r;
+}
+
+ENTCOV_HD RowStats load_stats(const float* p, int fields) {
+  RowStats s;
+  s.max = p[0], s.rest = p[1], s.sum_xexp = p[2], s.target = p[3];
+  if (fields == kRowStatsMomentsFields) s.rest2 = p[4], s.sum_xexp2 = p[5], s.sum_x2exp = p[6];
+  return s;
+}
+
+// What people want of a whole row, [T] each. logprob null: the row is a shard, and has none of it. collision null: so are
+// the two after it, which need the moments.
+struct RowOutputs {
+  float *logprob, *entropy;
+  float *collision, *varentropy, *entropy_drift;
+};
+
+// Writes row t, of `fields` statistics, and its outputs. A whole row without a finite logit becomes NaN. Returns whether it
+// is NaN.
+ENTCOV_HD bool store_row(RowStats s, int64_t t, int fields, float inv_temperature, float* stats,
+                         const RowOutputs& out) {
+  if (out.logprob) {
+    if (s.max == -INFINITY) s.rest = NAN;
+    const float total = 1.0f + s.rest, log_total = log1pf(s.rest), mean = s.sum_xexp / total;
+    const float logprob = (0.5f * s.target - 0.5f * s.max) * (2.0f * inv_temperature) - log_total;
+    const float entropy = log_total - mean;
+    out.logprob[t] = logprob;
+    out.entropy[t] = entropy;
+    if (out.collision) {
+      const float collision = (1.0f + s.rest2) / (total * total);
+      // E_p[S] = H sum p^2 + sum p^2 log p;  S_target = p_target (H + log p_target), 0 where logprob is -inf
+      const float mean_s = entropy * collision + (s.sum_xexp2 - log_total * (1.0f + s.rest2)) / (total * total);
+      const float p = expf(logprob);
+      out.collision[t] = collision;
+      out.varentropy[t] = s.sum_x2exp / total - mean * mean;
+      out.entropy_drift[t] = mean_s - (p == 0.0f ? 0.0f : p * (entropy + logprob));
+    }
+  }
+  float* p = stats + t * fields;
+  p[0] = s.max, p[1] = s.rest, p[2] = s.sum_xexp, p[3] = s.target;
+  if (fields == kRowStatsMomentsFields) p[4] = s.rest2, p[5] = s.sum_xexp2, p[6] = s.sum_x2exp;
+  return s.rest != s.rest;
+}
+
+ENTCOV_HD void store_ignored_row(int64_t t, int fields, float* stats, const RowOutputs& out) {
+  for (int i = 0; i < fields; i++) stats[t * fields + i] = 0.0f;
+  if (out.logprob) out.logprob[t] = out.entropy[t] = 0.0f;
+  if (out.collision) out.collision[t] = out.varentropy[t] = out.entropy_drift[t] = 0.0f;
 }
 
 }  // namespace entcov

@@ -6,12 +6,13 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#include "vec.h"
+#include "simd.h"
 
 namespace entcov::cpu {
 
@@ -34,6 +35,15 @@ template <class Op>
 void row_baseline(const typename Op::Args& a, int64_t t) {
   Op::template row<4>(a, t);
 }
+
+// Notes for all threads that a row is NaN.
+struct NanFlag {
+  std::atomic<bool> seen{false};
+  void note(bool nan) {
+    if (nan) seen.store(true, std::memory_order_relaxed);
+  }
+  Error error() const { return seen.load(std::memory_order_relaxed) ? kRowIsNaN : nullptr; }
+};
 
 // How many threads to ask OpenMP for: at most one a processor. It ends the process where it cannot start as many.
 inline int usable_threads(int threads) {
@@ -60,7 +70,7 @@ void for_rows(const typename Op::Args& args, int64_t T, int64_t work, int thread
 
 // Calls run<D>() with the storage type of `dtype`.
 template <class F>
-auto with_dtype(int dtype, F run) {
+auto with_dtype(DType dtype, F run) {
   if (dtype == kBFloat16) return run(BFloat16{});
   if (dtype == kFloat16) return run(Float16{});
   return run(Float32{});

@@ -1,4 +1,4 @@
-// The gradient of covariance, entropy change and KL (covariance_stats.h) with respect to the new logits: one read of
+// The gradient of covariance, entropy change and KL (../logit_covariance.h) with respect to the new logits: one read of
 // both tensors, one write. With p, q the old and new policy, S = 1 + rest, Ex and Ez the means of x and z under them:
 //
 //   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_kl (q - p) } = e^x (a + b x) + e^z (a' + b' z)
@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../covariance_stats.h"
 #include "dispatch.h"
 
 namespace entcov::cpu {
@@ -20,9 +19,10 @@ struct LogitCovarianceGradOp {
     const storage* logits_old;
     int64_t old_row_stride;
     const storage* logits_new;
-    int64_t new_row_stride, num_columns, total_columns;
+    int64_t new_row_stride, num_columns, width;
     const uint8_t* row_mask;
-    const float *stats, *grad_covariance, *grad_entropy_change, *grad_kl;
+    const float* stats;
+    CovarianceGrads grads;
     float inv_temperature;
     storage* grad;
     int64_t grad_row_stride;
@@ -42,11 +42,11 @@ struct LogitCovarianceGradOp {
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     storage* g = a.grad + t * a.grad_row_stride;
-    const double g_cov = a.grad_covariance ? a.grad_covariance[t] : 0.0;
-    const double g_h = a.grad_entropy_change ? a.grad_entropy_change[t] : 0.0;
-    const double g_kl = a.grad_kl ? a.grad_kl[t] : 0.0;
+    const double g_cov = a.grads.covariance ? a.grads.covariance[t] : 0.0;
+    const double g_h = a.grads.entropy_change ? a.grads.entropy_change[t] : 0.0;
+    const double g_kl = a.grads.kl ? a.grads.kl[t] : 0.0;
     if ((a.row_mask && !a.row_mask[t]) || (g_cov == 0 && g_h == 0 && g_kl == 0)) {
-      std::fill_n(g, a.total_columns, storage(0));
+      std::fill_n(g, a.width, storage(0));
       return;
     }
     const float* s = a.stats + t * kCovarianceFields;
@@ -71,26 +71,25 @@ struct LogitCovarianceGradOp {
         store<D, W>(g + j, n - j, element<W>(u0, v0, c), element<W>(u1, v1, c));
       }
     }
-    std::fill_n(g + n, a.total_columns - n, storage(0));
+    std::fill_n(g + n, a.width - n, storage(0));
   }
 };
 
 }  // namespace
 
-void logit_covariance_grad(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
-                           int64_t new_row_stride, int64_t T, int64_t num_columns, int64_t total_columns,
-                           const uint8_t* row_mask, const float* stats, const float* grad_covariance,
-                           const float* grad_entropy_change, const float* grad_kl, float inv_temperature, void* grad,
-                           int64_t grad_row_stride, int threads) {
-  with_dtype(dtype, [&](auto d) {
+Error logit_covariance_grad(const Logits& logits_old, const Logits& logits_new, const uint8_t* row_mask,
+                            const RowSpec& spec, const float* stats, const CovarianceGrads& grads, void* grad,
+                            int64_t grad_row_stride, Device threads) {
+  with_dtype(logits_new.dtype, [&](auto d) {
     using D = decltype(d);
     using storage = typename D::storage;
     for_rows<LogitCovarianceGradOp<D>>(
-        {static_cast<const storage*>(logits_old), old_row_stride, static_cast<const storage*>(logits_new),
-         new_row_stride, num_columns, total_columns, row_mask, stats, grad_covariance, grad_entropy_change, grad_kl,
-         inv_temperature, static_cast<storage*>(grad), grad_row_stride},
-        T, T * total_columns, threads);
+        {static_cast<const storage*>(logits_old.data), logits_old.row_stride,
+         static_cast<const storage*>(logits_new.data), logits_new.row_stride, spec.columns(logits_new.width),
+         logits_new.width, row_mask, stats, grads, spec.inv_temperature, static_cast<storage*>(grad), grad_row_stride},
+        logits_new.T, logits_new.T * logits_new.width, threads);
   });
+  return nullptr;
 }
 
 }  // namespace entcov::cpu

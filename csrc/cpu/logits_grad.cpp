@@ -14,8 +14,8 @@
 // If the logits hold another one now, they have been written since: the gradient would be wrong, and the row is reported.
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 
-#include "../row_stats.h"
 #include "dispatch.h"
 
 namespace entcov::cpu {
@@ -26,13 +26,13 @@ struct LogitsGradOp {
   using storage = typename D::storage;
   struct Args {
     const storage* logits;
-    int64_t row_stride, num_columns, total_columns;
+    int64_t row_stride, num_columns, width;
     const int64_t* target;
-    int64_t vocab_start, ignore_index;
+    RowSpec spec;
     const float* stats;
     int fields;
-    const float *grad_logprob, *grad_entropy, *grad_clamped, *clamp;
-    float inv_temperature;
+    RowGrads grads;
+    const float* clamp;
     storage* grad;
     int64_t grad_row_stride;
     int64_t* changed;  // the first row whose target has another logit than in `stats`; not looked for where grad is logits
@@ -66,20 +66,20 @@ struct LogitsGradOp {
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     storage* g = a.grad + t * a.grad_row_stride;
-    const double g_lp = a.grad_logprob ? a.grad_logprob[t] : 0.0;
-    const double g_h = kEntropy ? a.grad_entropy[t] : 0.0;
-    const double g_k = kClamped ? a.grad_clamped[t] : 0.0;
-    if (a.target[t] == a.ignore_index || (g_lp == 0 && g_h == 0 && g_k == 0)) {
-      std::fill_n(g, a.total_columns, storage(0));
+    const double g_lp = a.grads.logprob ? a.grads.logprob[t] : 0.0;
+    const double g_h = kEntropy ? a.grads.entropy[t] : 0.0;
+    const double g_k = kClamped ? a.grads.clamped_entropy[t] : 0.0;
+    if (a.target[t] == a.spec.ignore_index || (g_lp == 0 && g_h == 0 && g_k == 0)) {
+      std::fill_n(g, a.width, storage(0));
       return;
     }
     const storage* x = a.logits + t * a.row_stride;
     const float* s = a.stats + t * a.fields;
-    const double inv_t = a.inv_temperature, sum = 1.0 + s[1], log_sum = std::log1p(double(s[1])), mean_y = s[2] / sum;
+    const double inv_t = a.spec.inv_temperature, sum = 1.0 + s[1], log_sum = std::log1p(double(s[1])), mean_y = s[2] / sum;
 
     Coefficients c{};
     c.max = s[0];
-    c.inv_temperature = a.inv_temperature;
+    c.inv_temperature = a.spec.inv_temperature;
     c.a = float((g_h * mean_y - g_lp) * inv_t / sum);
     c.b = float(-g_h * inv_t / sum);
     double clamp_scale = 0, clamp_offset = 0;
@@ -95,7 +95,7 @@ struct LogitsGradOp {
       std::fill_n(g, n, narrow_one<D>(NAN));
     } else {
       // The target's column first: grad may overwrite logits.
-      const int64_t local = column_of(a.target[t], a.vocab_start);
+      const int64_t local = a.spec.column_of(a.target[t]);
       const bool mine = local >= 0 && local < n;
       double at_target = 0;
       if (mine) {
@@ -116,33 +116,36 @@ struct LogitsGradOp {
       }
       if (mine) g[local] = narrow_one<D>(float(at_target));
     }
-    std::fill_n(g + n, a.total_columns - n, storage(0));
+    std::fill_n(g + n, a.width - n, storage(0));
   }
 };
 
 }  // namespace
 
-int64_t logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
-                    int64_t total_columns, const int64_t* target, int64_t vocab_start, int64_t ignore_index,
-                    const float* stats, int fields, const float* grad_logprob, const float* grad_entropy,
-                    const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
-                    int64_t grad_row_stride, int threads) {
-  int64_t changed = T;
-  with_dtype(dtype, [&](auto d) {
+Error logits_grad(const Logits& logits, const int64_t* target, const RowSpec& spec, const float* stats, int fields,
+                  const RowGrads& grads, const float* clamp, void* grad, int64_t grad_row_stride, Device threads) {
+  int64_t changed = logits.T;
+  with_dtype(logits.dtype, [&](auto d) {
     using D = decltype(d);
     auto run = [&](auto op) {
       using Op = decltype(op);
-      for_rows<Op>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, total_columns, target,
-                    vocab_start, ignore_index, stats, fields, grad_logprob, grad_entropy, grad_clamped, clamp,
-                    inv_temperature, static_cast<typename D::storage*>(grad), grad_row_stride, &changed},
-                   T, T * total_columns, threads);
+      for_rows<Op>({static_cast<const typename D::storage*>(logits.data), logits.row_stride, spec.columns(logits.width),
+                    logits.width, target, spec, stats, fields, grads, clamp, static_cast<typename D::storage*>(grad),
+                    grad_row_stride, &changed},
+                   logits.T, logits.T * logits.width, threads);
     };
-    if (grad_entropy && grad_clamped) return run(LogitsGradOp<D, true, true>{});
-    if (grad_entropy) return run(LogitsGradOp<D, true, false>{});
-    if (grad_clamped) return run(LogitsGradOp<D, false, true>{});
+    if (grads.entropy && grads.clamped_entropy) return run(LogitsGradOp<D, true, true>{});
+    if (grads.entropy) return run(LogitsGradOp<D, true, false>{});
+    if (grads.clamped_entropy) return run(LogitsGradOp<D, false, true>{});
     return run(LogitsGradOp<D, false, false>{});
   });
-  return changed < T ? changed : -1;
+  if (changed == logits.T) return nullptr;
+  static thread_local char message[160];
+  snprintf(message, sizeof message,
+           "logits must not be changed between forward and backward, which reads them again: in row %lld the target's "
+           "logit is no longer %.9g",
+           static_cast<long long>(changed), static_cast<double>(stats[changed * fields + 3]));
+  return message;
 }
 
 }  // namespace entcov::cpu

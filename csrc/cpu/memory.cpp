@@ -1,4 +1,4 @@
-#include "../entcov.h"
+#include "../kernels.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

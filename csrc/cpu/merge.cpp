@@ -1,44 +1,64 @@
-// [R, T, fields] shard statistics -> [T, fields]: merge() over R in its fixed order, so every rank that holds the same
-// shards gets the same bits.
-#include "../row_stats.h"
-
+// What stands around the all-gather of a sharded call: a rank's message, and the merge of all messages in the order of
+// the ranks, so that every rank gets the same bits.
 #include "dispatch.h"
 
 namespace entcov::cpu {
 namespace {
 
-RowStats read(const float* p, int fields) {
-  RowStats s;
-  s.max = p[0], s.rest = p[1], s.sum_xexp = p[2], s.target = p[3];
-  if (fields == kRowStatsMomentsFields) s.rest2 = p[4], s.sum_xexp2 = p[5], s.sum_x2exp = p[6];
-  return s;
+bool all_agree(const Messages& messages, int64_t vocab_size) {
+  for (int64_t r = 0; r < messages.R; r++)
+    if (!agrees(messages, r, vocab_size)) return false;
+  return true;
 }
 
-void write(float* p, int fields, const RowStats& s) {
-  p[0] = s.max, p[1] = s.rest, p[2] = s.sum_xexp, p[3] = s.target;
-  if (fields == kRowStatsMomentsFields) p[4] = s.rest2, p[5] = s.sum_xexp2, p[6] = s.sum_x2exp;
+// Calls row(t) for every row, over threads where that pays.
+template <class F>
+void for_merged_rows(const Messages& messages, int threads, F row) {
+  threads = usable_threads(threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && messages.R * messages.T > 4096)
+  for (int64_t t = 0; t < messages.T; t++) row(t);
 }
 
 }  // namespace
 
-int64_t merge_row_stats(const float* shards, int64_t shard_stride, int64_t R, int64_t T, int fields,
-                        const int64_t* target, int64_t ignore_index, float inv_temperature, float* out, int threads) {
-  threads = usable_threads(threads);
-  int64_t first_empty = T;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(min : first_empty) \
-    if (threads > 1 && R * T > 4096)
-  for (int64_t t = 0; t < T; t++) {
+Error message(const float* payload, int64_t count, const int64_t* values, int64_t num_values, int64_t call,
+              int64_t start, int64_t columns, float* message, Device) {
+  uint64_t hash = 0;
+  for (int64_t i = 0; i < num_values; i++) hash += hash_of(i, values[i]);
+  const Signature signature = sign(hash, call, start, columns);
+  std::copy(payload, payload + count, message);
+  memcpy(message + count, &signature, sizeof signature);
+  return nullptr;
+}
+
+Error merge_row_stats(const Messages& messages, const int64_t* target, const RowSpec& spec, int fields, float* stats,
+                      const RowOutputs& outputs, Device threads) {
+  const bool agree = all_agree(messages, spec.vocab_size);
+  NanFlag nan;
+  for_merged_rows(messages, threads, [&](int64_t t) {
+    if (target[t] == spec.ignore_index) return store_ignored_row(t, fields, stats, outputs);
     RowStats s;
-    if (target[t] == ignore_index) {
-      s.max = s.target = 0.0f;
-    } else {
-      for (int64_t r = 0; r < R; r++)
-        s = merge(s, read(shards + r * shard_stride + t * fields, fields), inv_temperature);
-      if (s.max == -INFINITY && s.rest == 0.0f && t < first_empty) first_empty = t;
-    }
-    write(out + t * fields, fields, s);
-  }
-  return first_empty < T ? first_empty : -1;
+    for (int64_t r = 0; r < messages.R; r++)
+      s = merge(s, load_stats(messages.row(r, t), fields), spec.inv_temperature);
+    if (!agree) s.rest = NAN;
+    nan.note(store_row(s, t, fields, spec.inv_temperature, stats, outputs));
+  });
+  return nan.error();
+}
+
+Error merge_covariance_stats(const Messages& messages, const uint8_t* row_mask, const RowSpec& spec, float* stats,
+                             const CovarianceOutputs& outputs, Device threads) {
+  const bool agree = all_agree(messages, spec.vocab_size);
+  NanFlag nan;
+  for_merged_rows(messages, threads, [&](int64_t t) {
+    if (row_mask && !row_mask[t]) return store_masked_row(t, stats, outputs);
+    CovarianceStats s;
+    for (int64_t r = 0; r < messages.R; r++)
+      s = merge(s, load_covariance_stats(messages.row(r, t)), spec.inv_temperature);
+    if (!agree) s.rest_old = s.rest_new = s.sum_d = s.sum_xd = NAN;
+    nan.note(store_covariance_row(s, t, spec.inv_temperature, stats, outputs));
+  });
+  return nan.error();
 }
 
 }  // namespace entcov::cpu

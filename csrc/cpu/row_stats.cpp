@@ -7,8 +7,6 @@
 //
 // Sums of many equal terms round the same way every time, so fp32 additions are kept few: 16 in a lane, then the block
 // is added to the lanes of the chunk, and the chunk to a double. The error does not grow with the vocabulary.
-#include "../row_stats.h"
-
 #include "dispatch.h"
 
 namespace entcov::cpu {
@@ -27,9 +25,10 @@ struct RowStatsOp {
     const typename D::storage* logits;
     int64_t row_stride, num_columns;
     const int64_t* target;
-    int64_t vocab_start, ignore_index;
-    float inv_temperature;
+    RowSpec spec;
     float* stats;
+    RowOutputs outputs;
+    NanFlag* nan;
   };
 
   template <int W>
@@ -122,11 +121,9 @@ struct RowStatsOp {
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     constexpr int kFields = kMoments ? kRowStatsMomentsFields : kRowStatsFields;
-    float* out = a.stats + t * kFields;
-    if (a.target[t] == a.ignore_index) {
-      memset(out, 0, kFields * sizeof(float));
-      return;
-    }
+    const int64_t target = a.target[t];
+    if (target == a.spec.ignore_index) return store_ignored_row(t, kFields, a.stats, a.outputs);
+    const float inv_temperature = a.spec.inv_temperature;
     const typename D::storage* x = a.logits + t * a.row_stride;
     float max = -INFINITY;
     Sums total;
@@ -138,59 +135,58 @@ struct RowStatsOp {
         m = chunk_max<W>(x + at, n);
       } else {
         Sums s = total;
-        m = sweep<W, false>(x + at, n, max, a.inv_temperature, s, at_max);
+        m = sweep<W, false>(x + at, n, max, inv_temperature, s, at_max);
         if (!(m > max)) {
           total = s;
           continue;
         }
       }
-      rescale(total, max, m, a.inv_temperature);
+      rescale(total, max, m, inv_temperature);
       max = m;
       // Nothing finite yet: any finite shift does, and every -inf still counts as 0, every NaN as NaN.
       const float shift = max == -INFINITY ? 0.0f : max;
-      sweep<W, true>(x + at, n, shift, a.inv_temperature, total, at_max);
+      sweep<W, true>(x + at, n, shift, inv_temperature, total, at_max);
       if (max != -INFINITY) at_max -= 1;
       total.rest += at_max;
       if constexpr (kMoments) total.rest2 += at_max;
     }
     if (max == INFINITY) total.rest = total.sum_xexp = NAN;
-    const int64_t local = column_of(a.target[t], a.vocab_start);
-    out[0] = max;
-    out[1] = float(total.rest);
-    out[2] = float(total.sum_xexp);
-    out[3] = local >= 0 && local < a.num_columns ? widen_one<D>(x + local) : -INFINITY;
+    const int64_t column = a.spec.column_of(target);
+    RowStats out;
+    out.max = max;
+    out.rest = a.spec.is_token(target) ? float(total.rest) : NAN;
+    out.sum_xexp = float(total.sum_xexp);
+    if (column >= 0 && column < a.num_columns) out.target = widen_one<D>(x + column);
     if constexpr (kMoments) {
-      out[4] = float(total.rest2);
-      out[5] = float(total.sum_xexp2);
-      out[6] = float(total.sum_x2exp);
+      out.rest2 = float(total.rest2);
+      out.sum_xexp2 = float(total.sum_xexp2);
+      out.sum_x2exp = float(total.sum_x2exp);
     }
+    a.nan->note(store_row(out, t, kFields, inv_temperature, a.stats, a.outputs));
   }
 };
 
 }  // namespace
 
-int64_t first_bad_target(const int64_t* target, int64_t T, int64_t vocab_size, int64_t ignore_index) {
-  for (int64_t t = 0; t < T; t++)
-    if (target[t] != ignore_index && (target[t] < 0 || target[t] >= vocab_size)) return t;
-  return -1;
-}
+int64_t segments(int64_t) { return 1; }
 
-void row_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
-               const int64_t* target, int64_t vocab_start, int64_t ignore_index, float inv_temperature, float* stats,
-               int fields, int threads) {
-  with_dtype(dtype, [&](auto d) {
+Error row_stats(const Logits& logits, const int64_t* target, const RowSpec& spec, int fields, float* stats,
+                const RowOutputs& outputs, float*, Device threads) {
+  NanFlag nan;
+  with_dtype(logits.dtype, [&](auto d) {
     using D = decltype(d);
     auto run = [&](auto op) {
       using Op = decltype(op);
-      for_rows<Op>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, target, vocab_start,
-                    ignore_index, inv_temperature, stats},
-                   T, T * num_columns, threads);
+      for_rows<Op>({static_cast<const typename D::storage*>(logits.data), logits.row_stride, spec.columns(logits.width),
+                    target, spec, stats, outputs, &nan},
+                   logits.T, logits.T * logits.width, threads);
     };
     if (fields == kRowStatsMomentsFields)
       run(RowStatsOp<D, true>{});
     else
       run(RowStatsOp<D, false>{});
   });
+  return nan.error();
 }
 
 }  // namespace entcov::cpu

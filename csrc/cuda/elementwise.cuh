@@ -71,18 +71,18 @@ struct Stretch {
   int live, padding;
 };
 
-__device__ __forceinline__ Stretch stretch(int segment, int length, int64_t num_columns, int64_t total_columns) {
+__device__ __forceinline__ Stretch stretch(int segment, int length, int64_t num_columns, int64_t width) {
   const int64_t begin = static_cast<int64_t>(segment) * length;
-  const int64_t end = begin + length < total_columns ? begin + length : total_columns;
+  const int64_t end = begin + length < width ? begin + length : width;
   const int64_t live_end = num_columns < begin ? begin : num_columns < end ? num_columns : end;
   return {begin, static_cast<int>(live_end - begin), static_cast<int>(end - live_end)};
 }
 
-// Whether rows of the two tensors lie alike relative to 16-byte boundaries.
+// Whether the rows of the logits and of their gradient lie alike relative to 16-byte boundaries.
 template <class T>
-inline bool aligned_alike(const void* a, int64_t a_stride, const void* b, int64_t b_stride, int64_t rows) {
-  return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % 16 == 0 &&
-         (rows <= 1 || (a_stride - b_stride) * static_cast<int64_t>(sizeof(T)) % 16 == 0);
+inline bool aligned_alike(const Logits& logits, const void* grad, int64_t grad_row_stride) {
+  return (reinterpret_cast<uintptr_t>(logits.data) - reinterpret_cast<uintptr_t>(grad)) % 16 == 0 &&
+         (logits.T <= 1 || (logits.row_stride - grad_row_stride) * static_cast<int64_t>(sizeof(T)) % 16 == 0);
 }
 
 }  // namespace entcov::cuda

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "entcov_cuda.h"
+#include "../kernels.h"
 
 namespace entcov::cuda {
 
@@ -43,15 +43,8 @@ inline Cut cut(int64_t columns) {
   return c;
 }
 
-// Notes a failed launch for launch_error() and clears it from the runtime, so that nobody else reports it as theirs.
-cudaError_t note_failure(cudaError_t error, const char* kernel, int64_t blocks, int threads);
-
-// Statistics of the segments of a row, [segments, T, fields], -> of the row. Unlike shards they need not be a whole row:
-// one without a finite logit is no error.
-cudaError_t merge_segments(const float* parts, int64_t segments, int64_t T, int fields, const int64_t* target,
-                           int64_t ignore_index, float inv_temperature, float* out, cudaStream_t stream);
-cudaError_t merge_covariance_segments(const float* parts, int64_t segments, int64_t T, const uint8_t* row_mask,
-                                      float inv_temperature, float* out, cudaStream_t stream);
+// What a failed launch was, for Python. Clears the error from the runtime, so that nobody else reports it as theirs.
+Error describe_failure(cudaError_t error, const char* kernel, int64_t blocks, int threads);
 
 // A compile-time choice handed to a generic lambda.
 template <bool kValue>
@@ -60,15 +53,15 @@ struct Bool {
 };
 
 template <class Args>
-cudaError_t launch(const char* name, void (*kernel)(Args), int64_t blocks, cudaStream_t stream, const Args& args) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return note_failure(cudaErrorInvalidConfiguration, name, blocks, kThreads);
+Error launch(const char* name, void (*kernel)(Args), int64_t blocks, cudaStream_t stream, const Args& args) {
+  if (blocks == 0) return nullptr;
+  if (blocks > INT32_MAX) return describe_failure(cudaErrorInvalidConfiguration, name, blocks, kThreads);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
-  return error == cudaSuccess ? error : note_failure(error, name, blocks, kThreads);
+  return error == cudaSuccess ? nullptr : describe_failure(error, name, blocks, kThreads);
 }
 
 }  // namespace entcov::cuda

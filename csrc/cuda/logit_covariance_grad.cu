@@ -1,4 +1,4 @@
-// The gradient of covariance, entropy change and KL (../covariance_stats.h) with respect to the new logits: one read of
+// The gradient of covariance, entropy change and KL (../logit_covariance.h) with respect to the new logits: one read of
 // both tensors, one write, two exponentials a column. With p, q the old and new policy, Ex and Ez the means of x and z:
 //
 //   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_kl (q - p) } = 2^t (a + b t) + 2^s (a' + b' s)
@@ -6,7 +6,6 @@
 // with t = x log2(e), s = z log2(e) and four coefficients a row. A logit of -inf has 2^t = 0 and a finite t.
 //
 // Memory: 2 sizeof(T) bytes a column in, sizeof(T) out. Rows without a gradient are not read.
-#include "../covariance_stats.h"
 #include "elementwise.cuh"
 
 namespace entcov::cuda {
@@ -14,11 +13,12 @@ namespace {
 
 struct LogitCovarianceGradArgs {
   const void *logits_old, *logits_new;  // [T, num_columns]
-  int64_t old_row_stride, new_row_stride, T, num_columns, total_columns;
+  int64_t old_row_stride, new_row_stride, T, num_columns, width;
   const uint8_t* row_mask;  // [T] or null
-  const float *stats, *grad_covariance, *grad_entropy_change, *grad_kl;  // [T, 8]; [T] or null
+  const float* stats;       // [T, 8]
+  CovarianceGrads grads;
   float inv_temperature;
-  void* grad;  // [T, total_columns], rows grad_row_stride apart
+  void* grad;  // [T, width], rows grad_row_stride apart
   int64_t grad_row_stride;
   int segments, segment_length;
 };
@@ -42,12 +42,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logit_covarianc
   const int64_t t = unit.row;
   if (t >= a.T) return;
   const int rank = static_cast<int>(threadIdx.x) % kSize;
-  const Stretch at = stretch(unit.segment, a.segment_length, a.num_columns, a.total_columns);
+  const Stretch at = stretch(unit.segment, a.segment_length, a.num_columns, a.width);
   T* grad = static_cast<T*>(a.grad) + t * a.grad_row_stride + at.begin;
 
-  const float g_cov = a.grad_covariance ? a.grad_covariance[t] : 0.0f;
-  const float g_h = a.grad_entropy_change ? a.grad_entropy_change[t] : 0.0f;
-  const float g_kl = a.grad_kl ? a.grad_kl[t] : 0.0f;
+  const float g_cov = a.grads.covariance ? a.grads.covariance[t] : 0.0f;
+  const float g_h = a.grads.entropy_change ? a.grads.entropy_change[t] : 0.0f;
+  const float g_kl = a.grads.kl ? a.grads.kl[t] : 0.0f;
   if ((a.row_mask && !a.row_mask[t]) || (g_cov == 0.0f && g_h == 0.0f && g_kl == 0.0f)) {
     Columns<T>(grad, at.live + at.padding).fill(0.0f, rank, kSize);
     return;
@@ -94,31 +94,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logit_covarianc
 
 }  // namespace
 
-cudaError_t logit_covariance_grad(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
-                                  int64_t new_row_stride, int64_t T, int64_t num_columns, int64_t total_columns,
-                                  const uint8_t* row_mask, const float* stats, const float* grad_covariance,
-                                  const float* grad_entropy_change, const float* grad_kl, float inv_temperature,
-                                  void* grad, int64_t grad_row_stride, cudaStream_t stream) {
-  if (total_columns == 0) return cudaSuccess;
-  const Cut c = cut(total_columns);
-  const LogitCovarianceGradArgs args{logits_old,
-                                     logits_new,
-                                     old_row_stride,
-                                     new_row_stride,
+Error logit_covariance_grad(const Logits& logits_old, const Logits& logits_new, const uint8_t* row_mask,
+                            const RowSpec& spec, const float* stats, const CovarianceGrads& grads, void* grad,
+                            int64_t grad_row_stride, Device stream) {
+  const int64_t T = logits_new.T, width = logits_new.width;
+  if (width == 0) return nullptr;
+  const Cut c = cut(width);
+  const LogitCovarianceGradArgs args{logits_old.data,
+                                     logits_new.data,
+                                     logits_old.row_stride,
+                                     logits_new.row_stride,
                                      T,
-                                     num_columns,
-                                     total_columns,
+                                     spec.columns(width),
+                                     width,
                                      row_mask,
                                      stats,
-                                     grad_covariance,
-                                     grad_entropy_change,
-                                     grad_kl,
-                                     inv_temperature,
+                                     grads,
+                                     spec.inv_temperature,
                                      grad,
                                      grad_row_stride,
                                      c.segments,
                                      static_cast<int>(c.length)};
-  return with_dtype(dtype, [&](auto t) {
+  return with_dtype(logits_new.dtype, [&](auto t) {
     using Type = decltype(t);
     const auto run = [&](auto alike) {
       constexpr bool kAlike = decltype(alike)::value;
@@ -126,8 +123,8 @@ cudaError_t logit_covariance_grad(int dtype, const void* logits_old, int64_t old
           c.one_warp ? logit_covariance_grad_kernel<Type, kAlike, 1> : logit_covariance_grad_kernel<Type, kAlike, kWarps>;
       return launch("logit_covariance_grad", kernel, c.blocks(T), stream, args);
     };
-    const bool alike = aligned_alike<Type>(logits_old, old_row_stride, grad, grad_row_stride, T) &&
-                       aligned_alike<Type>(logits_new, new_row_stride, grad, grad_row_stride, T);
+    const bool alike = aligned_alike<Type>(logits_old, grad, grad_row_stride) &&
+                       aligned_alike<Type>(logits_new, grad, grad_row_stride);
     return alike ? run(Bool<true>{}) : run(Bool<false>{});
   });
 }

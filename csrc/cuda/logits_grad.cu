@@ -14,7 +14,6 @@
 // The target's column is done once more: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1. If its logit is
 // not the one in the statistics, the logits were written since the forward pass, and the target's gradient is NaN. That is
 // not looked for in place, where nothing was saved from a forward pass.
-#include "../row_stats.h"
 #include "elementwise.cuh"
 
 namespace entcov::cuda {
@@ -22,15 +21,14 @@ namespace {
 
 struct LogitsGradArgs {
   const void* logits;  // [T, num_columns], rows row_stride apart
-  int64_t row_stride, T, num_columns, total_columns;
+  int64_t row_stride, T, num_columns, width;
   const int64_t* target;  // [T]
-  int64_t vocab_start, ignore_index;
+  RowSpec spec;
   const float* stats;  // [T, fields]
   int fields;
-  const float *grad_logprob, *grad_entropy, *grad_clamped;  // [T] or null
-  const float* clamp;                                       // [T, 4] or null
-  float inv_temperature;
-  void* grad;  // [T, total_columns], rows grad_row_stride apart
+  RowGrads grads;
+  const float* clamp;  // [T, 4] or null
+  void* grad;          // [T, width], rows grad_row_stride apart
   int64_t grad_row_stride;
   int segments, segment_length;
 };
@@ -59,20 +57,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
   const int64_t t = unit.row;
   if (t >= a.T) return;
   const int rank = static_cast<int>(threadIdx.x) % kSize;
-  const Stretch at = stretch(unit.segment, a.segment_length, a.num_columns, a.total_columns);
+  const Stretch at = stretch(unit.segment, a.segment_length, a.num_columns, a.width);
   T* grad = static_cast<T*>(a.grad) + t * a.grad_row_stride + at.begin;
 
-  const float g_lp = a.grad_logprob ? a.grad_logprob[t] : 0.0f;
-  const float g_h = a.grad_entropy ? a.grad_entropy[t] : 0.0f;
-  const float g_k = kClamped ? a.grad_clamped[t] : 0.0f;
+  const float g_lp = a.grads.logprob ? a.grads.logprob[t] : 0.0f;
+  const float g_h = a.grads.entropy ? a.grads.entropy[t] : 0.0f;
+  const float g_k = kClamped ? a.grads.clamped_entropy[t] : 0.0f;
   const int64_t target = a.target[t];
-  if (target == a.ignore_index || (g_lp == 0.0f && g_h == 0.0f && g_k == 0.0f)) {
+  if (target == a.spec.ignore_index || (g_lp == 0.0f && g_h == 0.0f && g_k == 0.0f)) {
     Columns<T>(grad, at.live + at.padding).fill(0.0f, rank, kSize);
     return;
   }
 
   const float* s = a.stats + t * a.fields;
-  const float inv_t = a.inv_temperature, max = s[0], rest = s[1], sum_xexp = s[2];
+  const float inv_t = a.spec.inv_temperature, max = s[0], rest = s[1], sum_xexp = s[2];
   const float mean_y = sum_xexp / (1.0f + rest), per_p = inv_t / (1.0f + rest);
   Coefficients<kClamped> c;
   c.max = max, c.scale = inv_t * kLog2E;
@@ -95,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
   }
 
   const T* x = static_cast<const T*>(a.logits) + t * a.row_stride + at.begin;
-  const int64_t local = column_of(target, a.vocab_start) - at.begin;
+  const int64_t local = a.spec.column_of(target) - at.begin;
   const bool mine = local >= 0 && local < at.live && columns.owner(static_cast<int>(local), kSize) == rank;
   float at_target = 0.0f;
   if (mine) {  // read before this thread writes over it
@@ -126,45 +124,38 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
 
 }  // namespace
 
-cudaError_t logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
-                        int64_t total_columns, const int64_t* target, int64_t vocab_start, int64_t ignore_index,
-                        const float* stats, int fields, const float* grad_logprob, const float* grad_entropy,
-                        const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
-                        int64_t grad_row_stride, cudaStream_t stream) {
-  if (total_columns == 0) return cudaSuccess;
-  const Cut c = cut(total_columns);
-  const LogitsGradArgs args{logits,
-                            row_stride,
-                            T,
-                            num_columns,
-                            total_columns,
+Error logits_grad(const Logits& logits, const int64_t* target, const RowSpec& spec, const float* stats, int fields,
+                  const RowGrads& grads, const float* clamp, void* grad, int64_t grad_row_stride, Device stream) {
+  if (logits.width == 0) return nullptr;
+  const Cut c = cut(logits.width);
+  const LogitsGradArgs args{logits.data,
+                            logits.row_stride,
+                            logits.T,
+                            spec.columns(logits.width),
+                            logits.width,
                             target,
-                            vocab_start,
-                            ignore_index,
+                            spec,
                             stats,
                             fields,
-                            grad_logprob,
-                            grad_entropy,
-                            grad_clamped,
+                            grads,
                             clamp,
-                            inv_temperature,
                             grad,
                             grad_row_stride,
                             c.segments,
                             static_cast<int>(c.length)};
-  return with_dtype(dtype, [&](auto t) {
+  return with_dtype(logits.dtype, [&](auto t) {
     using Type = decltype(t);
     const auto run = [&](auto clamped, auto alike) {
       constexpr bool kClamped = decltype(clamped)::value, kAlike = decltype(alike)::value;
       const auto kernel = c.one_warp ? logits_grad_kernel<Type, kClamped, kAlike, 1>
                                      : logits_grad_kernel<Type, kClamped, kAlike, kWarps>;
-      return launch("logits_grad", kernel, c.blocks(T), stream, args);
+      return launch("logits_grad", kernel, c.blocks(logits.T), stream, args);
     };
     const auto run_alike = [&](auto clamped) {
-      return aligned_alike<Type>(logits, row_stride, grad, grad_row_stride, T) ? run(clamped, Bool<true>{})
-                                                                               : run(clamped, Bool<false>{});
+      return aligned_alike<Type>(logits, grad, grad_row_stride) ? run(clamped, Bool<true>{})
+                                                                : run(clamped, Bool<false>{});
     };
-    return grad_clamped ? run_alike(Bool<true>{}) : run_alike(Bool<false>{});
+    return grads.clamped_entropy ? run_alike(Bool<true>{}) : run_alike(Bool<false>{});
   });
 }
 

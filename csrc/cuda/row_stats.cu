@@ -13,7 +13,7 @@
 //
 // Sums of many equal terms round the same way every time, so fp32 additions are kept few: 4 or 8 in a group of two
 // vectors, then at most 80 groups in a thread, then pairs.
-#include "../row_stats.h"
+#include "merge.cuh"
 #include "sums.cuh"
 #include "team.cuh"
 
@@ -24,12 +24,13 @@ constexpr int kVectors = 4;  // in flight a thread
 constexpr int kGroup = 2;    // vectors that are added after one comparison with the reference
 
 struct RowStatsArgs {
-  const void* logits;     // [T, num_columns], rows row_stride apart
+  const void* logits;  // [T, num_columns], rows row_stride apart
   int64_t row_stride, T, num_columns;
   const int64_t* target;  // [T]
-  int64_t vocab_start, vocab_size, ignore_index;
-  float scale;            // log2(e) / temperature
-  float* stats;           // [segments, T, fields]
+  RowSpec spec;
+  float scale;         // log2(e) / temperature
+  float* stats;        // [segments, T, fields]
+  RowOutputs outputs;  // null where the row is a shard, or cut into segments
   int segments, segment_length;
 };
 
@@ -119,10 +120,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   const Unit unit = this_unit<kTeamWarps>(a.segments);
   if (unit.row >= a.T) return;
   const TheTeam team{static_cast<int>(threadIdx.x) % TheTeam::kSize};
-  float* out = a.stats + (unit.segment * a.T + unit.row) * kFields;
+  const int64_t place = unit.segment * a.T + unit.row;  // that of the row where there are outputs
   const int64_t target = a.target[unit.row];
-  if (target == a.ignore_index) {
-    if (team.rank < kFields) out[team.rank] = 0.0f;
+  if (target == a.spec.ignore_index) {
+    if (team.rank == 0) store_ignored_row(place, kFields, a.stats, a.outputs);
     return;
   }
 
@@ -135,9 +136,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   // The target's own logit, asked for early.
   float target_logit = -INFINITY;
   if (team.rank == 0) {
-    const int64_t local = column_of(target, a.vocab_start) - begin;
+    const int64_t local = a.spec.column_of(target) - begin;
     if (local >= 0 && local < count) target_logit = Element<T>::widen(row[local]);
-    if (target < 0 || target >= a.vocab_size) target_logit = NAN;  // the whole row is wrong then
+    if (!a.spec.is_token(target)) target_logit = NAN;  // the whole row is wrong then
   }
 
   Sum s;
@@ -174,50 +175,52 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   if (team.rank != 0) return;
   const float others = max == -INFINITY ? 0.0f : v[0] - 1.0f;  // that equal max, without the one left out
   const bool poisoned = max == INFINITY || target_logit != target_logit;
-  out[0] = max;
-  out[1] = poisoned ? NAN : v[1] + others;
-  out[2] = poisoned ? NAN : v[2] * kLn2;
-  out[3] = target_logit;
+  RowStats out;
+  out.max = max;
+  out.rest = poisoned ? NAN : v[1] + others;
+  out.sum_xexp = poisoned ? NAN : v[2] * kLn2;
+  out.target = target_logit;
   if constexpr (kMoments) {
-    out[4] = v[3] + others;
-    out[5] = v[4] * kLn2;
-    out[6] = v[5] * (kLn2 * kLn2);
+    out.rest2 = v[3] + others;
+    out.sum_xexp2 = v[4] * kLn2;
+    out.sum_x2exp = v[5] * (kLn2 * kLn2);
   }
+  store_row(out, place, kFields, a.spec.inv_temperature, a.stats, a.outputs);
 }
 
 }  // namespace
 
-cudaError_t row_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
-                      const int64_t* target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
-                      float inv_temperature, float* stats, int fields, float* workspace, cudaStream_t stream) {
-  const Cut c = cut(num_columns);
-  const RowStatsArgs args{logits,
-                          row_stride,
-                          T,
-                          num_columns,
+Error row_stats(const Logits& logits, const int64_t* target, const RowSpec& spec, int fields, float* stats,
+                const RowOutputs& outputs, float* workspace, Device stream) {
+  const int64_t columns = spec.columns(logits.width);
+  const Cut c = cut(columns);
+  const bool whole = c.segments == 1;
+  const RowStatsArgs args{logits.data,
+                          logits.row_stride,
+                          logits.T,
+                          columns,
                           target,
-                          vocab_start,
-                          vocab_size,
-                          ignore_index,
-                          inv_temperature * kLog2E,
-                          c.segments > 1 ? workspace : stats,
+                          spec,
+                          spec.inv_temperature * kLog2E,
+                          whole ? stats : workspace,
+                          whole ? outputs : RowOutputs{},
                           c.segments,
                           static_cast<int>(c.length)};
-  const cudaError_t error = with_dtype(dtype, [&](auto t) {
+  const Error error = with_dtype(logits.dtype, [&](auto t) {
     using Type = decltype(t);
     const auto run = [&](auto moments, auto aligned) {
       constexpr bool kMoments = decltype(moments)::value, kAligned = decltype(aligned)::value;
       const auto kernel = c.one_warp ? row_stats_kernel<Type, kMoments, kAligned, 1>
                                      : row_stats_kernel<Type, kMoments, kAligned, kWarps>;
-      return launch("row_stats", kernel, c.blocks(T), stream, args);
+      return launch("row_stats", kernel, c.blocks(logits.T), stream, args);
     };
     const auto run_aligned = [&](auto moments) {
-      return aligned_rows<Type>(logits, row_stride, T) ? run(moments, Bool<true>{}) : run(moments, Bool<false>{});
+      return aligned_rows<Type>(logits) ? run(moments, Bool<true>{}) : run(moments, Bool<false>{});
     };
     return fields == kRowStatsMomentsFields ? run_aligned(Bool<true>{}) : run_aligned(Bool<false>{});
   });
-  if (error != cudaSuccess || c.segments == 1) return error;
-  return merge_segments(workspace, c.segments, T, fields, target, ignore_index, inv_temperature, stats, stream);
+  if (error || whole) return error;
+  return merge_segments(workspace, c.segments, logits.T, target, spec, fields, stats, outputs, stream);
 }
 
 }  // namespace entcov::cuda

@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "entcov_cuda.h"
+#include "../kernels.h"
 
 namespace entcov::cuda {
 
@@ -313,14 +313,14 @@ class Reader {
 };
 
 template <class T>
-inline bool aligned_rows(const void* data, int64_t row_stride, int64_t rows) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-         (rows <= 1 || row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
+inline bool aligned_rows(const Logits& logits) {
+  return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&
+         (logits.T <= 1 || logits.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
 }
 
 // Calls run(T{}) with the storage type of a DType.
 template <class F>
-auto with_dtype(int dtype, F run) {
+auto with_dtype(DType dtype, F run) {
   if (dtype == kBFloat16) return run(__nv_bfloat16{});
   if (dtype == kFloat16) return run(__half{});
   return run(float{});

@@ -10,18 +10,22 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from entcov import ops
-from entcov.op_registry import DTYPES
+from entcov.ops.core import DTYPES
+from entcov.ops.logits_grad import logits_grad_
+from entcov.ops.row_stats import check_values, row_stats
 from entcov.stats.lm_head import HeadRows, add_product, fresh, product_into
 from entcov.stats.ranks import eager
 from entcov.stats.token_stats import (
+    Settings,
     TokenStats,
-    differentiable_outputs,
     named_outputs,
     resolved_settings,
     row_statistics,
+    saved_and_outputs,
     sharded_row_statistics,
+    three_gradients,
 )
 
 MEMORY_BUDGET = 2**30  # bytes of logits: 3,533 tokens of 151,936 columns in bf16, or 28,244 of a shard of 19,008
@@ -129,35 +133,32 @@ def _linear_token_stats(
         flat = hidden.reshape(-1, hidden.shape[-1])
         operands = tuple(None if x is None else x.detach().to(dtype) for x in (flat, weight, bias))
         rows = HeadRows(
-            *operands, target.reshape(-1).contiguous(), settings.shard.vocab_size, ignore_index, chunk_size,
-            memory_budget, sum_bytes,
+            *operands, target.reshape(-1).contiguous(), settings.spec, chunk_size, memory_budget, sum_bytes
         )  # fmt: skip
         return rows, settings, {"reduction of hidden's gradient (0: none)": int(reduces)}
 
-    with _without_autocast(hidden.device.type):
+    clamped = clamp_p is not None or top_k is not None
+    with torch.no_grad(), _without_autocast(hidden.device.type):
         if group is None:
             rows, settings, _ = resolve()
-            stats, clamp = _unsharded(rows, *settings)
+            found = _unsharded(rows, settings)
         else:
-            T, clamped = hidden.shape[:-1].numel(), clamp_p is not None or top_k is not None
-            rows, settings, stats, clamp = sharded_row_statistics(
+            T = hidden.shape[:-1].numel()
+            rows, settings, found = sharded_row_statistics(
                 HeadRows.name, group, T, hidden.device, moments, clamped, resolve
             )
     outputs = _LinearTokenStats.apply(
-        flat, weight, bias, operands, rows, stats, clamp, settings.shard, settings.temperature,
-        group if reduces else None, main_grad,
-    )  # fmt: skip
-    return named_outputs(outputs, stats, target, settings.temperature, moments, ignore_index)
+        flat, weight, bias, operands, rows, found, settings, group if reduces else None, main_grad
+    )
+    return named_outputs(outputs, target.shape, clamped)
 
 
-def _unsharded(rows: HeadRows, shard, kept, temperature, moments, ignore_index):
-    """row_statistics, all of it in one pass over the chunks."""
+def _unsharded(rows: HeadRows, settings: Settings) -> list[Tensor]:
+    """`row_statistics` of all rows."""
     try:
-        return rows.apply(row_statistics, shard, kept, temperature, moments, ignore_index)
+        return rows.apply(row_statistics, settings.spec, settings.kept, settings.moments)
     except ValueError:  # the rows that it counts are those of one chunk; this error counts them all
-        place = (shard.start, shard.vocab_size)
-        stats = rows.apply(ops.row_stats, *place, temperature, moments, ignore_index)
-        ops.merge_row_stats(stats[None], rows.target, temperature, ignore_index)
+        check_values(rows.apply(row_stats, settings.spec), rows.target, settings.spec, whole=True)
         raise
 
 
@@ -216,47 +217,32 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
 
 
 class _LinearTokenStats(torch.autograd.Function):
-    """Merged statistics -> (logprob, entropy[, clamped_entropy]), linked to what the logits were made of."""
+    """The outputs of `row_statistics`, linked to what the logits were made of."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, operands, rows, stats, clamp, shard, temperature, group, main_grad):
+    def forward(ctx, hidden, weight, bias, operands, rows, found, settings, group, main_grad):
+        ctx.clamped = settings.kept is not None
+        stats, clamp, outputs = saved_and_outputs(ctx, found, ctx.clamped)
         # Operands that are the arguments themselves are saved as such: autograd then sees if they are written.
         mine = [x if y is None or x.dtype == y.dtype else y
                 for x, y in zip((hidden, weight, bias), operands, strict=True)]  # fmt: skip
         ctx.save_for_backward(*mine, rows.target, rows.index, stats, clamp)
         # Not a saved tensor: backward writes it, and lets go of it.
         ctx.all_logits = rows.all_logits
-        ctx.settings = (rows.vocab_size, rows.ignore_index, rows.chunk_size, rows.memory_budget)
-        ctx.place = (shard.start, shard.vocab_size, temperature, rows.ignore_index)
-        ctx.columns, ctx.group, ctx.main_grad = shard.columns, group, main_grad
+        ctx.head = (settings.spec, rows.chunk_size, rows.memory_budget)
+        ctx.spec, ctx.columns, ctx.group, ctx.main_grad = settings.spec, settings.shard.columns, group, main_grad
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.set_materialize_grads(False)
-        return differentiable_outputs(stats, clamp, temperature)
+        return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         hidden, weight, bias, target, index, stats, clamp = ctx.saved_tensors
-        rows = HeadRows(hidden, weight, bias, target, *ctx.settings)
+        rows = HeadRows(hidden, weight, bias, target, *ctx.head)
         rows.restore(index, ctx.all_logits)
         ctx.all_logits = None
-        grads = [*(None if g is None else g.contiguous() for g in grads), *[None] * (3 - len(grads))]
-        with torch.no_grad(), _without_autocast(hidden.device.type):
-            found = _gradients(ctx, rows, stats, clamp, grads)
-        if torch.is_grad_enabled():  # create_graph=True
-            found = tuple(None if x is None else _NoSecondDerivative.apply(x, hidden, weight, bias) for x in found)
-        return (*found, *[None] * 8)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient as it is, linked to what it depends on so that differentiating it is an error and not zero."""
-
-    @staticmethod
-    def forward(ctx, grad, *inputs):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("linear_token_stats has no second derivative; call backward without create_graph=True")
+        with _without_autocast(hidden.device.type):
+            return *_gradients(ctx, rows, stats, clamp, three_gradients(grads, ctx.clamped)), *[None] * 6
 
 
 def _gradients(ctx, rows: HeadRows, stats: Tensor, clamp: Tensor | None, grads: list) -> tuple[Tensor | None, ...]:
@@ -277,11 +263,10 @@ def _gradients(ctx, rows: HeadRows, stats: Tensor, clamp: Tensor | None, grads: 
     if wants_bias:
         bias_grad = torch.zeros(V, dtype=torch.float32, device=device)
     for part, logits in rows.chunks():
-        ops.logits_grad_(
-            logits,
-            *(None if x is None else rows.rows_of(x, part) for x in (rows.target, stats, *grads, clamp)),
-            *ctx.place,
+        target_, stats_, clamp_, *grads_ = (
+            None if x is None else rows.rows_of(x, part) for x in (rows.target, stats, clamp, *grads)
         )
+        logits_grad_(logits, target_, stats_, clamp_, grads_, ctx.spec)
         logits = logits[:, exists]
         if wants_hidden:
             product_into(hidden_grad[part], logits, existing_weight)

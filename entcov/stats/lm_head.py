@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from entcov import ops, shard_ops
+from entcov.ops.core import RowSpec, with_huge_pages
+from entcov.ops.row_stats import check_target
 
 SAMPLED_VALUES = 4  # of each hidden state, that ranks compare
 CHUNK_MULTIPLE = 128  # rows of a chunk: the tiles of the libraries' matrix products
@@ -44,7 +45,7 @@ class HeadRows:
     """The rows of hidden @ weight.T + bias, as `token_stats.row_statistics` reads them.
 
     hidden [T, D], weight [V_local, D] and bias [V_local] or None have one dtype. On the CPU, tokens whose target is
-    `ignore_index` are left out of every product. Elsewhere they are computed and not read: leaving them out would need
+    the spec's ignore_index are left out of every product. Elsewhere they are computed and not read: leaving them out would need
     their number, for which the host would have to wait.
     """
 
@@ -56,8 +57,7 @@ class HeadRows:
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        vocab_size: int,
-        ignore_index: int,
+        spec: RowSpec,
         chunk_size: int | None,
         memory_budget: int,
         sum_bytes: int = 0,
@@ -65,35 +65,33 @@ class HeadRows:
         self.hidden, self.weight, self.bias, self.target = hidden, weight, bias, target
         self.dtype = hidden.dtype
         self.chunk_size, self.memory_budget, self.sum_bytes = chunk_size, memory_budget, sum_bytes
-        self.vocab_size, self.ignore_index = vocab_size, ignore_index
+        self.spec = spec
         self.index: Tensor | None = None  # [K] the tokens that count; None: all
         self.all_logits: Tensor | None = None  # those of the only chunk, once they are computed
         self._prepared = False
 
     def apply(self, op: Callable, *arguments, per_row: tuple[Tensor, ...] = ()):
-        """op(logits, target, *per_row, *arguments), chunk by chunk: a tensor or a tuple of tensors (or Nones), one row
+        """op(logits, target, *per_row, *arguments), chunk by chunk: a tensor or a list of tensors, one row
         a token; zeros for the tokens left out."""
         self._prepare()
         chunks = []
         for part, logits in self.chunks():
             inputs = (self.rows_of(x, part) for x in (self.target, *per_row))
             chunks.append(op(logits, *inputs, *arguments))
-        if isinstance(chunks[0], tuple):
-            return tuple(self._joined(pieces) for pieces in zip(*chunks, strict=True))
+        if isinstance(chunks[0], (tuple, list)):
+            return [self._joined(pieces) for pieces in zip(*chunks, strict=True)]
         return self._joined(chunks)
 
-    def checksums(self, ignore_index: int) -> dict[str, Tensor]:
-        """Of what every rank must have alike, for `shards.Part`: all targets, and the bits of a few values of each
+    def values(self, ignore_index: int) -> dict[str, Tensor]:
+        """What every rank must have alike, for `shards.Partial`: all targets, and the bits of a few values of each
         hidden state that counts. To read them all would cost more than it is worth: other tokens, another layer's
         output or another dropout mask show in a few; a change of other values of a state does not."""
         sampled = self.hidden[:, :: max(1, -(-self.hidden.shape[1] // SAMPLED_VALUES))].contiguous()
         bits = sampled.view(torch.int32 if self.dtype.itemsize == 4 else torch.int16).long()
         bits = bits.masked_fill((self.target == ignore_index)[:, None], 0)
-        return {"target": shard_ops.checksum(self.target), "hidden": shard_ops.checksum(bits.flatten())}
+        return {"target": self.target, "hidden": bits.flatten()}
 
-    def _joined(self, pieces: Sequence[Tensor | None]) -> Tensor | None:
-        if pieces[0] is None:
-            return None
+    def _joined(self, pieces: Sequence[Tensor]) -> Tensor:
         return self.in_place_of_all(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
     def _prepare(self) -> None:
@@ -101,8 +99,8 @@ class HeadRows:
         if self._prepared:
             return
         if self.target.device.type == "cpu":
-            ops.check_target(self.target, self.vocab_size, self.ignore_index)
-            counts = self.target != self.ignore_index
+            check_target(self.target, self.spec)
+            counts = self.target != self.spec.ignore_index
             if not counts.all():
                 self.index = counts.nonzero()[:, 0]
         self._settle_chunks()
@@ -159,8 +157,7 @@ class HeadRows:
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory to be written in full."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    return ops.with_huge_pages(out) if device.type == "cpu" else out
+    return with_huge_pages(torch.empty(shape, dtype=dtype, device=device))
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from entcov import ops, shard_ops
-from entcov.op_registry import constant_temperature
+from entcov.ops.core import RowSpec, constant_temperature
+from entcov.ops.covariance_stats import FIELDS, covariance_stats
+from entcov.ops.logit_covariance_grad import logit_covariance_grad
+from entcov.ops.merge_covariance_stats import merge_covariance_stats
 from entcov.stats.ranks import eager
-from entcov.stats.shards import Part, Shard, gather, resolve_shard
+from entcov.stats.shards import Partial, Shard, gather, resolve_shard
 from entcov.stats.token_stats import check_leading_shape
-
-CHANGE_UNIT = 2.0**26  # of the sums of changes of logits, csrc/covariance_stats.h
 
 
 class LogitCovariance(NamedTuple):
@@ -73,19 +74,15 @@ def logit_covariance(
     """
     arguments = (logits_old, logits_new, group, vocab_start, vocab_size, temperature, loss_mask)
     if group is None:
-        (old, new, mask), place = _resolved_pair(*arguments)
-        with torch.no_grad():
-            parts = ops.covariance_stats(old, new.detach(), *place, mask)[None]
+        old, new, mask, spec = _resolved_pair(*arguments)
+        outputs = _LogitCovariance.apply(old, new, mask, *spec[:3], None)
     else:
-        (old, new, mask), place, parts = eager(_sharded_covariance_parts)(*arguments)
-    with torch.no_grad():
-        stats = ops.merge_covariance_stats(parts, mask, place[2])
-    covariance, entropy_change, kl = _LogitCovariance.apply(old, new, stats, mask, *place)
-    return LogitCovariance(*(x.view(logits_new.shape[:-1]) for x in (covariance, -covariance, entropy_change, kl)))
+        outputs = eager(_sharded)(*arguments)
+    return LogitCovariance(*(x.view(logits_new.shape[:-1]) for x in outputs))
 
 
 def _resolved_pair(logits_old, logits_new, group, vocab_start, vocab_size, temperature, loss_mask):
-    """(logits before, logits after [T, V_local], mask [T] or None), (start of the shard, vocab_size, temperature)"""
+    """(logits before, logits after [T, V_local], mask [T] or None, RowSpec)"""
     if logits_old.shape != logits_new.shape:
         raise ValueError(
             f"logits_old must have the shape of logits_new, got {tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
@@ -96,48 +93,48 @@ def _resolved_pair(logits_old, logits_new, group, vocab_start, vocab_size, tempe
     shard = resolve_shard(logits_new.shape[-1], group, vocab_start, vocab_size)
     old, new = (x.reshape(leading.numel(), shard.width) for x in (logits_old.detach(), logits_new))
     mask = None if loss_mask is None else loss_mask.reshape(leading.numel()).contiguous()
-    return (old, new, mask), (shard.start, shard.vocab_size, constant_temperature(temperature))
+    return old, new, mask, RowSpec(shard.start, shard.vocab_size, constant_temperature(temperature))
 
 
-def _sharded_covariance_parts(logits_old, logits_new, group, *arguments):
-    rows = place = None
+def _sharded(logits_old, logits_new, group, *arguments):
+    rows = None
 
     def prepare():
-        nonlocal rows, place
-        rows, place = _resolved_pair(logits_old, logits_new, group, *arguments)
-        old, new, mask = rows
-        start, vocab_size, temperature = place
-        payload = ops.covariance_stats(old, new.detach(), *place, mask)
-        call = {"dtype": str(new.dtype).removeprefix("torch."), "temperature": temperature}
+        nonlocal rows
+        rows = old, new, mask, spec = _resolved_pair(logits_old, logits_new, group, *arguments)
+        with torch.no_grad():
+            payload = covariance_stats(old, new, mask, spec)
+        call = {"dtype": str(new.dtype).removeprefix("torch."), "temperature": spec.temperature}
         call["loss_mask"] = None if mask is None else "given"
-        checksums = {} if mask is None else {"loss_mask": shard_ops.checksum(mask.long())}
-        return Part(payload, Shard(start, new.shape[1], vocab_size), call, checksums)
+        values = {} if mask is None else {"loss_mask": mask.long()}
+        return Partial(payload, Shard(spec.vocab_start, new.shape[1], spec.vocab_size), call, values)
 
-    shape = (logits_new.shape[:-1].numel(), 8)
-    parts, _ = gather("logit_covariance", group, shape, logits_new.device, prepare)
-    return rows, place, parts
+    shape = (logits_new.shape[:-1].numel(), FIELDS)
+    messages = gather("logit_covariance", group, shape, logits_new.device, prepare)
+    old, new, mask, spec = rows
+    return _LogitCovariance.apply(old, new, mask, *spec[:3], (messages,))
 
 
 class _LogitCovariance(torch.autograd.Function):
-    """Merged statistics -> (covariance, entropy change, kl), linked to the new logits."""
+    """Two logits and, over a group, what all ranks sent -> the outputs, linked to the new logits."""
 
     @staticmethod
-    def forward(ctx, old, new, stats, mask, vocab_start, vocab_size, temperature):
-        ctx.save_for_backward(old, new, stats, mask)
-        ctx.place = (vocab_start, vocab_size, temperature)
+    def forward(ctx, old, new, mask, vocab_start, vocab_size, temperature, gathered):
+        spec = RowSpec(vocab_start, vocab_size, temperature)
+        if gathered is None:
+            stats, *outputs = covariance_stats(old, new, mask, spec, whole=True)
+        else:
+            stats, *outputs = merge_covariance_stats(*gathered, mask, len(new), spec)
+        ctx.save_for_backward(old, new, mask, stats)
+        ctx.spec = spec
         ctx.set_materialize_grads(False)
-        _, rest_old, sum_old, _, rest_new, sum_new, sum_d, sum_xd = stats.unbind(-1)
-        total = 1 + rest_old
-        unit = CHANGE_UNIT / temperature  # of the means of d
-        mean_x, mean_d = sum_old / total, sum_d / total
-        grown = rest_new - rest_old
-        log_ratio = (grown.abs() / (1 + rest_new).minimum(total)).log1p().copysign(grown)  # L_new - L_old
-        entropy_change = log_ratio - sum_new / (1 + rest_new) + mean_x
-        return (sum_xd / total - mean_x * mean_d) * unit, entropy_change, log_ratio - mean_d * unit
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, grad_covariance, grad_entropy_change, grad_kl):
-        old, new, stats, mask = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx, grad_covariance, grad_predicted, grad_entropy_change, grad_kl):
+        old, new, mask, stats = ctx.saved_tensors
+        if grad_predicted is not None:  # it is -covariance
+            grad_covariance = -grad_predicted if grad_covariance is None else grad_covariance - grad_predicted
         grads = [None if g is None else g.contiguous() for g in (grad_covariance, grad_entropy_change, grad_kl)]
-        grad = ops.logit_covariance_grad(old, new, stats, *grads, mask, *ctx.place)
-        return None, grad, None, None, None, None, None
+        return None, logit_covariance_grad(old, new, mask, stats, grads, ctx.spec), *[None] * 5

@@ -11,7 +11,6 @@ the host would have to wait to see the words, in every call, so there the result
 the rank that failed raises. With TORCH_DISTRIBUTED_DEBUG=DETAIL the host looks there too.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import shard_ops
+from entcov.ops.core import hash_text
+from entcov.ops.message import hash_values
 
 
 def eager(function: Callable) -> Callable:
@@ -52,9 +52,8 @@ def check_member(group: dist.ProcessGroup | None) -> None:
 
 
 def digest(op: str, call: dict[str, Any]) -> int:
-    """64 bits, as a signed integer that is not 0, of what every rank must be called with."""
-    text = repr((op, list(call.items()))).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True) | 1
+    """A hash of what every rank must be called with; not 0."""
+    return hash_text(repr((op, list(call.items()))))
 
 
 def raise_together(
@@ -137,13 +136,11 @@ class AllReduces:
 
     def _word(self, device: torch.device) -> Tensor:
         tensors = {name: value for name, value in self.call.items() if isinstance(value, Tensor)}
-        word = torch.full(
-            (1,), digest(self.op, {**self.call, **dict.fromkeys(tensors)}), dtype=torch.int64, device=device
-        )
+        word = digest(self.op, {**self.call, **dict.fromkeys(tensors)})
         if not tensors:
-            return word
+            return torch.full((1,), word, dtype=torch.int64, device=device)
         values = [value.reshape(1).view(torch.int64).to(device) for value in tensors.values()]
-        return shard_ops.checksum(torch.cat([word, *values]))[None] | 1
+        return hash_values(torch.cat(values), word)[None]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The int64 `tensor` added up over the ranks, which it may overwrite."""

@@ -10,14 +10,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from entcov import clamp_ops, ops, shard_ops
-from entcov.clamp_rounds import sharded_clamped_statistics
-from entcov.op_registry import constant_temperature
+from entcov.ops.clamped_stats import clamped_stats
+from entcov.ops.core import RowSpec, constant_temperature
+from entcov.ops.logits_grad import logits_grad
+from entcov.ops.merge_row_stats import merge_row_stats
+from entcov.ops.row_stats import row_stats
 from entcov.stats.ranks import eager
-from entcov.stats.shards import Part, Shard, gather, resolve_shard
-
-SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
+from entcov.stats.sharded_clamp import sharded_clamped_stats
+from entcov.stats.shards import Partial, Shard, gather, resolve_shard
 
 
 class TokenStats(NamedTuple):
@@ -112,23 +114,19 @@ def token_stats(
     arguments = (logits, target, group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index)
     if group is None:
         rows, tokens, settings = _resolved(*arguments)
-        with torch.no_grad():
-            stats, clamp = row_statistics(rows.detach(), tokens, *settings)
+        outputs = _TokenStats.apply(rows, tokens, *settings.spec, settings.kept, settings.moments, None)
     else:
-        rows, tokens, settings, stats, clamp = eager(_sharded_token_stats)(*arguments)
-    place = (settings.shard.start, settings.shard.vocab_size, settings.temperature, ignore_index)
-    outputs = _TokenStats.apply(rows, tokens, stats, clamp, *place)
-    return named_outputs(outputs, stats, target, settings.temperature, moments, ignore_index)
+        outputs = eager(_sharded_token_stats)(*arguments)
+    return named_outputs(outputs, target.shape, clamp_p is not None or top_k is not None)
 
 
 class Settings(NamedTuple):
     """How statistics are to be made of rows."""
 
     shard: Shard
+    spec: RowSpec
     kept: int | None  # logits that the clamp keeps
-    temperature: float
     moments: bool
-    ignore_index: int
 
 
 def resolved_settings(
@@ -139,15 +137,17 @@ def resolved_settings(
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     shard = resolve_shard(width, group, vocab_start, vocab_size)
     kept = kept_count(shard.vocab_size, clamp_p, top_k)
-    return Settings(shard, kept, constant_temperature(temperature), bool(moments), ignore_index)
+    spec = RowSpec(shard.start, shard.vocab_size, constant_temperature(temperature), ignore_index)
+    return Settings(shard, spec, kept, bool(moments))
 
 
-def _resolved(logits, target, group, *arguments):
-    """(logits [T, V_local], target [T], Settings)"""
+def _resolved(logits, target, group, *arguments) -> tuple[Tensor, Tensor, Settings]:
+    """(logits [T, V_local], target [T], settings)"""
     check_leading_shape("logits", logits, "target", target.shape)
     settings = resolved_settings(logits.shape[-1], group, *arguments)
-    T = target.numel()
-    return logits.reshape(T, settings.shard.width), target.reshape(T).contiguous(), settings
+    if logits.dim() != 2:
+        logits, target = logits.reshape(target.numel(), settings.shard.width), target.reshape(-1)
+    return logits, target.contiguous(), settings
 
 
 def _sharded_token_stats(logits, target, group, *arguments):
@@ -160,8 +160,8 @@ def _sharded_token_stats(logits, target, group, *arguments):
         return LogitRows(flat.detach(), tokens), settings, {}
 
     size = (logits.shape[:-1].numel(), logits.device, moments, clamp_p is not None or top_k is not None)
-    rows, *found = sharded_row_statistics(LogitRows.name, group, *size, resolve)
-    return flat, rows.target, *found
+    rows, settings, found = sharded_row_statistics(LogitRows.name, group, *size, resolve)
+    return _TokenStats.apply(flat, rows.target, *settings.spec, settings.kept, settings.moments, found)
 
 
 def check_leading_shape(name: str, logits: Tensor, per_row: str, shape: torch.Size) -> None:
@@ -187,12 +187,12 @@ def kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int
     return top_k
 
 
-def row_statistics(logits, target, shard, kept, temperature, moments, ignore_index):
-    """(merged row statistics [T, 4 | 7], clamp [T, 4] or None) when all columns are here."""
+def row_statistics(logits, target, spec: RowSpec, kept: int | None, moments: bool) -> list[Tensor]:
+    """Statistics and outputs when all columns are here: [stats [T, 4 | 7], logprob, entropy, moments...], with a clamp
+    [stats, clamp [T, 4], logprob, entropy, clamped_entropy, moments...]."""
     if kept is not None:
-        return clamp_ops.clamped_stats(logits, target, kept, shard.vocab_size, temperature, moments, ignore_index)
-    stats = ops.row_stats(logits, target, shard.start, shard.vocab_size, temperature, moments, ignore_index)
-    return ops.merge_row_stats(stats[None], target, temperature, ignore_index), None
+        return clamped_stats(logits, target, kept, spec, moments)
+    return row_stats(logits, target, spec, moments, whole=True)
 
 
 class LogitRows(NamedTuple):
@@ -214,13 +214,13 @@ class LogitRows(NamedTuple):
         token's row of logits, target and per_row alone."""
         return op(self.logits, self.target, *per_row, *arguments)
 
-    def checksums(self, ignore_index: int) -> dict[str, Tensor]:
-        """Of what every rank must have alike, for `shards.Part`."""
-        return {"target": shard_ops.checksum(self.target)}
+    def values(self, ignore_index: int) -> dict[str, Tensor]:
+        """What every rank must have alike, for `shards.Partial`."""
+        return {"target": self.target}
 
 
 def sharded_row_statistics(op, group, T, device, moments, clamped, resolve):
-    """(rows, settings, and the same) over the ranks of `group`: one all-gather, and one more with a clamp.
+    """(rows, settings, what `row_statistics` returns) over the ranks of `group`: one all-gather, with a clamp two or more.
 
     Args:
         op: public name of the caller, for messages.
@@ -228,126 +228,77 @@ def sharded_row_statistics(op, group, T, device, moments, clamped, resolve):
             known before anything is checked.
         resolve: () -> (rows, Settings, what else every rank must be called with); it may raise (`shards.gather`).
     """
-    if clamped and clamp_in_rounds(device):
-        return sharded_clamped_statistics(op, group, T, device, moments, resolve, agreed)
-    fields = 7 if moments else 4
-    # The sketch has one size whatever the vocabulary: ranks may not agree on that, and must find out here.
-    width = fields + (SKETCH_SIZE if clamped else 0)
     rows = settings = None
 
-    def prepare():
+    def resolve_once():
         nonlocal rows, settings
         rows, settings, call = resolve()
-        return Part(rows.apply(_part, *settings), settings.shard, *agreed(rows, settings, call))
+        return rows, settings, *agreed(rows, settings, call)
 
-    parts, layout = gather(op, group, (T, width), device, prepare)
-    shard, kept, temperature, _, ignore_index = settings
-    target, place = rows.target, (shard.start, shard.vocab_size)
-    stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
-    if kept is None:
-        return rows, settings, stats, None
-    start, columns = layout.unbind(-1)
-    ranks = _sketch_ranks((shard.vocab_size - start).clamp(min=0).minimum(columns))
-    bracket = clamp_ops.clamp_bracket(parts[..., fields:], ranks, target, stats, kept, ignore_index)
-    capacity = int(bracket[:, 2].max()) if len(bracket) else 0
+    if clamped:
+        found = sharded_clamped_stats(op, group, T, device, moments, resolve_once)
+        return rows, settings, found
 
-    def collect():
-        arguments = (capacity, *place, temperature, ignore_index)
-        return Part(rows.apply(clamp_ops.clamp_collect, *arguments, per_row=(stats, bracket)), shard, {}, {})
+    def prepare():
+        rows, settings, *alike = resolve_once()
+        with torch.no_grad():
+            return Partial(rows.apply(row_stats, settings.spec, settings.moments), settings.shard, *alike)
 
-    parts, _ = gather(op, group, (T, clamp_ops.PART_FIELDS + capacity), device, collect)
-    clamp = clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
-    return rows, settings, stats, clamp
+    messages = gather(op, group, (T, 7 if moments else 4), device, prepare)
+    return rows, settings, merge_row_stats(messages, rows.target, settings.spec, settings.moments)
 
 
 def agreed(rows, settings: Settings, call: dict) -> tuple[dict, dict]:
-    """(call, checksums) of `shards.Part`, for statistics of these rows."""
+    """(call, values) of `shards.Partial`, for statistics of these rows."""
     call = {
         "dtype": str(rows.dtype).removeprefix("torch."),
-        "temperature": settings.temperature,
-        "ignore_index": settings.ignore_index,
+        "temperature": settings.spec.temperature,
+        "ignore_index": settings.spec.ignore_index,
         "number of logits kept (clamp_p, top_k)": settings.kept or 0,
         **call,
     }
-    return call, rows.checksums(settings.ignore_index)
+    return call, rows.values(settings.spec.ignore_index)
 
 
-def clamp_in_rounds(device: torch.device) -> bool:
-    """Which of two ways a sharded clamp takes: a sample first, or exact order statistics, which only the CPU has."""
-    return device.type == "cuda"
+def named_outputs(outputs: tuple[Tensor, ...], shape: torch.Size, clamped: bool) -> TokenStats:
+    """`outputs` of `row_statistics` in this shape, under their names."""
+    if len(shape) != 1:
+        outputs = tuple(x.view(shape) for x in outputs)
+    clamp = outputs[2:3] if clamped else (None,)
+    moments = outputs[2 + clamped :] or (None, None, None)
+    return TokenStats(*outputs[:2], *clamp, *moments)
 
 
-def _part(logits, target, shard, kept, temperature, moments, ignore_index):
-    """What a shard sends first: its statistics, and its sketch for the clamp."""
-    place = (shard.start, shard.vocab_size)
-    stats = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
-    if kept is None:
-        return stats
-    ranks = _sketch_ranks(torch.full((), shard.columns, device=target.device))
-    return torch.cat((stats, clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)), dim=1)
+def saved_and_outputs(ctx, found: list[Tensor], clamped: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """(stats, clamp, outputs) of what `row_statistics` returns; tells autograd that the moments have no gradient."""
+    stats, clamp, outputs = found[0], found[1] if clamped else None, tuple(found[1 + clamped :])
+    ctx.mark_non_differentiable(*outputs[2 + clamped :])
+    ctx.set_materialize_grads(False)
+    return stats, clamp, outputs
 
 
-def _sketch_ranks(columns: Tensor) -> Tensor:
-    """Evenly spaced ranks [..., SKETCH_SIZE] of the columns [...] int64 of shards, both ends included; all of them if
-    few; zeros if there are none."""
-    steps = torch.arange(SKETCH_SIZE, device=columns.device)
-    ranks = 1 + steps * (columns[..., None] - 1) // (SKETCH_SIZE - 1)
-    return ranks * (columns[..., None] > 0)
-
-
-def _moments(stats: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(7) collision, (8) varentropy, (9) entropy drift of merged statistics [T, 7]."""
-    top, rest, sum_xexp, picked, rest2, sum_xexp2, sum_x2exp = stats.unbind(-1)
-    total, log_total = 1 + rest, rest.log1p()
-    mean = sum_xexp / total
-    entropy = log_total - mean
-    collision = (1 + rest2) / total**2
-    varentropy = sum_x2exp / total - mean**2
-    # E_p[S] = H sum p^2 + sum p^2 log p;  S_target = p_target (H + log p_target)
-    mean_s = entropy * collision + (sum_xexp2 - log_total * (1 + rest2)) / total**2
-    logprob = _distance(picked, top, temperature) - log_total
-    p = logprob.exp()
-    s_target = torch.where(p == 0, p, p * (entropy + logprob))  # logprob may be -inf; a NaN stays
-    # The zeroed statistics of an ignored row read as a certain token: everything 0 but the collision.
-    return collision.masked_fill(target == ignore_index, 0.0), varentropy, mean_s - s_target
-
-
-def _distance(picked: Tensor, top: Tensor, temperature: float) -> Tensor:
-    """(picked - top) / temperature, which may fit fp32 where the difference does not. Halves are exact."""
-    return torch.sub(0.5 * picked, top, alpha=0.5) / (0.5 * temperature)
-
-
-def differentiable_outputs(stats: Tensor, clamp: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
-    """(logprob, entropy[, clamped_entropy]) [T] of merged statistics."""
-    top, rest, sum_xexp, picked = stats[:, :4].unbind(-1)
-    log_total = rest.log1p()
-    outputs = (_distance(picked, top, temperature) - log_total, log_total - sum_xexp / (1 + rest))
-    return outputs if clamp is None else (*outputs, clamp[:, 3].clone())
-
-
-def named_outputs(outputs, stats, target, temperature, moments, ignore_index) -> TokenStats:
-    """These outputs and the moments, in the shape of `target`."""
-    scaled = [None] * 3
-    if moments:
-        with torch.no_grad():
-            scaled = _moments(stats, target.reshape(-1), temperature, ignore_index)
-    values = (*outputs, *[None] * (3 - len(outputs)), *scaled)
-    return TokenStats(*(None if x is None else x.view(target.shape) for x in values))
+def three_gradients(grads: tuple[Tensor | None, ...], clamped: bool) -> list[Tensor | None]:
+    """Those of logprob, entropy and clamped_entropy, contiguous."""
+    given = [None if g is None else g.contiguous() for g in grads[: 2 + clamped]]
+    return given if clamped else [*given, None]
 
 
 class _TokenStats(torch.autograd.Function):
-    """Merged statistics -> (logprob, entropy[, clamped_entropy]), linked to the logits they came from."""
+    """Logits [T, V_local] -> the outputs of `row_statistics`; `found`: they are computed already, over a group."""
 
     @staticmethod
-    def forward(ctx, logits, target, stats, clamp, vocab_start, vocab_size, temperature, ignore_index):
+    def forward(ctx, logits, target, vocab_start, vocab_size, temperature, ignore_index, kept, moments, found):
+        spec = RowSpec(vocab_start, vocab_size, temperature, ignore_index)
+        if found is None:
+            found = row_statistics(logits, target, spec, kept, moments)
+        ctx.spec, ctx.clamped = spec, kept is not None
+        stats, clamp, outputs = saved_and_outputs(ctx, found, ctx.clamped)
         ctx.save_for_backward(logits, target, stats, clamp)
-        ctx.place = (vocab_start, vocab_size, temperature, ignore_index)
-        ctx.set_materialize_grads(False)
-        return differentiable_outputs(stats, clamp, temperature)
+        return outputs
 
     @staticmethod
-    def backward(ctx, grad_logprob, grad_entropy, grad_clamped=None):
+    @once_differentiable
+    def backward(ctx, *grads):
         logits, target, stats, clamp = ctx.saved_tensors
-        grads = [None if g is None else g.contiguous() for g in (grad_logprob, grad_entropy, grad_clamped)]
-        grad = ops.logits_grad(logits, target, stats, *grads, clamp, *ctx.place)
-        return grad, None, None, None, None, None, None, None
+        grad = logits_grad(logits, target, stats, clamp, three_gradients(grads, ctx.clamped), ctx.spec)
+        return grad, *[None] * 8

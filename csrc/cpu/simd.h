@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../entcov.h"
+#include "../kernels.h"
 
 #define ENTCOV_INLINE inline __attribute__((always_inline))
 

@@ -66,4 +66,41 @@ ENTCOV_HD CovarianceStats merge(const CovarianceStats& a, const CovarianceStats&
   return r;
 }
 
+ENTCOV_HD CovarianceStats load_covariance_stats(const float* p) {
+  return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+}
+
+// What people want of a whole row, [T] each. covariance null: the row is a shard, and has none of it.
+struct CovarianceOutputs {
+  float *covariance, *predicted_entropy_change, *entropy_change, *kl;
+};
+
+// Writes row t and its outputs. A whole row without a finite logit on one side becomes NaN. Returns whether it is NaN.
+ENTCOV_HD bool store_covariance_row(CovarianceStats s, int64_t t, float inv_temperature, float* stats,
+                                    const CovarianceOutputs& out) {
+  if (out.covariance) {
+    if (s.max_old == -INFINITY) s.rest_old = s.sum_d = s.sum_xd = NAN;
+    if (s.max_new == -INFINITY) s.rest_new = s.sum_d = s.sum_xd = NAN;
+    const float unit = kChangeUnit * inv_temperature, total_old = 1.0f + s.rest_old, total_new = 1.0f + s.rest_new;
+    const float mean_x = s.sum_xexp_old / total_old, mean_d = s.sum_d / total_old;
+    const float grown = s.rest_new - s.rest_old;
+    const float log_ratio = copysignf(log1pf(fabsf(grown) / fminf(total_old, total_new)), grown);  // L_new - L_old
+    const float covariance = (s.sum_xd / total_old - mean_x * mean_d) * unit;
+    out.covariance[t] = covariance;
+    out.predicted_entropy_change[t] = -covariance;
+    out.entropy_change[t] = log_ratio - s.sum_xexp_new / total_new + mean_x;
+    out.kl[t] = log_ratio - mean_d * unit;
+  }
+  float* p = stats + t * kCovarianceFields;
+  p[0] = s.max_old, p[1] = s.rest_old, p[2] = s.sum_xexp_old, p[3] = s.max_new;
+  p[4] = s.rest_new, p[5] = s.sum_xexp_new, p[6] = s.sum_d, p[7] = s.sum_xd;
+  return s.rest_old != s.rest_old || s.rest_new != s.rest_new;
+}
+
+ENTCOV_HD void store_masked_row(int64_t t, float* stats, const CovarianceOutputs& out) {
+  for (int i = 0; i < kCovarianceFields; i++) stats[t * kCovarianceFields + i] = 0.0f;
+  if (out.covariance)
+    out.covariance[t] = out.predicted_entropy_change[t] = out.entropy_change[t] = out.kl[t] = 0.0f;
+}
+
 }  // namespace entcov

@@ -1,9 +1,7 @@
-// Two logit tensors -> CovarianceStats of every row (covariance_stats.h): one read of each, two exponentials a column.
+// Two logit tensors -> CovarianceStats of every row (../logit_covariance.h): one read of each, two exponentials a column.
 //
 // Chunks, the sweep against the maxima so far, the second and exact one, and the order of additions are those of
 // row_stats.cpp; a chunk is swept again when it holds a new maximum on either side.
-#include "../covariance_stats.h"
-
 #include "dispatch.h"
 
 namespace entcov::cpu {
@@ -59,6 +57,8 @@ struct CovarianceStatsOp {
     const uint8_t* row_mask;
     float inv_temperature;
     float* stats;
+    CovarianceOutputs outputs;
+    NanFlag* nan;
   };
 
   template <int W>
@@ -123,11 +123,7 @@ struct CovarianceStatsOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
-    float* out = a.stats + t * kCovarianceFields;
-    if (a.row_mask && !a.row_mask[t]) {
-      memset(out, 0, kCovarianceFields * sizeof(float));
-      return;
-    }
+    if (a.row_mask && !a.row_mask[t]) return store_masked_row(t, a.stats, a.outputs);
     const storage *old_row = a.logits_old + t * a.old_row_stride, *new_row = a.logits_new + t * a.new_row_stride;
     Side before, after;
     Sums total;
@@ -155,53 +151,28 @@ struct CovarianceStatsOp {
     if (before.max == INFINITY) total.rest_old = NAN;
     if (after.max == INFINITY) total.rest_new = NAN;
     const double poison = 0 * (total.rest_old + total.rest_new);
-    out[0] = before.max;
-    out[1] = float(total.rest_old);
-    out[2] = float(total.sum_xexp_old);
-    out[3] = after.max;
-    out[4] = float(total.rest_new);
-    out[5] = float(total.sum_xexp_new);
-    out[6] = float(total.sum_d + poison);
-    out[7] = float(total.sum_xd + poison);
+    const CovarianceStats out{before.max, float(total.rest_old), float(total.sum_xexp_old),
+                              after.max,  float(total.rest_new), float(total.sum_xexp_new),
+                              float(total.sum_d + poison), float(total.sum_xd + poison)};
+    a.nan->note(store_covariance_row(out, t, a.inv_temperature, a.stats, a.outputs));
   }
 };
 
-CovarianceStats read(const float* p) { return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
-
 }  // namespace
 
-void covariance_stats(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
-                      int64_t new_row_stride, int64_t T, int64_t num_columns, const uint8_t* row_mask,
-                      float inv_temperature, float* stats, int threads) {
-  with_dtype(dtype, [&](auto d) {
+Error covariance_stats(const Logits& logits_old, const Logits& logits_new, const uint8_t* row_mask,
+                       const RowSpec& spec, float* stats, const CovarianceOutputs& outputs, float*, Device threads) {
+  NanFlag nan;
+  with_dtype(logits_new.dtype, [&](auto d) {
     using D = decltype(d);
-    for_rows<CovarianceStatsOp<D>>({static_cast<const typename D::storage*>(logits_old), old_row_stride,
-                                    static_cast<const typename D::storage*>(logits_new), new_row_stride, num_columns,
-                                    row_mask, inv_temperature, stats},
-                                   T, T * num_columns, threads);
+    using storage = typename D::storage;
+    for_rows<CovarianceStatsOp<D>>(
+        {static_cast<const storage*>(logits_old.data), logits_old.row_stride,
+         static_cast<const storage*>(logits_new.data), logits_new.row_stride, spec.columns(logits_new.width), row_mask,
+         spec.inv_temperature, stats, outputs, &nan},
+        logits_new.T, logits_new.T * logits_new.width, threads);
   });
-}
-
-int64_t merge_covariance_stats(const float* shards, int64_t shard_stride, int64_t R, int64_t T,
-                               const uint8_t* row_mask, float inv_temperature, float* out, int threads) {
-  threads = usable_threads(threads);
-  int64_t first_empty = T;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(min : first_empty) \
-    if (threads > 1 && R * T > 4096)
-  for (int64_t t = 0; t < T; t++) {
-    CovarianceStats s;
-    if (row_mask && !row_mask[t]) {
-      s.max_old = s.max_new = 0.0f;
-    } else {
-      for (int64_t r = 0; r < R; r++)
-        s = merge(s, read(shards + r * shard_stride + t * kCovarianceFields), inv_temperature);
-      const bool empty_old = s.max_old == -INFINITY && s.rest_old == 0.0f;
-      const bool empty_new = s.max_new == -INFINITY && s.rest_new == 0.0f;
-      if ((empty_old || empty_new) && t < first_empty) first_empty = t;
-    }
-    memcpy(out + t * kCovarianceFields, &s, sizeof s);
-  }
-  return first_empty < T ? first_empty : -1;
+  return nan.error();
 }
 
 }  // namespace entcov::cpu

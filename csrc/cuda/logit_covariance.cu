@@ -1,12 +1,14 @@
-// Two logit tensors -> CovarianceStats of every row (../covariance_stats.h): one read of each, two exponentials a column.
+// Two logit tensors -> CovarianceStats of every row (../logit_covariance.h): one read of each, two exponentials a column.
 //
 // Segments, tiles and the two paths are those of row_stats.cu; a group takes the slow path when it reaches the reference
 // of either side. The change d of a logit is summed raw, relative to the change of the references, and scaled at the end.
 // A column of probability 0 before is left out of the sums of d, whatever it is afterwards. Where the sums of d overflow,
 // by logits near 1e38 or one that became -inf, they are taken once more, with each logit in units of kChangeUnit.
 //
+// The outputs of whole rows are the merge's work: in this kernel they would take registers from the loop.
+//
 // Memory: 2 sizeof(T) bytes a column in, 32 bytes a row out (as much per segment where rows are cut).
-#include "../covariance_stats.h"
+#include "merge.cuh"
 #include "sums.cuh"
 #include "team.cuh"
 
@@ -19,7 +21,7 @@ struct CovarianceStatsArgs {
   const void *logits_old, *logits_new;  // [T, num_columns]
   int64_t old_row_stride, new_row_stride, T, num_columns;
   const uint8_t* row_mask;  // [T] or null
-  float scale;  // log2(e) / temperature
+  float scale;   // log2(e) / temperature
   float* stats;  // [segments, T, 8]
   int segments, segment_length;
 };
@@ -223,22 +225,23 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stat
 
 }  // namespace
 
-cudaError_t covariance_stats(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,
-                             int64_t new_row_stride, int64_t T, int64_t num_columns, const uint8_t* row_mask,
-                             float inv_temperature, float* stats, float* workspace, cudaStream_t stream) {
-  const Cut c = cut(num_columns);
-  const CovarianceStatsArgs args{logits_old,
-                                 logits_new,
-                                 old_row_stride,
-                                 new_row_stride,
+Error covariance_stats(const Logits& logits_old, const Logits& logits_new, const uint8_t* row_mask,
+                       const RowSpec& spec, float* stats, const CovarianceOutputs& outputs, float* workspace,
+                       Device stream) {
+  const int64_t T = logits_new.T, columns = spec.columns(logits_new.width);
+  const Cut c = cut(columns);
+  const CovarianceStatsArgs args{logits_old.data,
+                                 logits_new.data,
+                                 logits_old.row_stride,
+                                 logits_new.row_stride,
                                  T,
-                                 num_columns,
+                                 columns,
                                  row_mask,
-                                 inv_temperature * kLog2E,
+                                 spec.inv_temperature * kLog2E,
                                  c.segments > 1 ? workspace : stats,
                                  c.segments,
                                  static_cast<int>(c.length)};
-  const cudaError_t error = with_dtype(dtype, [&](auto t) {
+  const Error error = with_dtype(logits_new.dtype, [&](auto t) {
     using Type = decltype(t);
     const auto run = [&](auto aligned) {
       constexpr bool kAligned = decltype(aligned)::value;
@@ -246,12 +249,10 @@ cudaError_t covariance_stats(int dtype, const void* logits_old, int64_t old_row_
           c.one_warp ? covariance_stats_kernel<Type, kAligned, 1> : covariance_stats_kernel<Type, kAligned, kWarps>;
       return launch("covariance_stats", kernel, c.blocks(T), stream, args);
     };
-    const bool aligned =
-        aligned_rows<Type>(logits_old, old_row_stride, T) && aligned_rows<Type>(logits_new, new_row_stride, T);
-    return aligned ? run(Bool<true>{}) : run(Bool<false>{});
+    return aligned_rows<Type>(logits_old) && aligned_rows<Type>(logits_new) ? run(Bool<true>{}) : run(Bool<false>{});
   });
-  if (error != cudaSuccess || c.segments == 1) return error;
-  return merge_covariance_segments(workspace, c.segments, T, row_mask, inv_temperature, stats, stream);
+  if (error || (c.segments == 1 && !outputs.covariance)) return error;
+  return merge_covariance_segments(args.stats, c.segments, T, row_mask, spec, stats, outputs, stream);
 }
 
 }  // namespace entcov::cuda

@@ -1,0 +1,140 @@
+// What stands around the all-gather of a sharded call: a rank's message, and the merge of all messages. One launch each,
+// on little data; a merge also writes the outputs, so that nothing small has to follow it.
+//
+// The statistics of R shards, or of the segments of a row, are merged in the fixed order of R, so every rank that holds
+// the same messages gets the same bits. One thread a row; one exponential a shard.
+#include "merge.cuh"
+#include "team.cuh"
+
+namespace entcov::cuda {
+namespace {
+
+constexpr int kFloatsABlock = 8 * kThreads;
+
+struct MessageArgs {
+  const float* payload;  // [count]
+  int64_t count;
+  const int64_t* values;  // [num_values]
+  int64_t num_values, call, start, columns;
+  float* message;  // [count + kSignatureFloats]
+};
+
+// Block 0 signs, the others copy. The values are a few a token, so one block is enough for them.
+__global__ void __launch_bounds__(kThreads) message_kernel(const MessageArgs a) {
+  if (blockIdx.x > 0) {
+    const int64_t begin = (blockIdx.x - int64_t{1}) * kFloatsABlock;
+    const int64_t end = begin + kFloatsABlock < a.count ? begin + kFloatsABlock : a.count;
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) a.message[i] = a.payload[i];
+    return;
+  }
+  __shared__ uint64_t of_warp[kWarps];
+  uint64_t hash = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < a.num_values; i += kThreads) hash += hash_of(i, a.values[i]);
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) hash += __shfl_xor_sync(0xffffffffu, hash, offset);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = hash;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < kWarps; w++) hash += of_warp[w];
+  const Signature signature = sign(hash, a.call, a.start, a.columns);
+  memcpy(a.message + a.count, &signature, sizeof signature);
+}
+
+// Statistics to merge: messages of ranks, or segments of a row.
+struct Partials {
+  Messages messages;
+  bool are_segments;
+
+  __device__ __forceinline__ const float* row(int64_t r, int64_t t) const {
+    return are_segments ? messages.data + (r * messages.T + t) * messages.width : messages.row(r, t);
+  }
+  // Whether the ranks agree, for every thread of the block.
+  __device__ __forceinline__ bool agree(int64_t vocab_size) const {
+    using Block = Team<kWarps, 1>;
+    __shared__ typename Block::Shared shared;
+    float differs = 0.0f;
+    if (!are_segments)
+      for (int64_t r = threadIdx.x; r < messages.R; r += kThreads)
+        if (!agrees(messages, r, vocab_size)) differs = 1.0f;
+    return Block{static_cast<int>(threadIdx.x)}.max(differs, shared, 0) == 0.0f;
+  }
+};
+
+struct MergeRowStatsArgs {
+  Partials partials;
+  const int64_t* target;  // [T]
+  RowSpec spec;
+  int fields;
+  float* stats;  // [T, fields]
+  RowOutputs outputs;
+};
+
+__global__ void __launch_bounds__(kThreads) merge_row_stats_kernel(const MergeRowStatsArgs a) {
+  const bool agree = a.partials.agree(a.spec.vocab_size);
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (t >= a.partials.messages.T) return;
+  if (a.target[t] == a.spec.ignore_index) return store_ignored_row(t, a.fields, a.stats, a.outputs);
+  RowStats s;
+  for (int64_t r = 0; r < a.partials.messages.R; r++)
+    s = merge(s, load_stats(a.partials.row(r, t), a.fields), a.spec.inv_temperature);
+  if (!agree) s.rest = NAN;
+  store_row(s, t, a.fields, a.spec.inv_temperature, a.stats, a.outputs);
+}
+
+struct MergeCovarianceArgs {
+  Partials partials;
+  const uint8_t* row_mask;  // [T] or null
+  RowSpec spec;
+  float* stats;  // [T, 8]
+  CovarianceOutputs outputs;
+};
+
+__global__ void __launch_bounds__(kThreads) merge_covariance_stats_kernel(const MergeCovarianceArgs a) {
+  const bool agree = a.partials.agree(a.spec.vocab_size);
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (t >= a.partials.messages.T) return;
+  if (a.row_mask && !a.row_mask[t]) return store_masked_row(t, a.stats, a.outputs);
+  CovarianceStats s;
+  for (int64_t r = 0; r < a.partials.messages.R; r++)
+    s = merge(s, load_covariance_stats(a.partials.row(r, t)), a.spec.inv_temperature);
+  if (!agree) s.rest_old = s.rest_new = s.sum_d = s.sum_xd = NAN;
+  store_covariance_row(s, t, a.spec.inv_temperature, a.stats, a.outputs);
+}
+
+int64_t blocks(int64_t rows) { return (rows + kThreads - 1) / kThreads; }
+
+}  // namespace
+
+Error message(const float* payload, int64_t count, const int64_t* values, int64_t num_values, int64_t call,
+              int64_t start, int64_t columns, float* message, Device stream) {
+  return launch("message", message_kernel, 1 + (count + kFloatsABlock - 1) / kFloatsABlock, stream,
+                MessageArgs{payload, count, values, num_values, call, start, columns, message});
+}
+
+Error merge_row_stats(const Messages& messages, const int64_t* target, const RowSpec& spec, int fields, float* stats,
+                      const RowOutputs& outputs, Device stream) {
+  return launch("merge_row_stats", merge_row_stats_kernel, blocks(messages.T), stream,
+                MergeRowStatsArgs{{messages, false}, target, spec, fields, stats, outputs});
+}
+
+Error merge_segments(const float* segments_stats, int64_t segments, int64_t T, const int64_t* target,
+                     const RowSpec& spec, int fields, float* stats, const RowOutputs& outputs, Device stream) {
+  return launch("merge of segments", merge_row_stats_kernel, blocks(T), stream,
+                MergeRowStatsArgs{{{segments_stats, segments, T, fields}, true}, target, spec, fields, stats, outputs});
+}
+
+Error merge_covariance_stats(const Messages& messages, const uint8_t* row_mask, const RowSpec& spec, float* stats,
+                             const CovarianceOutputs& outputs, Device stream) {
+  return launch("merge_covariance_stats", merge_covariance_stats_kernel, blocks(messages.T), stream,
+                MergeCovarianceArgs{{messages, false}, row_mask, spec, stats, outputs});
+}
+
+Error merge_covariance_segments(const float* segments_stats, int64_t segments, int64_t T, const uint8_t* row_mask,
+                                const RowSpec& spec, float* stats, const CovarianceOutputs& outputs, Device stream) {
+  return launch(
+      "merge of covariance segments", merge_covariance_stats_kernel, blocks(T), stream,
+      MergeCovarianceArgs{{{segments_stats, segments, T, kCovarianceFields}, true}, row_mask, spec, stats, outputs});
+}
+
+}  // namespace entcov::cuda

@@ -1,0 +1,258 @@
+"""What all ops share: registration, the launch of a kernel on either device, RowSpec, and checks of arguments.
+
+The kernels are entcov._cpu and, where a CUDA compiler was to be had (setup.py), entcov._cuda. Both have the launchers of
+csrc/kernels.h with one signature, so an op marshals its call once. Neither knows torch.
+
+An op is a schema, a `prepare` that checks the arguments and allocates the results, and a `fill` that launches. Fake
+tensors run `prepare` alone, so torch.compile reports the same errors as eager code.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from entcov import _cpu  # after torch: the extension shares torch's OpenMP runtime
+except ImportError as error:
+    raise ImportError(
+        "entcov's C++ core cannot be loaded; in a source tree, build it with `pip install -e .`"
+    ) from error
+
+KERNELS = {"cpu": _cpu}  # by the device's type
+_why_no_cuda = "it was built without CUDA kernels"
+if importlib.util.find_spec("entcov._cuda") is not None:
+    try:
+        from entcov import _cuda  # needs no driver
+
+        KERNELS["cuda"] = _cuda
+    except ImportError as error:  # built for another Python or libc: the CPU ops work all the same
+        _why_no_cuda = f"its kernels cannot be loaded: {error}"
+
+LIBRARY = torch.library.Library("entcov", "DEF")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the values of DType in csrc/kernels.h
+SIGNATURE = 4  # floats that end a message: csrc/signature.h
+
+if (_wanted := os.environ.get("ENTCOV_ISA")) and not _cpu.set_isa(_wanted):
+    raise ValueError(f"ENTCOV_ISA must be avx512, avx2 or baseline and supported by this CPU, got {_wanted!r}")
+
+
+class RowSpec(NamedTuple):
+    """The columns of a shard, and how its rows are read: RowSpec of csrc/row_stats.h."""
+
+    vocab_start: int  # token id of column 0
+    vocab_size: int  # of the whole row; columns from there on are padding and do not exist
+    temperature: float = 1.0
+    ignore_index: int = -100  # rows with this target are not read
+
+
+def hash_text(text: str) -> int:
+    """A hash of 64 bits, not 0, as a signed integer."""
+    return _cpu.hash(text.encode()) | 1
+
+
+def isa() -> str:
+    """The instruction set of the CPU kernels: "avx512", "avx2" or "baseline". ENTCOV_ISA forces a lesser one."""
+    return _cpu.isa()
+
+
+def define(name: str, schema: str, prepare: Callable, fill: Callable) -> Callable:
+    """Registers entcov::`name` for CPU, CUDA and fake tensors, and returns it as a callable.
+
+    Args:
+        prepare: the schema's arguments -> the result, not yet filled in. Raises TypeError and ValueError.
+        fill: (result, *arguments): launches.
+
+    No op has a derivative: it is a RuntimeError to call one on tensors that need one.
+    """
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+
+    def run(*args):
+        _refuse_derivative(name, args)
+        out = prepare(*args)
+        fill(out, *args)
+        return out
+
+    def fake(*args):
+        _refuse_derivative(name, args)
+        return prepare(*args)
+
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, device)
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"entcov::{name}", fake, lib=LIBRARY)
+    dispatched = getattr(torch.ops.entcov, name).default
+
+    def call(*args):
+        return run(*args) if _nobody_watches(args[0]) else dispatched(*args)
+
+    return call
+
+
+def _nobody_watches(tensor: Tensor | None) -> bool:
+    """Whether an op on `tensor` would go through PyTorch's dispatcher for nothing, and cost 10 to 20 microseconds more."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.device.type not in ("cpu", "cuda")
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _refuse_derivative(name: str, args: Sequence) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        raise RuntimeError(
+            f"entcov::{name} has no derivative, and an argument requires one; call entcov.token_stats, or the op under "
+            "torch.no_grad()"
+        )
+
+
+def launch(name: str, device: torch.device, *args) -> bool:
+    """Runs a launcher of csrc/kernels.h: on the CPU with torch's threads, on CUDA on the current stream, without waiting.
+
+    Args:
+        args: its arguments but the last. Tensors pass their address, None a null pointer, structs a tuple of members.
+
+    Returns:
+        On the CPU, whether a row became NaN. Elsewhere False: the host would have to wait to know.
+
+    Raises:
+        RuntimeError: the kernel's error, or entcov has no CUDA kernels.
+    """
+    args = [_address(x) if x is None or isinstance(x, Tensor) else x for x in args]
+    if device.type == "cpu":
+        return getattr(KERNELS["cpu"], name)(*args, torch.get_num_threads())
+    with torch.cuda.device(device):
+        return getattr(_kernels(device), name)(*args, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _kernels(device: torch.device):
+    if device.type not in KERNELS:
+        raise RuntimeError(f"entcov: the tensors are on {device}, but {_why_no_cuda}; rebuild entcov with ENTCOV_CUDA=1")
+    return KERNELS[device.type]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(tensors: Sequence[Tensor | None], count: int) -> tuple[int, ...]:
+    """A struct of `count` pointers, the first of which are given."""
+    return (*map(_address, tensors), *[0] * (count - len(tensors)))
+
+
+def logits_view(logits: Tensor) -> tuple[int, int, int, int, int]:
+    """Logits of csrc/kernels.h."""
+    return DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), *logits.shape
+
+
+def messages_view(messages: Tensor, T: int) -> tuple[int, int, int, int]:
+    """Messages of csrc/signature.h: address, ranks, rows, floats a row."""
+    return messages.data_ptr(), len(messages), T, (messages.shape[1] - SIGNATURE) // max(T, 1)
+
+
+def workspace(columns: int, like: Tensor) -> Tensor | None:
+    """Room for the statistics of the segments that CUDA cuts long rows into."""
+    segments = _kernels(like.device).segments(columns)
+    return like.new_empty((segments, *like.shape)) if segments > 1 else None
+
+
+def with_huge_pages(fresh: Tensor) -> Tensor:
+    """`fresh`, memory that nobody has written yet; on the CPU the system may hand out large pages for it at once."""
+    if fresh.device.type == "cpu":
+        _cpu.advise_huge_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
+
+
+def num_columns(width: int, spec: RowSpec) -> int:
+    """Of `width` columns of a shard, how many exist; the rest is padding."""
+    return min(max(spec.vocab_size - spec.vocab_start, 0), width)
+
+
+# ---- checks of arguments --------------------------------------------------------------------------------------------
+
+
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    """2-D, a known dtype, unit stride along the vocabulary."""
+    if logits is None:
+        raise TypeError(f"{name} must be a tensor, got None")
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {logits.dtype}")
+    if logits.dim() != 2:
+        raise ValueError(f"{name} must be [T, V_local], got shape {tuple(logits.shape)}")
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(f"{name} must have stride 1 along the vocabulary, got strides {tuple(logits.stride())}")
+
+
+def check_rows(
+    tensor: Tensor | None, name: str, dtype: torch.dtype, shape: tuple, like: Tensor, optional: bool = False
+) -> None:
+    """A contiguous tensor of this dtype and shape on the device of `like`."""
+    if tensor is None:
+        if optional:
+            return
+        raise TypeError(f"{name} must be a tensor, got None")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)} (one row a token), got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the logits, got {tensor.device}")
+
+
+def check_messages(messages: Tensor, T: int, fields: int) -> None:
+    """[R >= 1, T * width + 4] float32, contiguous, with a width of at least `fields`."""
+    if messages is None:
+        raise TypeError("messages must be a tensor, got None")
+    if messages.dtype != torch.float32:
+        raise TypeError(f"messages must be float32, got {messages.dtype}")
+    if messages.dim() != 2 or messages.shape[0] < 1 or not messages.is_contiguous():
+        raise ValueError(
+            f"messages must be [R >= 1, T * width + {SIGNATURE}] and contiguous, got {tuple(messages.shape)} with "
+            f"strides {tuple(messages.stride())}"
+        )
+    floats = messages.shape[1] - SIGNATURE
+    if floats < T * fields or (floats % T if T else floats):
+        raise ValueError(
+            f"messages must be [R, T * width + {SIGNATURE}] with T = {T} and width >= {fields}, got "
+            f"{tuple(messages.shape)}"
+        )
+
+
+def check_stats(stats: Tensor, T: int, like: Tensor) -> None:
+    """[T, 4 or 7]: statistics of whole rows."""
+    if stats is None:
+        raise TypeError("stats must be a tensor, got None")
+    if stats.dim() != 2 or stats.shape[1] not in (4, 7):
+        raise ValueError(f"stats must be [T, 4 or 7] as row_stats returns them, got {tuple(stats.shape)}")
+    check_rows(stats, "stats", torch.float32, (T, stats.shape[1]), like)
+
+
+def check_spec(spec: RowSpec) -> None:
+    check_temperature(spec.temperature)
+    if not 0 <= spec.vocab_start < 2**31:
+        raise ValueError(f"vocab_start must be in [0, 2^31), got {spec.vocab_start}")
+    if not 1 <= spec.vocab_size < 2**31:
+        raise ValueError(f"vocab_size must be in [1, 2^31), got {spec.vocab_size}")
+
+
+def check_temperature(temperature: float) -> None:
+    # The kernels multiply by 1 / temperature in fp32, which has to exist there.
+    if not (1e-30 <= temperature <= 1e30):
+        raise ValueError(f"temperature must be positive and finite (1e-30 to 1e30), got {temperature}")
+
+
+def constant_temperature(temperature: float) -> float:
+    """As a number. It is a constant: a tensor that is to learn would get no gradient, and nobody would notice."""
+    if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
+        raise ValueError("temperature must not require a gradient (it is a constant and would get none): detach it")
+    temperature = float(temperature)
+    check_temperature(temperature)
+    return temperature

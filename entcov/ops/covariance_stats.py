@@ -1,0 +1,90 @@
+"""covariance_stats: two logit tensors -> CovarianceStats of every row (csrc/logit_covariance.h), the statistics over the
+vocabulary behind entcov.logit_covariance. The covariance over tokens is entcov.objective.token_covariance."""
+
+import torch
+from torch import Tensor
+
+from entcov.ops.core import (
+    RowSpec,
+    addresses,
+    check_logits,
+    check_rows,
+    check_spec,
+    define,
+    launch,
+    logits_view,
+    num_columns,
+    workspace,
+)
+
+FIELDS = 8
+OUTPUTS = 4  # covariance, predicted entropy change, entropy change, kl
+
+
+def allocate(rows: Tensor, T: int, whole: bool) -> list[Tensor]:
+    """Statistics [T, 8] and, of whole rows, the four outputs [T]."""
+    return [
+        rows.new_empty((T, FIELDS), dtype=torch.float32),
+        *(rows.new_empty((T,), dtype=torch.float32) for _ in range(OUTPUTS if whole else 0)),
+    ]
+
+
+def check_pair(logits_old, logits_new, row_mask, spec: RowSpec) -> None:
+    check_logits(logits_old, "logits_old")
+    check_logits(logits_new, "logits_new")
+    if logits_old.dtype != logits_new.dtype:
+        raise TypeError(f"logits_old must have the dtype of logits_new, got {logits_old.dtype} and {logits_new.dtype}")
+    if logits_old.shape != logits_new.shape:
+        raise ValueError(
+            f"logits_old must have the shape of logits_new, got {tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
+        )
+    if logits_old.device != logits_new.device:
+        raise ValueError(f"logits_old must be on {logits_new.device} like logits_new, got {logits_old.device}")
+    check_rows(row_mask, "row_mask", torch.bool, logits_new.shape[:1], logits_new, optional=True)
+    check_spec(spec)
+
+
+def check_values(stats: Tensor) -> None:
+    """ValueError where a whole row has no finite logit on one of the two sides. Elsewhere than on the CPU nobody asks: such
+    rows are NaN, and looking for them would make the host wait."""
+    for column, side in ((0, "logits_old"), (3, "logits_new")):
+        empty = stats[:, column] == -torch.inf
+        if empty.any():
+            raise ValueError(
+                f"{side}: {int(empty.sum())} rows have no finite logit (first: row {int(empty.nonzero()[0])})"
+            )
+
+
+def _prepare(logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature, whole):
+    check_pair(logits_old, logits_new, row_mask, RowSpec(vocab_start, vocab_size, temperature))
+    return allocate(logits_new, logits_new.shape[0], whole)
+
+
+def _fill(out, logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature, whole):
+    stats, *outputs = out
+    spec = RowSpec(vocab_start, vocab_size, temperature)
+    room = workspace(num_columns(logits_new.shape[1], spec), stats)  # has to live until the launch
+    nan = launch(
+        "covariance_stats", logits_new.device, logits_view(logits_old), logits_view(logits_new), row_mask, spec, stats,
+        addresses(outputs, OUTPUTS), room,
+    )  # fmt: skip
+    if nan and whole:
+        check_values(stats)
+
+
+_covariance_stats = define(
+    "covariance_stats",
+    "(Tensor logits_old, Tensor logits_new, Tensor? row_mask, SymInt vocab_start, SymInt vocab_size, "
+    "float temperature, bool whole) -> Tensor[]",
+    _prepare,
+    _fill,
+)
+
+
+def covariance_stats(logits_old: Tensor, logits_new: Tensor, row_mask: Tensor | None, spec: RowSpec, whole=False):
+    """CovarianceStats of a shard's rows [T, 8]; with `whole` a list of them and the outputs of `allocate`.
+
+    row_mask [T] bool: rows that are False are not read and get zeros.
+    """
+    out = _covariance_stats(logits_old, logits_new, row_mask, *spec[:3], whole)
+    return out if whole else out[0]

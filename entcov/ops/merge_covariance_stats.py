@@ -1,0 +1,38 @@
+"""merge_covariance_stats: the messages of all ranks -> the covariance statistics and outputs of whole rows."""
+
+import torch
+from torch import Tensor
+
+from entcov.ops.core import RowSpec, addresses, check_messages, check_rows, check_spec, define, launch, messages_view
+from entcov.ops.covariance_stats import FIELDS, OUTPUTS, allocate, check_values
+
+
+def _prepare(messages, row_mask, T, vocab_start, vocab_size, temperature):
+    check_rows(row_mask, "row_mask", torch.bool, (T,), messages, optional=True)
+    check_messages(messages, T, FIELDS)
+    check_spec(RowSpec(vocab_start, vocab_size, temperature))
+    return allocate(messages, T, whole=True)
+
+
+def _fill(out, messages, row_mask, T, *spec):
+    stats, *outputs = out
+    nan = launch(
+        "merge_covariance_stats", messages.device, messages_view(messages, T), row_mask, RowSpec(*spec), stats,
+        addresses(outputs, OUTPUTS),
+    )  # fmt: skip
+    if nan:
+        check_values(stats)
+
+
+_merge_covariance_stats = define(
+    "merge_covariance_stats",
+    "(Tensor messages, Tensor? row_mask, SymInt T, SymInt vocab_start, SymInt vocab_size, float temperature) "
+    "-> Tensor[]",
+    _prepare,
+    _fill,
+)
+
+
+def merge_covariance_stats(messages: Tensor, row_mask: Tensor | None, T: int, spec: RowSpec) -> list[Tensor]:
+    """[stats [T, 8], covariance, predicted entropy change, entropy change, kl], NaN if the ranks do not agree."""
+    return _merge_covariance_stats(messages, row_mask, T, *spec[:3])

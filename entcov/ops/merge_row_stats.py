@@ -1,0 +1,42 @@
+"""merge_row_stats: the messages of all ranks -> the statistics and outputs of whole rows."""
+
+import torch
+from torch import Tensor
+
+from entcov.ops.core import RowSpec, addresses, check_messages, check_rows, check_spec, define, launch, messages_view
+from entcov.ops.row_stats import OUTPUTS, allocate, check_values
+
+
+def _prepare(messages, target, vocab_start, vocab_size, temperature, ignore_index, moments):
+    check_rows(target, "target", torch.int64, target.shape[:1], messages)
+    check_messages(messages, len(target), 7 if moments else 4)
+    check_spec(RowSpec(vocab_start, vocab_size, temperature, ignore_index))
+    return allocate(messages, len(target), moments, whole=True)
+
+
+def _fill(out, messages, target, vocab_start, vocab_size, temperature, ignore_index, moments):
+    stats, *outputs = out
+    spec = RowSpec(vocab_start, vocab_size, temperature, ignore_index)
+    nan = launch(
+        "merge_row_stats", messages.device, messages_view(messages, len(target)), target, spec, stats.shape[1], stats,
+        addresses(outputs, OUTPUTS),
+    )  # fmt: skip
+    if nan:
+        check_values(stats, target, spec, whole=True)
+
+
+_merge_row_stats = define(
+    "merge_row_stats",
+    "(Tensor messages, Tensor target, SymInt vocab_start, SymInt vocab_size, float temperature, int ignore_index, "
+    "bool moments) -> Tensor[]",
+    _prepare,
+    _fill,
+)
+
+
+def merge_row_stats(messages: Tensor, target: Tensor, spec: RowSpec, moments: bool = False) -> list[Tensor]:
+    """[stats [T, 4 | 7], logprob, entropy[, collision, varentropy, entropy_drift]], NaN if the ranks do not agree.
+
+    messages [R, T * width + 4]: the first 4 (7) floats of every row are the statistics of a shard.
+    """
+    return _merge_row_stats(messages, target, *spec, moments)

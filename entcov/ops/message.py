@@ -1,0 +1,50 @@
+"""message: what one rank sends, its payload and a signature of 16 bytes behind it (csrc/signature.h)."""
+
+import torch
+from torch import Tensor
+
+from entcov.ops.core import SIGNATURE, check_rows, define, launch
+
+
+def _prepare(payload, values, call, start, columns):
+    if payload is None or payload.dim() != 2:
+        raise ValueError(f"payload must be [T, width], got {None if payload is None else tuple(payload.shape)}")
+    check_rows(payload, "payload", torch.float32, payload.shape, payload)
+    if values is not None:
+        check_rows(values, "values", torch.int64, (values.numel(),), payload)
+    for name, value in (("start", start), ("columns", columns)):
+        if not 0 <= value < 2**31:
+            raise ValueError(f"{name} must be in [0, 2^31), got {value}")
+    return payload.new_empty(payload.numel() + SIGNATURE)
+
+
+def _fill(out, payload, values, call, start, columns):
+    count = 0 if values is None else values.numel()
+    launch("message", payload.device, payload, payload.numel(), values, count, call, start, columns, out)
+
+
+_message = define(
+    "message", "(Tensor payload, Tensor? values, int call, SymInt start, SymInt columns) -> Tensor", _prepare, _fill
+)
+
+
+def message(payload: Tensor, values: Tensor | None, call: int, start: int, columns: int) -> Tensor:
+    """[T * width + 4] fp32: the payload [T, width] and its signature.
+
+    Args:
+        values: [n] int64 that every rank must have alike.
+        call: hash of what every rank must be called with; 0: this rank failed.
+        start, columns: of this rank's shard in the vocabulary.
+    """
+    return _message(payload, values, call, start, columns)
+
+
+def signatures(messages: Tensor) -> Tensor:
+    """[R, 2] int64 of messages [R, n]: the hash of the call and the values, and start + columns * 2^32."""
+    return messages[:, -SIGNATURE:].contiguous().view(torch.int64)
+
+
+def hash_values(values: Tensor, call: int = 1) -> Tensor:
+    """[] int64: hash of values [n] int64 and their order, on their device. Odd, so never 0."""
+    empty = torch.empty((0, 0), dtype=torch.float32, device=values.device)
+    return signatures(message(empty, values, call, 0, 0)[None])[0, 0]

@@ -1,0 +1,85 @@
+"""row_stats: logits -> the statistics of every row; for whole rows also log-probability, entropy and moments."""
+
+import torch
+from torch import Tensor
+
+from entcov.ops.core import (
+    RowSpec,
+    check_logits,
+    check_rows,
+    check_spec,
+    addresses,
+    define,
+    launch,
+    logits_view,
+    num_columns,
+    workspace,
+)
+
+FIELDS = ("max", "sum_exp_m1", "sum_xexp", "target", "sum_exp2_m1", "sum_xexp2", "sum_x2exp")
+OUTPUTS = 5  # RowOutputs of csrc/row_stats.h
+
+
+def allocate(rows: Tensor, T: int, moments: bool, whole: bool) -> list[Tensor]:
+    """Statistics [T, 4 | 7] and, of whole rows, the outputs [T]: logprob, entropy[, collision, varentropy, drift]."""
+    outputs = (5 if moments else 2) if whole else 0
+    return [
+        rows.new_empty((T, 7 if moments else 4), dtype=torch.float32),
+        *(rows.new_empty((T,), dtype=torch.float32) for _ in range(outputs)),
+    ]
+
+
+def _prepare(logits, target, vocab_start, vocab_size, temperature, ignore_index, moments, whole):
+    check_logits(logits)
+    check_rows(target, "target", torch.int64, logits.shape[:1], logits)
+    check_spec(RowSpec(vocab_start, vocab_size, temperature, ignore_index))
+    return allocate(logits, logits.shape[0], moments, whole)
+
+
+def _fill(out, logits, target, vocab_start, vocab_size, temperature, ignore_index, moments, whole):
+    stats, *outputs = out
+    spec = RowSpec(vocab_start, vocab_size, temperature, ignore_index)
+    room = workspace(num_columns(logits.shape[1], spec), stats)  # has to live until the launch
+    nan = launch(
+        "row_stats", logits.device, logits_view(logits), target, spec, stats.shape[1], stats,
+        addresses(outputs, OUTPUTS), room,
+    )  # fmt: skip
+    if nan:
+        check_values(stats, target, spec, whole)
+
+
+_row_stats = define(
+    "row_stats",
+    "(Tensor logits, Tensor target, SymInt vocab_start, SymInt vocab_size, float temperature, int ignore_index, "
+    "bool moments, bool whole) -> Tensor[]",
+    _prepare,
+    _fill,
+)
+
+
+def row_stats(logits: Tensor, target: Tensor, spec: RowSpec, moments: bool = False, whole: bool = False):
+    """RowStats of a shard's rows [T, 4 | 7]; with `whole` a list of them and the outputs of `allocate`."""
+    out = _row_stats(logits, target, *spec, moments, whole)
+    return out if whole else out[0]
+
+
+def check_values(stats: Tensor, target: Tensor, spec: RowSpec, whole: bool) -> None:
+    """ValueError where a target is no token, or a whole row has no finite logit. Elsewhere than on the CPU nobody asks:
+    such rows are NaN, and looking for them would make the host wait."""
+    check_target(target, spec)
+    empty = (stats[:, 0] == -torch.inf) & (target != spec.ignore_index)
+    if whole and empty.any():
+        raise ValueError(
+            f"logits: {int(empty.sum())} rows have no finite logit (first: row {int(empty.nonzero()[0])})"
+        )
+
+
+def check_target(target: Tensor, spec: RowSpec) -> None:
+    """ValueError unless each of these [T] int64 on the CPU is `ignore_index` or a token."""
+    bad = ((target < 0) | (target >= spec.vocab_size)) & (target != spec.ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"target must be ignore_index ({spec.ignore_index}) or in [0, vocab_size = {spec.vocab_size}): "
+            f"{int(bad.sum())} of {target.numel()} are not, first {int(target[row])} at row {row}"
+        )
