@@ -2,7 +2,6 @@
 // The only file that includes Python. An op is one line: raw() derives its signature from the launcher's.
 #include <pybind11/pybind11.h>
 
-#include "clamp.h"
 #include "entcov.h"
 
 namespace py = pybind11;
@@ -48,8 +47,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("merge_covariance_stats", raw(cpu::merge_covariance_stats));
   m.def("logit_covariance_grad", raw(cpu::logit_covariance_grad));
   m.def("advise_huge_pages", raw(cpu::advise_huge_pages));
-  m.def("order_statistics", raw(cpu::order_statistics));
-  m.def("clamp_bracket", raw(cpu::clamp_bracket));
-  m.def("clamp_collect", raw(cpu::clamp_collect));
-  m.def("clamp_finish", raw(cpu::clamp_finish));
+  m.def("clamped_stats", raw(cpu::clamped_stats));
+  m.def("clamp_sketch", raw(cpu::clamp_sketch));
+  m.def("clamp_guess", raw(cpu::clamp_guess));
+  m.def("clamp_part", raw(cpu::clamp_part));
+  m.def("clamp_narrow", raw(cpu::clamp_narrow));
 }

@@ -54,6 +54,34 @@ int64_t logits_grad(int dtype, const void* logits, int64_t row_stride, int64_t T
                     const float* grad_clamped, const float* clamp, float inv_temperature, void* grad,
                     int64_t grad_row_stride, int threads);
 
+// The clamped entropy (clamp.h). Rows that are whole: RowStats [T, 4] and clamp [T, 4], threshold (raw), weight of the logits
+// that equal it, L_k, H_k, of the `kept` largest of their num_columns logits. Rows without a finite logit, or with a NaN or a
+// +inf: clamp is NaN.
+void clamped_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                   const int64_t* target, int64_t kept, int64_t ignore_index, float inv_temperature, float* stats,
+                   float* clamp, int threads);
+
+// The same for rows that are split over ranks, in four steps. bracket is [T, 4], the members of Bracket; sketches are
+// [R, T, 64], parts [R, T, 166], R apart by shard_stride and rows by row_stride elements.
+void clamp_sketch(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                  const int64_t* target, int64_t ignore_index, float* sketch, int threads);
+
+// columns [R]: how many each shard has. margin: ranks that the bracket reaches beyond `kept` on either side.
+void clamp_guess(const float* sketches, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T,
+                 const int64_t* columns, const int64_t* target, int64_t ignore_index, int64_t vocab_size, int64_t kept,
+                 int64_t margin, uint32_t* bracket, int threads);
+
+// part is [T, 4 + 166]: RowStats of the shard, then its partial.
+void clamp_part(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                const int64_t* target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
+                const uint32_t* bracket, float inv_temperature, float* part, int threads);
+
+// stats: merged. Writes clamp [T, 4] of the rows that get done, and the brackets of all rows; adds the number of those
+// that are not done to unfinished [1].
+void clamp_narrow(const float* parts, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T,
+                  const int64_t* target, const float* stats, int fields, int64_t ignore_index, int64_t kept,
+                  float inv_temperature, uint32_t* bracket, float* clamp, uint32_t* unfinished, int threads);
+
 // Two logit tensors of the same shape and dtype -> stats [T, 8], the members of CovarianceStats (covariance_stats.h).
 // row_mask [T] (bytes, 0: the row is not read and gets zeros) may be null.
 void covariance_stats(int dtype, const void* logits_old, int64_t old_row_stride, const void* logits_new,

@@ -1,7 +1,7 @@
-"""The clamped entropy of rows split over ranks, on CUDA: the local ops, and the rounds of them.
+"""The clamped entropy of rows split over ranks: the local ops, and the rounds of them. The same on every device.
 
 The statistics travel with what the clamp needs, so that it costs one all-gather more: of a sketch, before the pass over
-the logits. csrc/cuda/clamp_shards.cu says what the ops compute; shapes and errors are those of entcov/ops.py.
+the logits. csrc/clamp.h says what the ops compute; shapes and errors are those of entcov/ops.py.
 
 clamp_sketch(logits, target, vocab_start, vocab_size, ignore_index) -> [T, SKETCH]
     quantiles of a sample of this shard, descending; -inf for a shard without columns
@@ -11,7 +11,7 @@ clamp_part(logits, target, bracket, vocab_start, vocab_size, temperature, ignore
     the shard's row statistics, its sums above the bracket, and what lies in it
 clamp_narrow(parts [R, T, PART], target, stats, bracket, clamp, kept, temperature, ignore_index)
     -> (bracket [T, 4] int32, clamp [T, 4], [1] int32)
-    the clamp of the rows that the parts suffice for (columns as of clamp_ops.clamp_finish; the other rows keep theirs),
+    the clamp of the rows that the parts suffice for (columns as of clamp_ops.clamped_stats; the other rows keep theirs),
     the next brackets, and how many rows want one more round
 
 None of them mutates an argument or has a derivative.
@@ -22,23 +22,24 @@ import math
 import torch
 from torch import Tensor
 
-from entcov import cuda_ops, ops
+from entcov import ops
+from entcov.clamp_ops import DERIVATIVE_ERROR, launch
 from entcov.op_registry import (
+    DTYPES,
     check_columns,
     check_logits,
     check_rows,
     check_shard,
     check_temperature,
-    no_cpu,
+    num_columns,
     register,
 )
 from entcov.stats import ranks
 from entcov.stats.shards import Part, gather
 
-SKETCH, CELLS, PART = 64, 160, 167
+SKETCH, PART = 64, 6 + 160  # floats a row: csrc/clamp.h
 # A row that its sample misled has 2^32 keys left: 160 times fewer each round, and one round to add up what is kept.
 MOST_ROUNDS = 7
-_DERIVATIVE_ERROR = "{} is a building block without a derivative; entcov.token_stats has one"
 
 
 def _check_bracket(bracket, target, like) -> None:
@@ -63,10 +64,20 @@ def _clamp_sketch_fake(logits, target, vocab_start, vocab_size, ignore_index):
     return logits.new_empty((logits.shape[0], SKETCH), dtype=torch.float32)
 
 
-def _clamp_sketch_cuda(*args):
-    sketch = _clamp_sketch_fake(*args)
-    cuda_ops.clamp_sketch(sketch, *args)
+def _clamp_sketch(logits, target, vocab_start, vocab_size, ignore_index):
+    sketch = _clamp_sketch_fake(logits, target, vocab_start, vocab_size, ignore_index)
+    launch(
+        "clamp_sketch", logits.device, DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), logits.shape[0],
+        num_columns(logits, vocab_start, vocab_size), target.data_ptr(), ignore_index, sketch.data_ptr(),
+    )  # fmt: skip
     return sketch
+
+
+def _clamp_sketch_cpu(*args):
+    _clamp_sketch_fake(*args)
+    _, target, _, vocab_size, ignore_index = args
+    ops.check_target(target, vocab_size, ignore_index)
+    return _clamp_sketch(*args)
 
 
 def _clamp_guess_fake(sketches, columns, target, vocab_size, kept, margin, ignore_index):
@@ -80,9 +91,13 @@ def _clamp_guess_fake(sketches, columns, target, vocab_size, kept, margin, ignor
     return sketches.new_empty((sketches.shape[1], 4), dtype=torch.int32)
 
 
-def _clamp_guess_cuda(*args):
-    bracket = _clamp_guess_fake(*args)
-    cuda_ops.clamp_guess(bracket, *args)
+def _clamp_guess(sketches, columns, target, vocab_size, kept, margin, ignore_index):
+    bracket = _clamp_guess_fake(sketches, columns, target, vocab_size, kept, margin, ignore_index)
+    R, T, _ = sketches.shape
+    launch(
+        "clamp_guess", sketches.device, sketches.data_ptr(), sketches.stride(0), sketches.stride(1), R, T,
+        columns.data_ptr(), target.data_ptr(), ignore_index, vocab_size, kept, margin, bracket.data_ptr(),
+    )  # fmt: skip
     return bracket
 
 
@@ -96,9 +111,13 @@ def _clamp_part_fake(logits, target, bracket, vocab_start, vocab_size, temperatu
     return logits.new_empty((logits.shape[0], 4 + PART), dtype=torch.float32)
 
 
-def _clamp_part_cuda(*args):
-    part = _clamp_part_fake(*args)
-    cuda_ops.clamp_part(part, *args)
+def _clamp_part(logits, target, bracket, vocab_start, vocab_size, temperature, ignore_index):
+    part = _clamp_part_fake(logits, target, bracket, vocab_start, vocab_size, temperature, ignore_index)
+    launch(
+        "clamp_part", logits.device, DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), logits.shape[0],
+        num_columns(logits, vocab_start, vocab_size), target.data_ptr(), vocab_start, vocab_size, ignore_index,
+        bracket.data_ptr(), 1.0 / temperature, part.data_ptr(),
+    )  # fmt: skip
     return part
 
 
@@ -117,44 +136,49 @@ def _clamp_narrow_fake(parts, target, stats, bracket, clamp, kept, temperature, 
     return torch.empty_like(bracket), torch.empty_like(clamp), bracket.new_empty(1)
 
 
-def _clamp_narrow_cuda(parts, target, stats, bracket, clamp, kept, temperature, ignore_index):
+def _clamp_narrow(parts, target, stats, bracket, clamp, kept, temperature, ignore_index):
     _clamp_narrow_fake(parts, target, stats, bracket, clamp, kept, temperature, ignore_index)
     found = bracket.clone(), clamp.clone(), bracket.new_zeros(1)
-    cuda_ops.clamp_narrow(*found, parts, target, stats, kept, temperature, ignore_index)
+    R, T, _ = parts.shape
+    launch(
+        "clamp_narrow", parts.device, parts.data_ptr(), parts.stride(0), parts.stride(1), R, T, target.data_ptr(),
+        stats.data_ptr(), stats.shape[1], ignore_index, kept, 1.0 / temperature, *(x.data_ptr() for x in found),
+    )  # fmt: skip
     return found
 
 
-def _register(name: str, schema: str, cuda, fake):
+def _register(name: str, schema: str, kernel, fake, cpu=None):
     return register(
-        name, schema, no_cpu(name), fake, cuda=cuda, derivative_error=_DERIVATIVE_ERROR.format(name)
+        name, schema, cpu or kernel, fake, cuda=kernel, derivative_error=DERIVATIVE_ERROR.format(name)
     )  # fmt: skip
 
 
 clamp_sketch = _register(
     "clamp_sketch",
     "(Tensor logits, Tensor target, SymInt vocab_start, SymInt vocab_size, int ignore_index) -> Tensor",
-    _clamp_sketch_cuda,
+    _clamp_sketch,
     _clamp_sketch_fake,
+    _clamp_sketch_cpu,
 )
 clamp_guess = _register(
     "clamp_guess",
     "(Tensor sketches, Tensor columns, Tensor target, SymInt vocab_size, SymInt kept, SymInt margin, "
     "int ignore_index) -> Tensor",
-    _clamp_guess_cuda,
+    _clamp_guess,
     _clamp_guess_fake,
 )
 clamp_part = _register(
     "clamp_part",
     "(Tensor logits, Tensor target, Tensor bracket, SymInt vocab_start, SymInt vocab_size, float temperature, "
     "int ignore_index) -> Tensor",
-    _clamp_part_cuda,
+    _clamp_part,
     _clamp_part_fake,
 )
 clamp_narrow = _register(
     "clamp_narrow",
     "(Tensor parts, Tensor target, Tensor stats, Tensor bracket, Tensor clamp, SymInt kept, float temperature, "
     "int ignore_index) -> (Tensor, Tensor, Tensor)",
-    _clamp_narrow_cuda,
+    _clamp_narrow,
     _clamp_narrow_fake,
 )
 

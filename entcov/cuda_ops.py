@@ -64,45 +64,6 @@ def logits_grad(
     )  # fmt: skip
 
 
-def clamped_stats(stats, clamp, logits, target, kept, vocab_size, temperature, ignore_index) -> None:
-    _launch(
-        "clamped_stats", logits.device, DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), logits.shape[0],
-        vocab_size, target.data_ptr(), kept, ignore_index, 1.0 / temperature, stats.data_ptr(), clamp.data_ptr(),
-    )  # fmt: skip
-
-
-def clamp_sketch(sketch, logits, target, vocab_start, vocab_size, ignore_index) -> None:
-    _launch(
-        "clamp_sketch", logits.device, DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), logits.shape[0],
-        num_columns(logits, vocab_start, vocab_size), target.data_ptr(), ignore_index, sketch.data_ptr(),
-    )  # fmt: skip
-
-
-def clamp_guess(bracket, sketches, columns, target, vocab_size, kept, margin, ignore_index) -> None:
-    R, T, _ = sketches.shape
-    _launch(
-        "clamp_guess", sketches.device, sketches.data_ptr(), sketches.stride(0), sketches.stride(1), R, T,
-        columns.data_ptr(), target.data_ptr(), ignore_index, vocab_size, kept, margin, bracket.data_ptr(),
-    )  # fmt: skip
-
-
-def clamp_part(part, logits, target, bracket, vocab_start, vocab_size, temperature, ignore_index) -> None:
-    _launch(
-        "clamp_part", logits.device, DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), logits.shape[0],
-        num_columns(logits, vocab_start, vocab_size), target.data_ptr(), vocab_start, vocab_size, ignore_index,
-        bracket.data_ptr(), 1.0 / temperature, part.data_ptr(),
-    )  # fmt: skip
-
-
-def clamp_narrow(bracket, clamp, unfinished, parts, target, stats, kept, temperature, ignore_index) -> None:
-    R, T, _ = parts.shape
-    _launch(
-        "clamp_narrow", parts.device, parts.data_ptr(), parts.stride(0), parts.stride(1), R, T, target.data_ptr(),
-        stats.data_ptr(), stats.shape[1], ignore_index, kept, 1.0 / temperature, bracket.data_ptr(), clamp.data_ptr(),
-        unfinished.data_ptr(),
-    )  # fmt: skip
-
-
 def covariance_stats(stats, logits_old, logits_new, vocab_start, vocab_size, temperature, row_mask) -> None:
     columns = num_columns(logits_new, vocab_start, vocab_size)
     workspace = _workspace(columns, stats)

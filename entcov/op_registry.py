@@ -82,15 +82,6 @@ def _no_cuda(name: str) -> Callable:
     return unavailable
 
 
-def no_cpu(name: str) -> Callable:
-    """What to register for the CPU where only the way on CUDA has such a step."""
-
-    def unavailable(*args, **kwargs):
-        raise RuntimeError(f"entcov::{name} is a step of the clamped entropy on CUDA; its tensors must be there")
-
-    return unavailable
-
-
 def check_logits(logits: Tensor, name: str = "logits") -> None:
     """2-D, a known dtype, unit stride along the vocabulary."""
     if logits.dtype not in DTYPES:

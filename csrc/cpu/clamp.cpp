@@ -1,308 +1,405 @@
-// Clamped entropy: from sketches to a bracket, from a bracket to sums over what is kept (clamp.h says how the steps fit
-// together).
+// The clamped entropy on the CPU: what ../clamp.h leaves to a device. A row is one thread's work.
 //
-// clamp_collect is one read of the row and one exponential a logit, like row_stats, but with the maximum known: nothing
-// is ever rescaled. It adds only logits above the bracket, so logits near the threshold enter once, in clamp_finish,
-// with the weight the global counts give them.
+// Memory of clamped_stats: one read of the row (a sample of 1 in 20 sectors first; one or two reads more if that misled, one
+// row in a thousand) and, of what lies in the bracket, 4 bytes a logit written and read. Once more 32 bytes a row out.
+// clamp_part: the same one read, and 680 bytes a row out; clamp_sketch: the sample, and 256 bytes a row. The other two read
+// what has been gathered. Scratch a thread: 176 KiB of counters, and 4 bytes a column for the list, of which only as much is
+// touched as logits lie in the bracket.
+//
+// Listing is a second look at each chunk of the pass (row_pass.h) while it is in L1: with AVX-512 a compressed store a
+// vector, elsewhere a store and an addition a logit, without a branch. A list has room for the whole row, so it never
+// overflows, and a bracket of all keys always ends the search.
 #include "../clamp.h"
 
-#include <algorithm>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <memory>
 #include <vector>
 
-#include "../row_stats.h"
-#include "dispatch.h"
+#include "row_pass.h"
 
 namespace entcov::cpu {
 namespace {
 
-struct Row {
-  const float* stats;
-  bool ignored, nan;
-  bool dead() const { return ignored || nan; }
-};
+constexpr int kCounters = 2048;
+constexpr int kHalfKeys = 1 << 16;  // upper halves of keys
 
-Row row_at(int64_t t, const float* stats, int fields, const int64_t* target, int64_t ignore_index) {
-  const float* s = stats + t * fields;
-  return {s, target[t] == ignore_index, std::isnan(s[1])};
+int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
-struct Bracket {
-  float lo, hi, bound;
+struct Scratch {
+  uint16_t upper[kSampleLimit];         // a sample: upper halves of keys
+  uint16_t sampled[kHalfKeys] = {};     // how often each is in it; all 0 between rows
+  uint32_t count[kCounters];
+  std::unique_ptr<float[]> list;
+
+  explicit Scratch(int64_t columns) : list(new float[columns + 2 * 16]) {}  // whole vectors are written
 };
 
-// One shard's sketch: m values in descending order, and which order statistic each one is.
-struct Sketch {
-  const float* value;
-  const int64_t* rank;
-  int64_t m;
-
-  int64_t columns() const { return rank[m - 1]; }
-  // At least so many of the shard's values are >= v.
-  int64_t surely_from(float v) const {
-    const int64_t i = std::partition_point(value, value + m, [v](float s) { return s >= v; }) - value;
-    return i == 0 ? 0 : rank[i - 1];
-  }
-  // At most so many of them are > v.
-  int64_t maybe_above(float v) const {
-    const int64_t i = std::partition_point(value, value + m, [v](float s) { return s > v; }) - value;
-    return i == m ? columns() : rank[i] - 1;
-  }
-};
-
-Bracket bracket_row(const std::vector<Sketch>& shards, int64_t kept, std::vector<float>& values) {
-  const Bracket unknown{NAN, NAN, 0};
-  values.clear();
-  for (const Sketch& s : shards) values.insert(values.end(), s.value, s.value + s.m);
-  for (float v : values)
-    if (std::isnan(v)) return unknown;
-  std::sort(values.begin(), values.end(), std::greater<float>());
-  const auto surely_from = [&](float v) {
-    int64_t n = 0;
-    for (const Sketch& s : shards) n += s.surely_from(v);
-    return n;
-  };
-  const auto maybe_above = [&](float v) {
-    int64_t n = 0;
-    for (const Sketch& s : shards) n += s.maybe_above(v);
-    return n;
-  };
-  // Both counts grow as v falls. Every shard's largest and smallest value is in its sketch, so both ends exist: no
-  // value is above the largest, and all are from the smallest on. Sketches that do not descend need not have them.
-  const auto lo_at =
-      std::partition_point(values.begin(), values.end(), [&](float v) { return surely_from(v) < kept; });
-  const auto hi_end =
-      std::partition_point(values.begin(), values.end(), [&](float v) { return maybe_above(v) < kept; });
-  if (lo_at == values.end() || hi_end == values.begin()) return unknown;
-  const float lo = *lo_at, hi = *(hi_end - 1);
-  int64_t bound = 0;
-  if (lo < hi)
-    for (const Sketch& s : shards) bound = std::max(bound, s.maybe_above(lo) - s.surely_from(hi));
-  return {lo, hi, static_cast<float>(bound)};
+// Here and not in the threads, where running out of memory is fatal.
+std::vector<std::unique_ptr<Scratch>> scratch_for(int threads, int64_t T, int64_t columns) {
+  std::vector<std::unique_ptr<Scratch>> all;
+  for (int i = 0; i == 0 || (i < usable_threads(threads) && i < T); i++)
+    all.push_back(std::make_unique<Scratch>(columns));
+  return all;
 }
 
 template <class D>
-struct CollectOp {
+constexpr int kSpareBits = 0;
+template <>
+constexpr int kSpareBits<BFloat16> = 16;
+template <>
+constexpr int kSpareBits<Float16> = 13;
+
+// ---- the sample -----------------------------------------------------------------------------------------------------
+
+// Into s.upper; returns how many.
+template <class D>
+ENTCOV_INLINE int take_sample(const typename D::storage* x, int columns, Scratch& s) {
+  int size = 0;
+  const auto take = [&](const typename D::storage* from, int n) __attribute__((always_inline)) {
+    for (int j = 0; j < n; j += 4) {
+      const f32<4> v = n - j < 4 ? widen_tail<D, 4>(from + j, n - j) : D::template widen<4>(from + j);
+      for (int k = 0; k < 4; k++) s.upper[size + j + k] = static_cast<uint16_t>(order_key(v[k]) >> 16);
+    }
+    size += n;
+  };
+  if (columns <= kUnsampledColumns) {
+    take(x, columns);
+    return size;
+  }
+  constexpr int kSector = kSectorBytes / static_cast<int>(sizeof(typename D::storage));
+  const SamplePlan plan = plan_sample(columns, kSector);
+  for (int i = 0; i < plan.taken; i++) take(x + static_cast<int64_t>(i * plan.every + plan.first) * kSector, kSector);
+  return size;
+}
+
+// The rank(n)-th largest of the sample, n < size, ascending and in 1..m: their upper halves.
+template <class Rank>
+void select_from_sample(Scratch& s, int m, int size, Rank rank, uint16_t* upper) {
+  constexpr int kBlock = 256;
+  for (int i = 0; i < m; i++) s.sampled[s.upper[i]]++;
+  int end = kHalfKeys, n = 0, above = 0;  // `above` of the sample lie from key `end` on
+  while (n < size) {
+    int in_block = 0;
+    for (int i = 1; i <= kBlock; i++) in_block += s.sampled[end - i];
+    if (above + in_block < rank(n)) {
+      above += in_block, end -= kBlock;
+      continue;
+    }
+    for (int key = end - 1, larger = above; n < size && key >= end - kBlock; key--)
+      for (larger += s.sampled[key]; n < size && rank(n) <= larger;) upper[n++] = static_cast<uint16_t>(key);
+    above += in_block, end -= kBlock;
+  }
+  for (int i = 0; i < m; i++) s.sampled[s.upper[i]] = 0;
+}
+
+// ---- the list -------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+template <class D>
+__attribute__((target(ENTCOV_AVX512))) int64_t list_vectors_avx512(const typename D::storage* x, int n, float lo,
+                                                                   float hi, float* out) {
+  int64_t listed = 0;
+  for (int j = 0; j + 16 <= n; j += 16) {
+    const __m512 v = (__m512)D::template widen<16>(x + j);
+    const __mmask16 from = _mm512_cmp_ps_mask(v, _mm512_set1_ps(lo), _CMP_GE_OQ);
+    const __mmask16 inside = _mm512_mask_cmp_ps_mask(from, v, _mm512_set1_ps(hi), _CMP_LE_OQ);
+    _mm512_storeu_ps(out + listed, _mm512_maskz_compress_ps(inside, v));
+    listed += __builtin_popcount(inside);
+  }
+  return listed;
+}
+#endif
+
+// Writes the elements of x [n] in [lo, hi] to out, in their order, and up to 15 more; returns how many they are.
+template <class D, int W>
+ENTCOV_INLINE int64_t list_inside(const typename D::storage* x, int n, float lo, float hi, float* out) {
+  int64_t listed = 0;
+  int j = 0;
+#if defined(__x86_64__)
+  if constexpr (W == 16) listed = list_vectors_avx512<D>(x, n, lo, hi, out), j = n - n % W;
+#endif
+  for (; j < n; j += W) {
+    const int real = n - j < W ? n - j : W;
+    const f32<W> v = real < W ? widen_tail<D, W>(x + j, real) : D::template widen<W>(x + j);
+    float values[W];
+    memcpy(values, &v, sizeof v);
+    for (int k = 0; k < real; k++) {
+      out[listed] = values[k];
+      listed += (values[k] >= lo) & (values[k] <= hi);
+    }
+  }
+  return listed;
+}
+
+// One pass over a row with a bracket.
+template <class D, int W>
+struct BracketPass : RowPass<D, W, false, true> {
+  float* list;
+  int64_t listed = 0;
+
+  ENTCOV_INLINE BracketPass(const typename D::storage* x, int64_t columns, float inv_temperature, float lo, float hi,
+                            float* room)
+      : RowPass<D, W, false, true>(inv_temperature, hi), list(room) {
+    this->add_row(x, columns, [&](int64_t at, int n) __attribute__((always_inline)) {
+      listed += list_inside<D, W>(x + at, n, lo, hi, list + listed);
+    });
+  }
+};
+
+// ---- clamped_stats --------------------------------------------------------------------------------------------------
+
+struct Place {
+  uint32_t key, rank, equal;  // of an element: its rank among those that equal it, and their number
+};
+
+// Of the rank-th largest element of a list whose keys lie in `range`: 11 bits of what is left of the range at a time.
+template <int kSpare>
+Place radix_select(const float* list, int64_t listed, KeyRange range, uint32_t rank, uint32_t* count) {
+  uint32_t lo = range.lo >> kSpare, hi = range.hi >> kSpare, equal = static_cast<uint32_t>(listed);
+  while (lo < hi) {
+    int shift = 0;
+    while ((hi - lo) >> shift >= kCounters) shift++;
+    std::fill(count, count + kCounters, 0);
+    for (int64_t i = 0; i < listed; i++) {
+      const uint32_t key = order_key(list[i]) >> kSpare;
+      if (key >= lo && key <= hi) count[(key - lo) >> shift]++;
+    }
+    uint32_t bin = (hi - lo) >> shift;
+    while (bin > 0 && rank > count[bin]) rank -= count[bin--];
+    equal = count[bin];
+    lo += bin << shift;
+    if ((hi - lo) >> shift > 0) hi = lo + (1u << shift) - 1u;
+  }
+  return {whole_key(lo, kSpare), rank, equal};
+}
+
+template <class D>
+struct ClampedStatsOp {
+  struct Args {
+    const typename D::storage* logits;
+    int64_t row_stride, num_columns;
+    const int64_t* target;
+    int64_t kept, ignore_index;
+    float inv_temperature;
+    float *stats, *clamp;
+    const std::unique_ptr<Scratch>* scratch;
+  };
+  static constexpr int kSpare = kSpareBits<D>;
+
+  static ENTCOV_INLINE RowBrackets guess(const Args& a, const typename D::storage* x, Scratch& s) {
+    const KeyRange all{kLowestKey, kHighestKey};
+    const int columns = static_cast<int>(a.num_columns);
+    if (columns <= kUnsampledColumns) return {all, all, all};
+    const int m = take_sample<D>(x, columns, s);
+    const SampleRanks ranks = sample_ranks(a.kept, columns, m, INFINITY);
+    uint16_t upper[4];
+    select_from_sample(s, m, 4, [&](int n) { return ranks.rank(n); }, upper);
+    return row_brackets(ranks, upper, kSpare);
+  }
+
+  template <int W>
+  static ENTCOV_INLINE void row(const Args& a, int64_t t) {
+    float *out = a.stats + t * kRowStatsFields, *clamp = a.clamp + t * 4;
+    if (a.target[t] == a.ignore_index) {
+      std::fill(out, out + kRowStatsFields, 0.0f), std::fill(clamp, clamp + 4, 0.0f);
+      return;
+    }
+    Scratch& s = *a.scratch[thread_index()];
+    const typename D::storage* x = a.logits + t * a.row_stride;
+    const RowBrackets brackets = guess(a, x, s);
+    const int64_t kept = a.kept;
+    KeyRange b = brackets.inner;
+    for (int passes = 1;; passes++) {
+      const BracketPass<D, W> p(x, a.num_columns, a.inv_temperature, key_value(b.lo), key_value(b.hi), s.list.get());
+      const bool dead = std::isnan(p.total.rest) || p.max == -INFINITY;
+      const bool missed = kept <= p.total.above || kept - p.total.above > p.listed;
+      if (missed && !dead) {
+        if (passes == 1)
+          b = kept <= p.total.above ? brackets.above : brackets.below;
+        else
+          b = {kLowestKey, kHighestKey};
+        continue;
+      }
+      p.write_stats(x, a.num_columns, column_of(a.target[t], 0), out);
+      if (dead) {
+        std::fill(clamp, clamp + 4, NAN);
+        return;
+      }
+      // [above hi][listed, descending]: the threshold is the kept-th.
+      const Place at = radix_select<kSpare>(s.list.get(), p.listed, b, static_cast<uint32_t>(kept - p.total.above), s.count);
+      const float threshold = key_value(at.key);
+      for (int64_t i = 0; i < p.listed; i++)
+        if (!(s.list[i] > threshold)) s.list[i] = -INFINITY;
+      const RowPass<Float32, W, false, false> of_list(a.inv_temperature);
+      Sums sums;
+      double at_max = p.max > key_value(b.hi) ? 0 : -1;  // above the bracket one is left out already
+      for (int64_t i = 0; i < p.listed; i += kChunk) {
+        const int n = p.listed - i < kChunk ? static_cast<int>(p.listed - i) : kChunk;
+        of_list.template sweep<true>(s.list.get() + i, n, p.max, sums, at_max);
+      }
+      finish_clamp(threshold, at.rank, at.equal, p.max, float(p.total.rest_above + sums.rest + at_max),
+                   float(p.total.sum_xexp_above + sums.sum_xexp), a.inv_temperature, clamp);
+      return;
+    }
+  }
+};
+
+// ---- rows that are split over ranks ---------------------------------------------------------------------------------
+
+template <class D>
+struct SketchOp {
   struct Args {
     const typename D::storage* logits;
     int64_t row_stride, num_columns;
     const int64_t* target;
     int64_t ignore_index;
-    const float* stats;
-    int fields;
-    const float* bracket;
-    int bracket_fields;
-    int64_t capacity;
-    float inv_temperature;
-    float* part;
+    float* sketch;
+    const std::unique_ptr<Scratch>* scratch;
   };
-
-  static constexpr int kChunk = 1024;  // lanes add in fp32 within a chunk, in double from chunk to chunk
-  static constexpr int kGroup = 64;    // so many logits are looked at together for values between lo and hi
-
-  // Comparisons become floats 0 and 1, each by one selection, and are combined by arithmetic: that GCC takes to mask
-  // registers, while a comparison used as an integer, or nested selections, fall apart into scalars. The counts are
-  // exact, a chunk being short; the weights are finite, rows with a NaN being skipped.
-  template <int W>
-  struct Lanes {
-    f32<W> e{}, xe{}, at_max{}, above_hi{}, equal_hi{}, above_lo{}, equal_lo{};
-
-    ENTCOV_INLINE void add(f32<W> v, float max, float lo, float hi, float inv_temperature) {
-      f32<W> y = (v - max) * inv_temperature;
-      f32<W> w = exp_nonpositive<W>(y);
-      const f32<W> one = splat<W>(1), zero{};
-      const f32<W> is_max = v == splat<W>(max) ? one : zero, is_above = v > splat<W>(hi) ? one : zero;
-      w *= is_above * (one - is_max);
-      e += w, xe += y * w;
-      at_max += is_max, above_hi += is_above;
-      equal_hi += v == splat<W>(hi) ? one : zero;
-      above_lo += v > splat<W>(lo) ? one : zero;
-      equal_lo += v == splat<W>(lo) ? one : zero;
-    }
-  };
-
-  template <int W>
-  static ENTCOV_INLINE int64_t count(f32<W> v) {
-    return static_cast<int64_t>(reduce_add<W>(v));
-  }
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
-    float* part = a.part + t * (kPartFields + a.capacity);
-    memset(part, 0, (kPartFields + a.capacity) * sizeof *part);
-    const float *stats = a.stats + t * a.fields, *bracket = a.bracket + t * a.bracket_fields;
-    if (a.target[t] == a.ignore_index || std::isnan(stats[1])) return;
+    float* out = a.sketch + t * kSketch;
+    if (a.num_columns == 0 || a.target[t] == a.ignore_index) {
+      std::fill(out, out + kSketch, a.num_columns == 0 ? -INFINITY : 0.0f);
+      return;
+    }
+    Scratch& s = *a.scratch[thread_index()];
+    const int m = take_sample<D>(a.logits + t * a.row_stride, static_cast<int>(a.num_columns), s);
+    uint16_t upper[kSketch];
+    select_from_sample(s, m, kSketch, [m](int n) { return (2 * n + 1) * m / (2 * kSketch) + 1; }, upper);
+    for (int n = 0; n < kSketch; n++) out[n] = key_value(first_key(upper[n], kSpareBits<D>));
+  }
+};
+
+template <class D>
+struct PartialOp {
+  struct Args {
+    const typename D::storage* logits;
+    int64_t row_stride, num_columns;
+    const int64_t* target;
+    int64_t vocab_start, ignore_index;
+    const Bracket* bracket;
+    float inv_temperature;
+    float* partial;
+    const std::unique_ptr<Scratch>* scratch;
+  };
+
+  template <int W>
+  static ENTCOV_INLINE void row(const Args& a, int64_t t) {
+    constexpr int kWidth = kRowStatsFields + kPartialFields + kCells;
+    float *out = a.partial + t * kWidth, *partial = out + kRowStatsFields, *cells = partial + kPartialFields;
+    const Bracket b = a.bracket[t];
+    std::fill(out, out + kWidth, 0.0f);
+    if (b.mode == kDone || a.target[t] == a.ignore_index) return;
+    Scratch& s = *a.scratch[thread_index()];
     const typename D::storage* x = a.logits + t * a.row_stride;
-    const float max = stats[0], lo = bracket[0], hi = bracket[1];
-    double rest = 0, sum_xexp = 0;
-    int64_t at_max = 0, above_hi = 0, equal_hi = 0, equal_lo = 0, between = 0;
-    const auto take = [&](f32<W> v) __attribute__((always_inline)) {
-      for (int k = 0; k < W; k++)
-        if (v[k] > lo && v[k] < hi) {
-          if (between < a.capacity) part[kPartFields + between] = v[k];
-          between++;
-        }
-    };
-    for (int64_t at = 0; at < a.num_columns; at += kChunk) {
-      const int n = a.num_columns - at < kChunk ? int(a.num_columns - at) : kChunk;
-      Lanes<W> lanes;
-      int j = 0;
-      for (; j + kGroup <= n; j += kGroup) {
-        const f32<W> before = lanes.above_lo - lanes.above_hi - lanes.equal_hi;
-        for (int i = j; i < j + kGroup; i += W)
-          lanes.add(D::template widen<W>(x + at + i), max, lo, hi, a.inv_temperature);
-        // lo = hi makes the count negative where a logit equals both.
-        const f32<W> found = lanes.above_lo - lanes.above_hi - lanes.equal_hi - before;
-        if (lo < hi && count<W>(found) > 0)
-          for (int i = j; i < j + kGroup; i += W) take(D::template widen<W>(x + at + i));
-      }
-      for (; j < n; j += W) {
-        const int real = n - j < W ? n - j : W;
-        const f32<W> v = real < W ? widen_tail<D, W>(x + at + j, real) : D::template widen<W>(x + at + j);
-        lanes.add(v, max, lo, hi, a.inv_temperature);
-        if (lo < hi) take(v);
-        // The filler of a partial vector reads as -inf, which may be the threshold.
-        if (lo == -INFINITY) equal_lo -= W - real;
-        if (hi == -INFINITY) equal_hi -= W - real;
-      }
-      rest += reduce_add<W>(lanes.e), sum_xexp += reduce_add<W>(lanes.xe);
-      at_max += count<W>(lanes.at_max), above_hi += count<W>(lanes.above_hi), equal_hi += count<W>(lanes.equal_hi);
-      equal_lo += count<W>(lanes.equal_lo);
+    const float* list = s.list.get();
+    const BracketPass<D, W> p(x, a.num_columns, a.inv_temperature, key_value(b.lo), key_value(b.hi), s.list.get());
+    uint32_t used = 0;
+    for (int64_t i = 0; i < p.listed; i++) {
+      const float v = list[i] + 0.0f;
+      used |= float_bits(v);
+      if (b.mode != kListed)
+        cells[cell_of(b, order_key(v))] += 1.0f;
+      else if (i < kCells)
+        cells[i] = v;
     }
-    part[kPartRest] = static_cast<float>(rest);
-    part[kPartXExp] = static_cast<float>(sum_xexp);
-    part[kPartAtMax] = static_cast<float>(at_max);
-    part[kPartAboveHi] = static_cast<float>(above_hi);
-    part[kPartEqualHi] = static_cast<float>(equal_hi);
-    part[kPartEqualLo] = static_cast<float>(equal_lo);
-    part[kPartBetween] = static_cast<float>(between);
+    p.write_stats(x, a.num_columns, column_of(a.target[t], a.vocab_start), out);
+    write_partial(partial, p.max, float(p.total.rest_above), float(p.total.sum_xexp_above),
+                  static_cast<uint32_t>(p.total.above), static_cast<uint32_t>(p.listed), used);
   }
 };
 
-// Sums over the kept set, relative to the row's maximum and with one occurrence of it left out, as in RowStats.
-struct Kept {
-  double rest = 0, sum_xexp = 0;
-
-  void add(double copies, float x, float max, float inv_temperature) {
-    const double y = (double(x) - double(max)) * inv_temperature, e = copies * std::exp(y);
-    if (e == 0) return;  // y may be -inf
-    rest += e, sum_xexp += y * e;
+struct SingleThread {
+  static constexpr int kSize = 1;
+  static constexpr int lane = 0;
+  uint32_t sum(uint32_t v) const { return v; }
+  float sum(float v) const { return v; }
+  float max(float v) const { return v; }
+  uint32_t before(uint32_t) const { return 0; }
+  bool all(bool v) const { return v; }
+  int first(bool) const { return 0; }
+  template <class T>
+  T of(T v, int) const {
+    return v;
   }
 };
-
-// Whether a shard can have counted this: whole numbers up to 2^24, which fp32 holds exactly.
-bool is_count(float v) { return v >= 0 && v <= (1 << 24) && v == std::floor(v); }
-
-void finish_row(const std::vector<const float*>& parts, int64_t capacity, const float* bracket, float max,
-                int64_t kept, float inv_temperature, std::vector<float>& between, float* clamp) {
-  const float lo = bracket[0], hi = bracket[1];
-  Kept sums;
-  double at_max = 0, above = 0, equal_hi = 0, equal_lo = 0;
-  between.clear();
-  bool sound = true;
-  for (const float* p : parts) {
-    for (int i = kPartAtMax; i <= kPartBetween; i++) sound = sound && is_count(p[i]);
-    sound = sound && p[kPartBetween] <= static_cast<float>(capacity);
-    if (!sound) break;
-    sums.rest += p[kPartRest], sums.sum_xexp += p[kPartXExp];
-    at_max += p[kPartAtMax], above += p[kPartAboveHi], equal_hi += p[kPartEqualHi], equal_lo += p[kPartEqualLo];
-    const float *begin = p + kPartFields, *end = begin + static_cast<int64_t>(p[kPartBetween]);
-    sound = std::none_of(begin, end, [](float x) { return std::isnan(x); });
-    between.insert(between.end(), begin, end);
-  }
-  if (!sound) {
-    std::fill_n(clamp, 4, NAN);
-    return;
-  }
-  // Where the ranks go: [above hi][== hi][between, descending][== lo]. The threshold is the kept-th.
-  float threshold = hi;
-  double tied = equal_hi, need = kept - above;  // need >= 1: fewer than `kept` lie above hi
-  if (need > equal_hi) {
-    sums.add(equal_hi, hi, max, inv_temperature);
-    need -= equal_hi;
-    std::sort(between.begin(), between.end(), std::greater<float>());
-    if (need <= static_cast<double>(between.size())) {
-      threshold = between[static_cast<size_t>(need) - 1];
-      const auto ties = std::equal_range(between.begin(), between.end(), threshold, std::greater<float>());
-      for (auto it = between.begin(); it != ties.first; ++it) sums.add(1, *it, max, inv_temperature);
-      need -= static_cast<double>(ties.first - between.begin());
-      tied = static_cast<double>(ties.second - ties.first);
-    } else {
-      for (float x : between) sums.add(1, x, max, inv_temperature);
-      need -= static_cast<double>(between.size());
-      threshold = lo, tied = equal_lo;
-    }
-  }
-  if (!(need >= 1 && need <= tied)) {
-    std::fill_n(clamp, 4, NAN);
-    return;
-  }
-  sums.add(need, threshold, max, inv_temperature);
-  // One occurrence of the maximum is left out. Above hi none was added, below it all that are kept were.
-  sums.rest += max > hi ? at_max - 1 : -1;
-  const double log_sum = std::log1p(sums.rest);
-  clamp[0] = threshold;
-  clamp[1] = static_cast<float>(need / tied);
-  clamp[2] = static_cast<float>(log_sum);
-  clamp[3] = static_cast<float>(log_sum - sums.sum_xexp / (1 + sums.rest));
-}
 
 }  // namespace
 
-void clamp_bracket(const float* sketches, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T, int64_t m,
-                   const int64_t* ranks, const float* stats, int fields, const int64_t* target, int64_t ignore_index,
-                   int64_t kept, float* out, int threads) {
-  threads = usable_threads(threads);
-#pragma omp parallel num_threads(threads) if (threads > 1 && T > 1)
-  {
-    std::vector<Sketch> shards;
-    std::vector<float> values;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) {
-      const Row row = row_at(t, stats, fields, target, ignore_index);
-      Bracket b{0, 0, 0};
-      if (!row.dead()) {
-        shards.clear();
-        for (int64_t r = 0; r < R; r++)
-          if (ranks[r * m + m - 1] > 0) shards.push_back({sketches + r * shard_stride + t * row_stride, ranks + r * m, m});
-        b = bracket_row(shards, kept, values);
-      }
-      out[3 * t] = b.lo, out[3 * t + 1] = b.hi, out[3 * t + 2] = b.bound;
-    }
-  }
-}
-
-void clamp_collect(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
-                   const int64_t* target, int64_t ignore_index, const float* stats, int fields, const float* bracket,
-                   int bracket_fields, int64_t capacity, float inv_temperature, float* part, int threads) {
+void clamped_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                   const int64_t* target, int64_t kept, int64_t ignore_index, float inv_temperature, float* stats,
+                   float* clamp, int threads) {
+  const auto scratch = scratch_for(threads, T, num_columns);
   with_dtype(dtype, [&](auto d) {
     using D = decltype(d);
-    for_rows<CollectOp<D>>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, target,
-                            ignore_index, stats, fields, bracket, bracket_fields, capacity, inv_temperature, part},
+    for_rows<ClampedStatsOp<D>>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, target, kept,
+                                 ignore_index, inv_temperature, stats, clamp, scratch.data()},
+                                T, T * num_columns, threads);
+  });
+}
+
+void clamp_sketch(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                  const int64_t* target, int64_t ignore_index, float* sketch, int threads) {
+  const auto scratch = scratch_for(threads, T, 0);
+  with_dtype(dtype, [&](auto d) {
+    using D = decltype(d);
+    for_rows<SketchOp<D>>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, target,
+                           ignore_index, sketch, scratch.data()},
+                          T, T * num_columns, threads);
+  });
+}
+
+void clamp_guess(const float* sketches, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T,
+                 const int64_t* columns, const int64_t* target, int64_t ignore_index, int64_t vocab_size, int64_t kept,
+                 int64_t margin, uint32_t* bracket, int threads) {
+  threads = usable_threads(threads);
+  Bracket* out = reinterpret_cast<Bracket*>(bracket);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && T > 1)
+  for (int64_t t = 0; t < T; t++)
+    out[t] = target[t] == ignore_index
+                 ? Bracket{0, 0, kDone, 0}
+                 : initial_bracket(SingleThread(), Gathered{sketches + t * row_stride, shard_stride, R}, columns,
+                                   vocab_size, kept, margin);
+}
+
+void clamp_part(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
+                const int64_t* target, int64_t vocab_start, int64_t /*vocab_size*/, int64_t ignore_index,
+                const uint32_t* bracket, float inv_temperature, float* part, int threads) {
+  const auto scratch = scratch_for(threads, T, num_columns);
+  with_dtype(dtype, [&](auto d) {
+    using D = decltype(d);
+    for_rows<PartialOp<D>>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, target,
+                            vocab_start, ignore_index, reinterpret_cast<const Bracket*>(bracket), inv_temperature, part,
+                            scratch.data()},
                            T, T * num_columns, threads);
   });
 }
 
-void clamp_finish(const float* parts, int64_t R, int64_t T, int64_t capacity, const float* bracket, int bracket_fields,
-                  const float* stats, int fields, const int64_t* target, int64_t ignore_index, int64_t kept,
-                  float inv_temperature, float* clamp, int threads) {
-  const int64_t width = kPartFields + capacity;
+void clamp_narrow(const float* parts, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T,
+                  const int64_t* target, const float* stats, int fields, int64_t ignore_index, int64_t kept,
+                  float inv_temperature, uint32_t* bracket, float* clamp, uint32_t* unfinished, int threads) {
   threads = usable_threads(threads);
-#pragma omp parallel num_threads(threads) if (threads > 1 && T > 1)
-  {
-    std::vector<const float*> row_parts(R);
-    std::vector<float> between;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) {
-      const Row row = row_at(t, stats, fields, target, ignore_index);
-      float* out = clamp + 4 * t;
-      if (row.dead()) {
-        std::fill(out, out + 4, row.nan && !row.ignored ? NAN : 0.0f);
-        continue;
-      }
-      for (int64_t r = 0; r < R; r++) row_parts[r] = parts + (r * T + t) * width;
-      finish_row(row_parts, capacity, bracket + t * bracket_fields, row.stats[0], kept, inv_temperature, between, out);
-    }
+  Bracket* brackets = reinterpret_cast<Bracket*>(bracket);
+  uint32_t open = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : open) if (threads > 1 && T > 1)
+  for (int64_t t = 0; t < T; t++) {
+    brackets[t] = refine(SingleThread(), Gathered{parts + t * row_stride, shard_stride, R}, brackets[t],
+                         stats + t * fields, target[t] == ignore_index, static_cast<uint32_t>(kept), inv_temperature,
+                         clamp + t * 4);
+    open += brackets[t].mode != kDone;
   }
+  *unfinished += open;
 }
 
 }  // namespace entcov::cpu

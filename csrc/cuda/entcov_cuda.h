@@ -47,8 +47,8 @@ cudaError_t clamped_stats(int dtype, const void* logits, int64_t row_stride, int
                           const int64_t* target, int64_t kept, int64_t ignore_index, float inv_temperature,
                           float* stats, float* clamp, cudaStream_t stream);
 
-// The same for rows that are split over ranks, in four steps that clamp_shards.cu tells of. bracket is [T, 4]: two keys, a
-// mode and nothing. sketches are [R, T, 64], parts [R, T, 167], R apart by shard_stride and rows by row_stride elements.
+// The same for rows that are split over ranks, in four steps that ../clamp.h tells of. bracket is [T, 4]: two keys, a
+// mode and nothing. sketches are [R, T, 64], parts [R, T, 166], R apart by shard_stride and rows by row_stride elements.
 cudaError_t clamp_sketch(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
                          const int64_t* target, int64_t ignore_index, float* sketch, cudaStream_t stream);
 
@@ -57,7 +57,7 @@ cudaError_t clamp_guess(const float* sketches, int64_t shard_stride, int64_t row
                         const int64_t* columns, const int64_t* target, int64_t ignore_index, int64_t vocab_size,
                         int64_t kept, int64_t margin, uint32_t* bracket, cudaStream_t stream);
 
-// part is [T, 4 + 167]: RowStats of the shard, then its part.
+// part is [T, 4 + 166]: RowStats of the shard, then its partial.
 cudaError_t clamp_part(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
                        const int64_t* target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
                        const uint32_t* bracket, float inv_temperature, float* part, cudaStream_t stream);

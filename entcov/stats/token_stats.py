@@ -17,8 +17,6 @@ from entcov.op_registry import constant_temperature
 from entcov.stats.ranks import eager
 from entcov.stats.shards import Part, Shard, gather, resolve_shard
 
-SKETCH_SIZE = 128  # order statistics a shard sends for the clamp threshold
-
 
 class TokenStats(NamedTuple):
     """What `token_stats` returns: fp32, the shape of `target`, in nats. None: not asked for."""
@@ -228,36 +226,20 @@ def sharded_row_statistics(op, group, T, device, moments, clamped, resolve):
             known before anything is checked.
         resolve: () -> (rows, Settings, what else every rank must be called with); it may raise (`shards.gather`).
     """
-    if clamped and clamp_in_rounds(device):
+    if clamped:
         return sharded_clamped_statistics(op, group, T, device, moments, resolve, agreed)
-    fields = 7 if moments else 4
-    # The sketch has one size whatever the vocabulary: ranks may not agree on that, and must find out here.
-    width = fields + (SKETCH_SIZE if clamped else 0)
     rows = settings = None
 
     def prepare():
         nonlocal rows, settings
         rows, settings, call = resolve()
-        return Part(rows.apply(_part, *settings), settings.shard, *agreed(rows, settings, call))
+        shard, _, *rest = settings
+        stats = rows.apply(ops.row_stats, shard.start, shard.vocab_size, *rest)
+        return Part(stats, shard, *agreed(rows, settings, call))
 
-    parts, layout = gather(op, group, (T, width), device, prepare)
-    shard, kept, temperature, _, ignore_index = settings
-    target, place = rows.target, (shard.start, shard.vocab_size)
-    stats = ops.merge_row_stats(parts[..., :fields].contiguous(), target, temperature, ignore_index)
-    if kept is None:
-        return rows, settings, stats, None
-    start, columns = layout.unbind(-1)
-    ranks = _sketch_ranks((shard.vocab_size - start).clamp(min=0).minimum(columns))
-    bracket = clamp_ops.clamp_bracket(parts[..., fields:], ranks, target, stats, kept, ignore_index)
-    capacity = int(bracket[:, 2].max()) if len(bracket) else 0
-
-    def collect():
-        arguments = (capacity, *place, temperature, ignore_index)
-        return Part(rows.apply(clamp_ops.clamp_collect, *arguments, per_row=(stats, bracket)), shard, {}, {})
-
-    parts, _ = gather(op, group, (T, clamp_ops.PART_FIELDS + capacity), device, collect)
-    clamp = clamp_ops.clamp_finish(parts.contiguous(), target, stats, bracket, kept, temperature, ignore_index)
-    return rows, settings, stats, clamp
+    parts, _ = gather(op, group, (T, 7 if moments else 4), device, prepare)
+    stats = ops.merge_row_stats(parts.contiguous(), rows.target, settings.temperature, settings.ignore_index)
+    return rows, settings, stats, None
 
 
 def agreed(rows, settings: Settings, call: dict) -> tuple[dict, dict]:
@@ -270,29 +252,6 @@ def agreed(rows, settings: Settings, call: dict) -> tuple[dict, dict]:
         **call,
     }
     return call, rows.checksums(settings.ignore_index)
-
-
-def clamp_in_rounds(device: torch.device) -> bool:
-    """Which of two ways a sharded clamp takes: a sample first, or exact order statistics, which only the CPU has."""
-    return device.type == "cuda"
-
-
-def _part(logits, target, shard, kept, temperature, moments, ignore_index):
-    """What a shard sends first: its statistics, and its sketch for the clamp."""
-    place = (shard.start, shard.vocab_size)
-    stats = ops.row_stats(logits, target, *place, temperature, moments, ignore_index)
-    if kept is None:
-        return stats
-    ranks = _sketch_ranks(torch.full((), shard.columns, device=target.device))
-    return torch.cat((stats, clamp_ops.order_statistics(logits, target, ranks, *place, ignore_index)), dim=1)
-
-
-def _sketch_ranks(columns: Tensor) -> Tensor:
-    """Evenly spaced ranks [..., SKETCH_SIZE] of the columns [...] int64 of shards, both ends included; all of them if
-    few; zeros if there are none."""
-    steps = torch.arange(SKETCH_SIZE, device=columns.device)
-    ranks = 1 + steps * (columns[..., None] - 1) // (SKETCH_SIZE - 1)
-    return ranks * (columns[..., None] > 0)
 
 
 def _moments(stats: Tensor, target: Tensor, temperature: float, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
