@@ -121,6 +121,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("row_stats", raw(core::row_stats));
   m.def("merge_row_stats", raw(core::merge_row_stats));
   m.def("logits_grad", raw(core::logits_grad));
+  m.def("clamped_stats", raw(core::clamped_stats));
+  m.def("clamp_sketch", raw(core::clamp_sketch));
+  m.def("clamp_bracket", raw(core::clamp_bracket));
+  m.def("clamp_partial", raw(core::clamp_partial));
+  m.def("clamp_refine", raw(core::clamp_refine));
   m.def("covariance_stats", raw(core::covariance_stats));
   m.def("merge_covariance_stats", raw(core::merge_covariance_stats));
   m.def("logit_covariance_grad", raw(core::logit_covariance_grad));

@@ -18,6 +18,7 @@
 
 #include <cstdint>
 
+#include "clamp.h"
 #include "logit_covariance.h"
 #include "row_stats.h"
 #include "signature.h"
@@ -89,6 +90,30 @@ Error merge_row_stats(const Messages& messages, const int64_t* target, const Row
 // column on CUDA. That is not looked for where grad is logits.
 Error logits_grad(const Logits& logits, const int64_t* target, const RowSpec& spec, const float* stats, int fields,
                   const RowGrads& grads, const float* clamp, void* grad, int64_t grad_row_stride, Device device);
+
+// Rows that are whole: as row_stats with 4 fields and outputs, and the clamp of their `kept` largest logits: clamp [T, 4] as
+// for logits_grad, and clamped_entropy [T]. The algorithm: clamp.h.
+Error clamped_stats(const Logits& logits, const int64_t* target, const RowSpec& spec, int64_t kept, float* stats,
+                    const RowOutputs& outputs, float* clamp, float* clamped_entropy, Device device);
+
+// The same for rows that are split over ranks, in four steps that clamp.h tells of.
+// sketch [T, kSketch].
+Error clamp_sketch(const Logits& logits, const int64_t* target, const RowSpec& spec, float* sketch, Device device);
+
+// sketches: messages. margin: ranks that the bracket reaches beyond the kept-th logit on either side, by estimate.
+// bracket [T, 4]: two keys, a mode and nothing.
+Error clamp_bracket(const Messages& sketches, const int64_t* target, const RowSpec& spec, int64_t kept, int64_t margin,
+                    uint32_t* bracket, Device device);
+
+// partial [T, 4 + kPartial]: RowStats of the shard, and its partial for the clamp.
+Error clamp_partial(const Logits& logits, const int64_t* target, const RowSpec& spec, const uint32_t* bracket,
+                    float* partial, Device device);
+
+// partials: messages, whose rows end in a partial. stats [T, fields]: merged. Writes the next brackets and, of rows that
+// are done, the clamp; those that were done before keep theirs. unfinished [1]: rows that are not done are added to it.
+Error clamp_refine(const Messages& partials, const int64_t* target, const RowSpec& spec, const float* stats, int fields,
+                   int64_t kept, const uint32_t* bracket, const float* clamp, uint32_t* next_bracket, float* next_clamp,
+                   float* clamped_entropy, uint32_t* unfinished, Device device);
 
 // Two logit tensors of one shape and dtype -> stats [T, 8], the members of CovarianceStats. row_mask [T] (0: the row is
 // not read and gets zeros) may be null. outputs and workspace as for row_stats.

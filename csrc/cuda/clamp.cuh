@@ -7,10 +7,11 @@
 //   - where it lies in [lo, hi], a list in shared memory: a few percent of the row, each warp's part in a fixed order.
 // What it knows afterwards is exact whether the bracket was a good one or not, so a bad one costs time and no digit.
 //
-// Selection goes by the order of keys: unsigned integers in the order of the floats, -0 equal to +0. Counting uses
-// atomics on integers only, which commute; all sums of floats have a fixed order.
+// Selection goes by keys (../clamp.h). Counting uses atomics on integers only, which commute; all sums of floats have a
+// fixed order.
 #pragma once
 
+#include "../clamp.h"
 #include "sums.cuh"
 #include "team.cuh"
 
@@ -20,54 +21,16 @@ constexpr int kListBytes = 36 << 10;
 template <class T>
 constexpr int kListOfWarp = kListBytes / kWarps / static_cast<int>(sizeof(T));  // logits in the bracket a warp can list
 constexpr int kCounters = 2048;          // of an 11-bit digit of a key
-constexpr int kSampleLimit = 8192;       // logits of a row's sample
-constexpr int kSampleEvery = 20;         // of so many 32-byte sectors, one is in the sample
-constexpr int kUnsampledColumns = 4096;  // a shorter row is its own sample
 constexpr int kClampVectors = 4;         // in flight a thread
 constexpr int kClampGroup = 2;           // vectors that are added after one comparison with the reference
 
-// ---- keys -----------------------------------------------------------------------------------------------------------
-
-constexpr uint32_t kLowestKey = 0x007fffffu;   // of -inf
-constexpr uint32_t kHighestKey = 0xff800000u;  // of +inf
-
-__device__ __forceinline__ uint32_t order_key(float x) {
-  const uint32_t b = bits<uint32_t>(x + 0.0f);  // -0 becomes +0
-  return b ^ (static_cast<uint32_t>(static_cast<int32_t>(b) >> 31) | 0x80000000u);
-}
-
-__device__ __forceinline__ float key_value(uint32_t key) {
-  return bits<float>(key >> 31 ? key ^ 0x80000000u : ~key);
-}
-
-// Lower bits of a key that a value of type T leaves open: all 0 in positive values and all 1 in negative ones.
+// Lower bits of a key that a value of type T leaves open.
 template <class T>
 constexpr int kSpareBits = 0;
 template <>
 constexpr int kSpareBits<__nv_bfloat16> = 16;
 template <>
 constexpr int kSpareBits<__half> = 13;
-
-// The key with these upper bits.
-template <class T>
-__device__ __forceinline__ uint32_t whole_key(uint32_t upper) {
-  const uint32_t key = upper << kSpareBits<T>;
-  return key >> 31 ? key : key | ((1u << kSpareBits<T>)-1u);
-}
-
-// The smallest and the largest key of a value of type T with these upper 16 bits, not below -inf nor above +inf.
-template <class T>
-__device__ __forceinline__ uint32_t first_key(uint32_t upper) {
-  const uint32_t key = whole_key<T>(upper << (16 - kSpareBits<T>));
-  return key < kLowestKey ? kLowestKey : key > kHighestKey ? kHighestKey : key;
-}
-template <class T>
-__device__ __forceinline__ uint32_t last_key(uint32_t upper) {
-  uint32_t last = (upper << (16 - kSpareBits<T>)) | ((1u << (16 - kSpareBits<T>)) - 1u);
-  if (kSpareBits<T> < 16 && upper == 0x7fffu) last--;  // -0 has the key of +0
-  const uint32_t key = whole_key<T>(last);
-  return key < kLowestKey ? kLowestKey : key > kHighestKey ? kHighestKey : key;
-}
 
 // ---- selection in shared memory -------------------------------------------------------------------------------------
 
@@ -105,7 +68,7 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t v, uint32_t (&warp_total
 
 // Where the rank-th element (1-based) lies when the counters are walked from the last one down. `size` is a multiple of
 // the block's threads.
-__device__ __forceinline__ Place locate(const uint32_t* count, int size, uint32_t rank, SelectionShared& s) {
+__device__ __forceinline__ Place find_bin(const uint32_t* count, int size, uint32_t rank, SelectionShared& s) {
   const int mine = size / kThreads, top = size - 1 - static_cast<int>(threadIdx.x) * mine;
   uint32_t sum = 0;
   for (int i = 0; i < mine; i++) sum += count[top - i];
@@ -134,8 +97,7 @@ struct SampleArea {
 static_assert(sizeof(SampleArea) <= kListBytes, "");
 constexpr uint32_t kNoSlot = 0xffffffffu;
 
-// Every kSampleEvery-th sector of the row, spread over all of it: token ids are ordered by frequency, so the first
-// columns are no sample. Whole sectors, because memory moves nothing smaller. Returns the size of the sample.
+// Of the row, as plan_sample() says; returns its size.
 template <class T, bool kAligned>
 __device__ __forceinline__ int take_sample(const Reader<T, kAligned>& reader, const T* row, int count, SampleArea& area) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -146,20 +108,18 @@ __device__ __forceinline__ int take_sample(const Reader<T, kAligned>& reader, co
     return count;
   }
   constexpr int kSector = 2 * kVector<T>;
-  const int sectors = count / kSector;
-  const int least = (sectors + kSampleLimit / kSector - 1) / (kSampleLimit / kSector);
-  const int every = least > kSampleEvery ? least : kSampleEvery, first = every / 2;
-  const int taken = (sectors - first + every - 1) / every;
+  static_assert(kSector * sizeof(T) == kSectorBytes, "");
+  const SamplePlan plan = plan_sample(count, kSector);
 #pragma unroll 1
-  for (int i = thread; i < 2 * taken; i += kThreads) {
+  for (int i = thread; i < 2 * plan.taken; i += kThreads) {
     float x[kVector<T>];
-    unpack<T>(reader.any(2 * (i / 2 * every + first) + i % 2), x);
+    unpack<T>(reader.any(2 * (i / 2 * plan.every + plan.first) + i % 2), x);
 #pragma unroll
     for (int k = 0; k < kVector<T>; k++)
       area.upper[i * kVector<T> + k] = static_cast<uint16_t>(order_key(x[k]) >> 16);
   }
   __syncthreads();
-  return taken * kSector;
+  return plan.taken * kSector;
 }
 
 // The rank(n)-th largest of the sample, n < size <= kMostRanks, ascending and in 1..m: their upper halves in s.upper.

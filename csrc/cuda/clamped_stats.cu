@@ -10,15 +10,14 @@
 //      threshold's rank.
 //   2. One pass (clamp.cuh) with that bracket. It misses the threshold in about one row of a thousand: then once more,
 //      with the next part of the sample on the side where the threshold must be.
-//   3. The threshold is selected among the listed logits, by 11, 11 and 10 bits of their keys, and the sums of those
-//      above it are added to the sums above the bracket.
+//   3. The threshold is found among the listed logits by radix selection, 11, 11 and 10 bits of their keys, and the sums
+//      of those above it are added to the sums above the bracket.
 //
 // A list that overflows (thousands of equal logits among others in the bracket), or a second miss: the row is counted out.
 // 8,192 counters over a range of keys, then over one counter's range, at most three times, until what is left is one
 // value or fits a list; and a last pass. That is six reads in the worst case, for any data whatever.
 //
 // Bits: every sum has a fixed order, and nothing depends on which thread comes first.
-#include "../row_stats.h"
 #include "clamp.cuh"
 
 namespace entcov::cuda {
@@ -29,16 +28,13 @@ static_assert(kRangeCounters * sizeof(uint32_t) <= kListBytes, "");
 
 struct ClampedStatsArgs {
   const void* logits;  // [T, num_columns], rows row_stride apart
-  int64_t row_stride, T, num_columns;
+  int64_t row_stride, num_columns;
   const int64_t* target;  // [T]
-  int64_t kept, ignore_index;
-  float inv_temperature;
+  RowSpec spec;
+  int64_t kept;
   float* stats;  // [T, 4]
-  float* clamp;  // [T, 4]
-};
-
-struct Bracket {
-  uint32_t lo, hi;  // keys, both inclusive
+  RowOutputs outputs;
+  float *clamp, *clamped_entropy;  // [T, 4], [T]
 };
 
 struct Shared {
@@ -57,44 +53,25 @@ struct Shared {
   }
 };
 
-// A bracket around the rank `kept`, and the parts of the row above and below it that the threshold is in if the bracket
-// misses it.
-template <class T>
-struct Guess {
-  Bracket inner, above, below;
-};
-
 template <class T, bool kAligned>
-__device__ __forceinline__ Guess<T> guess(const Reader<T, kAligned>& reader, const T* row, int count, int64_t kept,
-                                          Shared& shared) {
-  const Bracket all{kLowestKey, kHighestKey};
+__device__ __forceinline__ RowBrackets initial_brackets(const Reader<T, kAligned>& reader, const T* row, int count,
+                                                        int64_t kept, Shared& shared) {
+  const KeyRange all{kLowestKey, kHighestKey};
   if (count <= kUnsampledColumns) return {all, all, all};  // fits the list
   const int m = take_sample<T, kAligned>(reader, row, count, shared.sample);
-  const float part = static_cast<float>(m) / static_cast<float>(count), rank = static_cast<float>(kept) * part;
-  const float deviation = 3.2f * sqrtf(rank * fmaxf(0.0f, 1.0f - rank / static_cast<float>(m))) + 2.0f;
-  const float fits = 0.35f * (kWarps * kListOfWarp<T>)*part;  // a list that is 70 % full, so that no warp's is full
-  const float d = fminf(deviation, fits);
-  const float wanted[4] = {floorf(rank - 3.0f * d), floorf(rank - d), ceilf(rank + d), ceilf(rank + 3.0f * d)};
-  const auto clamped = [m](float r) { return r < 1.0f ? 1 : r > static_cast<float>(m) ? m : static_cast<int>(r); };
-  select_from_sample(
-      shared.sample, m, 4,
-      [&](int n) { return clamped(n == 0 ? wanted[0] : n == 1 ? wanted[1] : n == 2 ? wanted[2] : wanted[3]); },
-      shared.selection);
-  const auto end = [&](int n) { return wanted[n] >= 1.0f && wanted[n] <= static_cast<float>(m); };
-  const uint32_t* upper = shared.selection.upper;
-  Guess<T> g;
-  g.inner = {end(2) ? first_key<T>(upper[2]) : kLowestKey, end(1) ? last_key<T>(upper[1]) : kHighestKey};
-  g.above = {g.inner.hi, end(0) ? last_key<T>(upper[0]) : kHighestKey};
-  g.below = {end(3) ? first_key<T>(upper[3]) : kLowestKey, g.inner.lo};
+  // A list that is 70 % full, so that no warp's is full.
+  const SampleRanks ranks = sample_ranks(kept, count, m, 0.7f * (kWarps * kListOfWarp<T>));
+  select_from_sample(shared.sample, m, 4, [&](int n) { return ranks.rank(n); }, shared.selection);
+  const RowBrackets brackets = row_brackets(ranks, shared.selection.upper, kSpareBits<T>);
   __syncthreads();  // the list takes the sample's place
-  return g;
+  return brackets;
 }
 
 // A bracket that holds the rank-th largest element of a bracket, and either one value or no more than a warp can list;
 // by counting.
 template <class T, bool kAligned>
-__device__ __forceinline__ Bracket count_out(const Reader<T, kAligned>& reader, int count, Bracket within, uint32_t rank,
-                                             Shared& shared) {
+__device__ __forceinline__ KeyRange find_threshold_range(const Reader<T, kAligned>& reader, int count, KeyRange within,
+                                                         uint32_t rank, Shared& shared) {
   uint32_t lo = within.lo >> kSpareBits<T>, hi = within.hi >> kSpareBits<T>;
 #pragma unroll 1
   while (true) {
@@ -107,18 +84,18 @@ __device__ __forceinline__ Bracket count_out(const Reader<T, kAligned>& reader, 
       if (key >= lo && key <= hi) atomicAdd(&shared.count[(key - lo) >> shift], 1u);
     });
     __syncthreads();
-    const Place place = locate(shared.count, kRangeCounters, rank, shared.selection);
+    const Place place = find_bin(shared.count, kRangeCounters, rank, shared.selection);
     lo += place.counter << shift, rank = place.rank;
     if ((hi - lo) >> shift > 0) hi = lo + (1u << shift) - 1u;
     if (hi == 0x7fffffffu >> kSpareBits<T> && lo < hi) hi--;  // -0 has the key of +0
     __syncthreads();
-    if (lo == hi || place.count <= kListOfWarp<T>) return {whole_key<T>(lo), whole_key<T>(hi)};
+    if (lo == hi || place.count <= kListOfWarp<T>) return {whole_key(lo, kSpareBits<T>), whole_key(hi, kSpareBits<T>)};
   }
 }
 
 // The rank-th largest of the listed elements: its key, the rank among its equals, and how many they are.
 template <class T>
-__device__ __forceinline__ Place select_listed(Shared& shared, uint32_t rank) {
+__device__ __forceinline__ Place radix_select(Shared& shared, uint32_t rank) {
   uint32_t prefix = 0, mask = 0;
   Place place{};
 #pragma unroll 1
@@ -131,7 +108,7 @@ __device__ __forceinline__ Place select_listed(Shared& shared, uint32_t rank) {
       if ((key & mask) == prefix) atomicAdd(&shared.selection.count[key >> shift & digits], 1u);
     });
     __syncthreads();
-    place = locate(shared.selection.count, kCounters, rank, shared.selection);
+    place = find_bin(shared.selection.count, kCounters, rank, shared.selection);
     prefix |= place.counter << shift, mask |= digits << shift, rank = place.rank;
     __syncthreads();
   }
@@ -139,26 +116,26 @@ __device__ __forceinline__ Place select_listed(Shared& shared, uint32_t rank) {
   return place;
 }
 
-template <class T, bool kAligned, int kTeamWarps>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const ClampedStatsArgs a) {
   __shared__ Shared shared;
   const int64_t t = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t target = a.target[t];
-  float* out = a.stats + t * kRowStatsFields;
   float* clamp = a.clamp + t * 4;
-  if (target == a.ignore_index) {
-    if (thread < 4) out[thread] = clamp[thread] = 0.0f;
+  if (target == a.spec.ignore_index) {
+    if (thread < 4) clamp[thread] = 0.0f;
+    if (thread == 0) store_ignored_row(t, kRowStatsFields, a.stats, a.outputs), a.clamped_entropy[t] = 0.0f;
     return;
   }
   const int count = static_cast<int>(a.num_columns);
   const T* row = static_cast<const T*>(a.logits) + t * a.row_stride;
   const Reader<T, kAligned> reader(row, count, 0, 0);
-  const float c = a.inv_temperature * kLog2E;
+  const float c = a.spec.inv_temperature * kLog2E;
   const uint32_t kept = static_cast<uint32_t>(a.kept);
 
-  const Guess<T> g = guess<T, kAligned>(reader, row, count, a.kept, shared);
-  Bracket b = g.inner;
+  const RowBrackets brackets = initial_brackets<T, kAligned>(reader, row, count, a.kept, shared);
+  KeyRange b = brackets.inner;
   RowPass p;
   bool dead;
 #pragma unroll 1
@@ -167,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
                                shared.pass);
     // Thread 0 knows the sums: a NaN, or nothing finite, and there is no threshold.
     if (thread == 0) {
-      const bool off = p.max == -INFINITY || p.max == INFINITY || p.e != p.e || target < 0 || target >= a.num_columns;
+      const bool off = p.max == -INFINITY || p.max == INFINITY || p.e != p.e || !a.spec.is_token(target);
       shared.selection.place = {off ? 1u : 0u, 0u, 0u};
     }
     __syncthreads();
@@ -176,23 +153,24 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
     const bool hit = p.above < kept && kept - p.above <= p.inside;
     if (dead || (hit && (p.all_listed || b.lo == b.hi))) break;
     if (!hit && passes == 1)
-      b = p.above >= kept ? g.above : g.below;
+      b = p.above >= kept ? brackets.above : brackets.below;
     else if (hit)
-      b = count_out<T, kAligned>(reader, count, b, kept - p.above, shared);
+      b = find_threshold_range<T, kAligned>(reader, count, b, kept - p.above, shared);
     else
-      b = count_out<T, kAligned>(reader, count, {kLowestKey, order_key(p.max)}, kept, shared);
+      b = find_threshold_range<T, kAligned>(reader, count, {kLowestKey, order_key(p.max)}, kept, shared);
   }
   if (dead) {
+    if (thread < 4) clamp[thread] = NAN;
     if (thread == 0) {
-      out[0] = p.max, out[1] = out[2] = NAN, out[3] = NAN;
-      clamp[0] = clamp[1] = clamp[2] = clamp[3] = NAN;
+      store_row({p.max, NAN, NAN, NAN}, t, kRowStatsFields, a.spec.inv_temperature, a.stats, a.outputs);
+      a.clamped_entropy[t] = NAN;
     }
     return;
   }
 
   // [above hi][listed, descending]: the threshold is the kept-th.
   Place at{b.lo, kept - p.above, p.inside};
-  if (b.lo != b.hi) at = select_listed<T>(shared, kept - p.above);
+  if (b.lo != b.hi) at = radix_select<T>(shared, kept - p.above);
   const float threshold = key_value(at.counter);
   float sums[2] = {0.0f, 0.0f};
   if (b.lo != b.hi)
@@ -202,37 +180,28 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
         sums[0] += e, sums[1] = fmaf(y, e, sums[1]);
       }
     });
-  Team<kTeamWarps, 2>{thread}.sum(sums, shared.sums);
+  Team<kWarps, 2>{thread}.sum(sums, shared.sums);
   if (thread != 0) return;
 
   const float others = p.at_max - 1.0f;  // that equal the maximum, without the one left out
-  out[0] = p.max, out[1] = p.e + others, out[2] = p.te * kLn2, out[3] = Element<T>::widen(row[target]);
-  const float need = static_cast<float>(at.rank);
-  float rest = need - 1.0f, sum_xexp = 0.0f;  // if nothing but the maximum is kept
-  if (threshold < p.max) {
-    const float y = (threshold - p.max) * a.inv_temperature, e = expf(y);
-    rest = others + (p.kept_e + sums[0] + need * e);
-    sum_xexp = (p.kept_te + sums[1]) * kLn2 + (e > 0.0f ? need * y * e : 0.0f);
-  }
-  const float log_sum = log1pf(rest);
-  clamp[0] = threshold;
-  clamp[1] = need / static_cast<float>(at.count);
-  clamp[2] = log_sum;
-  clamp[3] = log_sum - sum_xexp / (1.0f + rest);
+  store_row({p.max, p.e + others, p.te * kLn2, Element<T>::widen(row[target])}, t, kRowStatsFields,
+            a.spec.inv_temperature, a.stats, a.outputs);
+  finish_clamp(threshold, at.rank, at.count, p.max, others + (p.kept_e + sums[0]), (p.kept_te + sums[1]) * kLn2,
+               a.spec.inv_temperature, clamp);
+  a.clamped_entropy[t] = clamp[3];
 }
 
 }  // namespace
 
-cudaError_t clamped_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
-                          const int64_t* target, int64_t kept, int64_t ignore_index, float inv_temperature,
-                          float* stats, float* clamp, cudaStream_t stream) {
-  const ClampedStatsArgs args{logits, row_stride,   T,               num_columns, target, kept,
-                              ignore_index, inv_temperature, stats,       clamp};
-  return with_dtype(dtype, [&](auto t) {
+Error clamped_stats(const Logits& logits, const int64_t* target, const RowSpec& spec, int64_t kept, float* stats,
+                    const RowOutputs& outputs, float* clamp, float* clamped_entropy, Device stream) {
+  const ClampedStatsArgs args{logits.data, logits.row_stride, spec.columns(logits.width), target, spec, kept, stats,
+                              outputs, clamp, clamped_entropy};
+  return with_dtype(logits.dtype, [&](auto t) {
     using Type = decltype(t);
-    const auto kernel = aligned_rows<Type>(logits, row_stride, T) ? clamped_stats_kernel<Type, true, kWarps>
-                                                                  : clamped_stats_kernel<Type, false, kWarps>;
-    return launch("clamped_stats", kernel, T, stream, args);
+    const auto kernel =
+        aligned_rows<Type>(logits) ? clamped_stats_kernel<Type, true> : clamped_stats_kernel<Type, false>;
+    return launch("clamped_stats", kernel, logits.T, stream, args);
   });
 }
 

@@ -9,10 +9,10 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 from entcov import clamp_ops, clamp_rounds, cuda_ops, ops, shard_ops
-from entcov.stats import token_stats
 
 OPS = ("row_stats", "merge_row_stats", "logits_grad", "covariance_stats", "merge_covariance_stats")
 OPS += ("logit_covariance_grad",)
+CLAMP_OPS = ("clamp_sketch", "clamp_guess", "clamp_part", "clamp_narrow")
 
 
 def load(extension: Path) -> ModuleType:
@@ -46,14 +46,13 @@ def install(monkeypatch, module: ModuleType) -> None:
     monkeypatch.setattr(ops, "logits_grad_", ops._logits_grad_inplace_cuda)
     for name in ("checksum", "shard_message", "accept_shards"):
         monkeypatch.setattr(shard_ops, name, getattr(shard_ops, f"_{name}_cuda"))
-    monkeypatch.setattr(clamp_ops, "_clamped_stats_fake", _filled_with_nan(clamp_ops._clamped_stats_fake))
-    monkeypatch.setattr(clamp_ops, "clamped_stats", clamp_ops._clamped_stats_cuda)
-    for name in ("clamp_sketch", "clamp_guess", "clamp_part"):
-        check = _filled_with_nan(getattr(clamp_rounds, f"_{name}_fake"))
-        monkeypatch.setattr(clamp_rounds, f"_{name}_fake", check)
-    for name in ("clamp_sketch", "clamp_guess", "clamp_part", "clamp_narrow"):
-        monkeypatch.setattr(clamp_rounds, name, getattr(clamp_rounds, f"_{name}_cuda"))
-    monkeypatch.setattr(token_stats, "clamp_in_rounds", lambda device: True)
+    for module, names in ((clamp_ops, ("clamped_stats",)), (clamp_rounds, CLAMP_OPS)):
+        monkeypatch.setattr(module, "launch", cuda_ops._launch)
+        for name in names:
+            check = getattr(module, f"_{name}_fake")
+            monkeypatch.setattr(module, name, getattr(module, f"_{name}"))
+            if name != "clamp_narrow":  # which fills copies of what it is given
+                monkeypatch.setattr(module, f"_{name}_fake", _filled_with_nan(check))
 
 
 def _filled_with_nan(check):

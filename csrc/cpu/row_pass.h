@@ -1,0 +1,195 @@
+// The pass over a row of logits that the CPU's statistics are made by: one read of memory, one exponential a logit. It gives
+// RowStats and, where a threshold is given (kAbove), the same sums over the logits above it and their number: no further
+// exponential, but two masked additions and a count a vector.
+//
+// A row is walked in chunks. The running maximum settles within the first few of them, so a chunk is summed in one
+// sweep against the maximum known so far, and its own maximum is found on the way. Only where that turns out larger is
+// the chunk summed again (its data is in L1), against its own maximum and leaving out one occurrence of it; the sums
+// before are rescaled. About log(chunks) chunks of a row in random order need that.
+//
+// Sums of many equal terms round the same way every time, so fp32 additions are kept few: 16 in a lane, then the block
+// is added to the lanes of the chunk, and the chunk to a double. The error does not grow with the vocabulary.
+#pragma once
+
+#include "dispatch.h"
+
+namespace entcov::cpu {
+
+constexpr int kChunk = 2048;
+constexpr int kLaneAdditions = 16;
+
+// Relative to a maximum, one occurrence of which is left out.
+struct Sums {
+  double rest = 0, sum_xexp = 0, rest2 = 0, sum_xexp2 = 0, sum_x2exp = 0;
+  double rest_above = 0, sum_xexp_above = 0;  // over the logits above the threshold
+  int64_t above = 0;                          // how many these are
+};
+
+template <class D, int W, bool kMoments, bool kAbove>
+struct RowPass {
+  using storage = typename D::storage;
+
+  float inv_temperature, threshold;  // the latter for kAbove
+  float max = -INFINITY;
+  Sums total;
+
+  explicit RowPass(float inv_temperature, float threshold = 0.0f)
+      : inv_temperature(inv_temperature), threshold(threshold) {}
+
+  struct Lanes {
+    f32<W> e{}, xe{}, e2{}, xe2{}, x2e{}, e_above{}, xe_above{};
+    i32<W> above{};
+
+    // kLeaveMaxOut: lanes that hold the maximum itself are counted instead of added.
+    template <bool kLeaveMaxOut>
+    ENTCOV_INLINE void add(f32<W> x, float shift, const RowPass& pass, i32<W>& at_max) {
+      f32<W> y = (x - shift) * pass.inv_temperature;
+      f32<W> w = exp_nonpositive<W>(y);
+      if constexpr (kLeaveMaxOut) {
+        const i32<W> is_max = x == splat<W>(shift);
+        at_max -= is_max;
+        w = is_max ? f32<W>{} : w;
+      }
+      e += w, xe += y * w;
+      if constexpr (kMoments) {  // y * w is not shared, so xe has the same bits with and without moments
+        const f32<W> w2 = w * w;
+        e2 += w2, xe2 += y * w2, x2e += (y * y) * w;
+      }
+      if constexpr (kAbove) {
+        const i32<W> is_above = x > splat<W>(pass.threshold);
+        const f32<W> kept = is_above ? w : f32<W>{};
+        e_above += kept, xe_above += y * kept;
+        above -= is_above;
+      }
+    }
+
+    ENTCOV_INLINE void add(const Lanes& b) {
+      e += b.e, xe += b.xe;
+      if constexpr (kMoments) e2 += b.e2, xe2 += b.xe2, x2e += b.x2e;
+      if constexpr (kAbove) e_above += b.e_above, xe_above += b.xe_above, above += b.above;
+    }
+
+    ENTCOV_INLINE void add_to(Sums& s) const {
+      s.rest += reduce_add<W>(e), s.sum_xexp += reduce_add<W>(xe);
+      if constexpr (kMoments)
+        s.rest2 += reduce_add<W>(e2), s.sum_xexp2 += reduce_add<W>(xe2), s.sum_x2exp += reduce_add<W>(x2e);
+      if constexpr (kAbove) {
+        s.rest_above += reduce_add<W>(e_above), s.sum_xexp_above += reduce_add<W>(xe_above);
+        for (int k = 0; k < W; k++) s.above += above[k];
+      }
+    }
+  };
+
+  // Adds n elements to the sums and returns their maximum. A NaN does not count for the maximum; it is in the sums.
+  template <bool kLeaveMaxOut>
+  ENTCOV_INLINE float sweep(const storage* x, int n, float shift, Sums& s, double& at_max) const {
+    Lanes lanes;
+    f32<W> max_a = splat<W>(-INFINITY), max_b = max_a;
+    i32<W> count{};
+    for (int block = 0; block < n; block += kLaneAdditions * 2 * W) {
+      const int end = n - block < kLaneAdditions * 2 * W ? n : block + kLaneAdditions * 2 * W;
+      Lanes a, b;
+      for (int j = block; j < end; j += 2 * W) {
+        f32<W> u, v;
+        load<D, W>(x + j, n - j, u, v);
+        if constexpr (!kLeaveMaxOut) max_a = larger<W>(u, max_a), max_b = larger<W>(v, max_b);
+        a.template add<kLeaveMaxOut>(u, shift, *this, count);
+        b.template add<kLeaveMaxOut>(v, shift, *this, count);
+      }
+      a.add(b);
+      lanes.add(a);
+    }
+    lanes.add_to(s);
+    if constexpr (kLeaveMaxOut)
+      for (int k = 0; k < W; k++) at_max += count[k];
+    return reduce_max<W>(larger<W>(max_a, max_b));
+  }
+
+  static ENTCOV_INLINE float chunk_max(const storage* x, int n) {
+    f32<W> m = splat<W>(-INFINITY), u, v;
+    for (int j = 0; j < n; j += 2 * W) {
+      load<D, W>(x + j, n - j, u, v);
+      m = larger<W>(u, m), m = larger<W>(v, m);
+    }
+    return reduce_max<W>(m);
+  }
+
+  // The sums move from the shift `max` to the larger one `to`; what was the maximum is then a term like any other.
+  ENTCOV_INLINE void rescale(float to) {
+    if (max == -INFINITY) return;
+    Sums& s = total;
+    const double d = (double(max) - double(to)) * inv_temperature, k = std::exp(d);
+    if (k == 0) {  // out of sight; keeps a NaN
+      const double nan_or_zero = s.rest * 0;
+      const int64_t above = s.above;
+      s = Sums{};
+      s.rest = nan_or_zero, s.above = above;
+      return;
+    }
+    const double total = 1 + s.rest, total2 = 1 + s.rest2;
+    s.sum_x2exp = (s.sum_x2exp + 2 * d * s.sum_xexp + d * d * total) * k;
+    s.sum_xexp = (s.sum_xexp + d * total) * k;
+    s.rest = total * k;
+    s.sum_xexp2 = (s.sum_xexp2 + d * total2) * k * k;
+    s.rest2 = total2 * k * k;
+    if (kAbove && max > threshold) {
+      const double total_above = 1 + s.rest_above;
+      s.sum_xexp_above = (s.sum_xexp_above + d * total_above) * k;
+      s.rest_above = total_above * k;
+    }
+  }
+
+  // Adds the next n <= kChunk elements of the row.
+  ENTCOV_INLINE void add_chunk(const storage* x, int n) {
+    float m;
+    double at_max = 0;
+    if (max == -INFINITY) {
+      m = chunk_max(x, n);
+    } else {
+      Sums s = total;
+      m = sweep<false>(x, n, max, s, at_max);
+      if (!(m > max)) {
+        total = s;
+        return;
+      }
+    }
+    rescale(m);
+    max = m;
+    // Nothing finite yet: any finite shift does, and every -inf still counts as 0, every NaN as NaN.
+    const float shift = max == -INFINITY ? 0.0f : max;
+    sweep<true>(x, n, shift, total, at_max);
+    if (max != -INFINITY) at_max -= 1;
+    total.rest += at_max;
+    if constexpr (kMoments) total.rest2 += at_max;
+    if (kAbove && max > threshold) total.rest_above += at_max;
+  }
+
+  // Adds all of a row; calls each(first, n) for every chunk while it is in the cache.
+  template <class Each>
+  ENTCOV_INLINE void add_row(const storage* x, int64_t columns, Each each) {
+    for (int64_t at = 0; at < columns; at += kChunk) {
+      const int n = columns - at < kChunk ? int(columns - at) : kChunk;
+      add_chunk(x + at, n);
+      each(at, n);
+    }
+    if (max == INFINITY) total.rest = total.sum_xexp = NAN;
+  }
+
+  // RowStats of the row.
+  ENTCOV_INLINE RowStats stats(const storage* x, int64_t columns, int64_t target, const RowSpec& spec) const {
+    const int64_t column = spec.column_of(target);
+    RowStats s;
+    s.max = max;
+    s.rest = spec.is_token(target) ? float(total.rest) : NAN;
+    s.sum_xexp = float(total.sum_xexp);
+    if (column >= 0 && column < columns) s.target = widen_one<D>(x + column);
+    if constexpr (kMoments) {
+      s.rest2 = float(total.rest2);
+      s.sum_xexp2 = float(total.sum_xexp2);
+      s.sum_x2exp = float(total.sum_x2exp);
+    }
+    return s;
+  }
+};
+
+}  // namespace entcov::cpu

@@ -1,0 +1,35 @@
+"""clamp_sketch: the first of four steps of the clamp over ranks (csrc/clamp.h): quantiles of a sample of a shard."""
+
+import torch
+from torch import Tensor
+
+from entcov.ops.clamped_stats import check_clamp
+from entcov.ops.core import RowSpec, define, launch, logits_view
+from entcov.ops.row_stats import check_target
+
+SKETCH = 64  # floats a row: kSketch of csrc/clamp.h
+
+
+def _prepare(logits, target, *spec):
+    check_clamp(logits, target, RowSpec(*spec))
+    return logits.new_empty((logits.shape[0], SKETCH), dtype=torch.float32)
+
+
+def _fill(out, logits, target, *spec):
+    if logits.device.type == "cpu":  # a sketch does not show a bad target
+        check_target(target, RowSpec(*spec))
+    launch("clamp_sketch", logits.device, logits_view(logits), target, RowSpec(*spec), out)
+
+
+_clamp_sketch = define(
+    "clamp_sketch",
+    "(Tensor logits, Tensor target, SymInt vocab_start, SymInt vocab_size, float temperature, int ignore_index) "
+    "-> Tensor",
+    _prepare,
+    _fill,
+)
+
+
+def clamp_sketch(logits: Tensor, target: Tensor, spec: RowSpec) -> Tensor:
+    """[T, SKETCH] quantiles of a sample of every row of this shard, descending; -inf for a shard without columns."""
+    return _clamp_sketch(logits, target, *spec)
