@@ -29,7 +29,8 @@ CUDA_COMPILER = [
 
 
 def cuda_sources() -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*") if p.suffix in (".cu", ".cpp"))
+    sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*") if p.suffix in (".cu", ".cpp"))
+    return [*sources, "csrc/bindings.cpp"] if sources else []
 
 
 def driver_visible() -> bool:

@@ -72,7 +72,7 @@ def cuda_commands() -> tuple[list[str], list[str], list[str]]:
     # Linked by the host compiler: nvcc would write its own paths into the binary. No kernel needs a device link.
     runtime = [f"-L{cuda_library_folder(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return (
-        [str(nvcc), "-ccbin", cxx[0], "-std=c++17", "-O3", *targets, *host, *INCLUDES],
+        [str(nvcc), "-ccbin", cxx[0], "-DENTCOV_CUDA", "-std=c++17", "-O3", *targets, *host, *INCLUDES],
         [*cxx, "-shared", "-s"],
         runtime,
     )

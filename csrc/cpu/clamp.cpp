@@ -270,13 +270,16 @@ struct SketchOp {
     const int64_t* target;
     RowSpec spec;
     float* sketch;
+    NanFlag* nan;
     const std::unique_ptr<Scratch>* scratch;
   };
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     float* out = a.sketch + t * kSketch;
-    if (a.num_columns == 0 || a.target[t] == a.spec.ignore_index) {
+    const bool ignored = a.target[t] == a.spec.ignore_index;
+    a.nan->note(!ignored && !a.spec.is_token(a.target[t]));  // the row will be, and a rank says so before it sends
+    if (a.num_columns == 0 || ignored) {
       std::fill(out, out + kSketch, a.num_columns == 0 ? -INFINITY : 0.0f);
       return;
     }
@@ -361,13 +364,14 @@ Error clamped_stats(const Logits& logits, const int64_t* target, const RowSpec& 
 Error clamp_sketch(const Logits& logits, const int64_t* target, const RowSpec& spec, float* sketch, Device threads) {
   const int64_t columns = spec.columns(logits.width);
   const auto scratch = scratch_for(threads, logits.T, 0);
+  NanFlag nan;
   with_dtype(logits.dtype, [&](auto d) {
     using D = decltype(d);
     for_rows<SketchOp<D>>({static_cast<const typename D::storage*>(logits.data), logits.row_stride, columns, target,
-                           spec, sketch, scratch.data()},
+                           spec, sketch, &nan, scratch.data()},
                           logits.T, logits.T * columns, threads);
   });
-  return nullptr;
+  return nan.error();
 }
 
 Error clamp_bracket(const Messages& sketches, const int64_t* target, const RowSpec& spec, int64_t kept, int64_t margin,

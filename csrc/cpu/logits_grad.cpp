@@ -140,11 +140,16 @@ Error logits_grad(const Logits& logits, const int64_t* target, const RowSpec& sp
     return run(LogitsGradOp<D, false, false>{});
   });
   if (changed == logits.T) return nullptr;
-  static thread_local char message[160];
+  const float now = with_dtype(logits.dtype, [&](auto d) {
+    using D = decltype(d);
+    const auto* row = static_cast<const typename D::storage*>(logits.data) + changed * logits.row_stride;
+    return widen_one<D>(row + spec.column_of(target[changed]));
+  });
+  static thread_local char message[200];
   snprintf(message, sizeof message,
            "logits must not be changed between forward and backward, which reads them again: in row %lld the target's "
-           "logit is no longer %.9g",
-           static_cast<long long>(changed), static_cast<double>(stats[changed * fields + 3]));
+           "logit was %.9g and is %.9g",
+           static_cast<long long>(changed), stats[changed * fields + 3], now);
   return message;
 }
 

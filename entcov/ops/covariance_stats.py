@@ -47,12 +47,12 @@ def check_pair(logits_old, logits_new, row_mask, spec: RowSpec) -> None:
 def check_values(stats: Tensor) -> None:
     """ValueError where a whole row has no finite logit on one of the two sides. Elsewhere than on the CPU nobody asks: such
     rows are NaN, and looking for them would make the host wait."""
-    for column, side in ((0, "logits_old"), (3, "logits_new")):
-        empty = stats[:, column] == -torch.inf
-        if empty.any():
-            raise ValueError(
-                f"{side}: {int(empty.sum())} rows have no finite logit (first: row {int(empty.nonzero()[0])})"
-            )
+    # A NaN beside -inf is in sum_xexp.
+    old, new = ((stats[:, column] == -torch.inf) & (stats[:, column + 2] == 0) for column in (0, 3))
+    empty = old | new
+    if empty.any():
+        sides = " and ".join(name for name, rows in (("logits_old", old), ("logits_new", new)) if rows.any())
+        raise ValueError(f"{sides}: {int(empty.sum())} rows have no finite logit (first: row {int(empty.nonzero()[0])})")
 
 
 def _prepare(logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature, whole):

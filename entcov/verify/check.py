@@ -9,7 +9,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from entcov import ops
+from entcov.ops.core import isa
 from entcov.stats.linear_token_stats import linear_token_stats
 from entcov.stats.logit_covariance import logit_covariance
 from entcov.stats.token_stats import TokenStats, token_stats
@@ -169,7 +169,7 @@ def run_check(*, verbose: bool = False, file: TextIO | None = None, **selection)
             if known is None or not row.used <= known.used:
                 worst[row.op, row.output] = row
         shown = [row for key, row in worst.items()] + [row for row in failed if row not in worst.values()]
-    print(f"entcov on {platform.machine()}, {ops.isa()} kernels, torch {torch.__version__}, "
+    print(f"entcov on {platform.machine()}, {isa()} kernels, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads; errors against float64", file=file)  # fmt: skip
     _print_table(HEADER, [row.cells() for row in shown], file)
     note = "" if verbose else "; the worst of each output is shown"

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels, unmodified, for the CPU (cuda_emu.h): plain, and under the sanitizers.
 
-A mode is a Python extension with the interface of entcov._cuda (its csrc/cuda/bindings.cpp), so what is tested is all
+A mode is a Python extension with the interface of entcov._cuda (csrc/bindings.cpp), so what is tested is all
 that lies between Python and the device. Products go to build/emulator/<mode> and are made again when a source changed.
 """
 
@@ -23,7 +23,7 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 INSTALL = "pip install -c constraints.txt -e '.[dev,cuda-static]'"
 
 # Floating point is the same in all modes (no contraction), so their results must agree bit for bit.
-COMMON = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native".split()
+COMMON = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native -DENTCOV_CUDA".split()
 COMMON += "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-attributes".split()
 # AddressSanitizer itself catches null pointers; its checks as calls, and none for those, compile in half of the time.
 CHECKS = "-fsanitize=address,undefined -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=undefined"
@@ -102,10 +102,9 @@ class Builder:
         """Objects of the emulated _cuda; `only`: this source of `csrc` instead of the repository's."""
         flags, scheduler = MODES[mode], ["-O1", "-g1", "-DEMU_TSAN"] if mode == "tsan" else MODES[mode]
         jobs = [self.compile(HERE / "cuda_emu.cpp", scheduler, mode)]
+        jobs.append(self.compile(ROOT / "csrc" / "bindings.cpp", ["-O1"], "bindings"))
         for source in sorted((ROOT / "csrc" / "cuda").iterdir()):
-            if source.name == "bindings.cpp":
-                jobs.append(self.compile(source, ["-O1"], "bindings"))
-            elif source.name == only:
+            if source.name == only:
                 jobs.append(self.compile(csrc / "cuda" / only, [*flags, "-O0"], folder, csrc / "cuda"))
             elif source.suffix in (".cu", ".cpp"):
                 jobs.append(self.compile(source, flags, mode))
@@ -152,8 +151,8 @@ MUTANTS = {
         "2049 fp16", "AddressSanitizer: use-after-poison",
     ),
     "vector loads of unaligned rows": Mutant(
-        "plain", "row_stats.cu", "vec.cuh", "return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&",
-        "return reinterpret_cast<uintptr_t>(data) % 2 == 0 ||", "1000 bf16, unaligned", "misaligned 16-byte load",
+        "plain", "row_stats.cu", "vec.cuh", "return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&",
+        "return reinterpret_cast<uintptr_t>(logits.data) % 2 == 0 ||", "1000 bf16, unaligned", "misaligned 16-byte load",
     ),
     "a sum past its place in shared memory": Mutant(
         "asan", "row_stats.cu", "team.cuh", "shared.sum[i][rank / kWarp] = v[i];",

@@ -8,3 +8,5 @@ from tests.emulator import emulated
 @pytest.fixture(autouse=True)
 def emulation(monkeypatch, kernels):
     emulated.install(monkeypatch, kernels)
+    with emulated.fresh_memory_is_nan():
+        yield

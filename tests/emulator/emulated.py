@@ -1,18 +1,15 @@
 """Puts the emulated CUDA kernels in the place of the ops: the same dispatch code, CPU tensors, no GPU."""
 
-import contextlib
 import ctypes
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 
-from entcov import clamp_ops, clamp_rounds, cuda_ops, ops, shard_ops
-
-OPS = ("row_stats", "merge_row_stats", "logits_grad", "covariance_stats", "merge_covariance_stats")
-OPS += ("logit_covariance_grad",)
-CLAMP_OPS = ("clamp_sketch", "clamp_guess", "clamp_part", "clamp_narrow")
+from entcov.ops import core
 
 
 def load(extension: Path) -> ModuleType:
@@ -35,33 +32,13 @@ def loaded_bytes(extension: Path) -> int:
 
 
 def install(monkeypatch, module: ModuleType) -> None:
-    """Until `monkeypatch` is undone, entcov.ops are what they are on a GPU."""
-    monkeypatch.setattr(cuda_ops, "_cuda", module)
-    monkeypatch.setattr(ops, "_cpu", None)  # nothing may fall back to it
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    for name in OPS:
-        check = _filled_with_nan(getattr(ops, f"_{name}_fake"))
-        monkeypatch.setattr(ops, name, ops._on_cuda(check, getattr(cuda_ops, name)))
-    monkeypatch.setattr(ops, "logits_grad_", ops._logits_grad_inplace_cuda)
-    for name in ("checksum", "shard_message", "accept_shards"):
-        monkeypatch.setattr(shard_ops, name, getattr(shard_ops, f"_{name}_cuda"))
-    for module, names in ((clamp_ops, ("clamped_stats",)), (clamp_rounds, CLAMP_OPS)):
-        monkeypatch.setattr(module, "launch", cuda_ops._launch)
-        for name in names:
-            check = getattr(module, f"_{name}_fake")
-            monkeypatch.setattr(module, name, getattr(module, f"_{name}"))
-            if name != "clamp_narrow":  # which fills copies of what it is given
-                monkeypatch.setattr(module, f"_{name}_fake", _filled_with_nan(check))
+    """Until `monkeypatch` is undone, ops on CPU tensors run the kernels that they run on a GPU."""
+    monkeypatch.setitem(core.KERNELS, "cpu", module)
 
 
-def _filled_with_nan(check):
+@contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
     """What new_empty returns may happen to be right."""
-
-    def filled(*args):
-        out = check(*args)
-        for tensor in out if isinstance(out, tuple) else (out,):
-            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
-        return out
-
-    return filled
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from entcov import cuda_ops, ops
+from tests.support import local_ops as ops
 from entcov.stats.logit_covariance import logit_covariance
 from entcov.stats.token_stats import token_stats
 from entcov.verify.check import check_rows

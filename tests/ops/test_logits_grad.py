@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from entcov import ops
+from tests.support import local_ops as ops
 from entcov.verify import reference
 from tests.support.row_kinds import KINDS, assert_close, rows, targets
 

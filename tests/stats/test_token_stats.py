@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from entcov import ops
+from tests.support import local_ops as ops
 from entcov.stats.token_stats import token_stats
 from entcov.verify import reference
 from entcov.verify.check import check_rows

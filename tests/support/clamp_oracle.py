@@ -4,7 +4,8 @@ instruction set that this CPU has, and the CUDA ones, emulated. Judge: a full so
 import pytest
 import torch
 
-from entcov import _cpu, clamp_rounds
+from entcov import _cpu
+from entcov.stats import sharded_clamp
 from entcov.stats.token_stats import token_stats
 from entcov.verify import reference
 from entcov.verify.row_kinds import gradient_bound, value_bound
@@ -13,7 +14,7 @@ from tests.emulator import emulated
 from tests.support.thread_ranks import ThreadRanks
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ROUNDS = range(2, 2 + clamp_rounds.MOST_ROUNDS - 1)  # all-gathers: of sketches, and one a round; the last is a reserve
+ROUNDS = range(2, 2 + sharded_clamp.MOST_ROUNDS - 1)  # all-gathers: of sketches, and one a round; the last is a reserve
 EMULATED = "emulated"
 
 
@@ -22,7 +23,8 @@ def core(request, monkeypatch):
     """The kernels that the test runs on."""
     if request.param == EMULATED:
         emulated.install(monkeypatch, request.getfixturevalue("kernels"))
-        yield request.param
+        with emulated.fresh_memory_is_nan():
+            yield request.param
         return
     before = _cpu.isa()
     assert _cpu.set_isa(request.param)

@@ -1,6 +1,6 @@
 """Runs the tests of the ops on a GPU as they are: ENTCOV_TEST_DEVICE=cuda.
 
-Every op in `entcov.ops` that a GPU has a kernel for is wrapped: its tensors are copied to the device with their strides
+Every op of tests/support/local_ops.py is wrapped: its tensors are copied to the device with their strides
 and their place in memory, the op runs there, and its results come back. Tests and oracles go on in CPU tensors.
 ENTCOV_TEST_DEVICE=cpu does the same with a copy on the CPU, which rehearses the wrapping.
 """
@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from entcov import ops
+from tests.support import local_ops
 
 DEVICE = os.environ.get("ENTCOV_TEST_DEVICE")
-OPS = ("row_stats", "merge_row_stats", "logits_grad", "logits_grad_", "covariance_stats", "merge_covariance_stats",
-       "logit_covariance_grad")  # fmt: skip
 # Parts of the names of tests that the CPU alone can pass, and why.
 CPU_ONLY = {
     "is_an_error_that_counts": "raises on the CPU; no kernel can: NaN on a GPU (tests/gpu/test_public_functions.py)",
@@ -37,8 +35,8 @@ def install() -> None:
         raise pytest.UsageError(f"ENTCOV_TEST_DEVICE must be cuda or cpu, got {DEVICE!r}")
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("ENTCOV_TEST_DEVICE=cuda, but torch sees no GPU")
-    for name in OPS:
-        setattr(ops, name, on_device(getattr(ops, name), DEVICE, in_place=name.endswith("_")))
+    for name in local_ops.NAMES:
+        setattr(local_ops, name, on_device(getattr(local_ops, name), DEVICE, in_place=name.endswith("_")))
 
 
 def skip_what_only_the_cpu_does(items: list[pytest.Item]) -> None:
