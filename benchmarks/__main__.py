@@ -10,7 +10,6 @@ BENCHMARKS = {
     "linear": ("benchmarks.linear_benchmark", "linear_token_stats against materialised logits and chunked heads, CPU"),
     "selection": ("benchmarks.selection_benchmark", "the selections of Clip-Cov and KL-Cov against topk and randperm"),
     "static": ("benchmarks.static_evidence", "what the CUDA kernels' machine code is like; no GPU"),
-    "schedule": ("benchmarks.block_schedule", "what skipped rows cost, by a model of the block scheduler; no GPU"),
     "gpu": ("benchmarks.gpu", "on a machine with a GPU: build, tests, sanitizer, benchmarks with rivals, trainings"),
     "rivals": ("benchmarks.fetch_rivals", "download what `gpu --rivals FOLDER` compares with"),
 }
