@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 from entcov.plan.memory import Settings, engine_sequences, memory
 
+# Bytes that a rank sends of one token: row statistics, and what a clamp adds to them. docs/ops.md has the protocol.
+STATISTICS, STATISTICS_WITH_MOMENTS = 16, 28
+CLAMP_SKETCH, CLAMP_PART = 256, 668
+
 # Assumptions, all to be replaced by measurements on the machine.
 COMPUTE_EFFICIENCY = 0.45  # share of the GPU's dense bfloat16 peak that the passes' matrix products reach
 LINK_EFFICIENCY = 0.7  # share of a link's one-way speed that a collective of megabytes reaches
@@ -96,14 +100,15 @@ def traffic(s: Settings) -> list[Traffic]:
         count = n.scoring + n.selecting + 2 * n.forward
         seconds = count * edge / (crossing * LINK_EFFICIENCY)
         out.append(Traffic("edges of stages, send", "pipeline", count, edge, seconds))
-    rows = s.tokens_on_rank
-    clamp = 512 if s.clamped_entropy else 0
-    once = n.selecting + n.forward
-    add("row statistics with moments, all-gather", "tensor", t, n.scoring, t * rows * (28 + clamp), 1, near)
-    add("row statistics, all-gather", "tensor", t, once, t * rows * (16 + clamp), 1, near)
-    if clamp:  # the candidates near the threshold, at most about three in 127 columns: docs/ops.md
-        candidates = 28 + 4 * 3 * s.shape.padded_vocab(t) // t // 127
-        add("clamp candidates, all-gather", "tensor", t, n.scoring + once, t * rows * candidates, 1, near)
+    # Bytes of a token and rank. A clamp gathers sketches first, and then its parts with the statistics, in one round for
+    # bfloat16 logits and about two for float32 ones.
+    rows, once, rounds = t * s.tokens_on_rank, n.selecting + n.forward, 1
+    moments, plain = STATISTICS_WITH_MOMENTS, STATISTICS
+    if s.clamped_entropy:
+        rounds, moments, plain = 1 if s.bf16 else 2, moments + CLAMP_PART, plain + CLAMP_PART
+        add("clamp sketches, all-gather", "tensor", t, n.scoring + once, rows * CLAMP_SKETCH, 1, near)
+    add("row statistics with moments, all-gather", "tensor", t, n.scoring * rounds, rows * moments, 1, near)
+    add("row statistics, all-gather", "tensor", t, once * rounds, rows * plain, 1, near)
     ranks = s.data_parallel * c
     parameters = max(memory(s, stage).parameters for stage in range(p))
     steps = s.epochs * s.updates
