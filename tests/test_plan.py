@@ -298,7 +298,8 @@ def test_tensor_parallel_traffic_by_hand():
     # clamp's sketches of 256 bytes: 940 bytes in 2 collectives, and 684 more in a third one for float32 logits.
     statistics, scored = sent["row statistics, all-gather"], sent["row statistics with moments, all-gather"]
     sketches = sent["clamp sketches, all-gather"]
-    assert (statistics.count, statistics.bytes_each) == (8, 20 * 684) and (scored.count, scored.bytes_each) == (8, 20 * 696)
+    assert (statistics.count, statistics.bytes_each) == (8, 20 * 684)
+    assert (scored.count, scored.bytes_each) == (8, 20 * 696)
     assert (sketches.count, sketches.bytes_each) == (16, 20 * 256)
     assert sketches.bytes_each + statistics.bytes_each == 20 * 940
     fp32 = {t.name: t for t in traffic(dataclasses.replace(s, bf16=False))}

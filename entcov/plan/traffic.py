@@ -100,8 +100,8 @@ def traffic(s: Settings) -> list[Traffic]:
         count = n.scoring + n.selecting + 2 * n.forward
         seconds = count * edge / (crossing * LINK_EFFICIENCY)
         out.append(Traffic("edges of stages, send", "pipeline", count, edge, seconds))
-    # Bytes of a token and rank. A clamp gathers sketches first, and then its parts with the statistics, in one round for
-    # bfloat16 logits and about two for float32 ones.
+    # A clamp gathers sketches first, and then its parts with the statistics: one round for bfloat16 logits, about two for
+    # float32 ones.
     rows, once, rounds = t * s.tokens_on_rank, n.selecting + n.forward, 1
     moments, plain = STATISTICS_WITH_MOMENTS, STATISTICS
     if s.clamped_entropy:
