@@ -67,7 +67,7 @@ def test_measurements():
 
     order = []
     seconds = interleaved_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
-    assert order == ["a", "b", *"aabb", *"aabb"] and [len(x) for x in seconds.values()] == [2, 2]
+    assert order == [*"aabb", *"aabb"] and [len(x) for x in seconds.values()] == [2, 2]
     assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
     def three_then_one():
