@@ -21,7 +21,7 @@ class Contender:
     name: str
     source: str
     functions: dict[str, Function]
-    # Bytes that the algorithm has to move for a logit of this size: (workload, backward, size); None: not counted.
+    # (workload, backward, size) -> bytes that the algorithm has to move for a logit of this size; None: not counted.
     traffic: Callable[[str, bool, int], float | None] = lambda workload, backward, size: None
     note: str = ""
     # (dtype, backward) -> whether it overwrites its inputs. It then gets a new copy before each repetition, untimed.
@@ -68,9 +68,14 @@ def behind_a_head(function: Function) -> Function:
 ENTCOV, USUAL = named(ops_benchmark.ours), named(ops_benchmark.usual)
 
 
+def read_once(workload: str, backward: bool, size: int) -> float | None:
+    """Bytes of a logit that is read once forward, and read and written once backward."""
+    return 3 * size if backward else size
+
+
 def _entcov_traffic(workload: str, backward: bool, size: int) -> float | None:
-    if workload in ("token_stats", "clamped_entropy"):  # the clamp's sample, a twentieth of the row, not counted
-        return 3 * size if backward else size  # read; then read and write
+    if workload in ("token_stats", "clamped_entropy"):  # the clamp's sample, a twentieth of the row, is not counted
+        return read_once(workload, backward, size)
     if workload == "logit_covariance":
         return 5 * size if backward else 2 * size  # read both; then read both and write
     return None
@@ -86,17 +91,6 @@ def entcov() -> Contender:
         "clamped_entropy": _clamped(ops_benchmark.ours_clamped),
     }  # fmt: skip
     return Contender("entcov", "this repository", functions, _entcov_traffic, "lm_head: logits kept")
-
-
-def entcov_chunks() -> Contender:
-    functions = {"lm_head": partial(_entcov_head, chunks=CHUNKS)}
-    note = "the logits of a quarter of the tokens at a time, made again in backward"
-    return Contender("entcov, chunks", "this repository", functions, note=note)
-
-
-def entcov_materialised() -> Contender:
-    functions = {"lm_head": behind_a_head(ENTCOV)}
-    return Contender("entcov, token_stats", "this repository", functions, note="behind torch's own product")
 
 
 def eager() -> Contender:
@@ -115,8 +109,13 @@ def compiled() -> Contender:
 
 OWN = {
     "entcov": entcov,
-    "entcov, chunks": entcov_chunks,
-    "entcov, token_stats": entcov_materialised,
+    "entcov, chunks": lambda: Contender(
+        "entcov, chunks", "this repository", {"lm_head": partial(_entcov_head, chunks=CHUNKS)},
+        note="the logits of a quarter of the tokens at a time, made again in backward",
+    ),
+    "entcov, token_stats": lambda: Contender(
+        "entcov, token_stats", "this repository", {"lm_head": behind_a_head(ENTCOV)}, note="behind torch's own product",
+    ),
     "eager torch": eager,
     "torch.compile": compiled,
-}
+}  # fmt: skip

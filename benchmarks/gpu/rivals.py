@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.gpu.contenders import Contender, named
+from benchmarks.gpu.contenders import Contender, named, read_once
 
 HEAD_COLUMNS = 32768  # of a tile of TRL's head, its trainer's choice
 
@@ -91,11 +91,6 @@ def stand_in(name: str, **members: object) -> None:
     module = types.ModuleType(name)
     vars(module).update(members)
     enter(name, module)
-
-
-def read_once(workload: str, backward: bool, size: int) -> float:
-    """Bytes of a logit that is read once forward, and read and written once backward."""
-    return 3 * size if backward else size
 
 
 def only_logprob(cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:

@@ -28,7 +28,7 @@ from benchmarks.measure import DTYPES, ratio
 
 CHECKED_ROWS = 16
 TURNS, SECONDS_A_MEASUREMENT = 30, 1.2
-TINY_TOKENS, TINY_COLUMNS = 8, 500  # of a rehearsal
+TOKENS, TINY_TOKENS, TINY_COLUMNS = 8192, 8, 500  # tiny: of a rehearsal
 
 
 def tell(**record: object) -> None:
@@ -191,16 +191,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=[*contenders.OWN, *rivals.RIVALS, "ceilings"])
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--rivals", type=Path, default=None)
     args = parser.parse_args()
-    until = time.monotonic() + args.seconds
+    until, tokens = time.monotonic() + args.seconds, TINY_TOKENS if args.device == "cpu" else TOKENS
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-        args.tokens = TINY_TOKENS
     if args.name == "ceilings":
-        measure_ceilings(args.device, args.tokens)
+        measure_ceilings(args.device, tokens)
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -211,7 +209,7 @@ def main() -> int:
         except Exception as error:
             tell(contender=args.name, failure=f"cannot be loaded: {type(error).__name__}: {str(error)[:500]}")
             return 0
-        Worker(contender, args.device, args.tokens, until).run()
+        Worker(contender, args.device, tokens, until).run()
     return 0
 
 
