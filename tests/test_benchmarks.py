@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from benchmarks.measure import interleaved_seconds, peak_allocated_bytes, ratio
+from benchmarks.measure import interleaved_seconds, peak_allocated_bytes, ratio, times_of
 
 
 def test_ops_benchmark_runs_and_keeps_the_memory_promise(tmp_path):
@@ -69,6 +69,9 @@ def test_measurements():
     seconds = interleaved_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
     assert order == [*"aabb", *"aabb"] and [len(x) for x in seconds.values()] == [2, 2]
     assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+    found = times_of([0.004, 0.002, 0.006], [0.001, 0.001, 0.002])
+    assert (found["median_ms"], found["min_ms"], found["max_ms"], found["ratio"]["median"]) == (4.0, 2.0, 6.0, 3.0)
 
     def three_then_one():
         first = torch.empty(3_000_000, dtype=torch.uint8)

@@ -313,6 +313,23 @@ def test_tensor_parallel_traffic_by_hand():
     assert gathered.bytes_each == scattered.bytes_each == 20 * 8 * 2 / 2
 
 
+def test_pipeline_and_context_traffic_by_hand():
+    """16 sequences of 10 tokens in one replica: 8 micro-batches of 20, scored, and trained on in two updates of 4."""
+    s = settings(
+        shape=TINY, gpus=2, tensor_parallel=1, sequence_parallel=False, micro_batch_tokens=20, prompts_per_step=4,
+        group_size=4, mean_prompt=4, mean_response=6, updates=2, recompute="none", selection=True,
+    )  # fmt: skip
+    stages = dataclasses.replace(s, pipeline_parallel=2)
+    one = passes(stages)
+    assert (one.scoring, one.selecting, one.forward) == (8, 4, 8)
+    (edge,) = (t for t in traffic(stages) if t.group == "pipeline")  # forward in all passes, gradients back in 8
+    assert (edge.count, edge.bytes_each) == (8 + 4 + 8 + 8, 20 * 8 * 2)
+    assert edge.seconds == pytest.approx(28 * 320 / (450e9 * 0.7))
+    (ring,) = (t for t in traffic(dataclasses.replace(s, context_parallel=2)) if t.group == "context")
+    # Keys and values of two heads of 2 and half of the tokens, once a layer and pass, twice more for the gradients.
+    assert (ring.count, ring.bytes_each) == (4 * (20 + 2 * 8), 10 * 2 * 4 * 2)
+
+
 def test_work_is_six_flops_a_weight_and_token():
     tokens = 1000
     forward = QWEN_32B.forward_flops(tokens, 0)
