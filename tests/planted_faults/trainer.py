@@ -19,12 +19,14 @@ LOOP, ROLLOUTS, ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, ENGINE = (
 INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (
     f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "hf/model_config")
 )
-T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_BAD_INPUT, T_STALENESS, T_WARM_START = (
-    f"tests/test_{name}.py::test_"
+T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_STALENESS, T_WARM_START = (
+    f"tests/rl/{name}.py::test_"
     for name in (
-        "loop", "actor", "batch", "sampler", "evaluation", "run_folder", "bad_input", "staleness", "warm_start",
+        "test_loop", "hf/test_actor", "test_batch", "hf/test_sampler", "test_evaluation", "record/test_run_folder",
+        "test_staleness", "hf/test_warm_start",
     )
 )  # fmt: skip
+T_BAD_INPUT = "tests/test_bad_input.py::test_"
 
 FAULTS = (
     # ---- presets -----------------------------------------------------------------------------------------------------
@@ -33,21 +35,21 @@ FAULTS = (
         "entcov/rl/recipe.py",
         "OmegaConf.merge(preset(name), tree)",
         "OmegaConf.merge(tree, preset(name))",
-        ["tests/test_published.py::test_keys_of_a_recipe_win_over_its_preset"],
+        ["tests/controls/test_published.py::test_keys_of_a_recipe_win_over_its_preset"],
     ),
     Fault(
         "preset_s_name_is_resolved",
         "entcov/rl/recipe.py",
         'OmegaConf.to_container(tree, resolve=False)["preset"]',
         'OmegaConf.to_container(tree, resolve=True)["preset"]',
-        ["tests/test_published.py::test_an_unknown_preset_is_named_and_nothing_is_resolved"],
+        ["tests/controls/test_published.py::test_an_unknown_preset_is_named_and_nothing_is_resolved"],
     ),
     Fault(
         "kl_cov_at_32b_with_the_share_of_7b",
         "entcov/controls/published.py",
         "kl_cov_ratio=2e-4",
         "kl_cov_ratio=2e-3",
-        ["tests/test_published.py::test_the_32b_recipe_has_its_own_setting_s_share_of_tokens"],
+        ["tests/controls/test_published.py::test_the_32b_recipe_has_its_own_setting_s_share_of_tokens"],
     ),
     # ---- the loop ----------------------------------------------------------------------------------------------------
     Fault(
