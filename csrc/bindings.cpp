@@ -8,7 +8,6 @@
 
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <tuple>
 #include <type_traits>
 
@@ -56,7 +55,7 @@ struct FromPython<CovarianceOutputs> {
 template <>
 struct FromPython<CovarianceGrads> : FromPython<RowGrads> {};
 
-// The members of a struct, one by one: to<float*>(address), to<int64_t>(number).
+// An address that becomes whatever pointer it is to be.
 struct Member {
   Address value;
   template <class T>
@@ -98,6 +97,7 @@ auto raw(Error (*launch)(A...)) {
   };
 }
 
+#ifndef ENTCOV_CUDA
 int64_t hash_of_bytes(const std::string& bytes) {
   uint64_t hash = hash_of(-1, static_cast<int64_t>(bytes.size()));
   for (size_t at = 0; at < bytes.size(); at += sizeof(int64_t)) {
@@ -107,6 +107,7 @@ int64_t hash_of_bytes(const std::string& bytes) {
   }
   return static_cast<int64_t>(hash);
 }
+#endif
 
 }  // namespace
 

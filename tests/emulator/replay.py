@@ -79,6 +79,11 @@ def floats(*shape) -> Block:
     return Block(np.full(shape, np.nan, np.float32))
 
 
+def pointers(blocks: list[Block], count: int) -> tuple[int, ...]:
+    """A struct of `count` pointers, the first of which are given."""
+    return (*(block.pointer for block in blocks), *[0] * (count - len(blocks)))
+
+
 def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: int) -> str:
     rng = np.random.default_rng(V + T)
     size = 4 if dtype == FP32 else 2
@@ -93,22 +98,35 @@ def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: i
         for block in blocks:
             digest.update(one_nan(block.read()).tobytes())
 
-    segments = cuda.segments(columns)
+    segments, spec = cuda.segments(columns), (0, columns or 1, 0.8, IGNORE)
+    before, after = (dtype, old.pointer, stride, T, V), (dtype, new.pointer, stride, T, V)
+    # V columns, of which `columns` exist; none exist for a shard that starts behind the vocabulary.
+    spec = spec if columns else (V, V, 0.8, IGNORE)
+
+    def messages(*payloads):
+        """Of ranks that agree, as far as there are columns."""
+        sent = [floats(payload.read().size + 4) for payload in payloads]
+        for rank, (payload, out) in enumerate(zip(payloads, sent, strict=True)):
+            own = (0, spec[1]) if rank == 0 else (spec[1], 0)
+            cuda.message(payload.pointer, payload.read().size, target.pointer, T, 7, *own, out.pointer, 0)
+        return Block(np.stack([out.read() for out in sent]))
+
+    def view(gathered):
+        return gathered.pointer, gathered.shape[0], T, (gathered.shape[1] - 4) // max(T, 1)
+
     for fields in (4, 7):
         stats, work, merged = floats(T, fields), floats(segments, T, fields), floats(T, fields)
+        outputs, again = [floats(T) for _ in range(5)], [floats(T) for _ in range(5)]
+        wanted = 5 if fields == 7 else 2
         cuda.row_stats(
-            dtype, old.pointer, stride, T, columns, target.pointer, 0, columns, IGNORE, 1.25, stats.pointer, fields,
+            before, target.pointer, spec, fields, stats.pointer, pointers(outputs[:wanted], 5),
             work.pointer if segments > 1 else 0, 0,
         )  # fmt: skip
-        shards = Block(np.stack([stats.read(), stats.read()]))
-        cuda.merge_row_stats(shards.pointer, T * fields, 2, T, fields, target.pointer, IGNORE, 1.25, merged.pointer, 0)
-        keep(stats, merged)
-    hash, message = Block(np.zeros(1, np.int64)), floats(14 + 7 * T)  # a header of 6 words, in two rows of 7 floats
-    cuda.checksum(target.pointer, T, hash.pointer, 0)
-    cuda.shard_message([0, 4, 1, 2, 3], hash.pointer, merged.pointer, 7 * T, 14, message.pointer, 0)
-    shards, parts = Block(np.stack([message.read()] * 3)), floats(3, T, 7)
-    cuda.accept_shards(shards.pointer, 3, 14 + 7 * T, 14, 6, 2, 12, parts.pointer, 0)
-    keep(message, parts)
+        gathered = messages(stats, stats)
+        cuda.merge_row_stats(
+            view(gathered), target.pointer, spec, fields, merged.pointer, pointers(again[:wanted], 5), 0
+        )
+        keep(stats, merged, gathered, *outputs[:wanted], *again[:wanted])
     gradients = [Block(rng.standard_normal(T).astype(np.float32)) for _ in range(3)]
     clamp = Block(np.tile(np.float32([4.0, 0.5, 1.0, 0.7]), (T, 1)))
     storage = old.read().dtype
@@ -117,32 +135,29 @@ def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: i
         written, _ = logits(np.random.default_rng(V + T), T, V, gap, dtype, offset * size)
         for out, out_stride in ((grad, V), (written, stride)):
             cuda.logits_grad(
-                dtype, (old if out is grad else out).pointer, stride, T, columns, V, target.pointer, 0, IGNORE,
-                stats.pointer, 7, gradients[0].pointer, gradients[1].pointer,
-                gradients[2].pointer if with_clamp else 0, clamp.pointer if with_clamp else 0, 1.25, out.pointer,
-                out_stride, 0,
+                before if out is grad else (dtype, out.pointer, stride, T, V), target.pointer, spec, stats.pointer, 7,
+                pointers(gradients[: 2 + with_clamp], 3), clamp.pointer if with_clamp else 0, out.pointer, out_stride, 0,
             )  # fmt: skip
         keep(grad, written)
     for kept in {1, (columns + 1) // 2, columns} if columns else ():
-        found, clamped = floats(T, 4), floats(T, 4)
+        found, clamped, values = floats(T, 4), floats(T, 4), [floats(T) for _ in range(3)]
         cuda.clamped_stats(
-            dtype, old.pointer, stride, T, columns, target.pointer, kept, IGNORE, 1.25, found.pointer,
-            clamped.pointer, 0,
+            before, target.pointer, spec, kept, found.pointer, pointers(values[:2], 5), clamped.pointer,
+            values[2].pointer, 0,
         )  # fmt: skip
-        keep(found, clamped)
+        keep(found, clamped, *values)
     pair, work, merged = floats(T, 8), floats(segments, T, 8), floats(T, 8)
+    outputs, again = [floats(T) for _ in range(4)], [floats(T) for _ in range(4)]
     cuda.covariance_stats(
-        dtype, old.pointer, stride, new.pointer, stride, T, columns, mask.pointer, 1.25, pair.pointer,
-        work.pointer if segments > 1 else 0, 0,
-    )  # fmt: skip
-    shards = Block(np.stack([pair.read(), pair.read()]))
-    cuda.merge_covariance_stats(shards.pointer, T * 8, 2, T, mask.pointer, 1.25, merged.pointer, 0)
+        before, after, mask.pointer, spec, pair.pointer, pointers(outputs, 4), work.pointer if segments > 1 else 0, 0
+    )
+    gathered = messages(pair, pair)
+    cuda.merge_covariance_stats(view(gathered), mask.pointer, spec, merged.pointer, pointers(again, 4), 0)
     grad = Block(np.zeros((T, V), storage))
     cuda.logit_covariance_grad(
-        dtype, old.pointer, stride, new.pointer, stride, T, columns, V, mask.pointer, pair.pointer,
-        *(g.pointer for g in gradients), 1.25, grad.pointer, V, 0,
-    )  # fmt: skip
-    keep(pair, merged, grad)
+        before, after, mask.pointer, spec, pair.pointer, pointers(gradients, 3), grad.pointer, V, 0
+    )
+    keep(pair, merged, grad, *outputs, *again)
     return digest.hexdigest()[:16]
 
 
@@ -169,52 +184,65 @@ def run_clamp_case(cuda, V: int, dtype: int) -> str:
     logits, target = Block(narrow(x, dtype)), Block(np.where(np.arange(T) == 4, IGNORE, 0))
     digest = hashlib.sha256()
     for kept in sorted({1, 2, V // 3, V // 2, 2 * V // 3 + 1, V}):
-        stats, clamp = floats(T, 4), floats(T, 4)
+        stats, clamp, values = floats(T, 4), floats(T, 4), [floats(T) for _ in range(3)]
         cuda.clamped_stats(
-            dtype, logits.pointer, V, T, V, target.pointer, kept, IGNORE, 1.25, stats.pointer, clamp.pointer, 0
-        )
-        for block in (stats, clamp, *clamp_over_shards(cuda, x, kept, dtype, target)):
+            (dtype, logits.pointer, V, T, V), target.pointer, (0, V, 0.8, IGNORE), kept, stats.pointer,
+            pointers(values[:2], 5), clamp.pointer, values[2].pointer, 0,
+        )  # fmt: skip
+        for block in (stats, clamp, *values, *clamp_over_shards(cuda, x, kept, dtype, target)):
             digest.update(one_nan(block.read()).tobytes())
     return digest.hexdigest()[:16]
 
 
-def clamp_over_shards(cuda, x: np.ndarray, kept: int, dtype: int, target: Block) -> tuple[Block, Block]:
+SKETCH, PARTIAL = 64, 166  # floats a row
+
+
+def gather(cuda, payloads: list[Block], columns: list[tuple[int, int]]) -> tuple[Block, tuple[int, int, int, int]]:
+    """The messages of ranks with these (start, columns), and how a launcher takes them."""
+    T, width = payloads[0].shape
+    sent = [floats(T * width + 4) for _ in payloads]
+    for payload, own, out in zip(payloads, columns, sent, strict=True):
+        cuda.message(payload.pointer, T * width, 0, 0, 1, *own, out.pointer, 0)
+    gathered = Block(np.stack([out.read() for out in sent]))
+    return gathered, (gathered.pointer, len(sent), T, width)
+
+
+def clamp_over_shards(cuda, x: np.ndarray, kept: int, dtype: int, target: Block) -> tuple[Block, ...]:
     """The clamp of three shards, one of them empty: merged statistics and clamp, after as many rounds as it takes."""
     T, V = x.shape
     bounds = (0, V // 3, V // 3, V)
     shards = [(Block(narrow(x[:, i:j], dtype)), i, j - i) for i, j in zip(bounds, bounds[1:], strict=False)]
-    sketches = [floats(T, 64) for _ in shards]
-    for (logits, _, width), sketch in zip(shards, sketches, strict=True):
-        cuda.clamp_sketch(dtype, logits.pointer, width, T, width, target.pointer, IGNORE, sketch.pointer, 0)
-    gathered, columns = Block(np.stack([s.read() for s in sketches])), Block(np.int64([width for *_, width in shards]))
+    views = [(dtype, logits.pointer, width, T, width) for logits, _, width in shards]
+    specs, columns = [(start, V, 0.8, IGNORE) for _, start, _ in shards], [(i, n) for _, i, n in shards]
+    sketches = [floats(T, SKETCH) for _ in shards]
+    for view, spec, sketch in zip(views, specs, sketches, strict=True):
+        cuda.clamp_sketch(view, target.pointer, spec, sketch.pointer, 0)
+    block, gathered = gather(cuda, sketches, columns)
     bracket, clamp, stats = Block(np.zeros((T, 4), np.int32)), floats(T, 4), floats(T, 4)
-    cuda.clamp_guess(
-        gathered.pointer, T * 64, 64, 3, T, columns.pointer, target.pointer, IGNORE, V, kept, V // 20, bracket.pointer,
-        0,
-    )  # fmt: skip
+    outputs = [floats(T) for _ in range(3)]
+    cuda.clamp_bracket(gathered, target.pointer, specs[0], kept, V // 20, bracket.pointer, 0)
     for turn in range(7):
-        parts = [floats(T, 171) for _ in shards]
-        for (logits, start, width), part in zip(shards, parts, strict=True):
-            cuda.clamp_part(
-                dtype, logits.pointer, width, T, width, target.pointer, start, V, IGNORE, bracket.pointer, 1.25,
-                part.pointer, 0,
-            )  # fmt: skip
-        parts = np.stack([part.read() for part in parts])
+        partials = [floats(T, 4 + PARTIAL) for _ in shards]
+        for view, spec, partial in zip(views, specs, partials, strict=True):
+            cuda.clamp_partial(view, target.pointer, spec, bracket.pointer, partial.pointer, 0)
+        block, gathered = gather(cuda, partials, columns)  # noqa: F841  (block: the memory of gathered)
         if turn == 0:
-            own = Block(parts[..., :4].copy())
-            cuda.merge_row_stats(own.pointer, T * 4, 3, T, 4, target.pointer, IGNORE, 1.25, stats.pointer, 0)
-        parts, unfinished = Block(parts[..., 4:].copy()), Block(np.zeros(1, np.int32))
-        cuda.clamp_narrow(
-            parts.pointer, T * 167, 167, 3, T, target.pointer, stats.pointer, 4, IGNORE, kept, 1.25, bracket.pointer,
-            clamp.pointer, unfinished.pointer, 0,
+            cuda.merge_row_stats(
+                gathered, target.pointer, specs[0], 4, stats.pointer, pointers(outputs[:2], 5), 0
+            )
+        unfinished, next_bracket, next_clamp = Block(np.zeros(1, np.int32)), Block(bracket.read()), floats(T, 4)
+        cuda.clamp_refine(
+            gathered, target.pointer, specs[0], stats.pointer, 4, kept, bracket.pointer, clamp.pointer,
+            next_bracket.pointer, next_clamp.pointer, outputs[2].pointer, unfinished.pointer, 0,
         )  # fmt: skip
+        bracket, clamp = next_bracket, next_clamp
         if unfinished.read()[0] == 0:
-            return stats, clamp
+            return stats, clamp, *outputs
     raise RuntimeError(f"{unfinished.read()[0]} rows are not done after {turn + 1} rounds")
 
 
 def run_wrong_clamp_case(cuda, dtype: int) -> str:
-    """Brackets and parts that no kernel made: what comes of them does not matter, but that nothing else is touched."""
+    """Brackets and partials that no kernel made: what comes of them does not matter, but that nothing else is touched."""
     V, whole = 3000, (0x007FFFFF, 0xFF800000)  # keys from -inf to +inf
     rng = np.random.default_rng(0)
     brackets = [(*whole, 1), (*whole, 3), (*whole, 7), (*whole[::-1], 1), (0, 0, 0), (0, 2**32 - 1, 1)]
@@ -222,24 +250,23 @@ def run_wrong_clamp_case(cuda, dtype: int) -> str:
     T = len(brackets)
     x = 3 * rng.standard_normal((T, V))
     x[:, ::2] = 0.0
-    logits, target = Block(narrow(x, dtype)), Block(np.zeros(T, np.int64))
+    logits, target, spec = Block(narrow(x, dtype)), Block(np.zeros(T, np.int64)), (0, V, 0.8, IGNORE)
     given = np.array([(*b, 0) for b in brackets], np.uint32)
-    bracket, part = Block(given), floats(T, 171)
-    cuda.clamp_part(
-        dtype, logits.pointer, V, T, V, target.pointer, 0, V, IGNORE, bracket.pointer, 1.25, part.pointer, 0
-    )
-    own = part.read()[:, 4:]
-    stats = Block(np.ascontiguousarray(part.read()[:, :4]))
+    bracket, partial = Block(given), floats(T, 4 + PARTIAL)
+    cuda.clamp_partial((dtype, logits.pointer, V, T, V), target.pointer, spec, bracket.pointer, partial.pointer, 0)
+    own = partial.read()
+    stats = Block(np.ascontiguousarray(own[:, :4]))
     for wrong in (161.0, 5000.0, 2.0**24 + 2, 1e30, -5.0, 0.5, np.nan, np.inf, -np.inf):
-        for field in (4, 5, 6, 7, 166, slice(None)):
-            parts = own.copy()
-            parts[:, field] = wrong
-            parts, again, clamp = Block(np.stack([parts, own])), Block(given), floats(T, 4)
-            unfinished = Block(np.zeros(1, np.int32))
+        for field in (7, 8, 9, 10, 169, slice(4, None)):
+            spoiled = own.copy()
+            spoiled[:, field] = wrong
+            block, gathered = gather(cuda, [Block(spoiled), partial], [(0, V), (V, 0)])  # noqa: F841
             for kept in (1, V // 2, V):
-                cuda.clamp_narrow(
-                    parts.pointer, T * 167, 167, 2, T, target.pointer, stats.pointer, 4, IGNORE, kept, 1.25,
-                    again.pointer, clamp.pointer, unfinished.pointer, 0,
+                clamp, entropy, unfinished = floats(T, 4), floats(T), Block(np.zeros(1, np.int32))
+                next_bracket, next_clamp = Block(given), floats(T, 4)
+                cuda.clamp_refine(
+                    gathered, target.pointer, spec, stats.pointer, 4, kept, bracket.pointer, clamp.pointer,
+                    next_bracket.pointer, next_clamp.pointer, entropy.pointer, unfinished.pointer, 0,
                 )  # fmt: skip
     return "survived"
 
@@ -274,7 +301,7 @@ def main(extension: str, seed: str, wanted: str = "") -> None:
     with np.errstate(all="ignore"):
         results = {name: run_case(cuda, *case) for name, case in CASES.items() if wanted in name}
         results |= {name: run_clamp_case(cuda, *case) for name, case in CLAMP_CASES.items() if wanted in name}
-        wrong = {f"wrong brackets and parts, {name}": dtype for name, dtype in DTYPES.items()}
+        wrong = {f"wrong brackets and partials, {name}": dtype for name, dtype in DTYPES.items()}
         results |= {name: run_wrong_clamp_case(cuda, dtype) for name, dtype in wrong.items() if wanted in name}
     print(json.dumps(results))
 
