@@ -188,11 +188,11 @@ WANTS = [
     ({"data.settings": {"a": "http://e/${oc.env:SOME_TOKEN}"}}, "data.settings.a: .* reads more than other keys"),
     ({"model.attn_implementation": "stranger/kernel"}, "runs a kernel from the Hugging Face hub"),
     (
-        {"rollout.engine": "vllm", "rollout.vllm": SERVER},
+        {"rollout.sampler": "vllm", "rollout.vllm": SERVER},
         "rollout.vllm.url: 'http://stranger.example:80' sends prompts",
     ),
     (
-        {"rollout.engine": "vllm", "rollout.vllm": {"engine_args": {"trust_remote_code": True}}},
+        {"rollout.sampler": "vllm", "rollout.vllm": {"engine_args": {"trust_remote_code": True}}},
         "rollout.vllm.engine_args: {'trust_remote_code': True} may import modules",
     ),
 ]

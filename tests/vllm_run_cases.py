@@ -17,7 +17,7 @@ KEY = "val-core/entcov/carry_arithmetic/acc/mean@2"
 
 
 def config(run_dir: Path, **overrides):
-    own = {"rollout.engine": "vllm", "rollout.vllm": {"max_num_seqs": 32}, "data.reward": "tests.vllm_run_cases:even"}
+    own = {"rollout.sampler": "vllm", "rollout.vllm": {"max_num_seqs": 32}, "data.reward": "tests.vllm_run_cases:even"}
     tree = recipe(run_dir, **own, **overrides)
     tree["model"]["config"]["head_dim"] = 32  # vLLM's CPU attention has no smaller heads
     return parse_config(tree)

@@ -143,10 +143,10 @@ def settings_from(
         mean_response: tokens of a mean response; default: half of the limit, an assumption.
 
     Raises:
-        ValueError: a recipe for another engine than Megatron, or a model whose shape is not known.
+        ValueError: a recipe for another backend than Megatron, or a model whose shape is not known.
     """
-    if config.actor.engine != "megatron":
-        raise ValueError(f"plan: is about actor.engine=megatron, got {config.actor.engine!r}")
+    if config.actor.backend != "megatron":
+        raise ValueError(f"plan: is about actor.backend=megatron, got {config.actor.backend!r}")
     limit = config.rollout.max_response_length
     if mean_response is not None and not 1 <= mean_response <= limit:
         raise ValueError(f"mean_response: must be in [1, rollout.max_response_length = {limit}], got {mean_response}")
@@ -175,7 +175,7 @@ def settings_from(
         max_response=limit,
         mean_response=limit // 2 if mean_response is None else mean_response,
         mean_prompt=min(256, config.data.max_prompt_length),
-        engine=vllm.mode if config.rollout.engine == "vllm" else "in_process",
+        engine=vllm.mode if config.rollout.sampler == "vllm" else "in_process",
         engine_tensor_parallel=vllm.tensor_parallel,
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         max_num_seqs=vllm.max_num_seqs,

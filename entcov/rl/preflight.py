@@ -37,7 +37,7 @@ def check_recipe(config: Config) -> PretrainedConfig:
         load_reward(config.data.reward)
     tokenizer = model_tokenizer(config.model)
     settings = model_settings(config.model, tokenizer)
-    check_context(config, settings)
+    check_context(settings, config.data.max_prompt_length, config.rollout.max_response_length)
     if config.model.path is not None:
         _check_weights(Path(config.model.path))
     stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)

@@ -2,7 +2,7 @@
 
 from tests.planted_faults.fault import Fault
 
-BATCHES = "megatron_integration/batches.py"
+BATCHES = "megatron_integration/micro_batches.py"
 T_PARITY = "tests/test_megatron_parity.py::test_"
 SLOW = "importing Megatron-Core takes ten seconds"
 

@@ -86,7 +86,7 @@ FAULTS = (
         "pointer_moves_before_the_checkpoint_has_its_name",
         CHECKPOINT,
         "        temporary.rename(final)\n        fsync_path(directory)\n",
-        '        replace_file(directory / "latest", f"{final.name}\\n".encode())\n        temporary.rename(final)\n'
+        '        atomic_write(directory / "latest", f"{final.name}\\n".encode())\n        temporary.rename(final)\n'
         "        fsync_path(directory)\n",
         [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
     ),

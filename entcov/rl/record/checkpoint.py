@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from entcov import _checks as check
-from entcov.rl.record.durable import fsync_path, locked, make_folder, replace_file
+from entcov.rl.record.durable import atomic_write, fsync_path, locked, make_folder
 from entcov.rl.record.sealed import MANIFEST, CheckpointError, damage, write_sealed
 
 STATE = "state.pt"
@@ -107,7 +107,7 @@ def save_checkpoint(
         temporary.rename(final)
         fsync_path(directory)
         try:
-            replace_file(directory / "latest", f"{final.name}\n".encode())
+            atomic_write(directory / "latest", f"{final.name}\n".encode())
         except OSError as error:
             raise CheckpointError(
                 f"step {step} is stored, and {directory / 'latest'} could not be moved to it"
@@ -185,7 +185,7 @@ def load_plain(path: Path, *, map_location: str | torch.device) -> Any:
 
 def make_latest(checkpoint: Checkpoint) -> None:
     """Let `latest` name this one: a run that goes back must not be taken up from a later step if it dies at once."""
-    replace_file(checkpoint.path.parent / "latest", f"{checkpoint.path.name}\n".encode())
+    atomic_write(checkpoint.path.parent / "latest", f"{checkpoint.path.name}\n".encode())
 
 
 def list_steps(directory: str | Path) -> list[int]:

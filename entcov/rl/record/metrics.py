@@ -20,7 +20,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from entcov.rl.record.durable import fsync_path, make_folder, replace_file, write_all, write_error
+from entcov.rl.record.durable import atomic_write, fsync_path, make_folder, write_all, write_error
 from entcov.rl.threads import no_thread, say
 
 FILE_NAME = "metrics.jsonl"
@@ -191,14 +191,14 @@ def _cut(path: Path, resume_step: int | None) -> tuple[int, int]:
         )
     content = b"".join(line for line, _ in kept)
     if path.exists() and len(content) != path.stat().st_size:
-        replace_file(path, content)
+        atomic_write(path, content)
     return (kept[-1][1] if kept else -1), len(missing)
 
 
 def _set_aside(path: Path, lines: list[bytes]) -> None:
     """Adds lines to a file that holds what could not be read; a kill may make it hold some of them twice."""
     before = path.read_bytes() if path.exists() else b""
-    replace_file(path, before + b"".join(lines))
+    atomic_write(path, before + b"".join(lines))
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -256,5 +256,5 @@ def _wandb_run(run_dir: Path, settings: dict[str, Any]) -> Any:
         # W&B ignores steps that it already has. A resumed run recomputes exactly those values, so nothing is lost.
         settings = {"id": id_file.read_text().strip(), "resume": "allow", **settings}
     run = wandb.init(**{"dir": str(run_dir), **settings})
-    replace_file(id_file, f"{run.id}\n".encode())
+    atomic_write(id_file, f"{run.id}\n".encode())
     return run

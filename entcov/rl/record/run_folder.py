@@ -10,7 +10,7 @@ from typing import Any
 
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.record.checkpoint import Checkpoint, list_steps, load_checkpoint, load_latest
-from entcov.rl.record.durable import clear_leftovers, locked, make_folder, replace_file
+from entcov.rl.record.durable import atomic_write, clear_leftovers, locked, make_folder
 from entcov.rl.record.metrics import has_rows
 from entcov.rl.stored_recipe import check_same_recipe, store_recipe
 from entcov.rl.types import Rollout
@@ -86,7 +86,7 @@ def write_samples(path: Path, rollouts: list[Rollout], limit: int = 64) -> None:
         }
         for r in rollouts[:limit]
     ]
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def keep_evaluation(run_dir: Path, step: int, result: dict[str, Any], rollouts: list[Rollout]) -> None:
@@ -100,4 +100,4 @@ def keep_evaluation(run_dir: Path, step: int, result: dict[str, Any], rollouts: 
     with locked(folder, wait=True):
         clear_leftovers(folder)
         write_samples(folder / f"step_{step}.jsonl", rollouts, limit=len(rollouts))
-        replace_file(folder / f"step_{step}.json", (json.dumps(result, indent=1) + "\n").encode())
+        atomic_write(folder / f"step_{step}.json", (json.dumps(result, indent=1) + "\n").encode())

