@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,6 @@ from megatron_integration.checkpoint import load_sharded, save_sharded
 from megatron_integration.process_groups import make_process_groups, start_processes
 from megatron_integration.rollouts import CopySampler, SharedRollouts, sampler_ranks
 
-T = TypeVar("T")
 INITIAL_MODEL = "initial_model"  # in the run directory: what reinforcement starts from, unless that is model.path
 
 
@@ -52,10 +51,8 @@ class MegatronBackend:
         self.groups = make_process_groups(config, start_processes(device), seed=seed)
         self.world_size = dist.get_world_size()
         self.is_rank0 = dist.get_rank() == 0
+        self.broadcast_from_rank0 = self.groups.broadcast_from_rank0
         self._vllm_in_process = False
-
-    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
-        return self.groups.broadcast_from_rank0(make)
 
     def max_over_ranks(self, value: int) -> int:
         everyones = torch.tensor(value)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -80,11 +80,9 @@ class ProcessGroups:
             or parallel_state.get_context_parallel_rank()
         )
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """Everything that runs Megatron-Core goes inside; on a GPU it changes nothing."""
-        with nullcontext() if self.device.type == "cuda" else on_cpu():
-            yield
+        return nullcontext() if self.device.type == "cuda" else on_cpu()
 
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """`make()` of rank 0 on every rank. Collective; if it fails there, the others raise PeerError."""

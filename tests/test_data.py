@@ -165,9 +165,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data.os, failing, full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match="disk full: cannot write"):
         write_rows(examples(5), path)
+    monkeypatch.undo()
     assert load_rows(path) == examples(3) and os.listdir(tmp_path) == [path.name]
 
 

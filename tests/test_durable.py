@@ -107,5 +107,5 @@ def test_a_logged_step_is_on_the_disk_when_log_returns(tmp_path, asked):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_dataset_is_on_the_disk_before_it_has_its_name(tmp_path, asked, suffix):
     write_rows([Example("mine", ({"role": "user", "content": "1+1="},), "2")], tmp_path / f"rows.{suffix}")
-    temporary, size = f".rows.{suffix}.PID.tmp", (tmp_path / f"rows.{suffix}").stat().st_size
+    temporary, size = f".tmp_rows.{suffix}.PID", (tmp_path / f"rows.{suffix}").stat().st_size
     assert asked[:2] == [("fsync", temporary, size), ("rename", temporary, f"rows.{suffix}")]

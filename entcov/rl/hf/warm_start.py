@@ -84,15 +84,12 @@ def warm_start(
         prompts = stream.take(step * config.batch_size, config.batch_size)
         batch = pack([_solved(prompt, stream.tokenizer) for prompt in prompts]).to(model.device)
         optimizer.zero_grad(set_to_none=True)
-        total = sum(_backward(model, batch.subset(g), batch, actor) for g in _groups(batch, actor))
+        groups = micro_batches(batch.lengths, actor.micro_batch_tokens, padded=not actor.packing)
+        total = sum(_backward(model, batch.subset(group), batch, actor) for group in groups)
         nn.utils.clip_grad_norm_(model.parameters(), actor.max_grad_norm)
         optimizer.step()
         if on_step is not None:
             on_step(step + 1, total)
-
-
-def _groups(batch: Batch, actor: ActorConfig) -> list[list[int]]:
-    return micro_batches(batch.lengths, actor.micro_batch_tokens, padded=not actor.packing)
 
 
 def _backward(model: nn.Module, micro: Batch, batch: Batch, actor: ActorConfig) -> float:

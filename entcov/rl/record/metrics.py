@@ -78,14 +78,12 @@ class RunLogger:
         """Record `metrics` for `step`; a step may get several lines, and steps never go back.
 
         Raises:
-            TypeError: a value is not a real number (the message names its key), or step is not an int.
+            TypeError: a value is not a real number (the message names its key).
             ValueError: step is negative or lower than the last one, or a key is "step" or empty.
             OSError: the line could not be written, e.g. the disk is full; it is absent, and earlier lines are intact.
         """
         if self._fd is None:
             raise RuntimeError(f"log called on the closed logger of {self.path}")
-        if isinstance(step, bool) or not isinstance(step, Integral):
-            raise TypeError(f"step must be an int, got {type(step).__name__}")
         if step < 0 or step < self._last_step:
             raise ValueError(f"step must be >= 0 and >= the last logged step {self._last_step}, got {step}")
         values = {key: _number(key, value) for key, value in metrics.items()}
@@ -236,21 +234,15 @@ def _unless_no_thread(make: Callable[[], Any], name: str) -> Any:
 
 
 def _tensorboard_writer(log_dir: Path, resume_step: int | None) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(
-            f"TensorBoard events were asked for and tensorboard is missing ({error}): pip install tensorboard"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     # Events after the checkpoint stay in their files; purge_step tells TensorBoard not to show them.
     return SummaryWriter(str(log_dir), purge_step=None if resume_step is None else resume_step + 1)
 
 
 def _wandb_run(run_dir: Path, settings: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise RuntimeError("Weights & Biases was asked for and is not installed: pip install wandb") from error
+    import wandb
+
     id_file = run_dir / "wandb_id"
     if id_file.exists():
         # W&B ignores steps that it already has. A resumed run recomputes exactly those values, so nothing is lost.
