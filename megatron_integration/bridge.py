@@ -225,11 +225,7 @@ def _gpt_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _rope(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """transformers 5 keeps everything in rope_parameters; before, rope_theta and rope_scaling were apart."""
-    rope = getattr(hf_config, "rope_parameters", None)
-    if rope is None:
-        rope = {"rope_theta": hf_config.rope_theta, **(getattr(hf_config, "rope_scaling", None) or {})}
-    return {"rope_type": rope.get("type", "default"), **rope}
+    return {"rope_type": "default", **hf_config.rope_parameters}
 
 
 # The constants of Llama 3.1's scaling that Megatron-Core has built in (RotaryEmbedding._apply_scaling).
