@@ -10,7 +10,6 @@ import os
 
 import pytest
 
-from entcov.rl.data import stream as data
 from entcov.rl.data.stream import PromptStream, from_row, load_rows, to_row, write_rows
 from entcov.rl.tasks import make_task
 from entcov.rl.types import Example

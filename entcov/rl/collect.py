@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,22 @@ from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
 from entcov.rl.types import Prompt, Rollout
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
 
 def derived_seed(seed: int, *path: int) -> int:
     """A 63-bit seed that depends on every number of the path."""
     return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def as_rollout(
+    prompt: Prompt, sample: int, tokens: list[int], logprob: list[float], version: int, tokenizer: Tokenizer
+) -> Rollout:
+    """What a sampler has made of a prompt. A response is finished where it ends in the end-of-sequence token."""
+    finished = tokens[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(tokens[:-1] if finished else tokens)
+    return Rollout(prompt, sample, tokens, logprob, finished, weight_version=version, text=text)
 
 
 @dataclass

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from entcov.controls import Control
 from entcov.rl.backend import TransformersBackend
 from entcov.rl.collect import derived_seed
 from entcov.rl.config import Config, ConfigError
@@ -20,14 +19,14 @@ from entcov.rl.data.stream import PromptStream
 from entcov.rl.evaluation import SourceResult, evaluate, summarize
 from entcov.rl.hf.model_config import model_tokenizer
 from entcov.rl.hf.warm_start import warm_started
-from entcov.rl.interfaces import Actor, Backend, Sampler, Start
+from entcov.rl.interfaces import Backend, Start
 from entcov.rl.interrupts import Interrupts
 from entcov.rl.loop import Loop
 from entcov.rl.record.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
 from entcov.rl.record.metrics import RunLogger
 from entcov.rl.record.progress import Progress
 from entcov.rl.record.run_folder import SAMPLES, check_resume, has_begun, held, keep_evaluation, take_up, write_samples
-from entcov.rl.rewards.rules import RewardFunction, load_reward
+from entcov.rl.rewards.rules import load_reward
 from entcov.rl.types import Rollout
 
 _COMMANDS = {
@@ -37,29 +36,22 @@ _COMMANDS = {
 _EVAL_SEED = 1 << 40  # apart from every step's number
 
 
-@dataclass
-class Setup:
-    """What a run trains with: built once, before its first step."""
-
-    actor: Actor
-    sampler: Sampler
-    stream: PromptStream
-    controls: list[Control]
-    reward_fn: RewardFunction
-
-
 def build(
     config: Config,
     backend: Backend,
     checkpoint: Checkpoint | None,
     *,
+    phase: Callable[[str], None] = lambda name: None,
     on_warm_start: Callable[[int, float], None] = lambda done, loss: None,
-) -> Setup:
+) -> Loop:
     """Builds the actor, the sampler and the data of a run, fresh or with the weights of `checkpoint`. Collective.
 
     Args:
+        phase: told what is going on, now and by the loop.
         on_warm_start: called with (steps done, loss in nats).
     """
+    if checkpoint is None and config.warm_start.steps:
+        phase("warm start")
 
     def warm_start(policy: nn.Module) -> None:
         warm_started(policy, stream=stream, config=config, on_step=on_warm_start)
@@ -74,7 +66,7 @@ def build(
     sampler = backend.build_sampler(
         config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn
     )
-    return Setup(actor, sampler, stream, controls, reward_fn)
+    return Loop(config, actor, sampler, stream, controls, reward_fn, phase=phase)
 
 
 def train(
@@ -133,17 +125,11 @@ def train(
         enabled = display if backend.is_rank0 else False
         progress = stack.enter_context(Progress(config.steps, run_dir.name, enabled=enabled))
         steps = config.warm_start.steps
-        if checkpoint is None and steps:
-            progress.phase("warm start")
-        setup = build(
-            config, backend, checkpoint,
+        loop = build(
+            config, backend, checkpoint, phase=progress.phase,
             on_warm_start=lambda done, loss: progress.sub_bar(done, steps, f"loss {loss:.3f} nats"),
         )  # fmt: skip
-        loop = Loop(
-            config, setup.actor, setup.sampler, setup.stream, setup.controls, setup.reward_fn, phase=progress.phase
-        )
-        run = _Run(config, backend, loop, logger, progress, interrupts)
-        return run.to_the_end(checkpoint)
+        return _Run(config, backend, loop, logger, progress, interrupts).to_the_end(checkpoint)
 
 
 def evaluate_run(
@@ -178,9 +164,8 @@ def evaluate_run(
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
     # An evaluation compares nothing with the reference policy, so it does not load it.
     without_reference = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_coef=0.0))
-    setup = build(without_reference, backend, found)
-    setup.sampler.sync(found.step, setup.actor.named_weights)
-    metrics, rollouts = _evaluate(config, setup, progress=progress if backend.is_rank0 else None)
+    loop = build(without_reference, backend, found)
+    metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
     if backend.is_rank0:
         result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
         try:
@@ -200,12 +185,12 @@ def _checkpoint(run_dir: Path, path: str | None) -> Checkpoint:
 
 
 def _evaluate(
-    config: Config, run: Setup | Loop, progress: Callable[[int, int], None] | None = None
+    config: Config, loop: Loop, progress: Callable[[int, int], None] | None = None
 ) -> tuple[dict[str, float], list[Rollout]]:
     return evaluate(
-        run.sampler,
-        run.stream.held_out(config.eval.prompts),
-        run.reward_fn,
+        loop.sampler,
+        loop.stream.held_out(config.eval.prompts),
+        loop.reward_fn,
         settings=config.eval,
         max_response_length=config.rollout.max_response_length,
         seed=derived_seed(config.seed, _EVAL_SEED),  # the same draws at every step: less noise in the curve

@@ -380,8 +380,8 @@ FAULTS = (
     Fault(
         "generation_goes_past_the_end",
         SAMPLER,
-        "done = torch.isin(token, eos_ids)",
-        "done = torch.isin(token, eos_ids) & False",
+        "done = token == eos_id",
+        "done = (token == eos_id) & False",
         [T_SAMPLER + "logprob_is_that_of_the_plain_forward_pass"],
     ),
     Fault(
@@ -393,14 +393,14 @@ FAULTS = (
     ),
     Fault(
         "finished_by_length",
-        SAMPLER,
-        "finished = bool(tokens) and tokens[-1] in self.eos_ids",
-        "finished = len(tokens) < max_response_length",
+        COLLECT,
+        "finished = tokens[-1] == tokenizer.eos_token_id",
+        "finished = len(tokens) < 8",
         [T_SAMPLER + "logprob_is_that_of_the_plain_forward_pass"],
     ),
     Fault(
         "text_ends_in_the_end_token",
-        SAMPLER,
+        COLLECT,
         "tokens[:-1] if finished else tokens",
         "tokens",
         [T_SAMPLER + "rollouts_carry_their_weight_version_and_a_text_without_the_end_token"],
@@ -429,8 +429,8 @@ FAULTS = (
     Fault(
         "rollouts_say_another_weight_version",
         SAMPLER,
-        "weight_version=self.weight_version,",
-        "weight_version=0,",
+        "logprob, self.weight_version, self",
+        "logprob, 0, self",
         [T_SAMPLER + "rollouts_carry_their_weight_version_and_a_text_without_the_end_token"],
     ),
     # ---- evaluation, the run, the warm start -------------------------------------------------------------------------

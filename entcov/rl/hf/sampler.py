@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from entcov.rl.collect import as_rollout
 from entcov.rl.hf.model import forward
 from entcov.rl.interfaces import NamedWeights
 from entcov.rl.types import Prompt, Rollout
@@ -26,7 +27,6 @@ class InProcessSampler:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.weight_version = 0
-        self.eos_ids = torch.tensor([tokenizer.eos_token_id])
 
     def sync(self, weight_version: int, named_weights: NamedWeights) -> None:
         """Takes over the trainer's weights; they are shared here, so only the version changes."""
@@ -63,16 +63,8 @@ class InProcessSampler:
                 [prompts[i] for i in chosen], group_size, temperature, max_response_length, noise[rows]
             )
             for row, (tokens, logprob) in zip(rows, responses, strict=True):
-                finished = bool(tokens) and tokens[-1] in self.eos_ids
-                out[row] = Rollout(
-                    prompt=prompts[row // group_size],
-                    sample=row % group_size,
-                    tokens=tokens,
-                    logprob=logprob,
-                    finished=finished,
-                    weight_version=self.weight_version,
-                    text=self.tokenizer.decode(tokens[:-1] if finished else tokens),
-                )
+                prompt, sample = prompts[row // group_size], row % group_size
+                out[row] = as_rollout(prompt, sample, tokens, logprob, self.weight_version, self.tokenizer)
                 if on_done is not None:
                     on_done(out[row])
             if progress is not None:
@@ -82,7 +74,7 @@ class InProcessSampler:
 
     def _generate_batch(self, prompts, group_size, temperature, max_response_length, noise):
         device = self.model.device
-        noise, eos_ids = noise.to(device), self.eos_ids.to(device)
+        noise, eos_id = noise.to(device), self.tokenizer.eos_token_id
         width = max(len(p.tokens) for p in prompts)
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p.tokens)) + list(p.tokens) for p in prompts], device=device)
@@ -101,7 +93,7 @@ class InProcessSampler:
         for t in range(max_response_length):
             token, token_logprob = draw(logits, temperature, noise[rows, t])
             tokens[rows, t], logprob[rows, t] = token, token_logprob
-            done = torch.isin(token, eos_ids)
+            done = token == eos_id
             length[rows[done]] = t + 1
             running = ~done
             if not running.any() or t + 1 == max_response_length:

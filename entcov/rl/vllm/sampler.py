@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from entcov.rl.collect import derived_seed
+from entcov.rl.collect import as_rollout, derived_seed
 from entcov.rl.config import RolloutConfig
 from entcov.rl.interfaces import NamedWeights
 from entcov.rl.types import Prompt, Rollout
@@ -88,17 +88,8 @@ class VllmSampler:
                     f"generate: a response came from weights {' and '.join(completion.versions)}, and the trainer's "
                     f"last sync was {version}: somebody else updates this engine"
                 )
-            tokens = completion.tokens
-            finished = tokens[-1] in stop
-            out[row] = Rollout(
-                prompt=prompts[row // group_size],
-                sample=row % group_size,
-                tokens=tokens,
-                logprob=completion.logprob,
-                finished=finished,
-                weight_version=version,
-                text=self.tokenizer.decode(tokens[:-1] if finished else tokens),
-            )
+            prompt, sample = prompts[row // group_size], row % group_size
+            out[row] = as_rollout(prompt, sample, completion.tokens, completion.logprob, version, self.tokenizer)
             if on_done is not None:
                 on_done(out[row])
             if progress is not None:
