@@ -5,8 +5,8 @@ goes on to rounding, because sums are split differently.
 
 Megatron-Core 0.16's distributed optimizer, where Adam is torch's (no Transformer Engine, no Apex), loads wrongly in
 three ways: it asserts that a step was taken, it looks for each parameter's step where none was stored, and it gives
-all parameters one step tensor, which each of them then counts up. `_TorchAdamLoad` deals with all three, and what was
-loaded is checked in any case: a wrong number of steps means a wrong bias correction, and no error would show it.
+all parameters one step tensor, which each of them then counts up. `_torch_adam_loads_rightly` deals with all three.
+What is loaded is checked in any case: a wrong number of steps means a wrong bias correction, which no error would show.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def load_sharded(actor: MegatronActor, folder: Path) -> None:
             "model.compute_dtype must be those of the save"
         )
     actor.weight_version = common["weight_version"]
-    with actor.groups.running(), _TorchAdamLoad(actor):
+    with actor.groups.running(), _torch_adam_loads_rightly(actor):
         state = dist_checkpointing.load(_tree(actor, is_loading=True), str(folder))
         unwrapped(actor.model).load_state_dict(state["model"], strict=True)
         if actor.weight_version:
@@ -122,38 +122,36 @@ def _inner(actor: MegatronActor) -> list[Any]:
     return getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
 
 
-class _TorchAdamLoad:
-    """Inside, distributed optimizers over torch's Adam load rightly. Touches these optimizers alone, and leaves nothing
-    behind."""
-
-    def __init__(self, actor: MegatronActor):
-        self.actor = actor
-        self.optimizers = [
-            o for o in _inner(actor)
-            if isinstance(o, DistributedOptimizer) and isinstance(o.optimizer, torch.optim.Adam | torch.optim.AdamW)
-        ]  # fmt: skip
-
-    def __enter__(self) -> None:
-        if self.optimizers and self.actor.weight_version and not self.optimizers[0].optimizer.state:
-            self._take_an_empty_step()
-        for optimizer in self.optimizers:
+@contextmanager
+def _torch_adam_loads_rightly(actor: MegatronActor) -> Iterator[None]:
+    """Inside, the actor's distributed optimizers over torch's Adam load rightly. No other optimizer is changed."""
+    optimizers = [
+        o for o in _inner(actor)
+        if isinstance(o, DistributedOptimizer) and isinstance(o.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    ]  # fmt: skip
+    if optimizers and actor.weight_version and not optimizers[0].optimizer.state:
+        _take_an_empty_step(actor)
+    try:
+        for optimizer in optimizers:
             optimizer._set_main_param_and_optimizer_states = _tolerating_no_step(optimizer)
             optimizer.load_state_dict = _with_own_steps(optimizer)
-
-    def __exit__(self, *exc: object) -> None:
-        for optimizer in self.optimizers:
+        yield
+    finally:
+        for optimizer in optimizers:
             for name in ("_set_main_param_and_optimizer_states", "load_state_dict"):
                 optimizer.__dict__.pop(name, None)
 
-    def _take_an_empty_step(self) -> None:
-        """Makes the optimizer's state, without changing a weight: no gradient, and a learning rate of 0."""
-        before = [group["lr"] for group in self.actor.optimizer.param_groups]
-        for group in self.actor.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.actor.model.zero_grad_buffer()
-        self.actor.optimizer.step()
-        for group, lr in zip(self.actor.optimizer.param_groups, before, strict=True):
-            group["lr"] = lr
+
+def _take_an_empty_step(actor: MegatronActor) -> None:
+    """Makes the optimizer's state, without changing a weight: no gradient, and a learning rate of 0."""
+    groups = actor.optimizer.param_groups
+    before = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    actor.model.zero_grad_buffer()
+    actor.optimizer.step()
+    for group, lr in zip(groups, before, strict=True):
+        group["lr"] = lr
 
 
 def _tolerating_no_step(optimizer: DistributedOptimizer):

@@ -86,20 +86,17 @@ class ProcessGroups:
 
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """`make()` of rank 0 on every rank. Collective; if it fails there, the others raise PeerError."""
-        outcome: list[Any] = [None]
+        outcome: list[Any] = [None, None]  # the value, and what the error says
         failure: Exception | None = None
         if dist.get_rank() == 0:
             try:
-                outcome = [(True, make())]
+                outcome[0] = make()
             except Exception as error:
-                failure, outcome = error, [(False, str(error))]
+                failure, outcome[1] = error, str(error)
         dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if failure is not None:
-            raise failure
-        done, value = outcome[0]
-        if not done:
-            raise PeerError(f"rank 0: {value}")
-        return value
+        if outcome[1] is not None:
+            raise failure or PeerError(f"rank 0: {outcome[1]}")
+        return outcome[0]
 
     def destroy(self) -> None:
         """Frees the groups, so that others can be made of the same processes."""

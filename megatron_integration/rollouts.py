@@ -59,9 +59,7 @@ class SharedRollouts:
         sampler: this rank's; None on a rank that belongs to no sampler and takes no part in weight syncs.
     """
 
-    def __init__(
-        self, sampler: Sampler | None, ranks: SamplerRanks, groups: ProcessGroups, reward_fn: RewardFunction
-    ):
+    def __init__(self, sampler: Sampler | None, ranks: SamplerRanks, groups: ProcessGroups, reward_fn: RewardFunction):
         self.sampler, self.ranks, self.groups, self.reward_fn = sampler, ranks, groups, reward_fn
 
     def sync(self, weight_version: int, named_weights: NamedWeights) -> None:

@@ -59,7 +59,7 @@ def test_bad_steps_and_keys(tmp_path):
         logger.log(5, {"a": 1})
         with pytest.raises(ValueError, match="last logged step 5, got 4"):
             logger.log(4, {"a": 1})
-        with pytest.raises(ValueError, match='other than "step", got \'step\''):
+        with pytest.raises(ValueError, match="other than \"step\", got 'step'"):
             logger.log(6, {"step": 1})
     with pytest.raises(RuntimeError, match="closed logger"):
         logger.log(7, {"a": 1})

@@ -119,9 +119,7 @@ class PolicyActor(ABC):
         """The fields `names` of `token_stats(..., **options)`, as `compute_logprobs` returns them. Collective."""
 
     @abstractmethod
-    def _backward(
-        self, batch: Batch, selections: list[Selection], totals: Totals
-    ) -> tuple[dict[str, float], float]:
+    def _backward(self, batch: Batch, selections: list[Selection], totals: Totals) -> tuple[dict[str, float], float]:
         """Leaves the mini-batch's gradient in the model; its metrics, and the norm before clipping. Collective."""
 
     @abstractmethod

@@ -63,9 +63,7 @@ def build(
     stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
     controls, reward_fn = config.build_controls(), load_reward(config.data.reward)
     actor = backend.build_actor(config.actor, config.loss, controls, config.rollout.temperature, start)
-    sampler = backend.build_sampler(
-        config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn
-    )
+    sampler = backend.build_sampler(config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn)
     return Loop(config, actor, sampler, stream, controls, reward_fn, phase=phase)
 
 

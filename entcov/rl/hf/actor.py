@@ -63,9 +63,7 @@ class TransformersActor(PolicyActor):
             table[:, index[micro.loss_mask]] = torch.stack([getattr(stats, name) for name in names])
         return dict(zip(names, table, strict=True))
 
-    def _backward(
-        self, batch: Batch, selections: list[Selection], totals: Totals
-    ) -> tuple[dict[str, float], float]:
+    def _backward(self, batch: Batch, selections: list[Selection], totals: Totals) -> tuple[dict[str, float], float]:
         metrics: dict[str, float] = defaultdict(float)
         self.optimizer.zero_grad(set_to_none=True)
         for (micro, _), selection in zip(self._micro_batches(batch), selections, strict=True):
