@@ -6,6 +6,7 @@ Parsing and printing, and how failures are told. The work is done elsewhere, and
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -40,18 +41,29 @@ _BAD_INPUT = (ValueError, TypeError, OSError, UnpicklingError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 SIGTERM."""
-    args = parse(_parser(), argv)
+    return run_command(_parser(), argv, lambda error, text: print(text, file=sys.stderr))
+
+
+def run_command(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, tell: Callable[[Exception, str], None]
+) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 SIGTERM.
+
+    Args:
+        tell: called with a failure and what a user is told of it.
+    """
+    args = parse(parser, argv)
     try:
         return args.command(args)
     except KeyboardInterrupt as stop:
-        print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one is enough
+            print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr, flush=True)
         return 128 + (stop.args or (signal.SIGINT,))[0]
     except (*_BAD_INPUT, ImportError, RuntimeError) as error:
         if args.debug:
             raise
         text, code = explain(error)
-        print(text, file=sys.stderr)
+        tell(error, text)
         return code
 
 

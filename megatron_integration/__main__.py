@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 import warnings
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from entcov.cli import add_debug, add_train_and_eval, explain, parse
+from entcov.cli import add_debug, add_train_and_eval, run_command
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.interfaces import Backend
 
@@ -33,16 +31,8 @@ _SECONDS_TO_BE_ENDED = 60
 @record
 def main(argv: list[str] | None = None) -> int:
     """Runs one command on every rank; returns the process's exit code as `entcov.cli.main` does."""
-    args = parse(_parser(), argv)
     _quiet()
-    try:
-        return args.command(args)
-    except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr, flush=True)
-        return 128 + (stop.args or (signal.SIGINT,))[0]
-    except (ValueError, TypeError, OSError, ImportError, UnpicklingError, RuntimeError) as error:
-        return _fail(error, args.debug)
+    return run_command(_parser(), argv, _tell)
 
 
 def _quiet() -> None:
@@ -76,16 +66,13 @@ def _megatron(config: Config) -> Backend:
     return MegatronBackend(config.megatron, device=config.device, seed=config.seed)
 
 
-def _fail(error: Exception, debug: bool) -> int:
+def _tell(error: Exception, text: str) -> None:
     """Says what failed, once: on the rank where it did."""
     from megatron_integration.process_groups import PeerError
 
-    if debug:
-        raise error
-    text, code = explain(error)
     everyones = isinstance(error, ConfigError) or not dist.is_initialized()
     if everyones and os.environ.get("LOCAL_RANK", "0") != "0":
-        return code  # the recipe's fault, on every rank alike: the first process of each node says so
+        return  # the recipe's fault, on every rank alike: the first process of each node says so
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if _lost_a_peer(error):
         print(
@@ -97,7 +84,6 @@ def _fail(error: Exception, debug: bool) -> int:
         time.sleep(_SECONDS_TO_BE_ENDED)
     elif not isinstance(error, PeerError):
         print(text.replace("error: ", f"error: rank {rank}: ", 1), file=sys.stderr, flush=True)
-    return code
 
 
 def _lost_a_peer(error: Exception) -> bool:

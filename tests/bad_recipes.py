@@ -284,7 +284,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "data gsm8k --split train --source {folder}/no.jsonl": ("no.jsonl",),
     "data gsm8k --split train --source {file}": (".parquet", ".jsonl"),
     "data gsm8k math --source {file}": ("--source", "one data set"),
-    "plan {recipe}": ("actor.backend=megatron", "'torch'"),
+    "plan {recipe}": ("actor.backend=megatron", "'transformers'"),
     "plan {big} --gpu v100": ("--gpu", "h100", "'v100'"),
     "plan {big} --gpus 0": ("--gpus: must be >= 1, got 0",),
     "plan {big} --gpus many": ("--gpus", "'many'"),

@@ -284,20 +284,6 @@ def test_prompts_the_tokenizer_cannot_spell_are_refused(tokenizer):
         stream([odd], tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_prompt_length": 0}, "max_prompt_length must be >= 1, got 0"),
-        ({"overlong": "truncate"}, "overlong must be 'error' or 'filter', got 'truncate'"),
-    ],
-)
-def test_bad_arguments(tokenizer, changes, message):
-    with pytest.raises(ValueError, match=message):
-        stream(examples(3), tokenizer, **changes)
-    with pytest.raises(ValueError, match="position and n must be >= 0, got position -1, n 2"):
-        stream(examples(3), tokenizer).take(-1, 2)
-
-
 def test_chat_template_and_joined_contents():
     from entcov.rl.data.tokenizer import char_tokenizer
     from entcov.rl.tasks import ALPHABET

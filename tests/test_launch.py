@@ -180,7 +180,7 @@ def test_the_plan_command(capsys):
         (["plan", recipe, "--gpus", "0"], "--gpus: must be >= 1, got 0"),
         (["plan", recipe, "--gpu-memory", "80"], "a memory size must be a number above 0 with GiB"),
         (["plan", recipe, "--mean-response", "9000"], "must be in [1, rollout.max_response_length = 8192], got 9000"),
-        (["plan", recipe, "actor.backend=transformers"], "plan: is about actor.backend=megatron, got 'torch'"),
+        (["plan", recipe, "actor.backend=transformers"], "plan: is about actor.backend=megatron, got 'transformers'"),
         (["plan", recipe, "model.path=some/model"], "model.path: must be a folder with a config.json or one of"),
     ):
         assert main(arguments) == 2, arguments

@@ -241,7 +241,7 @@ class PromptStream:
             "filter" leaves them out of a list, and lets a task draw another example; `num_filtered` counts them.
 
     Raises:
-        ValueError: an argument out of range, an overlong prompt, or one the tokenizer cannot spell.
+        ValueError: an overlong prompt, or one the tokenizer cannot spell.
     """
 
     def __init__(
@@ -254,10 +254,6 @@ class PromptStream:
         held_out: Sequence[Example] | None = None,
         overlong: str = "error",
     ) -> None:
-        if max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length must be >= 1, got {max_prompt_length}")
-        if overlong not in ("error", "filter"):
-            raise ValueError(f"overlong must be 'error' or 'filter', got {overlong!r}")
         self.tokenizer = tokenizer
         self.seed = seed
         self.max_prompt_length = max_prompt_length
@@ -293,8 +289,6 @@ class PromptStream:
 
     def take(self, position: int, n: int) -> list[Prompt]:
         """The prompts at positions [position, position + n); `uid` is the position."""
-        if position < 0 or n < 0:
-            raise ValueError(f"position and n must be >= 0, got position {position}, n {n}")
         return [self._at(place) for place in range(position, position + n)]
 
     def held_out(self, n: int | None = None) -> list[Prompt]:
@@ -302,8 +296,6 @@ class PromptStream:
 
         A list gives at most what it has; `n=None`: all of it.
         """
-        if n is not None and n < 0:
-            raise ValueError(f"n must be >= 0, got {n}")
         if self._held_out is None and self._task is None:
             raise ValueError("held_out: this stream was built from a list of examples without held-out ones")
         if self._held_out is None:
