@@ -12,7 +12,6 @@ from entcov import _cpu
 from tests.emulator.build import preload
 from tests.fuzz import sanitized
 from tests.fuzz.draws import seeds
-from tests.test_cuda_emulated import products  # noqa: F401  (a fixture)
 
 
 def make_calls(count: int, options: list[str], environment: dict[str, str]) -> None:
@@ -35,7 +34,7 @@ def test_cpu_core_under_the_sanitizers():
     make_calls(100, ["--cpu-core", str(sanitized.build())], sanitized.environment())
 
 
-def test_cuda_kernels_under_the_sanitizers(products):  # noqa: F811
+def test_cuda_kernels_under_the_sanitizers(products):
     make_calls(8, ["--cuda", str(products["asan"])], preload("asan") | sanitized.environment())
 
 

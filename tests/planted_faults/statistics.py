@@ -8,13 +8,19 @@ STATS, SHARDS, PLAN, SHAPE, TIME = (
 )
 LOGIT_COVARIANCE = "entcov/stats/logit_covariance.py"
 T_STATS, T_COVARIANCE, T_RANKS, T_BAD_INPUT, T_PLAN = (
-    f"tests/test_{name}.py::test_"
-    for name in ("token_stats", "logit_covariance", "vocab_parallel", "bad_input", "plan")
+    f"tests/{name}.py::test_"
+    for name in (
+        "stats/test_token_stats",
+        "stats/test_logit_covariance",
+        "stats/test_vocab_parallel",
+        "test_bad_input",
+        "plan/test_plan",
+    )
 )
 AGREEMENT = "entcov/stats/ranks.py"
-FAILS = "tests/test_ranks.py::test_a_rank_that_fails_raises_its_error_and_the_others_name_it"
-DISAGREE = "tests/test_ranks.py::test_ranks_that_disagree_all_raise_the_same_error"
-BLIND = "tests/test_sharded_without_waiting.py::test_"  # the host does not look, as on a GPU
+FAILS = "tests/stats/test_ranks.py::test_a_rank_that_fails_raises_its_error_and_the_others_name_it"
+DISAGREE = "tests/stats/test_ranks.py::test_ranks_that_disagree_all_raise_the_same_error"
+BLIND = "tests/stats/test_sharded_without_waiting.py::test_"  # the host does not look, as on a GPU
 FAILS_BLIND = BLIND + "a_rank_that_fails_in_any_call_raises_and_the_others_get_nan"
 DISAGREE_BLIND = BLIND + "ranks_that_disagree_in_anything_all_get_nan"
 
