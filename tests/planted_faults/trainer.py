@@ -260,7 +260,7 @@ FAULTS = (
         "gradient_is_not_clipped",
         HF_ACTOR,
         "self.config.max_grad_norm))",
-        "math.inf))",
+        'float("inf")))',
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
     Fault(

@@ -131,7 +131,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "rollout.prompts_per_step=2": ("updates_per_rollout: must not exceed rollout.prompts_per_step", "3 > 2"),
     "rollout.max_response_length=100": ("16 + 100 = 116",),
     "rollout.batch_size=null": ("got None",),
-    "rollout.max_staleness=1": ("needs engine vllm",),
+    "rollout.max_staleness=1": ("needs sampler vllm",),
     "rollout.max_staleness=2": ("less than or equal to 1, got 2",),
     "rollout.max_draws=5": ("has no effect without filter_zero_variance", "got 5"),
     "rollout.filter_zero_variance=true rollout.group_size=1": ("needs group_size > 1",),
