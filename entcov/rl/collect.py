@@ -1,4 +1,4 @@
-"""One step's rollouts: sampled, scored, filtered, described; and how they are kept in a checkpoint."""
+"""Collects the rollouts of one step: samples, scores and filters them. Packs rollouts for checkpoints and ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def derived_seed(seed: int, *path: int) -> int:
 def as_rollout(
     prompt: Prompt, sample: int, tokens: list[int], logprob: list[float], version: int, tokenizer: Tokenizer
 ) -> Rollout:
-    """What a sampler has made of a prompt. A response is finished where it ends in the end-of-sequence token."""
+    """A sampler's response as a rollout. It is finished if it ends in the end-of-sequence token."""
     finished = tokens[-1] == tokenizer.eos_token_id
     text = tokenizer.decode(tokens[:-1] if finished else tokens)
     return Rollout(prompt, sample, tokens, logprob, finished, weight_version=version, text=text)
@@ -39,7 +39,7 @@ def as_rollout(
 
 @dataclass
 class Collected:
-    """What one step trains on, and what is recorded of it."""
+    """The rollouts that one step trains on, and their metrics."""
 
     rollouts: list[Rollout]  # whole groups, scored
     position: int  # prompts taken from the stream, these included
@@ -89,7 +89,7 @@ class Collector:
     reward_fn: RewardFunction
 
     def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
-        """The rollouts of `step` from the prompts at `position` on.
+        """The rollouts of `step`, from the prompts at `position` and after it.
 
         With dynamic sampling (`filter_zero_variance`) groups without a difference in reward are dropped and further
         prompts drawn, up to `max_draws` times.
@@ -117,7 +117,7 @@ class Collector:
                         on_done=scorer.take,
                     )
                 phase("reward")
-                with timed(seconds, "reward"):  # what is left of it when the last response is complete
+                with timed(seconds, "reward"):  # the time that scoring takes after the last response is complete
                     scorer.finish(fresh)
             position += config.prompts_per_step
             drawn += fresh
@@ -146,7 +146,7 @@ def timed(seconds: dict[str, float], name: str):
 
 
 def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
-    """Rewards and lengths of everything that was drawn, before any filter; how many were not scored in time."""
+    """Metrics of all sampled rollouts before the filter: rewards, lengths, time-outs of the reward."""
     groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
     return {
         **spread("critic/score", [r.reward for r in drawn]),

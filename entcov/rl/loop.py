@@ -55,7 +55,7 @@ class Loop:
     unstorable: str = ""
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _next: Future[Collected] | None = None  # rollouts of the next step, where they are sampled ahead
-    _before: dict[str, Any] | None = None  # where the step under way began; None between steps
+    _before: dict[str, Any] | None = None  # the state at the beginning of the current step; None between steps
     _versions: deque[int] = field(init=False)  # weight versions that rollouts may come from, the current one last
 
     def __post_init__(self):
@@ -158,7 +158,7 @@ class Loop:
         return means
 
     def update(self, batch: Batch, rollouts: list[Rollout], step: int, metrics: dict[str, float]) -> None:
-        """Every mini-batch once per epoch; the metrics are means over the optimizer steps."""
+        """Updates on every mini-batch once per epoch. The metrics are means over these updates."""
         groups = mini_batches([r.prompt.uid for r in rollouts], self.config.actor.updates_per_rollout)
         gathered: dict[str, list[float]] = defaultdict(list)
         for epoch in range(self.config.actor.epochs):
@@ -173,7 +173,7 @@ class Loop:
         self.sampler.sync(self.actor.weight_version, self.actor.named_weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on after `steps_done` steps, besides the weights.
+        """The state after `steps_done` steps, without the weights.
 
         Raises:
             RuntimeError: the loop is `unstorable`.
@@ -188,7 +188,7 @@ class Loop:
         }
 
     def _here(self) -> dict[str, Any]:
-        """The state between two steps, but for the actor's."""
+        """The current state without the actor's."""
         return {
             "steps_done": self.steps_done,
             "position": self.position,

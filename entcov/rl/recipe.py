@@ -56,7 +56,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         plain = OmegaConf.to_container(tree)
         raise ConfigError(f"recipe {path}: must be a mapping of keys, got {check.shown(plain)}")
     for item in overrides:
-        override(tree, item)
+        _override(tree, item)
     return tree
 
 
@@ -95,12 +95,7 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(item)
 
 
-def override(tree: DictConfig, item: str) -> None:
-    """Sets one key by `a.b=value`.
-
-    Raises:
-        ConfigError: the override is malformed.
-    """
+def _override(tree: DictConfig, item: str) -> None:
     where = f"override {check.shown(item)}"
     key, separator, text = item.partition("=")
     if not separator or not _KEY.fullmatch(key):

@@ -1,4 +1,4 @@
-"""A run from recipe to results: built, resumed, driven to its last step, evaluated, stored."""
+"""Trains a recipe, or goes on with it where it stopped; and evaluates the policy of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COMMANDS = {
     "transformers": "Start it with: python -m entcov train RECIPE",
     "megatron": "Start it with: torchrun --nproc-per-node=N -m megatron_integration train RECIPE",
 }
-_EVAL_SEED = 1 << 40  # apart from every step's number
+_EVAL_SEED = 1 << 40  # no step has this number
 
 
 def build(
@@ -198,7 +198,7 @@ def _evaluate(
 
 @dataclass
 class _Run:
-    """Runs the loop to its last step: records, evaluates and stores, and keeps what it can where the run ends early."""
+    """Runs the loop to its last step: logs metrics, evaluates and stores checkpoints, also where the run ends early."""
 
     config: Config
     backend: Backend
@@ -234,7 +234,7 @@ class _Run:
         return metrics
 
     def step(self) -> dict[str, float]:
-        """One step, evaluated and recorded; whatever ends the run in it, what was done before is kept if possible."""
+        """One step with its evaluation and log line. If it fails, the last whole step is stored where that is possible."""
         metrics: dict[str, float] = {}
         try:
             metrics = self.loop.step()

@@ -21,15 +21,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from entcov import _checks as check
 from entcov.rl.config import RENAMED, Config, as_written, resolve_config, save_config
-from entcov.rl.recipe import ConfigError, interpolations, override, read_recipe, texts, value_at
+from entcov.rl.recipe import ConfigError, interpolations, read_recipe, texts, value_at
 from entcov.rl.record.durable import atomic_write
 
 _CONFIG, _DIGESTS = "config.yaml", "config.digests.json"
-# Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
+# Keys that may change when a run is resumed: they decide how long it is and what is recorded, not what is computed.
 _FREE_KEYS = (
     "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
 )  # fmt: skip
-# Of a finished policy: what it is asked, how it is sampled and scored, and what it runs on.
+# Keys that an evaluation depends on: its prompts, how responses are sampled and scored, and the hardware.
 _KEYS_OF_AN_EVALUATION = (
     "eval.", "data.", "rollout.", "megatron.", "device", "threads", "model.compute_dtype", "model.attn_implementation",
 )  # fmt: skip
@@ -72,9 +72,7 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
                 f"{check.one_line(key, 80)}: has no effect on an evaluation; of the recipe's keys it depends on "
                 f"{', '.join(one.rstrip('.') for one in _KEYS_OF_AN_EVALUATION)}"
             )
-    tree = _with_new_names(read_recipe(path))
-    for item in [*overrides, f"run_dir={run}"]:
-        override(tree, item)
+    tree = _with_new_names(read_recipe(path, [*overrides, f"run_dir={run}"]))
     if trusted:
         return resolve_config(tree, str(path))
     given = [item.partition("=")[0] for item in overrides]
@@ -113,7 +111,8 @@ def _with_new_names(tree: DictConfig) -> DictConfig:
         section, name = old.split(".")
         if (value := value_at(raw, (section, name))) is not None:
             del tree[section][name]
-            OmegaConf.update(tree, new, "transformers" if value == "torch" else value)
+            if value_at(raw, tuple(new.split("."))) is None:  # else an override has set it
+                OmegaConf.update(tree, new, "transformers" if value == "torch" else value)
     return tree
 
 

@@ -262,6 +262,7 @@ def test_a_run_that_was_stored_under_old_names_goes_on_and_is_evaluated(tmp_path
     store_recipe(run, config)
     with_old_names(run)
     assert load_run(run, ["eval.samples=3"], trusted=False).actor.backend == "transformers"
+    assert load_run(run, ["rollout.sampler=vllm"], trusted=False).rollout.sampler == "vllm"
     go_on(run, config)
     assert "backend: transformers" in (run / "config.yaml").read_text()
     store_recipe(run, load_config(recipe_file(**{"rollout.sampler": "vllm"})))

@@ -1,4 +1,4 @@
-"""Supervised steps on worked solutions, so that reinforcement starts from a policy that is sometimes right."""
+"""Supervised steps on worked solutions before reinforcement."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def check_solved(prompt: Prompt) -> None:
 
 
 def _solved(prompt: Prompt, tokenizer) -> Rollout:
-    """The worked solution as a rollout: what the model would have to sample."""
+    """The worked solution as a rollout."""
     check_solved(prompt)
     ids = encode(tokenizer, prompt.example.solution) + [tokenizer.eos_token_id]
     return Rollout(prompt, sample=0, tokens=ids, logprob=[0.0] * len(ids), finished=True, weight_version=0)
