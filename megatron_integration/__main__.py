@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """Leaves out warnings of other packages that a user of this command can do nothing about, but for `python -W`."""
+    """Hides warnings of other packages that a user can do nothing about, unless `python -W` is given."""
     if sys.warnoptions:
         return
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
@@ -67,7 +67,7 @@ def _megatron(config: Config) -> Backend:
 
 
 def _tell(error: Exception, text: str) -> None:
-    """Says what failed, once: on the rank where it did."""
+    """Prints the failure on the rank where it happened, and nowhere else."""
     from megatron_integration.process_groups import PeerError
 
     everyones = isinstance(error, ConfigError) or not dist.is_initialized()

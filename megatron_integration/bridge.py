@@ -177,7 +177,7 @@ def unwrapped(model: torch.nn.Module) -> GPTModel:
 
 
 def _overrides(base: type, hf_config: PretrainedConfig, local: bool) -> dict[str, Any]:
-    """What our subclass of an mbridge class has of its own. The mapping is copied: mbridge edits the class's."""
+    """The members of our subclass of an mbridge class. The mapping is copied, because mbridge edits the class's."""
 
     def build_base_config(self, *args, **kwargs):
         self.extra_args = {**self._EXTRA, **self.extra_args}

@@ -55,7 +55,7 @@ def save_sharded(actor: MegatronActor, folder: Path) -> None:
 
 
 def _write_failure(failure: CheckpointException, folder: Path) -> Exception:
-    """What a rank's file system has said, with its number, which Megatron-Core keeps as text and tells one rank."""
+    """The error of a rank's file system with its errno. Megatron-Core keeps it as text, and only on one rank."""
     if not failure.failures:
         return PeerError(f"another rank could not write {folder}")
     said = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in failure.failures.items())
@@ -178,7 +178,7 @@ def _with_own_steps(optimizer: DistributedOptimizer):
 
 
 def _check_steps(actor: MegatronActor, folder: Path) -> None:
-    """Every parameter's own step must be the number of steps that the weights have seen."""
+    """Raises unless every parameter's own step count is the number of optimizer steps taken."""
     steps = [step for optimizer in _inner(actor) for step in _steps(optimizer.optimizer)]
     tensors = [step for step in steps if isinstance(step, torch.Tensor)]
     wrong = sorted({float(step) for step in steps} - {float(actor.weight_version)})

@@ -19,7 +19,7 @@ from entcov.rl.batch import IGNORE_INDEX, Batch, micro_batches
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some whole sequences of a mini-batch, and what this rank computes of them.
+    """Whole sequences of a mini-batch, and this rank's inputs and loss tokens of them.
 
     The k-th logit row whose `target` is not IGNORE_INDEX belongs to token `rows[k]` of `sequences`, and so to token
     `index[rows[k]]` of the mini-batch.

@@ -234,7 +234,7 @@ class _Run:
         return metrics
 
     def step(self) -> dict[str, float]:
-        """One step with its evaluation and log line. If it fails, the last whole step is stored where that is possible."""
+        """One step with its evaluation and log line. If it fails, the last whole step is stored where possible."""
         metrics: dict[str, float] = {}
         try:
             metrics = self.loop.step()
