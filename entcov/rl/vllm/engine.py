@@ -157,7 +157,7 @@ class LocalEngine:
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """(number of the request, its response), each as soon as it is complete. Aborts the others where it is closed early."""
+        """(number of the request, its response), each as soon as it is complete. Closed early, it aborts the others."""
         engine = self._llm.llm_engine
         self._wake()
         with undisturbed(generators=threading.current_thread() is threading.main_thread()):
