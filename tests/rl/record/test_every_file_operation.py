@@ -38,7 +38,7 @@ class Promises:
             log(logger, step, values)
             self.rows = step + 1
 
-        patch.setattr("tests.toy_run.save_checkpoint", saved)
+        patch.setattr("tests.support.toy_run.save_checkpoint", saved)
         patch.setattr(run.RunLogger, "log", logged)
 
     def now(self) -> tuple[int, int]:
