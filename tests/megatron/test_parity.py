@@ -9,7 +9,7 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 
 from entcov.rl.config import ConfigError, MegatronConfig  # noqa: E402
-from megatron_integration.micro_batches import assign_to_replicas, build_inputs  # noqa: E402
+from megatron_integration.micro_batches import assign_to_replicas, build_inputs, dummy_micro_batch  # noqa: E402
 from tests.support.megatron_cases import CONTROLS  # noqa: E402
 from tests.support.megatron_policies import LLAMA3, MODELS, SHAPE  # noqa: E402
 from tests.support.megatron_processes import run_cases  # noqa: E402
@@ -69,6 +69,13 @@ def test_replicas_share_the_tokens_evenly_and_completely():
     assert max(loads) - min(loads) <= 20
     assert all(sum(lengths[s] for s in group) <= 64 for share in shares for group in share)
     assert assign_to_replicas((7,), 2, max_tokens=64, padded=True) == [[[0]], []]
+
+
+def test_a_replica_without_a_sequence_runs_one_without_a_loss(policies):
+    batch = torch.load(policies[0] / "batch.pt", weights_only=False)
+    micro, index = dummy_micro_batch(batch)
+    assert micro.lengths == (min(batch.lengths),) and torch.equal(batch.tokens[index], micro.tokens)
+    assert micro.num_loss_tokens == 0 and bool((micro.target == -100).all())
 
 
 @pytest.mark.parametrize("packing", [True, False])

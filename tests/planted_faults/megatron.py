@@ -31,4 +31,12 @@ FAULTS = (
         [T_PARITY + "context_parallel_ranks_hold_each_loss_token_once"],
         slow=SLOW,
     ),
+    Fault(
+        "a_dummy_micro_batch_has_a_loss",
+        BATCHES,
+        "torch.zeros_like(micro.loss_mask)",
+        "micro.loss_mask",
+        [T_PARITY + "a_replica_without_a_sequence_runs_one_without_a_loss"],
+        slow=SLOW,
+    ),
 )
