@@ -43,8 +43,8 @@ def policy(name: str, seed: int = 0):
 def vllm_sampler(config: Config, model, tokenizer):
     from entcov.rl.vllm.sampler import build_vllm_sampler
 
-    longest = config.data.max_prompt_length
-    return build_vllm_sampler(config.rollout, longest, model.config, model.compute_dtype, tokenizer)
+    longest, dtype = config.data.max_prompt_length, getattr(torch, config.model.compute_dtype)
+    return build_vllm_sampler(config.rollout, longest, model.config, dtype, tokenizer)
 
 
 def reshuffle(model, seed: int) -> None:
