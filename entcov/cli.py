@@ -6,17 +6,22 @@ Parsing and printing, and how failures are told. The work is done elsewhere, and
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from entcov import _checks as check
+
+if TYPE_CHECKING:
+    from entcov.rl.config import Config
+    from entcov.rl.interfaces import Backend
 
 _DESCRIPTION = (
     "Reinforcement learning of language models with control of the policy's entropy: train from a recipe, evaluate, "
@@ -36,18 +41,29 @@ _BAD_INPUT = (ValueError, TypeError, OSError, UnpicklingError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 SIGTERM."""
-    args = parse(_parser(), argv)
+    return run_command(_parser(), argv, lambda error, text: print(text, file=sys.stderr))
+
+
+def run_command(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, tell: Callable[[Exception, str], None]
+) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 SIGTERM.
+
+    Args:
+        tell: called with a failure and what a user is told of it.
+    """
+    args = parse(parser, argv)
     try:
         return args.command(args)
     except KeyboardInterrupt as stop:
-        print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one is enough
+            print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr, flush=True)
         return 128 + (stop.args or (signal.SIGINT,))[0]
     except (*_BAD_INPUT, ImportError, RuntimeError) as error:
         if args.debug:
             raise
         text, code = explain(error)
-        print(text, file=sys.stderr)
+        tell(error, text)
         return code
 
 
@@ -82,16 +98,16 @@ def _extra(name: str) -> set[str]:
     return {re.split(r"[^\w-]", one)[0].replace("-", "_") for one in wanted} | {"yaml"}
 
 
-def add_debug(parser: argparse.ArgumentParser, **options: Any) -> None:
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure", **options)
+def add_train_and_eval(
+    commands: Any, make_backend: Callable[[Config], Backend], *, always: Sequence[str] = ()
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Adds the two commands; returns their parsers.
 
-
-def _parser() -> argparse.ArgumentParser:
-    prog = "python -m entcov" if Path(sys.argv[0]).name == "__main__.py" else "entcov"
-    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION, epilog=_EPILOG)
-    add_debug(parser)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
+    Args:
+        commands: the result of `ArgumentParser.add_subparsers`.
+        make_backend: what trains, or runs the policy.
+        always: overrides of a recipe before those of the command line.
+    """
     train = commands.add_parser("train", help="run a recipe, or go on with it where it stopped")
     train.add_argument("recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
@@ -99,8 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", default="auto", help="auto (default), never, or the path of a checkpoint to go back to"
     )
     train.add_argument("--no-display", action="store_true", help="print nothing while running")
-    train.set_defaults(command=_train)
-
+    train.set_defaults(command=train_command, make_backend=make_backend, always=always)
     evaluate = commands.add_parser(
         "eval",
         help="held-out accuracy of a run's policy, a table by data source",
@@ -113,11 +128,25 @@ def _parser() -> argparse.ArgumentParser:
         help="such as eval.samples=32, data.val_files=[data/aime24/test.parquet] or eval.sources.aime24.samples=32",
     )  # fmt: skip
     evaluate.add_argument("--checkpoint", help="default: the latest")
+    evaluate.set_defaults(command=eval_command, make_backend=make_backend)
+    return train, evaluate
+
+
+def add_debug(parser: argparse.ArgumentParser, **options: Any) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure", **options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    prog = "python -m entcov" if Path(sys.argv[0]).name == "__main__.py" else "entcov"
+    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION, epilog=_EPILOG)
+    add_debug(parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    _, evaluate = add_train_and_eval(commands, _transformers)
     evaluate.add_argument(
         "--trust-run", action="store_true",
         help="let RUN/config.yaml import modules, read environment variables and choose a server, as overrides may",
     )  # fmt: skip
-    evaluate.set_defaults(command=_eval)
 
     compare = commands.add_parser("compare", help="matched runs of several entropy controls, a table and plots")
     compare.add_argument("recipe")
@@ -164,38 +193,54 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(args: argparse.Namespace) -> int:
+def _transformers(config: Config) -> Backend:
+    from entcov.rl.backend import TransformersBackend
+
+    return TransformersBackend(config.device)
+
+
+def train_command(args: argparse.Namespace) -> int:
     from entcov.rl.config import load_config
     from entcov.rl.run import train
 
-    config = load_config(args.recipe, args.overrides)
-    metrics = train(config, resume=args.resume, display=False if args.no_display else "auto")
-    if not metrics:
-        print(f"{config.run_dir} is complete at step {config.steps}; a larger steps= goes on with it")
-    if config.steps:
-        for path in _plot_runs({Path(config.run_dir).name: config.run_dir}, Path(config.run_dir) / "plots"):
-            print(path)
+    config = load_config(args.recipe, [*args.always, *args.overrides])
+    backend = args.make_backend(config)
+    metrics = train(config, resume=args.resume, display=False if args.no_display else "auto", backend=backend)
+    if backend.is_rank0:
+        if not metrics:
+            print(f"{config.run_dir} is complete at step {config.steps}; a larger steps= goes on with it")
+        if config.steps:
+            for path in _plot_runs({Path(config.run_dir).name: config.run_dir}, Path(config.run_dir) / "plots"):
+                print(path)
+    backend.close()
     return 0
 
 
-def _eval(args: argparse.Namespace) -> int:
+def eval_command(args: argparse.Namespace) -> int:
     from entcov.rl.evaluation import report
     from entcov.rl.run import evaluate_run
     from entcov.rl.stored_recipe import load_run
 
     config = load_run(args.run, args.overrides, trusted=args.trust_run)
-    shown = sys.stderr.isatty()
+    backend = args.make_backend(config)
+    shown = sys.stderr.isatty() and backend.world_size == 1
 
     def progress(done: int, in_all: int) -> None:
         print(f"\r{done} of {in_all} responses", end="", file=sys.stderr, flush=True)
 
     unkept: list[OSError] = []
     step, _, results = evaluate_run(
-        config, checkpoint=args.checkpoint, progress=progress if shown else None, on_unkept=unkept.append
+        config,
+        checkpoint=args.checkpoint,
+        progress=progress if shown else None,
+        backend=backend,
+        on_unkept=unkept.append,
     )
     if shown:
         print(file=sys.stderr)
-    print(report(args.run, step, results, config.eval, *unkept))
+    if backend.is_rank0:
+        print(report(args.run, step, results, config.eval, *unkept))
+    backend.close()
     return 0
 
 
@@ -234,8 +279,8 @@ def _compare(args: argparse.Namespace) -> int:
         arms[label] = [f"control=[{name}]", *(f"controls.{name}.{knob}" for knob in knobs)]
     configs = {label: load_config(args.recipe, [*args.overrides, *arms[label]]) for label in arms}
     first = next(iter(configs.values()))
-    if first.actor.engine != "torch":
-        raise ValueError(f"actor.engine: must be torch for compare, got {first.actor.engine}")
+    if first.actor.backend != "transformers":
+        raise ValueError(f"actor.backend: must be transformers for compare, got {first.actor.backend}")
     check_recipe(first)  # the model and the data are the same for all
 
     twins = {}

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 import warnings
-from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from entcov.cli import add_debug, explain, parse
-from entcov.rl.config import ConfigError, load_config
+from entcov.cli import add_debug, add_train_and_eval, run_command
+from entcov.rl.config import Config, ConfigError
+from entcov.rl.interfaces import Backend
 
 _DESCRIPTION = (
     "Trains and evaluates on Megatron-Core, in as many processes as torchrun starts: a model divided by "
-    "megatron.tensor_parallel, megatron.pipeline_parallel and megatron.context_parallel of the recipe."
+    "megatron.tensor_parallel, megatron.pipeline_parallel and megatron.context_parallel of the recipe. Evaluate only "
+    "runs that you trust: Megatron's checkpoints are pickles, and RUN/config.yaml may import modules."
 )
 # How long a rank that has lost another waits for torchrun to end it, so that the report names the one that died.
 _SECONDS_TO_BE_ENDED = 60
@@ -32,20 +31,12 @@ _SECONDS_TO_BE_ENDED = 60
 @record
 def main(argv: list[str] | None = None) -> int:
     """Runs one command on every rank; returns the process's exit code as `entcov.cli.main` does."""
-    args = parse(_parser(), argv)
     _quiet()
-    try:
-        return args.command(args)
-    except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr, flush=True)
-        return 128 + (stop.args or (signal.SIGINT,))[0]
-    except (ValueError, TypeError, OSError, ImportError, UnpicklingError, RuntimeError) as error:
-        return _fail(error, args.debug)
+    return run_command(_parser(), argv, _tell)
 
 
 def _quiet() -> None:
-    """Leaves out warnings of other packages that a user of this command can do nothing about, but for `python -W`."""
+    """Hides warnings of other packages that a user can do nothing about, unless `python -W` is given."""
     if sys.warnoptions:
         return
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
@@ -60,75 +51,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="torchrun ... -m megatron_integration", description=_DESCRIPTION)
     add_debug(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="run a recipe, or go on with it where it stopped")
-    train.add_argument("recipe")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as megatron.tensor_parallel=2")
-    train.add_argument(
-        "--resume", default="auto", help="auto (default), never, or the path of a checkpoint to go back to"
-    )
-    train.add_argument("--no-display", action="store_true", help="print nothing while running")
-    train.set_defaults(command=_train)
-    evaluate = commands.add_parser("eval", help="held-out accuracy of a run's policy, as `python -m entcov eval`")
-    evaluate.add_argument("run", help="a run directory that you trust: Megatron's checkpoints are pickles")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val_files=[...]")
-    evaluate.add_argument("--checkpoint", help="default: the latest")
-    evaluate.set_defaults(command=_eval)
+    _, evaluate = add_train_and_eval(commands, _megatron, always=["actor.backend=megatron"])
+    evaluate.set_defaults(trust_run=True)  # Megatron's checkpoints are pickles: such a run has to be trusted anyway
     for command in commands.choices.values():
         add_debug(command, default=argparse.SUPPRESS)
     return parser
 
 
-def _train(args: argparse.Namespace) -> int:
+def _megatron(config: Config) -> Backend:
     from entcov.rl.preflight import resolve_device
-    from entcov.rl.run import train
-    from megatron_integration.engine import MegatronEngine
+    from megatron_integration.backend import MegatronBackend
 
-    config = load_config(args.recipe, ["actor.engine=megatron", *args.overrides])
     resolve_device(config.device)
-    engine = MegatronEngine(config)
-    metrics = train(config, resume=args.resume, display=False if args.no_display else "auto", engine=engine)
-    if engine.leads:
-        if not metrics:
-            print(f"{config.run_dir} is complete at step {config.steps}; a larger steps= goes on with it")
-        if config.steps:
-            from entcov.report.plots import plot_runs
-            from entcov.rl.record.metrics import read_metrics
-
-            runs = {Path(config.run_dir).name: read_metrics(config.run_dir)}
-            for path in plot_runs(runs, Path(config.run_dir) / "plots"):
-                print(path)
-    engine.close()
-    return 0
+    return MegatronBackend(config.megatron, device=config.device, seed=config.seed)
 
 
-def _eval(args: argparse.Namespace) -> int:
-    from entcov.rl.evaluation import report
-    from entcov.rl.preflight import resolve_device
-    from entcov.rl.run import evaluate_run
-    from entcov.rl.stored_recipe import load_run
-    from megatron_integration.engine import MegatronEngine
+def _tell(error: Exception, text: str) -> None:
+    """Prints the failure on the rank where it happened, and nowhere else."""
+    from megatron_integration.process_groups import PeerError
 
-    config = load_run(args.run, args.overrides, trusted=True)
-    resolve_device(config.device)
-    engine = MegatronEngine(config)
-    unkept: list[OSError] = []
-    step, _, results = evaluate_run(config, checkpoint=args.checkpoint, engine=engine, on_unkept=unkept.append)
-    if engine.leads:
-        print(report(args.run, step, results, config.eval, *unkept))
-    engine.close()
-    return 0
-
-
-def _fail(error: Exception, debug: bool) -> int:
-    """Says what failed, once: on the rank where it did."""
-    from megatron_integration.layout import PeerError
-
-    if debug:
-        raise error
-    text, code = explain(error)
     everyones = isinstance(error, ConfigError) or not dist.is_initialized()
     if everyones and os.environ.get("LOCAL_RANK", "0") != "0":
-        return code  # the recipe's fault, on every rank alike: the first process of each node says so
+        return  # the recipe's fault, on every rank alike: the first process of each node says so
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if _lost_a_peer(error):
         print(
@@ -140,7 +84,6 @@ def _fail(error: Exception, debug: bool) -> int:
         time.sleep(_SECONDS_TO_BE_ENDED)
     elif not isinstance(error, PeerError):
         print(text.replace("error: ", f"error: rank {rank}: ", 1), file=sys.stderr, flush=True)
-    return code
 
 
 def _lost_a_peer(error: Exception) -> bool:

@@ -17,7 +17,8 @@ token, never of the vocabulary:
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,20 +76,10 @@ def per_token_loss(
     return loss * totals.num_tokens, tokens.loss_mask.sum().to(torch.int32), metrics
 
 
-class Handle(AbstractContextManager):
-    """Takes back what it stands for by `remove()`, or at the end of a `with` block."""
+class Handle(ExitStack):
+    """Undoes a change by `remove()`, or at the end of a `with` block. Removing it again does nothing."""
 
-    def __init__(self, modules: list[nn.Module], name: str):
-        self._modules, self._name = modules, name
-
-    def remove(self) -> None:
-        """Restores the modules; calling it again does nothing."""
-        for module in self._modules:
-            module.__dict__.pop(self._name, None)
-        self._modules = []
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
+    remove = ExitStack.close
 
 
 def keep_logits_dtype(model: nn.Module) -> Handle:
@@ -110,13 +101,8 @@ def keep_logits_dtype(model: nn.Module) -> Handle:
     for wrapper in wrappers:
         if "forward" in wrapper.__dict__:
             raise RuntimeError("keep_logits_dtype: this model's forward is replaced already; remove that handle first")
+    handle = Handle()
     for wrapper in wrappers:
-        wrapper.forward = _without_upcast(wrapper.forward)
-    return Handle(wrappers, "forward")
-
-
-def _without_upcast(forward):
-    def keep(*inputs, fp32_output=False, **kwargs):
-        return forward(*inputs, fp32_output=fp32_output, **kwargs)
-
-    return keep
+        wrapper.forward = partial(wrapper.forward, fp32_output=False)
+        handle.callback(delattr, wrapper, "forward")
+    return handle

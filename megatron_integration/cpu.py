@@ -1,4 +1,4 @@
-"""What Megatron-Core needs in order to run without CUDA, and on a GPU without Transformer Engine (the last two).
+"""Lets Megatron-Core run without CUDA, and on a GPU without Transformer Engine (the last two).
 
 Megatron-Core names the CUDA device literally in a few dozen places, takes its attention and norms from Transformer
 Engine, and keeps random states on the GPU. Here are

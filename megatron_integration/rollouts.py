@@ -1,72 +1,66 @@
-"""Rollouts of a job of several processes: each engine generates and scores a share, and every rank gets them all."""
+"""Rollouts of a job of several processes: each sampler generates and scores a share, and every rank gets them all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from entcov.rl.collect import derived_seed, pack_rollouts, unpack_rollouts
 from entcov.rl.config import RolloutConfig
 from entcov.rl.hf.sampler import InProcessSampler
+from entcov.rl.interfaces import NamedWeights, Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
-from entcov.rl.rollouts import derived_seed
 from entcov.rl.types import Prompt, Rollout
-from megatron_integration.layout import Layout
-
-NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
+from megatron_integration.process_groups import ProcessGroups
 
 
 @dataclass(frozen=True)
-class Engines:
-    """Which ranks generate: groups of ranks with one engine each, of which the first rank reports the responses."""
+class SamplerRanks:
+    """Which ranks generate. The ranks of a tuple share one sampler; the first of them reports its responses."""
 
-    members: tuple[tuple[int, ...], ...]  # of each engine, its ranks
+    members: tuple[tuple[int, ...], ...]  # of each sampler, its ranks
     draws_by_prompt: bool  # a response's draws depend on the seed, its prompt and sample, not on its place in the call
 
     @property
     def own(self) -> int | None:
-        """The engine that this rank belongs to."""
+        """The number of the sampler that this rank belongs to."""
         rank = dist.get_rank()
         return next((i for i, ranks in enumerate(self.members) if rank in ranks), None)
 
 
-def engines_of(layout: Layout, rollout: RolloutConfig) -> Engines:
-    """in_process: the first rank of each replica has one. vllm colocated: every tensor_parallel ranks in a row share
-    one. vllm server: rank 0 asks the server. Collective."""
-    if rollout.engine == "vllm":
+def sampler_ranks(groups: ProcessGroups, rollout: RolloutConfig) -> SamplerRanks:
+    """in_process: the first rank of each replica has a sampler. vllm colocated: every tensor_parallel consecutive ranks
+    share one. vllm server: rank 0 asks the server. Collective."""
+    if rollout.sampler == "vllm":
         if rollout.vllm.mode == "server":
-            return Engines(((0,),), draws_by_prompt=True)
+            return SamplerRanks(((0,),), draws_by_prompt=True)
         size, world = rollout.vllm.tensor_parallel, dist.get_world_size()
         members = tuple(tuple(range(first, first + size)) for first in range(0, world, size))
-        return Engines(members, draws_by_prompt=True)
+        return SamplerRanks(members, draws_by_prompt=True)
     leaders: list[int | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(leaders, layout.replica if layout.replica_leader else None, group=layout.control)
+    dist.all_gather_object(leaders, groups.replica if groups.replica_leader else None, group=groups.control)
     ranks = sorted((replica, rank) for rank, replica in enumerate(leaders) if replica is not None)
-    return Engines(tuple((rank,) for _, rank in ranks), draws_by_prompt=False)
+    return SamplerRanks(tuple((rank,) for _, rank in ranks), draws_by_prompt=False)
 
 
 class SharedRollouts:
-    """A sampler for every rank of the job, around the samplers that some of them have.
+    """The `entcov.rl.interfaces.Sampler` of every rank, around the samplers that some of them have.
 
-    The prompts of a call are divided over the engines in order. Rewards are computed where a response was generated,
+    The prompts of a call are divided over the samplers in order. Rewards are computed where a response was generated,
     while others are being generated, so that no two ranks can disagree about one. The rollouts that come back are the
     same on every rank, rewards included.
 
     Args:
-        sampler: this rank's; None on a rank that belongs to no engine and takes no part in weight syncs.
-        score: the reward function.
+        sampler: this rank's; None on a rank that belongs to no sampler and takes no part in weight syncs.
     """
 
-    def __init__(self, sampler: Any | None, engines: Engines, layout: Layout, score: RewardFunction):
-        if sampler is None and engines.own is not None:
-            raise ValueError(f"sampler: must be given on ranks of an engine, got None on rank {dist.get_rank()}")
-        self.sampler, self.engines, self.layout, self.score = sampler, engines, layout, score
+    def __init__(self, sampler: Sampler | None, ranks: SamplerRanks, groups: ProcessGroups, reward_fn: RewardFunction):
+        self.sampler, self.ranks, self.groups, self.reward_fn = sampler, ranks, groups, reward_fn
 
     def sync(self, weight_version: int, named_weights: NamedWeights) -> None:
         """Gives the samplers the weights. Collective: a rank without a sampler helps to gather them."""
@@ -87,33 +81,30 @@ class SharedRollouts:
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """As the samplers' `generate`. Collective. With one engine, and with vLLM, the draws are a single process's.
-
-        Responses come back scored, and `on_done` is not called: it announces responses to be scored.
-        """
-        count, own = len(self.engines.members), self.engines.own
+        """As `Sampler.generate`, with rewards. With one sampler, and with vLLM, the draws are a single process's."""
+        count, own = len(self.ranks.members), self.ranks.own
         bounds = [round(i * len(prompts) / count) for i in range(count + 1)]
         mine: list[Rollout] = []
         if own is not None and bounds[own + 1] > bounds[own]:
-            reports = self.engines.members[own][0] == dist.get_rank()
-            with Scorer(self.score) as scorer:
+            reports = self.ranks.members[own][0] == dist.get_rank()
+            with Scorer(self.reward_fn) as scorer:
                 mine = self.sampler.generate(
                     prompts[bounds[own] : bounds[own + 1]],
                     group_size=group_size,
                     temperature=temperature,
                     max_response_length=max_response_length,
-                    seed=seed if count == 1 or self.engines.draws_by_prompt else derived_seed(seed, own),
+                    seed=seed if count == 1 or self.ranks.draws_by_prompt else derived_seed(seed, own),
                     progress=progress,
                     on_done=scorer.take if reports else None,
                 )
                 if reports:
                     scorer.finish(mine)
+        by_uid = {prompt.uid: prompt for prompt in prompts}
         everything: list[Rollout] = []
-        for engine, ranks in enumerate(self.engines.members):  # one at a time: a rank holds one engine's payload
-            payload = [_pack(mine) if ranks[0] == dist.get_rank() else None]
-            dist.broadcast_object_list(payload, src=ranks[0], group=self.layout.control)
-            asked = prompts[bounds[engine] : bounds[engine + 1]]
-            everything += _unpack(payload[0], [prompt for prompt in asked for _ in range(group_size)])
+        for ranks in self.ranks.members:  # one after the other: a rank holds one sampler's payload at a time
+            payload = [pack_rollouts(mine) if ranks[0] == dist.get_rank() else None]
+            dist.broadcast_object_list(payload, src=ranks[0], group=self.groups.control)
+            everything += unpack_rollouts(payload[0], by_uid)
         return everything
 
 
@@ -142,30 +133,3 @@ class CopySampler(InProcessSampler):
         if waiting:
             raise RuntimeError(f"weight sync: the sampler did not get {', '.join(sorted(waiting))}")
         super().sync(weight_version, named_weights)
-
-
-def _pack(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """The rollouts' own data as arrays, without their prompts, which every rank has."""
-    return {
-        "tokens": np.array([token for r in rollouts for token in r.tokens], dtype=np.int32),
-        "logprob": np.array([value for r in rollouts for value in r.logprob], dtype=np.float64),
-        "length": [len(r.tokens) for r in rollouts],
-        "sample": [r.sample for r in rollouts],
-        "finished": [r.finished for r in rollouts],
-        "weight_version": [r.weight_version for r in rollouts],
-        "text": [r.text for r in rollouts],
-        "reward": [r.reward for r in rollouts],
-        "timed_out": [r.timed_out for r in rollouts],
-    }
-
-
-def _unpack(packed: dict[str, Any], prompts: Sequence[Prompt]) -> list[Rollout]:
-    out, start = [], 0
-    tokens, logprob = packed["tokens"].tolist(), packed["logprob"].tolist()
-    for i, (prompt, length) in enumerate(zip(prompts, packed["length"], strict=True)):
-        names = ("sample", "finished", "weight_version", "text", "reward", "timed_out")
-        own = {name: packed[name][i] for name in names}
-        end = start + length
-        out.append(Rollout(prompt, tokens=tokens[start:end], logprob=logprob[start:end], **own))
-        start = end
-    return out

@@ -441,8 +441,8 @@ def test_a_full_disk_under_megatron(tmp_path, monkeypatch):
     pytest.importorskip("mbridge")
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from megatron_integration import sharded
-    from megatron_integration.layout import PeerError
+    from megatron_integration import checkpoint as sharded
+    from megatron_integration.process_groups import PeerError
 
     failures = {0: (RuntimeError("Worker failure: [Errno 28] No space left on device"), None)}
 
@@ -450,7 +450,7 @@ def test_a_full_disk_under_megatron(tmp_path, monkeypatch):
         raise CheckpointException("write", failures)
 
     layout = SimpleNamespace(control=None, running=nullcontext)
-    actor = SimpleNamespace(gather_parameters=lambda: None, layout=layout)
+    actor = SimpleNamespace(gather_parameters=lambda: None, groups=layout)
     monkeypatch.setattr(sharded.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(sharded.dist, "barrier", lambda group: None)
     monkeypatch.setattr(sharded, "_tree", lambda actor, is_loading: {})

@@ -143,10 +143,10 @@ def settings_from(
         mean_response: tokens of a mean response; default: half of the limit, which is an assumption.
 
     Raises:
-        ValueError: actor.engine is not megatron, the model's shape is not known, or mean_response is out of range.
+        ValueError: actor.backend is not megatron, the model's shape is not known, or mean_response is out of range.
     """
-    if config.actor.engine != "megatron":
-        raise ValueError(f"plan: is about actor.engine=megatron, got {config.actor.engine!r}")
+    if config.actor.backend != "megatron":
+        raise ValueError(f"plan: is about actor.backend=megatron, got {config.actor.backend!r}")
     limit = config.rollout.max_response_length
     if mean_response is not None and not 1 <= mean_response <= limit:
         raise ValueError(f"mean_response: must be in [1, rollout.max_response_length = {limit}], got {mean_response}")
@@ -174,7 +174,7 @@ def settings_from(
         max_response=limit,
         mean_response=limit // 2 if mean_response is None else mean_response,
         mean_prompt=min(256, config.data.max_prompt_length),
-        engine=vllm.mode if config.rollout.engine == "vllm" else "in_process",
+        engine=vllm.mode if config.rollout.sampler == "vllm" else "in_process",
         engine_tensor_parallel=vllm.tensor_parallel,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from entcov.intervals import mean_interval
 from entcov.report.plots import plot_runs
 from entcov.report.run_matrix import Failure, Job, run_matrix
-from entcov.rl.record.durable import replace_file
+from entcov.rl.record.durable import atomic_write
 from entcov.rl.record.metrics import read_metrics
 
 FINAL_FRACTION = 0.1  # "final" is the mean over this last part of a run's steps
@@ -128,8 +128,8 @@ def compare(
     out_dir.mkdir(parents=True, exist_ok=True)
     if plotted := {control: list(by_seed.values()) for control, by_seed in rows.items() if by_seed}:
         plot_runs(plotted, out_dir / "plots")
-    replace_file(out_dir / "comparison.json", (json.dumps(_plain(asdict(comparison)), indent=1) + "\n").encode())
-    replace_file(out_dir / "comparison.md", markdown(comparison, plots=bool(plotted)).encode())
+    atomic_write(out_dir / "comparison.json", (json.dumps(_plain(asdict(comparison)), indent=1) + "\n").encode())
+    atomic_write(out_dir / "comparison.md", markdown(comparison, plots=bool(plotted)).encode())
     console = Console()
     for table in tables(comparison):
         console.print(_rich(*table))

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from entcov.rl.record.durable import replace_file
+from entcov.rl.record.durable import atomic_write
 from entcov.rl.record.metrics import read_metrics
 from entcov.rl.record.progress import RunsProgress, duration
 from entcov.rl.threads import submit
@@ -81,7 +81,7 @@ def run_matrix(
             with lock:
                 del running[job.label]
         if code == 0:
-            replace_file(job.run_dir / FINISHED, json.dumps(_identity(job), indent=1).encode())
+            atomic_write(job.run_dir / FINISHED, json.dumps(_identity(job), indent=1).encode())
             shown.state(job.label, f"finished in {duration(time.monotonic() - started)}")
             return None
         reason = f"exit {code}" if code > 0 else f"signal {-code}"

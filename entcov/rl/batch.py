@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Batch:
     rollout_logprob: Tensor
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
-    scored_version: int | None = None  # the actor's weight_version that `old_logprob` comes from
+    logprob_version: int | None = None  # the actor's weight_version that `old_logprob` comes from
 
     @property
     def num_sequences(self) -> int:
@@ -43,13 +44,15 @@ class Batch:
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
 
+    def positions(self, sequences: Sequence[int]) -> Tensor:
+        """[n] int64: where the tokens of these sequences are on the packed axis, in the order of `sequences`."""
+        starts = list(accumulate(self.lengths, initial=0))
+        pieces = [torch.arange(starts[s], starts[s + 1]) for s in sequences]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *pieces]).to(self.tokens.device)
+
     def subset(self, sequences: Sequence[int]) -> Batch:
         """The sequences with these indices, in this order."""
-        starts = [0]
-        for n in self.lengths:
-            starts.append(starts[-1] + n)
-        pieces = [torch.arange(starts[s], starts[s + 1], device=self.tokens.device) for s in sequences]
-        index = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device=self.tokens.device)
+        index = self.positions(sequences)
         return replace(
             self,
             lengths=tuple(self.lengths[s] for s in sequences),
@@ -78,14 +81,14 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
                 f"{len(prompt)} prompt tokens, {len(response)} response tokens, {len(rollout.logprob)} logprobs"
             )
         n = len(prompt) + len(response)
-        silent = len(prompt) - 1  # positions whose next token is still the prompt's
+        unlearned = len(prompt) - 1  # positions whose next token is still the prompt's
         columns["tokens"] += prompt + response
         columns["position"] += range(n)
-        columns["target"] += [IGNORE_INDEX] * silent + response + [IGNORE_INDEX]
+        columns["target"] += [IGNORE_INDEX] * unlearned + response + [IGNORE_INDEX]
         columns["token_id"] += range(s * _POSITIONS_PER_SEQUENCE, s * _POSITIONS_PER_SEQUENCE + n)
         columns["length"] += [len(response)] * n
-        columns["adv"] += [0.0] * silent + [rollout.advantage] * len(response) + [0.0]
-        columns["logprob"] += [0.0] * silent + rollout.logprob + [0.0]
+        columns["adv"] += [0.0] * unlearned + [rollout.advantage] * len(response) + [0.0]
+        columns["logprob"] += [0.0] * unlearned + rollout.logprob + [0.0]
         lengths.append(n)
     target = torch.tensor(columns["target"])
     return Batch(

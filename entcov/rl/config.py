@@ -18,7 +18,7 @@ from entcov.controls import CONTROLS, Control, make_control
 from entcov.objective.advantages import ADVANTAGES
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolved, texts, value_at
-from entcov.rl.record.durable import replace_file
+from entcov.rl.record.durable import atomic_write
 
 _STRICT = ConfigDict(extra="forbid")
 # Strict: a number is a number, where pydantic would take true for 1 and "3" for 3.
@@ -33,6 +33,7 @@ Whole = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
 Bytes = Annotated[int, Field(strict=True, ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 _SHOWN_OFFENDERS = 10
+RENAMED = {"actor.engine": "actor.backend", "rollout.engine": "rollout.sampler"}  # old key -> its name now
 
 
 @dataclass(config=_STRICT)
@@ -53,6 +54,10 @@ class ModelConfig:
             raise ValueError(f"exactly one of path and config must be given, got {both}")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("tokenizer must be given (char, or a path) where the model comes from config")
+
+    def in_folder(self, folder: str | Path) -> ModelConfig:
+        """The same with the weights and the tokenizer in `folder`."""
+        return dataclasses.replace(self, path=str(folder), config=None, tokenizer=str(folder))
 
 
 @dataclass(config=_STRICT)
@@ -95,7 +100,7 @@ class WarmStartConfig:
 
 @dataclass(config=_STRICT)
 class VllmConfig:
-    """How rollout.engine=vllm samples."""
+    """How rollout.sampler=vllm samples."""
 
     # colocated: in the trainer's processes and on their devices; server: a running server, see entcov.rl.vllm.server.
     mode: Literal["colocated", "server"] = "colocated"
@@ -119,13 +124,13 @@ class VllmConfig:
 
 @dataclass(config=_STRICT)
 class RolloutConfig:
-    engine: Literal["in_process", "vllm"] = "in_process"  # in_process: the trainer's own model, nothing to install
+    sampler: Literal["in_process", "vllm"] = "in_process"  # in_process: the trainer's own model, nothing to install
     vllm: VllmConfig = dataclasses.field(default_factory=VllmConfig)
     prompts_per_step: Count = 64
     group_size: Count = 8
     temperature: Positive = 1.0
     max_response_length: Count = 1024
-    batch_size: Count = 256  # sequences that engine in_process generates at once
+    batch_size: Count = 256  # sequences that sampler in_process generates at once
     # Steps that rollouts may lag behind. 1: the next step's are sampled while the policy is being updated (vllm only).
     max_staleness: Annotated[Whole, Field(le=1)] = 0
     # Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing; draw until the step is full of others.
@@ -144,8 +149,8 @@ class RolloutConfig:
             )
         if not self.max_staleness:
             return
-        if self.engine == "in_process":
-            raise ValueError("max_staleness: 1 needs engine vllm; in_process samples from the weights being updated")
+        if self.sampler == "in_process":
+            raise ValueError("max_staleness: 1 needs sampler vllm; in_process samples from the weights being updated")
         if self.vllm.mode == "colocated" and (self.vllm.sleep or self.vllm.tensor_parallel > 1):
             raise ValueError(
                 "max_staleness: 1 lets sampling and updating run side by side, so mode colocated needs sleep false and "
@@ -155,7 +160,8 @@ class RolloutConfig:
 
 @dataclass(config=_STRICT)
 class ActorConfig:
-    engine: Literal["torch", "megatron"] = "torch"  # megatron: torchrun ... -m megatron_integration train RECIPE
+    # megatron: torchrun ... -m megatron_integration train RECIPE
+    backend: Literal["transformers", "megatron"] = "transformers"
     lr: Positive = 1e-6
     warmup_steps: Whole = 10  # optimizer steps of linear warm-up
     weight_decay: NonNegative = 0.0
@@ -177,7 +183,7 @@ class SourceEvalConfig:
 
 @dataclass(config=_STRICT)
 class MegatronConfig:
-    """How actor.engine=megatron divides the model. Data parallelism is what is left of the processes."""
+    """How actor.backend=megatron divides the model. Data parallelism is what is left of the processes."""
 
     tensor_parallel: Count = 1
     pipeline_parallel: Count = 1
@@ -307,9 +313,10 @@ class Config:
                 f"loss.kl_estimator: has no effect where loss.kl_coef is 0, got {self.loss.kl_estimator!r}; set "
                 f"loss.kl_coef, or leave it at {PolicyLossConfig.kl_estimator}"
             )
-        if self.actor.engine == "megatron" and self.model.gradient_checkpointing:
+        if self.actor.backend == "megatron" and self.model.gradient_checkpointing:
             raise ValueError(
-                "model.gradient_checkpointing: is for actor.engine torch, got true and megatron; set megatron.recompute"
+                "model.gradient_checkpointing: is for actor.backend transformers, got true and megatron; set "
+                "megatron.recompute"
             )
 
     def build_controls(self) -> list[Control]:
@@ -333,14 +340,14 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     config = resolve_config(read_recipe(recipe, overrides), str(recipe))
     changed = [item.partition("=")[0] for item in overrides]
-    for section, choice, wanted, engine in (
-        ("megatron.", "actor.engine", "megatron", config.actor.engine),
-        ("rollout.vllm.", "rollout.engine", "vllm", config.rollout.engine),
+    for section, choice, wanted, chosen in (
+        ("megatron.", "actor.backend", "megatron", config.actor.backend),
+        ("rollout.vllm.", "rollout.sampler", "vllm", config.rollout.sampler),
     ):
-        # A recipe may hold settings of an engine that is not in force, and a change of the engine leaves them behind.
+        # A recipe may hold settings of a choice that is not in force, and another choice leaves them behind.
         for key in changed:
-            if key.startswith(section) and engine != wanted and choice not in changed:
-                raise ConfigError(f"{key}: has no effect with {choice}={engine}; it needs {choice}={wanted}")
+            if key.startswith(section) and chosen != wanted and choice not in changed:
+                raise ConfigError(f"{key}: has no effect with {choice}={chosen}; it needs {choice}={wanted}")
     return config
 
 
@@ -382,6 +389,8 @@ def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
 
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
+    if key in RENAMED:
+        return f"{key}: has the name {RENAMED[key]} now"
     if error["type"] == "unexpected_keyword_argument":
         return f"{check.one_line(key, 80)}: unknown key{_suggestion(key)}"
     if error["type"] == "missing":
@@ -424,4 +433,4 @@ def as_written(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the recipe with all its keys, loadable by `load_config`; interpolations stay as they are written."""
-    replace_file(path, OmegaConf.to_yaml(OmegaConf.create(as_written(config))).encode())
+    atomic_write(path, OmegaConf.to_yaml(OmegaConf.create(as_written(config))).encode())

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from entcov.intervals import mean_interval
 from entcov.rl.config import EvalConfig
+from entcov.rl.interfaces import Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
 from entcov.rl.types import Prompt, Rollout
 
 
 def evaluate(
-    sampler,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
-    score: RewardFunction,
+    reward_fn: RewardFunction,
     *,
     settings: EvalConfig,
     max_response_length: int,
@@ -40,7 +41,7 @@ def evaluate(
         sets[settings.settings(prompt.example.data_source)].append(prompt)
     in_all = sum(samples * len(members) for (samples, _), members in sets.items())
     rollouts: list[Rollout] = []
-    with Scorer(score) as scorer:
+    with Scorer(reward_fn) as scorer:
         for number, ((samples, temperature), members) in enumerate(sets.items()):
             before = len(rollouts)
             rollouts += sampler.generate(

@@ -18,7 +18,7 @@ _SAME_INTERRUPT = 1.0  # seconds
 
 
 class Interrupts:
-    """Takes the two signals over where nobody else has. A context manager.
+    """A context manager that handles the two signals, unless the program has a handler of its own for them.
 
     tells: whether this process says on stderr that it waits; of several, one is enough.
     received: the first signal that was remembered, 0 while there is none.
@@ -36,7 +36,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:  # whoever ignores one, or has a handler of his own, keeps it
+            for number in _SIGNALS:  # a signal that is ignored, or has another handler, is left alone
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._on_signal)
         return self

@@ -1,10 +1,8 @@
-"""The loop: prompts -> rollouts -> rewards -> advantages -> updates -> weight sync, and what is recorded of it.
+"""The loop: prompts -> rollouts -> rewards -> advantages -> updates -> weight sync, and the metrics of each step.
 
-It talks to the actor and the sampler through a handful of methods and does not know which engine is behind them:
-    actor:   score(batch), update(batch, step=), named_weights(), weight_version, device, state_dict, load_state_dict
-    sampler: generate(prompts, ..., on_done=), sync(weight_version, named_weights)
-Every random choice comes from (seed, step), every prompt from its position in the stream, so the whole state of a run
-is the weights, the optimizer, the controls, the step and one position: a resumed run continues bit for bit.
+It knows the actor and the sampler by their interfaces alone (entcov/rl/interfaces.py). Every random choice comes from
+(seed, step), every prompt from its position in the stream, so the whole state of a run is the weights, the optimizer,
+the controls, the step and one position: a resumed run continues bit for bit.
 
 With `rollout.max_staleness: 1` the rollouts of step k + 1 are sampled while step k updates the policy, so by the
 weights that step k began with; at the end of step k they are complete, and only then does the sampler get the new
@@ -28,43 +26,44 @@ from entcov.controls import Control
 from entcov.objective.advantages import ADVANTAGES
 from entcov.objective.token_covariance import covariance_summary, token_covariance
 from entcov.rl.batch import Batch, mini_batches, pack
+from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, timed
 from entcov.rl.config import Config
 from entcov.rl.data.stream import PromptStream
+from entcov.rl.interfaces import Actor, Sampler
 from entcov.rl.rewards.rules import RewardFunction
-from entcov.rl.rollouts import Collected, Collector, derived_seed, mean, spread, timed
 from entcov.rl.threads import in_background
 from entcov.rl.types import Rollout
 
 
 @dataclass
 class Loop:
-    """One run's moving parts and its position. `step()` is one round; everything else serves it.
+    """What a run changes as it goes on: the policy, the controls, the position in the data. `step()` is one step.
 
-    unstorable: why `state_dict` may not be asked for, "" where it may. A step that fails before its first update has
-        changed nothing but the position, which is remembered; one that fails later leaves weights of no step's end.
+    unstorable: why the state cannot be stored, "" where it can. A step that fails before its first update has changed
+        nothing but the position, which is remembered; one that fails later leaves the weights between two steps.
     """
 
     config: Config
-    actor: Any
-    sampler: Any
+    actor: Actor
+    sampler: Sampler
     stream: PromptStream
     controls: Sequence[Control]
-    score: RewardFunction
+    reward_fn: RewardFunction
     phase: Callable[[str], None] = lambda name: None  # told what is going on, for the display
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
     unstorable: str = ""
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _next: Future[Collected] | None = None  # rollouts of the next step, where they are sampled ahead
-    _before: dict[str, Any] | None = None  # where the step under way began; None between steps
+    _before: dict[str, Any] | None = None  # the state at the beginning of the current step; None between steps
     _versions: deque[int] = field(init=False)  # weight versions that rollouts may come from, the current one last
 
     def __post_init__(self):
         self._versions = deque([self.actor.weight_version], maxlen=1 + self.config.rollout.max_staleness)
-        self.sync_weights()  # a sampler that keeps a copy has none yet
+        self.sync_weights()  # a sampler that keeps a copy of the weights has none yet
 
     def step(self) -> dict[str, float]:
-        """One round. Returns the step's metrics under verl's names."""
+        """One step of the algorithm. Returns its metrics under verl's names."""
         self._seconds.clear()
         self._before = self._here()
         started, step = time.perf_counter(), self.steps_done + 1
@@ -76,7 +75,7 @@ class Loop:
         self.assign_advantages(rollouts)
         batch = pack(rollouts).to(self.actor.device)
         with timed(self._seconds, "old_log_prob"):
-            step_means = self.score_policy(batch, metrics)
+            step_means = self.compute_old_logprobs(batch, metrics)
         self.unstorable = f"step {step} has begun to change the weights"
         with timed(self._seconds, "update_actor"):
             self.update(batch, rollouts, step, metrics)
@@ -84,7 +83,7 @@ class Loop:
             metrics |= control.after_step(step_means)
         if self._next is not None:
             self.phase("rollout")
-            with timed(self._seconds, "gen_wait"):  # what sampling took longer than the update
+            with timed(self._seconds, "gen_wait"):  # by how much sampling took longer than the update
                 self._next.result()
         self.phase("weight sync")
         with timed(self._seconds, "weight_sync"):
@@ -122,7 +121,7 @@ class Loop:
 
     @property
     def _collector(self) -> Collector:
-        return Collector(self.config, self.sampler, self.stream, self.score)
+        return Collector(self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn)
 
     def assign_advantages(self, rollouts: list[Rollout]) -> None:
         advantage = ADVANTAGES[self.config.advantage](
@@ -133,34 +132,33 @@ class Loop:
         for rollout, value in zip(rollouts, advantage.tolist(), strict=True):
             rollout.advantage = value
 
-    def score_policy(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
+    def compute_old_logprobs(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
         """Fills `batch.old_logprob` with the trainer's own values; returns the step's means for the controls."""
         self.phase("old log-probs")
-        scored = self.actor.score(batch)
-        batch.old_logprob, batch.ref_logprob = scored["logprob"], scored.get("ref_logprob")
-        batch.scored_version = self.actor.weight_version
+        policy = self.actor.compute_logprobs(batch)
+        batch.old_logprob, batch.ref_logprob = policy["logprob"], policy.get("ref_logprob")
+        batch.logprob_version = self.actor.weight_version
         at = batch.loss_mask
-        bad = int((~scored["logprob"].isfinite() & at).sum())
+        bad = int((~policy["logprob"].isfinite() & at).sum())
         if bad:
             self.unstorable = "the weights or logits hold NaN or infinities"
             raise RuntimeError(
                 f"step {self.steps_done + 1}: the policy's log-probabilities must be finite, {bad} of {int(at.sum())} "
                 "are not: its weights or logits hold NaN or infinities. Nothing was updated; go back to a checkpoint"
             )
-        means = {name: float(scored[name][at].mean()) for name in scored if name.endswith("entropy")}
-        means["sampled_entropy"] = -float(scored["logprob"][at].mean())
-        covariance = token_covariance(scored["logprob"], batch.advantage, at)
+        means = {name: float(policy[name][at].mean()) for name in policy if name.endswith("entropy")}
+        means["sampled_entropy"] = -float(policy["logprob"][at].mean())
+        covariance = token_covariance(policy["logprob"], batch.advantage, at)
         metrics |= {name: float(value) for name, value in covariance_summary(covariance).items()}
-        gap = (scored["logprob"] - batch.rollout_logprob)[at].abs()
+        gap = (policy["logprob"] - batch.rollout_logprob)[at].abs()
         metrics["actor/entropy"] = means["entropy"]
-        metrics["actor/entropy_drift"] = float((scored["entropy_drift"] * batch.advantage)[at].mean())
+        metrics["actor/entropy_drift"] = float((policy["entropy_drift"] * batch.advantage)[at].mean())
         metrics["training/mismatch"], metrics["training/mismatch_max"] = float(gap.mean()), float(gap.max())
-        advantage = batch.advantage[at]
-        metrics |= spread("critic/advantages", advantage.tolist())
+        metrics |= spread("critic/advantages", batch.advantage[at].tolist())
         return means
 
     def update(self, batch: Batch, rollouts: list[Rollout], step: int, metrics: dict[str, float]) -> None:
-        """Every mini-batch once per epoch; the metrics are means over the optimizer steps."""
+        """Updates on every mini-batch once per epoch. The metrics are means over these updates."""
         groups = mini_batches([r.prompt.uid for r in rollouts], self.config.actor.updates_per_rollout)
         gathered: dict[str, list[float]] = defaultdict(list)
         for epoch in range(self.config.actor.epochs):
@@ -175,7 +173,7 @@ class Loop:
         self.sampler.sync(self.actor.weight_version, self.actor.named_weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on after `steps_done` steps, besides the weights.
+        """The state after `steps_done` steps, without the weights.
 
         Raises:
             RuntimeError: the loop is `unstorable`.
@@ -190,7 +188,7 @@ class Loop:
         }
 
     def _here(self) -> dict[str, Any]:
-        """The state between two steps, but for the actor's."""
+        """The current state without the actor's."""
         return {
             "steps_done": self.steps_done,
             "position": self.position,

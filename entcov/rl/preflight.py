@@ -1,4 +1,4 @@
-"""What of a recipe can be found wrong before a run writes anything: what it names is there, and fits together."""
+"""Checks a recipe before a run writes anything: what it names must exist and fit together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from entcov.rl.types import Example
 
 
 def check_recipe(config: Config) -> PretrainedConfig:
-    """Raises for a recipe that a run would fail with, having written to its folder; the policy's configuration.
+    """Raises for a recipe with which a run would fail; returns the policy's configuration.
 
     Reads the data once more than the run does. Nothing is written.
 
@@ -37,7 +37,7 @@ def check_recipe(config: Config) -> PretrainedConfig:
         load_reward(config.data.reward)
     tokenizer = model_tokenizer(config.model)
     settings = model_settings(config.model, tokenizer)
-    check_context(config, settings)
+    check_context(settings, config.data.max_prompt_length, config.rollout.max_response_length)
     if config.model.path is not None:
         _check_weights(Path(config.model.path))
     stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
@@ -71,7 +71,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _check_weights(folder: Path) -> None:
-    """A local model has weights, and none of its files is a stub or was cut off."""
+    """Raises where a local model has no weights, or an incomplete file of weights."""
     if not folder.is_dir():
         return
     files = sorted(folder.glob("*.safetensors"))
@@ -86,7 +86,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_sources(config: Config, held_out: Iterable[Example]) -> None:
-    """A misspelt data source is an error; one that is like none of them may be of files that are not read this time."""
+    """Raises for a misspelt data source. A name unlike all known ones may belong to files that are not read now."""
     known = {example.data_source for example in held_out}
     for name in sorted(config.eval.sources.keys() - known):
         if near := check.suggestion(name, known - config.eval.sources.keys()):

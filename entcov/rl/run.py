@@ -1,4 +1,4 @@
-"""A run from recipe to results: sets the parts up, resumes what is there, drives the loop, evaluates, checkpoints."""
+"""Trains a recipe, or goes on with it where it stopped; and evaluates the policy of a run."""
 
 from __future__ import annotations
 
@@ -6,30 +6,69 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from entcov.rl.backend import TransformersBackend
+from entcov.rl.collect import derived_seed
 from entcov.rl.config import Config, ConfigError
-from entcov.rl.engine import Parts, TorchEngine
+from entcov.rl.data.stream import PromptStream
 from entcov.rl.evaluation import SourceResult, evaluate, summarize
+from entcov.rl.hf.model_config import model_tokenizer
+from entcov.rl.hf.warm_start import warm_started
+from entcov.rl.interfaces import Backend, Start
 from entcov.rl.interrupts import Interrupts
 from entcov.rl.loop import Loop
 from entcov.rl.record.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
 from entcov.rl.record.metrics import RunLogger
 from entcov.rl.record.progress import Progress
 from entcov.rl.record.run_folder import SAMPLES, check_resume, has_begun, held, keep_evaluation, take_up, write_samples
-from entcov.rl.rollouts import derived_seed
+from entcov.rl.rewards.rules import load_reward
+from entcov.rl.types import Rollout
 
 _COMMANDS = {
-    "torch": "Start it with: python -m entcov train RECIPE",
+    "transformers": "Start it with: python -m entcov train RECIPE",
     "megatron": "Start it with: torchrun --nproc-per-node=N -m megatron_integration train RECIPE",
 }
-_EVAL_SEED = 1 << 40  # apart from every step's number
+_EVAL_SEED = 1 << 40  # no step has this number
+
+
+def build(
+    config: Config,
+    backend: Backend,
+    checkpoint: Checkpoint | None,
+    *,
+    phase: Callable[[str], None] = lambda name: None,
+    on_warm_start: Callable[[int, float], None] = lambda done, loss: None,
+) -> Loop:
+    """Builds the actor, the sampler and the data of a run, fresh or with the weights of `checkpoint`. Collective.
+
+    Args:
+        phase: told what is going on, now and by the loop.
+        on_warm_start: called with (steps done, loss in nats).
+    """
+    if checkpoint is None and config.warm_start.steps:
+        phase("warm start")
+
+    def warm_start(policy: nn.Module) -> None:
+        warm_started(policy, stream=stream, config=config, on_step=on_warm_start)
+
+    start = Start(
+        config.model, config.seed, Path(config.run_dir), checkpoint, warm_start if config.warm_start.steps else None
+    )
+    tokenizer = model_tokenizer(start.stored_model)
+    stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
+    controls, reward_fn = config.build_controls(), load_reward(config.data.reward)
+    actor = backend.build_actor(config.actor, config.loss, controls, config.rollout.temperature, start)
+    sampler = backend.build_sampler(config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn)
+    return Loop(config, actor, sampler, stream, controls, reward_fn, phase=phase)
 
 
 def train(
-    config: Config, *, resume: str = "auto", display: bool | str = "auto", engine: TorchEngine | None = None
+    config: Config, *, resume: str = "auto", display: bool | str = "auto", backend: Backend | None = None
 ) -> dict[str, float]:
     """Runs the recipe in `config.run_dir` to its last step, going on from the latest checkpoint if there is one.
 
@@ -37,80 +76,58 @@ def train(
         resume: "auto" goes on where the run stopped; a checkpoint's path goes back to it; "never" refuses a folder that
             holds a run already.
         display: passed to `Progress`.
-        engine: what the run stands on; default: this process with torch. Every process of a larger engine calls
-            `train` with the same arguments.
+        backend: what trains; default: transformers in this process. Every process of a larger backend calls `train`
+            with the same arguments.
 
     Returns:
         The last step's metrics, evaluation included.
 
     Raises:
         ConfigError: the folder holds a run of another recipe; the message lists the keys that differ. Or the recipe
-            wants another engine than the one given.
+            names another backend than the one given.
         RuntimeError: another process runs in the folder.
         KeyboardInterrupt: Ctrl-C or SIGTERM, whose number is its argument. Between the first step and the last it comes
             when a step is done and stored.
     """
-    engine = engine or TorchEngine()
-    if config.actor.engine != engine.name:
+    backend = backend or TransformersBackend(config.device)
+    if config.actor.backend != backend.name:
         raise ConfigError(
-            f"actor.engine: {config.actor.engine} was asked for, and this command runs {engine.name}. "
-            + _COMMANDS[config.actor.engine]
+            f"actor.backend: {config.actor.backend} was asked for, and this command runs {backend.name}. "
+            + _COMMANDS[config.actor.backend]
         )
     run_dir = Path(config.run_dir)
     if not has_begun(run_dir):  # a run that began has been checked
-        engine.check(config)
+        backend.check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    with Interrupts(tells=engine.leads) as interrupts, ExitStack() as stack:
+    with Interrupts(tells=backend.is_rank0) as interrupts, ExitStack() as stack:
 
         def take() -> Checkpoint | None:
             check_resume(run_dir, resume)
             stack.enter_context(held(run_dir))
             return take_up(run_dir, config, resume)
 
-        checkpoint = engine.agree(take)
-        if not engine.leads:
-            progress = stack.enter_context(Progress(config.steps, run_dir.name, enabled=False))
-            return _train(config, engine, checkpoint, run_dir, None, progress, interrupts)
-        logger = RunLogger(
-            run_dir,
-            tensorboard=config.logging.tensorboard,
-            wandb=config.logging.wandb,
-            resume_step=-1 if checkpoint is None else checkpoint.step,  # -1: nothing is stored yet, start over
-        )
-        stack.enter_context(logger)
-        if checkpoint is not None:
-            make_latest(checkpoint)
-        progress = stack.enter_context(Progress(config.steps, run_dir.name, enabled=display))
-        return _train(config, engine, checkpoint, run_dir, logger, progress, interrupts)
-
-
-def _train(
-    config: Config,
-    engine: TorchEngine,
-    checkpoint: Checkpoint | None,
-    run_dir: Path,
-    logger: RunLogger | None,
-    progress: Progress,
-    interrupts: Interrupts,
-) -> dict[str, float]:
-    if checkpoint is None and config.warm_start.steps:
-        progress.phase("warm start")
-    steps = config.warm_start.steps
-    parts = engine.build(
-        config, checkpoint, run_dir, lambda done, loss: progress.sub_bar(done, steps, f"loss {loss:.3f} nats")
-    )
-    loop = Loop(config, parts.actor, parts.sampler, parts.stream, parts.controls, parts.score, phase=progress.phase)
-    # Reinforcement starts after the prompts that the warm start has shown the solutions of.
-    loop.position = config.warm_start.steps * config.warm_start.batch_size
-
-    if checkpoint is not None:
-        loop.load_state_dict(checkpoint.state)
-    run = _Run(config, engine, parts, loop, logger, progress, run_dir, interrupts)
-    if checkpoint is not None:
-        run.recorded = run.stored = checkpoint.step
-    return run.to_the_end(fresh=checkpoint is None)
+        checkpoint = backend.broadcast_from_rank0(take)
+        logger = None
+        if backend.is_rank0:
+            logger = RunLogger(
+                run_dir,
+                tensorboard=config.logging.tensorboard,
+                wandb=config.logging.wandb,
+                resume_step=-1 if checkpoint is None else checkpoint.step,  # -1: nothing is stored yet, start over
+            )
+            stack.enter_context(logger)
+            if checkpoint is not None:
+                make_latest(checkpoint)
+        enabled = display if backend.is_rank0 else False
+        progress = stack.enter_context(Progress(config.steps, run_dir.name, enabled=enabled))
+        steps = config.warm_start.steps
+        loop = build(
+            config, backend, checkpoint, phase=progress.phase,
+            on_warm_start=lambda done, loss: progress.sub_bar(done, steps, f"loss {loss:.3f} nats"),
+        )  # fmt: skip
+        return _Run(config, backend, loop, logger, progress, interrupts).to_the_end(checkpoint)
 
 
 def evaluate_run(
@@ -118,16 +135,16 @@ def evaluate_run(
     *,
     checkpoint: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-    engine: TorchEngine | None = None,
+    backend: Backend | None = None,
     on_unkept: Callable[[OSError], None] | None = None,
 ) -> tuple[int, dict[str, float], list[SourceResult]]:
     """Held-out accuracy of the policy in `config.run_dir`, with the settings of `config.eval`.
 
     Args:
         checkpoint: path of one; default: the run's latest.
-        progress: passed to `evaluate`.
-        engine: what the policy runs on; default: this process with torch, whatever engine trained it. Another must be
-            the one that trained, and every process of it makes the call.
+        progress: passed to `evaluate`, on rank 0.
+        backend: what the policy runs on; default: transformers in this process, whatever backend trained it. Another
+            must be the one that trained, and every process of it makes the call.
         on_unkept: told why the results could not be written, which are returned all the same; default: that is raised.
 
     Returns:
@@ -140,31 +157,21 @@ def evaluate_run(
     """
     if config.eval.prompts == 0:
         raise ConfigError("eval.prompts: must be at least 1, or null for all of data.val_files, to evaluate; got 0")
-    engine = engine or TorchEngine()
+    backend = backend or TransformersBackend(config.device)
     run_dir = Path(config.run_dir)
-    found = engine.agree(lambda: _checkpoint(run_dir, checkpoint))
-    # Nothing is compared with a reference policy here, so that none has to be there.
-    alone = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_coef=0.0))
-    parts = engine.build(alone, found, run_dir, lambda done, loss: None)
-    parts.sampler.sync(found.step, parts.actor.named_weights)
-    metrics, rollouts = evaluate(
-        parts.sampler,
-        parts.stream.held_out(config.eval.prompts),
-        parts.score,
-        settings=config.eval,
-        max_response_length=config.rollout.max_response_length,
-        seed=derived_seed(config.seed, _EVAL_SEED),
-        progress=progress if engine.leads else None,
-    )
-    if not engine.leads:
-        return found.step, metrics, summarize(rollouts)
-    result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
-    try:
-        keep_evaluation(run_dir, found.step, result, rollouts)
-    except OSError as error:
-        if on_unkept is None:
-            raise
-        on_unkept(error)
+    found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
+    # An evaluation compares nothing with the reference policy, so it does not load it.
+    without_reference = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_coef=0.0))
+    loop = build(without_reference, backend, found)
+    metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
+    if backend.is_rank0:
+        result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
+        try:
+            keep_evaluation(run_dir, found.step, result, rollouts)
+        except OSError as error:
+            if on_unkept is None:
+                raise
+            on_unkept(error)
     return found.step, metrics, summarize(rollouts)
 
 
@@ -175,22 +182,41 @@ def _checkpoint(run_dir: Path, path: str | None) -> Checkpoint:
     return found
 
 
-@dataclasses.dataclass
+def _evaluate(
+    config: Config, loop: Loop, progress: Callable[[int, int], None] | None = None
+) -> tuple[dict[str, float], list[Rollout]]:
+    return evaluate(
+        loop.sampler,
+        loop.stream.held_out(config.eval.prompts),
+        loop.reward_fn,
+        settings=config.eval,
+        max_response_length=config.rollout.max_response_length,
+        seed=derived_seed(config.seed, _EVAL_SEED),  # the same draws at every step: less noise in the curve
+        progress=progress,
+    )
+
+
+@dataclass
 class _Run:
+    """Runs the loop to its last step: logs metrics, evaluates and stores checkpoints, also where the run ends early."""
+
     config: Config
-    engine: TorchEngine
-    parts: Parts
+    backend: Backend
     loop: Loop
-    logger: RunLogger | None  # the leader's
+    logger: RunLogger | None  # rank 0's
     progress: Progress
-    run_dir: Path
     interrupts: Interrupts
     recorded: int = -1  # the last step with metrics
     stored: int = -1  # the step of the latest checkpoint
 
-    def to_the_end(self, *, fresh: bool) -> dict[str, float]:
+    def to_the_end(self, checkpoint: Checkpoint | None) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        if fresh:
+        if checkpoint is not None:
+            self.loop.load_state_dict(checkpoint.state)
+            self.recorded = self.stored = checkpoint.step
+        else:
+            # Reinforcement starts after the prompts that the warm start has shown the solutions of.
+            self.loop.position = self.config.warm_start.steps * self.config.warm_start.batch_size
             metrics = self.evaluation(step=0)
             if metrics:
                 self.record(0, metrics)
@@ -200,7 +226,7 @@ class _Run:
             metrics = self.step()
             step = self.loop.steps_done
             last = step == self.config.steps
-            stop = self.engine.greatest(self.interrupts.received)  # it strikes the processes at different moments
+            stop = self.backend.max_over_ranks(self.interrupts.received)  # ranks receive a signal at different moments
             if last or stop or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
                 self.save()
             if stop and not last:
@@ -208,7 +234,7 @@ class _Run:
         return metrics
 
     def step(self) -> dict[str, float]:
-        """One step, evaluated and recorded; whatever ends the run in it, what was done before is kept if possible."""
+        """One step with its evaluation and log line. If it fails, the last whole step is stored where possible."""
         metrics: dict[str, float] = {}
         try:
             metrics = self.loop.step()
@@ -230,7 +256,7 @@ class _Run:
         done, before = self.loop.steps_done, self.stored
         if self.interrupts.at_once:
             reason = "a second interrupt does not wait for a checkpoint"
-        elif self.engine.processes > 1:
+        elif self.backend.world_size > 1:
             reason = "a checkpoint needs every process, and they have not all come to the same point"
         elif self.loop.unstorable:
             reason = self.loop.unstorable
@@ -248,7 +274,7 @@ class _Run:
         self.say(f"{steps} lost: {reason}. The latest checkpoint is that of step {before}")
 
     def say(self, text: str) -> None:
-        if self.engine.leads:
+        if self.backend.is_rank0:
             print(text, file=sys.stderr)
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
@@ -259,28 +285,16 @@ class _Run:
 
     def save(self, more: int = 0) -> None:
         self.progress.phase("checkpoint")
-        self.engine.save(
-            self.run_dir / "checkpoints",
-            self.loop.steps_done,
-            self.parts,
-            self.loop.state_dict(),
-            self.config.checkpoint.keep + more,
-        )
-        self.stored = self.loop.steps_done
+        step, loop = self.loop.steps_done, self.loop
+        folder, keep = Path(self.config.run_dir) / "checkpoints", self.config.checkpoint.keep + more
+        self.backend.save(folder, step, loop.actor, loop.stream.tokenizer, loop.state_dict(), keep)
+        self.stored = step
 
     def evaluation(self, step: int) -> dict[str, float]:
-        settings = self.config.eval
-        if settings.prompts == 0:
+        if self.config.eval.prompts == 0:
             return {}
         self.progress.phase("eval")
-        metrics, rollouts = evaluate(
-            self.loop.sampler,
-            self.loop.stream.held_out(settings.prompts),
-            self.loop.score,
-            settings=settings,
-            max_response_length=self.config.rollout.max_response_length,
-            seed=derived_seed(self.config.seed, _EVAL_SEED),  # the same draws at every step: less noise in the curve
-        )
-        if self.engine.leads:
-            write_samples(self.run_dir / SAMPLES / f"step_{step}.jsonl", rollouts)
+        metrics, rollouts = _evaluate(self.config, self.loop)
+        if self.backend.is_rank0:
+            write_samples(Path(self.config.run_dir) / SAMPLES / f"step_{step}.jsonl", rollouts)
         return metrics

@@ -17,19 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from entcov import _checks as check
-from entcov.rl.config import Config, as_written, load_config, resolve_config, save_config
+from entcov.rl.config import RENAMED, Config, as_written, resolve_config, save_config
 from entcov.rl.recipe import ConfigError, interpolations, read_recipe, texts, value_at
-from entcov.rl.record.durable import replace_file
+from entcov.rl.record.durable import atomic_write
 
 _CONFIG, _DIGESTS = "config.yaml", "config.digests.json"
-# Keys that may change when a run is taken up again: they say how far and how it is watched, not what is computed.
+# Keys that may change when a run is resumed: they decide how long it is and what is recorded, not what is computed.
 _FREE_KEYS = (
     "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
 )  # fmt: skip
-# Of a finished policy: what it is asked, how it is sampled and scored, and what it runs on.
+# Keys that an evaluation depends on: its prompts, how responses are sampled and scored, and the hardware.
 _KEYS_OF_AN_EVALUATION = (
     "eval.", "data.", "rollout.", "megatron.", "device", "threads", "model.compute_dtype", "model.attn_implementation",
 )  # fmt: skip
@@ -72,7 +72,7 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
                 f"{check.one_line(key, 80)}: has no effect on an evaluation; of the recipe's keys it depends on "
                 f"{', '.join(one.rstrip('.') for one in _KEYS_OF_AN_EVALUATION)}"
             )
-    tree = read_recipe(path, [*overrides, f"run_dir={run}"])
+    tree = _with_new_names(read_recipe(path, [*overrides, f"run_dir={run}"]))
     if trusted:
         return resolve_config(tree, str(path))
     given = [item.partition("=")[0] for item in overrides]
@@ -95,13 +95,25 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
         if "/" in model.attn_implementation
         else None,
     ]
-    if config.rollout.engine == "vllm":
+    if config.rollout.sampler == "vllm":
         wants += [
             ("rollout.vllm.url", vllm.url, "sends prompts, weights and a token") if vllm.url is not None else None,
             ("rollout.vllm.engine_args", vllm.engine_args, "may import modules") if vllm.engine_args else None,
         ]
     _refuse(path, [want for want in wants if want is not None], given)
     return config
+
+
+def _with_new_names(tree: DictConfig) -> DictConfig:
+    """The recipe of a run that was stored before keys were renamed."""
+    raw = OmegaConf.to_container(tree, resolve=False)  # an interpolation may not be resolved yet
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        if (value := value_at(raw, (section, name))) is not None:
+            del tree[section][name]
+            if value_at(raw, tuple(new.split("."))) is None:  # else an override has set it
+                OmegaConf.update(tree, new, "transformers" if value == "torch" else value)
+    return tree
 
 
 def _refuse(path: Path, wants: list[tuple[str, Any, str]], given: list[str]) -> None:
@@ -120,7 +132,8 @@ def _refuse(path: Path, wants: list[tuple[str, Any, str]], given: list[str]) -> 
 
 def _differences(run_dir: Path, config: Config) -> list[str]:
     """One line for each key that decides what is computed and has another value than in the folder."""
-    stored = load_config(run_dir / _CONFIG)
+    path = run_dir / _CONFIG
+    stored = resolve_config(_with_new_names(read_recipe(path)), str(path))
     before, now, shown = dataclasses.asdict(stored), dataclasses.asdict(config), _leaves(as_written(config))
     digests = _Digests.of(run_dir)
     for path, (said, _) in stored.interpolated.items():
@@ -143,7 +156,7 @@ def _store_digests(run_dir: Path, config: Config) -> None:
         for path in paths:
             digests.values[".".join(path)] = digests.digest(value_at(tree, path))
         text = json.dumps(dataclasses.asdict(digests), indent=1) + "\n"
-        replace_file(run_dir / _DIGESTS, text.encode(), mode=0o600)
+        atomic_write(run_dir / _DIGESTS, text.encode(), mode=0o600)
     else:
         (run_dir / _DIGESTS).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Work beside the run's own thread, where the machine gives a thread for it, and in the calling thread elsewhere.
+"""Runs work in threads of its own, or in the calling thread where the machine gives no further thread.
 
 A limit on processes (ulimit -u, a container's pids limit) makes Python's "can't start new thread". Nothing that threads
 only make faster or nicer may end a run for that.
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def submit(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments) -> Future[T]:
-    """As `pool.submit`; where the pool needs one more thread and gets none, the work is done before this returns."""
+    """As `pool.submit`. Where the pool gets no thread, the work is done before this returns."""
     future: Future[T] = Future()
     run = _once(future, lambda: work(*arguments))
     try:
@@ -51,7 +51,7 @@ def no_thread(error: RuntimeError) -> bool:
 
 @functools.cache
 def say(text: str) -> None:
-    """A note to the user, once in a process."""
+    """Prints a note to stderr, once in a process."""
     print(f"note: {text}", file=sys.stderr)
 
 

@@ -62,7 +62,8 @@ def test_a_script_trains_what_was_published(commands, run):
     assert [control.name for control in controls] == ([name] if name else [])
     if name:
         assert {key: getattr(controls[0], key) for key in knobs} == knobs
-    assert (config.actor.engine, config.rollout.engine, config.model.compute_dtype) == ("megatron", "vllm", "bfloat16")
+    chosen = (config.actor.backend, config.rollout.sampler, config.model.compute_dtype)
+    assert chosen == ("megatron", "vllm", "bfloat16")
     assert (config.loss.kl_coef, config.loss.aggregation, config.advantage) == (0.0, "token-mean", "grpo")
     assert config.rollout.temperature == 1.0 and config.actor.epochs == 1
 
@@ -147,7 +148,7 @@ def test_the_plan_command(capsys):
         (["plan", recipe, "--gpus", "0"], "--gpus: must be >= 1, got 0"),
         (["plan", recipe, "--gpu-memory", "80"], "a memory size must be a number above 0 with GiB"),
         (["plan", recipe, "--mean-response", "9000"], "must be in [1, rollout.max_response_length = 8192], got 9000"),
-        (["plan", recipe, "actor.engine=torch"], "plan: is about actor.engine=megatron, got 'torch'"),
+        (["plan", recipe, "actor.backend=transformers"], "plan: is about actor.backend=megatron, got 'transformers'"),
         (["plan", recipe, "model.path=some/model"], "model.path: must be a folder with a config.json or one of"),
     ):
         assert main(arguments) == 2, arguments

@@ -54,7 +54,7 @@ def test_the_scripts_train_and_evaluate_and_one_process_agrees(tmp_path):
     run = tmp_path / "run"
     tiny = recipe(run, **{"model.config.num_key_value_heads": 2, "steps": 1, "loss.kl_coef": 0.01})
     changes = [
-        "model.path=null", "model.compute_dtype=float32", "device=cpu", "rollout.engine=in_process",
+        "model.path=null", "model.compute_dtype=float32", "device=cpu", "rollout.sampler=in_process",
         "data.train_files=[]", "data.val_files=[]", "controls.clip_cov.clip_cov_ratio=0.2",
     ]  # fmt: skip
     script("train_qwen2.5_7b.sh", "clip_cov", *changes, *leaves(tiny))

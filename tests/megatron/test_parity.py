@@ -1,4 +1,4 @@
-"""MegatronActor against TorchActor: three updates over every kind of layout leave the same weights and metrics."""
+"""MegatronActor against TransformersActor: three updates over every layout leave the same weights and metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 
 from entcov.rl.config import ConfigError, MegatronConfig  # noqa: E402
-from megatron_integration.batches import divide, lay_out  # noqa: E402
+from megatron_integration.micro_batches import assign_to_replicas, build_inputs, dummy_micro_batch  # noqa: E402
 from tests.support.megatron_cases import CONTROLS  # noqa: E402
 from tests.support.megatron_policies import LLAMA3, MODELS, SHAPE  # noqa: E402
 from tests.support.megatron_processes import run_cases  # noqa: E402
@@ -63,12 +63,19 @@ def test_every_layout_updates_as_one_process_does(policies, world, cases):
 
 def test_replicas_share_the_tokens_evenly_and_completely():
     lengths = (50, 10, 20, 30, 40, 10, 60, 5)
-    shares = divide(lengths, 3, max_tokens=64, padded=False)
+    shares = assign_to_replicas(lengths, 3, max_tokens=64, padded=False)
     assert sorted(s for share in shares for group in share for s in group) == list(range(len(lengths)))
     loads = [sum(lengths[s] for group in share for s in group) for share in shares]
     assert max(loads) - min(loads) <= 20
     assert all(sum(lengths[s] for s in group) <= 64 for share in shares for group in share)
-    assert divide((7,), 2, max_tokens=64, padded=True) == [[[0]], []]
+    assert assign_to_replicas((7,), 2, max_tokens=64, padded=True) == [[[0]], []]
+
+
+def test_a_replica_without_a_sequence_runs_one_without_a_loss(policies):
+    batch = torch.load(policies[0] / "batch.pt", weights_only=False)
+    micro, index = dummy_micro_batch(batch)
+    assert micro.lengths == (min(batch.lengths),) and torch.equal(batch.tokens[index], micro.tokens)
+    assert micro.num_loss_tokens == 0 and bool((micro.target == -100).all())
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -77,7 +84,7 @@ def test_context_parallel_ranks_hold_each_loss_token_once(policies, packing):
     index = torch.arange(len(batch.tokens))
     seen = []
     for rank in range(3):
-        micro = lay_out(batch, index, unit=6, packing=packing, context_parallel=3, context_rank=rank)
+        micro = build_inputs(batch, index, unit=6, packing=packing, context_parallel=3, context_rank=rank)
         at = micro.target != -100
         assert torch.equal(micro.target[at], batch.target[micro.rows])
         assert torch.equal(micro.inputs["position_ids"][at], batch.position[micro.rows])
@@ -116,7 +123,7 @@ def test_layouts_that_cannot_be(settings, message):
 def test_models_that_megatron_would_compute_differently(changes, message):
     from transformers import AutoConfig
 
-    from megatron_integration.model import refuse_unsupported
+    from megatron_integration.bridge import refuse_unsupported
 
     config = AutoConfig.for_model(**({"vocab_size": 53} | SHAPE | MODELS["llama"] | changes))
     with pytest.raises(ConfigError, match=message):
@@ -124,11 +131,11 @@ def test_models_that_megatron_would_compute_differently(changes, message):
 
 
 def test_a_hub_name_is_downloaded_with_its_weights_and_a_folder_is_not(tmp_path, monkeypatch):
-    from megatron_integration import model
+    from megatron_integration import bridge
 
     asked = []
-    monkeypatch.setattr(model, "snapshot_download", lambda name, **options: asked.append((name, options)) or "cache")
-    assert model.local_folder(str(tmp_path)) == str(tmp_path) and not asked
-    assert model.local_folder("Qwen/Qwen2.5-7B") == "cache"
+    monkeypatch.setattr(bridge, "snapshot_download", lambda name, **options: asked.append((name, options)) or "cache")
+    assert bridge.local_folder(str(tmp_path)) == str(tmp_path) and not asked
+    assert bridge.local_folder("Qwen/Qwen2.5-7B") == "cache"
     ((name, options),) = asked
     assert name == "Qwen/Qwen2.5-7B" and {"*.json", "*.safetensors"} <= set(options["allow_patterns"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 pytest.importorskip("megatron.core")
@@ -17,10 +19,11 @@ pytest.importorskip("mbridge")
 psutil = pytest.importorskip("psutil")
 
 from entcov.rl.config import parse_config  # noqa: E402
-from entcov.rl.record.checkpoint import CheckpointError, load_latest  # noqa: E402
+from entcov.rl.interfaces import Start  # noqa: E402
+from entcov.rl.record.checkpoint import Checkpoint, CheckpointError, load_latest  # noqa: E402
 from entcov.rl.record.metrics import read_metrics  # noqa: E402
 from entcov.rl.run import evaluate_run, train  # noqa: E402
-from megatron_integration.engine import _initial_model  # noqa: E402
+from megatron_integration.backend import initial_model  # noqa: E402
 from tests.support.tiny_run import recipe, timeless  # noqa: E402
 
 CHANGES = {
@@ -94,29 +97,31 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
     assert read_metrics(run_dir)[-1]["actor/kl_loss"] > 0  # against the model that reinforcement began with
 
     # The checkpoint is a Hugging Face folder too: the torch path evaluates it.
-    config = parse_config(recipe(run_dir, **CHANGES, **{"actor.engine": "megatron"}, steps=last))
+    config = parse_config(recipe(run_dir, **CHANGES, **{"actor.backend": "megatron"}, steps=last))
     step, metrics, _ = evaluate_run(config)
     assert step == last and any(key.startswith("val-core/") for key in metrics)
 
 
 def test_an_initial_model_that_is_not_what_was_written_is_refused(tmp_path):
     config = parse_config(recipe(tmp_path, **CHANGES, **{"warm_start.steps": 1}))
-    folder = Path(_initial_model(config, tmp_path, lambda done, loss: None, fresh=True))
-    assert folder == Path(_initial_model(config, tmp_path, lambda done, loss: None, fresh=False))
+    resumed = Start(config.model, 0, tmp_path, checkpoint=Checkpoint(tmp_path, 1), warm_start=lambda model: None)
+    fresh, cpu = dataclasses.replace(resumed, checkpoint=None), torch.device("cpu")
+    folder = Path(initial_model(fresh, cpu))
+    assert folder == Path(initial_model(resumed, cpu))
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"initial_model is damaged: the content of .* differs"):
-        _initial_model(config, tmp_path, lambda done, loss: None, fresh=False)
-    _initial_model(config, tmp_path, lambda done, loss: None, fresh=True)  # nothing has been done: made again
+        initial_model(resumed, cpu)
+    initial_model(fresh, cpu)  # nothing has been done: made again
     assert weights.read_bytes() != bytes(content)
 
 
 def test_vllm_rollouts_with_tensor_parallelism_give_the_torch_path_with_vllm(tmp_path):
     pytest.importorskip("vllm")
     # vLLM's CPU attention has heads of 32 and more; every rank has an engine and takes half of the prompts.
-    changes = CHANGES | {"model.config.head_dim": 32, "rollout.engine": "vllm", "rollout.vllm": {"max_num_seqs": 8}}
+    changes = CHANGES | {"model.config.head_dim": 32, "rollout.sampler": "vllm", "rollout.vllm": {"max_num_seqs": 8}}
     changes |= {"steps": 2, "eval": {"prompts": 0}, "checkpoint": {"every": 0}}
     megatron, alone, log = tmp_path / "megatron", tmp_path / "torch", tmp_path / "log"
     recipe_file = tmp_path / "recipe.yaml"

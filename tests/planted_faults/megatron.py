@@ -2,7 +2,7 @@
 
 from tests.planted_faults.fault import Fault
 
-BATCHES = "megatron_integration/batches.py"
+BATCHES = "megatron_integration/micro_batches.py"
 T_PARITY = "tests/megatron/test_parity.py::test_"
 SLOW = "importing Megatron-Core takes ten seconds"
 
@@ -29,6 +29,14 @@ FAULTS = (
         "return spread[self.rows]",
         "return mask[: len(self.rows)]",
         [T_PARITY + "context_parallel_ranks_hold_each_loss_token_once"],
+        slow=SLOW,
+    ),
+    Fault(
+        "a_dummy_micro_batch_has_a_loss",
+        BATCHES,
+        "torch.zeros_like(micro.loss_mask)",
+        "micro.loss_mask",
+        [T_PARITY + "a_replica_without_a_sequence_runs_one_without_a_loss"],
         slow=SLOW,
     ),
 )

@@ -87,7 +87,7 @@ FAULTS = (
         "pointer_moves_before_the_checkpoint_has_its_name",
         CHECKPOINT,
         "        temporary.rename(final)\n        fsync_path(directory)\n",
-        '        replace_file(directory / "latest", f"{final.name}\\n".encode())\n        temporary.rename(final)\n'
+        '        atomic_write(directory / "latest", f"{final.name}\\n".encode())\n        temporary.rename(final)\n'
         "        fsync_path(directory)\n",
         [T_DURABLE + "a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_its_name_before_the_pointer_moves"],
     ),
@@ -144,8 +144,8 @@ FAULTS = (
     Fault(
         "a_replaced_checkpoint_is_not_put_back",
         CHECKPOINT,
-        'if match[1] == "old" and not',
-        'if match[1] == "none" and not',
+        "if (directory / match[1]).exists():",
+        "if True:",
         [T_CHECKPOINT + "a_checkpoint_that_was_about_to_be_replaced_is_put_back"],
     ),
     Fault(
@@ -271,6 +271,20 @@ FAULTS = (
         [T_RUN_FOLDER + "a_start_that_failed_leaves_the_folder_free"],
     ),
     Fault(
+        "runs_under_old_key_names_do_not_go_on",
+        STORED_RECIPE,
+        '"transformers" if value == "torch" else value',
+        "value",
+        [T_STORED_RECIPE + "a_run_that_was_stored_under_old_names_goes_on_and_is_evaluated"],
+    ),
+    Fault(
+        "old_key_names_are_resolved_before_the_recipe_is_trusted",
+        STORED_RECIPE,
+        "resolve=False)  # an interpolation",
+        "resolve=True)  # an interpolation",
+        [T_STORED_RECIPE + "an_old_name_is_not_resolved_before_the_recipe_is_trusted"],
+    ),
+    Fault(
         "value_of_an_interpolation_is_not_compared",
         STORED_RECIPE,
         "value if digests.match(path, value) else said",
@@ -321,18 +335,14 @@ FAULTS = (
     ),
     # ---- data, tasks, rewards ----------------------------------------------------------------------------------------
     Fault(
-        "dataset_is_not_forced_to_the_disk",
-        DATA,
-        "            os.fsync(file.fileno())\n",
-        "",
-        [T_DURABLE + "a_dataset_is_on_the_disk_before_it_has_its_name"],
-    ),
-    Fault(
         "dataset_is_written_in_place",
         DATA,
-        'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
-        "temporary = path",
-        [T_DATA + "a_failed_write_leaves_the_old_file_and_no_other"],
+        "atomic_write(path, data)",
+        "path.write_bytes(data)",
+        [
+            T_DURABLE + "a_dataset_is_on_the_disk_before_it_has_its_name",
+            T_DATA + "a_failed_write_leaves_the_old_file_and_no_other",
+        ],
     ),
     Fault(
         "every_epoch_in_one_order",

@@ -33,9 +33,9 @@ def test_pack_by_hand():
 def test_subset_keeps_every_field_of_every_token():
     batch = pack([rollout(i, [1] * (i + 1), list(range(10 * i + 2, 10 * i + 4 + i)), i) for i in range(5)])
     batch.old_logprob = torch.arange(len(batch.tokens)).float()
-    batch.scored_version = 3
+    batch.logprob_version = 3
     part = batch.subset([4, 1])
-    assert part.lengths == (batch.lengths[4], batch.lengths[1]) and part.scored_version == 3
+    assert part.lengths == (batch.lengths[4], batch.lengths[1]) and part.logprob_version == 3
     where = [batch.token_id.tolist().index(i) for i in part.token_id.tolist()]
     for name in ("tokens", "position", "target", "advantage", "old_logprob", "sequence_length"):
         assert torch.equal(getattr(part, name), getattr(batch, name)[where]), name

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from entcov.controls import Control
+from entcov.rl.collect import Collected, Collector, derived_seed
 from entcov.rl.config import EvalConfig, parse_config
 from entcov.rl.loop import Loop
-from entcov.rl.rollouts import Collected, Collector, derived_seed
 from entcov.rl.types import Example, Prompt, Rollout
 from tests.support.tiny_run import recipe
 
@@ -37,7 +37,7 @@ class Actor:
     updates: list = field(default_factory=list)
     device = torch.device("cpu")
 
-    def score(self, batch):
+    def compute_logprobs(self, batch):
         values = {
             "logprob": [POLICY.get(t, 99.0) for t in batch.target.tolist()],
             "entropy": [t / 10 for t in batch.target.tolist()],
@@ -107,10 +107,10 @@ def drawn_reward(example, text):
     return float(text) + float(torch.rand(()))
 
 
-def loop_of(score=reward, takes_weights=True, **overrides) -> Loop:
+def loop_of(reward_fn=reward, takes_weights=True, **overrides) -> Loop:
     changes = {"rollout": {"prompts_per_step": 2, "group_size": 2}, "actor.updates_per_rollout": 2, "seed": 7}
     config = parse_config(recipe("unused", **(changes | overrides)))
-    return Loop(config, Actor(), Sampler(takes_weights), Stream(), [Watching()], score)
+    return Loop(config, Actor(), Sampler(takes_weights), Stream(), [Watching()], reward_fn)
 
 
 def test_one_step_by_hand():
@@ -147,7 +147,7 @@ def test_an_update_gets_the_trainers_own_log_probabilities_and_whole_groups():
     seen = {}
     for step, batch in loop.actor.updates:
         at = batch.loss_mask
-        assert step == 1 and batch.scored_version == 0
+        assert step == 1 and batch.logprob_version == 0
         ids = batch.target[at].tolist()
         assert batch.old_logprob[at].tolist() == pytest.approx([POLICY[t] for t in ids])
         seen[tuple(ids)] = batch.advantage[at].tolist()
@@ -192,7 +192,7 @@ class Alternating(Sampler):
 def test_dynamic_sampling_draws_other_prompts_with_other_noise():
     config = loop_of(**{"rollout.filter_zero_variance": True, "rollout.max_draws": 3}).config
     sampler = Alternating()
-    collected = Collector(config, sampler, Stream(), reward).collect(5, 10)
+    collected = Collector(config.rollout, config.seed, sampler, Stream(), reward).collect(5, 10)
     assert [call["uids"] for call in sampler.calls] == [[10, 11], [12, 13]]
     assert [call["seed"] for call in sampler.calls] == [derived_seed(7, 5, 0), derived_seed(7, 5, 1)]
     assert [r.prompt.uid for r in collected.rollouts] == [11, 11, 13, 13] and collected.position == 14
@@ -210,12 +210,12 @@ def test_rollouts_of_other_weights_are_refused():
 def test_a_resumed_loop_goes_on_where_the_other_stopped():
     """Position, step, weights, control and the global generator: the reward draws from it."""
     torch.manual_seed(3)
-    straight = loop_of(score=drawn_reward)
+    straight = loop_of(reward_fn=drawn_reward)
     straight.step()
     state = straight.state_dict()
     expected = straight.step()
     torch.manual_seed(4)
-    resumed = loop_of(score=drawn_reward)
+    resumed = loop_of(reward_fn=drawn_reward)
     resumed.load_state_dict(state)
     assert (resumed.sampler.weight_version, resumed.sampler.weight) == (2, 1.0)
     got = resumed.step()
@@ -227,7 +227,7 @@ def test_a_resumed_loop_goes_on_where_the_other_stopped():
 
 def test_rollouts_sampled_ahead_are_resumed_as_they_were():
     """They come from weights that are gone; with the same seed and position others would be sampled now."""
-    ahead = {"rollout.engine": "vllm", "rollout.max_staleness": 1}
+    ahead = {"rollout.sampler": "vllm", "rollout.max_staleness": 1}
     straight = loop_of(**ahead)
     straight.step()
     state = straight.state_dict()
@@ -247,6 +247,15 @@ def test_kept_rollouts_are_the_same_rollouts():
     assert again == Collected(rollouts, 6, {"a": 1.0})
 
 
+def test_rollouts_that_an_earlier_version_kept_are_read():
+    """It did not store whether the time for a reward ran out."""
+    (rollout,) = Sampler().generate(Stream().take(3, 1), group_size=1, temperature=1.0, max_response_length=9, seed=0)
+    rollout.reward = 0.5
+    state = Collected([rollout], 4).state_dict()
+    state["each"] = [each[:7] for each in state["each"]]
+    assert Collected.from_state(state, Stream()) == Collected([rollout], 4)
+
+
 def test_evaluation_has_the_same_noise_at_every_step_and_none_of_training(monkeypatch):
     from types import SimpleNamespace
 
@@ -254,7 +263,7 @@ def test_evaluation_has_the_same_noise_at_every_step_and_none_of_training(monkey
 
     seeds = []
 
-    def evaluated(sampler, prompts, score, *, seed, **settings):
+    def evaluated(sampler, prompts, reward_fn, *, seed, **settings):
         seeds.append(seed)
         return {}, []
 
@@ -263,7 +272,7 @@ def test_evaluation_has_the_same_noise_at_every_step_and_none_of_training(monkey
     loop.stream.held_out = lambda n: []
     loop.config.eval = EvalConfig(every=1, prompts=4)
     quiet = SimpleNamespace(phase=lambda name: None)
-    whole = run._Run(loop.config, SimpleNamespace(leads=False), None, loop, None, quiet, None, None)
+    whole = run._Run(loop.config, SimpleNamespace(is_rank0=False), loop, None, quiet, None)
     for step in (0, 1, 20):
         whole.evaluation(step)
     assert len(set(seeds)) == 1

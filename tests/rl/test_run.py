@@ -190,7 +190,7 @@ def test_training_never_sees_a_held_out_question(tmp_path):
 
 
 def test_another_engine_is_named_with_its_command(tmp_path):
-    config = parse_config(recipe(tmp_path / "run", **{"actor.engine": "megatron"}))
-    with pytest.raises(ConfigError, match=r"actor\.engine: megatron .* torchrun .* -m megatron_integration train"):
+    config = parse_config(recipe(tmp_path / "run", **{"actor.backend": "megatron"}))
+    with pytest.raises(ConfigError, match=r"actor\.backend: megatron .* torchrun .* -m megatron_integration train"):
         train(config, display=False)
     assert not (tmp_path / "run").exists()

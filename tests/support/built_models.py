@@ -27,8 +27,8 @@ from entcov.plan.model_shapes import PUBLISHED
 from entcov.rl.config import ActorConfig, MegatronConfig, load_config
 from megatron_integration import cpu
 from megatron_integration.actor import MegatronActor
-from megatron_integration.layout import Layout
-from megatron_integration.model import build_model, make_bridge
+from megatron_integration.bridge import build_model, make_bridge
+from megatron_integration.process_groups import ProcessGroups
 
 
 def run(job: dict) -> dict:
@@ -73,7 +73,7 @@ def _build_recipe(job: dict) -> dict:
 
 
 @contextmanager
-def _rank(megatron: MegatronConfig, stage: int, data_parallel: int, device: str) -> Iterator[Layout]:
+def _rank(megatron: MegatronConfig, stage: int, data_parallel: int, device: str) -> Iterator[ProcessGroups]:
     """The layout of a stage's first rank, in groups that do nothing."""
     tp, pp, cp = megatron.tensor_parallel, megatron.pipeline_parallel, megatron.context_parallel
     world = tp * pp * cp * data_parallel
@@ -82,12 +82,11 @@ def _rank(megatron: MegatronConfig, stage: int, data_parallel: int, device: str)
         parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
     cpu.seed_everything(0)
     try:
-        yield Layout(
+        yield ProcessGroups(
             device=torch.device(device),
             replicas=data_parallel,
             replica=0,
             context_parallel=cp,
-            tensor_group=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
             data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             control=dist.group.WORLD,
@@ -97,7 +96,7 @@ def _rank(megatron: MegatronConfig, stage: int, data_parallel: int, device: str)
         dist.destroy_process_group()
 
 
-def _build(config: dict, megatron: MegatronConfig, layout: Layout, dtype: str):
+def _build(config: dict, megatron: MegatronConfig, layout: ProcessGroups, dtype: str):
     with tempfile.TemporaryDirectory() as folder:
         transformers.AutoConfig.for_model(**config).save_pretrained(folder)
         bridge = make_bridge(folder, megatron, layout, dtype=getattr(torch, dtype))
@@ -120,7 +119,7 @@ def _no_gloo():
         parallel_state.create_group = create
 
 
-def _weigh_optimizer(model, actor: MegatronActor, layout: Layout) -> dict:
+def _weigh_optimizer(model, actor: MegatronActor, layout: ProcessGroups) -> dict:
     buffers = actor.model.buffers
     with layout.running():
         actor.model.zero_grad_buffer()

@@ -23,8 +23,8 @@ from entcov.rl.batch import pack
 from entcov.rl.config import ActorConfig, MegatronConfig
 from entcov.rl.types import Example, Prompt, Rollout
 from megatron_integration.actor import MegatronActor
-from megatron_integration.layout import destroy_layout, make_layout, start_processes
-from megatron_integration.model import build_model, load_hf_weights, make_bridge
+from megatron_integration.bridge import build_model, load_hf_weights, make_bridge
+from megatron_integration.process_groups import make_process_groups, start_processes
 
 LAYERS, HIDDEN, TOKENS = 3, 32, 24
 CASES = [
@@ -77,7 +77,7 @@ def _shared_folder() -> Iterator[str]:
 
 def count(case: dict, device: torch.device) -> dict:
     megatron = MegatronConfig(tensor_parallel=2, **case)
-    layout = make_layout(megatron, device)
+    layout = make_process_groups(megatron, device)
     with _shared_folder() as folder:
         torch.manual_seed(0)
         config = transformers.Qwen2Config(
@@ -94,10 +94,10 @@ def count(case: dict, device: torch.device) -> dict:
     actor = MegatronActor(model, bridge, layout, settings, megatron, PolicyLossConfig(), [], temperature=1.0)
     work = batch()
     with Counting() as scoring:
-        work.old_logprob = actor.score(work)["logprob"]
+        work.old_logprob = actor.compute_logprobs(work)["logprob"]
     with Counting() as updating:
         actor.update(work, step=1)
-    destroy_layout(layout)
+    layout.destroy()
     return {"case": case, "score": scoring.found, "update": updating.found}
 
 

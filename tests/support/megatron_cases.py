@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 from entcov.controls import make_control
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.config import ActorConfig, MegatronConfig
-from entcov.rl.hf.actor import TorchActor
+from entcov.rl.hf.actor import TransformersActor
 from megatron_integration.actor import MegatronActor
 from megatron_integration.adaptors import keep_logits_dtype, logits_stats
-from megatron_integration.layout import destroy_layout, make_layout
-from megatron_integration.model import build_model, load_hf_weights, make_bridge
+from megatron_integration.bridge import build_model, load_hf_weights, make_bridge
+from megatron_integration.process_groups import make_process_groups
 
 # Adam's epsilon in place of 1e-8: a first step is sign-like, so where a gradient is as small as rounding, the default
 # moves a weight by lr in one engine and not in the other. It has no bearing on what is compared.
@@ -46,9 +46,9 @@ def updates(actor, batch, controls) -> dict[str, Any]:
     for control in controls:
         if "selection" in control.needs:
             control.select = _recording(control.select, chosen)
-    scored = actor.score(batch)
+    scored = actor.compute_logprobs(batch)
     batch = dataclasses.replace(
-        batch, old_logprob=scored["logprob"], ref_logprob=scored.get("ref_logprob"), scored_version=0
+        batch, old_logprob=scored["logprob"], ref_logprob=scored.get("ref_logprob"), logprob_version=0
     )
     metrics = [actor.update(batch, step=1) for _ in range(UPDATES)]
     weights = {name: weight.clone() for name, weight in actor.named_weights()}
@@ -82,7 +82,8 @@ def torch_updates(model, batch, control: str, name: str) -> dict[str, Any]:
     batch, loss = setting(name, batch)
     controls = [make_control(c, **knobs) for c, knobs in CONTROLS[control]]
     reference = copy.deepcopy(model) if loss.kl_coef else None
-    actor = TorchActor(copy.deepcopy(model), actor_config(), loss, controls, temperature=0.8, reference=reference)
+    policy = copy.deepcopy(model)
+    actor = TransformersActor(policy, actor_config(), loss, controls, temperature=0.8, reference=reference)
     for group in actor.optimizer.param_groups:
         group["eps"] = ADAM_EPS
     return updates(actor, batch, controls)
@@ -126,11 +127,11 @@ def oracle_file(case: dict[str, Any]) -> str:
 @contextmanager
 def laid_out(**megatron: Any):
     config = MegatronConfig(**megatron)
-    layout = make_layout(config, torch.device("cpu"))
+    layout = make_process_groups(config, torch.device("cpu"))
     try:
         yield config, layout
     finally:
-        destroy_layout(layout)
+        layout.destroy()
 
 
 def refuses(folder: Path, case: dict[str, Any]) -> str | None:
@@ -141,7 +142,7 @@ def refuses(folder: Path, case: dict[str, Any]) -> str | None:
         offload = dataclasses.replace(megatron, optimizer_offload=0.5)
         if not raises(lambda: megatron_actor(folder / case["model"], layout, offload), "offload: needs a GPU"):
             return "offload without a GPU went through"
-        batch.old_logprob = actor.score(batch)["logprob"]
+        batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
         before = {name: weight.clone() for name, weight in actor.named_weights()}
         if dist.get_rank() == dist.get_world_size() - 1:
             next(actor.model.parameters()).register_hook(lambda grad: grad * torch.inf)

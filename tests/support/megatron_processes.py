@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_integration.layout import start_processes
+from megatron_integration.process_groups import start_processes
 from tests.support import megatron_cases, megatron_state_cases
 
 TASKS = {

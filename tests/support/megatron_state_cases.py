@@ -15,10 +15,10 @@ from entcov.rl.config import ConfigError, RolloutConfig
 from entcov.rl.data.tokenizer import load_tokenizer
 from entcov.rl.sandbox.budget import Charge
 from megatron_integration.actor import MegatronActor
-from megatron_integration.layout import PeerError, agree
-from megatron_integration.model import save_hf
-from megatron_integration.rollouts import CopySampler, SharedRollouts, engines_of
-from megatron_integration.sharded import load_sharded, save_sharded
+from megatron_integration.bridge import save_hf
+from megatron_integration.checkpoint import load_sharded, save_sharded
+from megatron_integration.process_groups import PeerError
+from megatron_integration.rollouts import CopySampler, SharedRollouts, sampler_ranks
 from tests.support.megatron_cases import laid_out, load, megatron_actor, raises
 from tests.support.tiny_run import prompts
 
@@ -41,7 +41,7 @@ def resharding(folder: Path, case: dict[str, Any]) -> str | None:
 
     with laid_out(**case["megatron"]) as (megatron, layout):
         actor = start(layout, megatron)
-        batch.old_logprob = actor.score(batch)["logprob"]
+        batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
         update(actor)
         saved = update(actor)
         save_sharded(actor, stored)
@@ -73,14 +73,14 @@ def wrong_load(folder: Path, case: dict[str, Any]) -> str | None:
         actor = megatron_actor(folder / case["model"], layout, megatron)
         save_sharded(actor, folder / "sharded_fresh")
         load_sharded(actor, folder / "sharded_fresh")  # before its first step the optimizer has no state
-        batch.old_logprob = actor.score(batch)["logprob"]
+        batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
         actor.update(batch, step=1)
         actor.weight_version = 7
         save_sharded(actor, stored)
         other = dict(case["megatron"]) | {"distributed_optimizer": not megatron.distributed_optimizer}
         if not raises(lambda: load_sharded(actor, stored), "its own step count of 7, found [1.0]"):
             return "a wrong step count went through"
-        if not raises(lambda: load_sharded(actor, folder / "nothing"), "holds no checkpoint of the megatron engine"):
+        if not raises(lambda: load_sharded(actor, folder / "nothing"), "holds no checkpoint of the megatron backend"):
             return "a missing checkpoint went through"
     with laid_out(**other) as (megatron, layout):
         actor = megatron_actor(folder / case["model"], layout, megatron)
@@ -96,9 +96,8 @@ def export(folder: Path, case: dict[str, Any]) -> str | None:
         actor = megatron_actor(folder / case["model"], layout, megatron)
         tokenizer = load_tokenizer(str(folder / case["model"]))
         # A limit of one weight a file, so that the index is written as for large models.
-        with mock.patch("megatron_integration.model._SHARD_BYTES", case["shard_bytes"]):
-            source = str(folder / case["model"])
-            save_hf(actor.bridge, actor.model, layout, tokenizer, out, source=source, write=dist.get_rank() == 0)
+        with mock.patch("megatron_integration.bridge._SHARD_BYTES", case["shard_bytes"]):
+            save_hf(actor.bridge, actor.model, layout, tokenizer, out)
         dist.barrier()
     before = AutoModelForCausalLM.from_pretrained(folder / case["model"]).state_dict()
     after = AutoModelForCausalLM.from_pretrained(out).state_dict()
@@ -109,7 +108,7 @@ def export(folder: Path, case: dict[str, Any]) -> str | None:
     if (out / generation).read_bytes() != (folder / case["model"] / generation).read_bytes():
         return "the generation configuration differs"
     files = len(list(out.glob("*.safetensors")))
-    if (files > 1) != case["many_files"] or list(out.glob("part-*")):
+    if (files > 1) != case["many_files"] or list(out.glob("shard-*")):
         return f"files: {sorted(p.name for p in out.iterdir())}"
     return f"weights differ: {different}" if different else None
 
@@ -122,10 +121,10 @@ def agreement(folder: Path, case: dict[str, Any]) -> str | None:
         raise ConfigError("run_dir: taken")
 
     with laid_out(**case["megatron"]) as (_, layout):
-        if (value := agree(layout, lambda: {"rank": dist.get_rank()})) != {"rank": 0}:
+        if (value := layout.broadcast_from_rank0(lambda: {"rank": dist.get_rank()})) != {"rank": 0}:
             return f"agreed on {value}"
         try:
-            agree(layout, fail)
+            layout.broadcast_from_rank0(fail)
         except (ConfigError, PeerError) as error:
             wanted = (ConfigError, "run_dir: taken") if first else (PeerError, "rank 0: run_dir: taken")
             return None if (type(error), str(error)) == wanted else f"raised {error!r}"
@@ -139,12 +138,12 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
     with laid_out(**case["megatron"]) as (megatron, layout):
         actor = megatron_actor(folder / case["model"], layout, megatron)
         batch = load(folder / "batch.pt")
-        batch.old_logprob = actor.score(batch)["logprob"]
+        batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
         actor.update(batch, step=1)  # so that the sampler's weights are not those of the folder
         hf = AutoModelForCausalLM.from_pretrained(folder / case["model"], dtype=torch.float32)
         hf.compute_dtype = torch.float32
         sampler = CopySampler(hf, load_tokenizer(str(folder / case["model"])), batch_size=8)
-        engines = engines_of(layout, RolloutConfig())
+        ranks = sampler_ranks(layout, RolloutConfig())
         scored = []
 
         def score(example, text: str) -> float:
@@ -152,7 +151,7 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
             Charge.current().timed_out = bool(len(text) % 2)
             return len(text) + 0.5
 
-        shared = SharedRollouts(sampler if engines.own is not None else None, engines, layout, score)
+        shared = SharedRollouts(sampler if ranks.own is not None else None, ranks, layout, score)
         shared.sync(actor.weight_version, actor.named_weights)
         got = shared.generate(asked, group_size=3, temperature=0.8, max_response_length=6, seed=3)
         if [(r.prompt.uid, r.sample) for r in got] != [(i, g) for i in range(5) for g in range(3)]:
@@ -171,7 +170,7 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
         for rollout in got:
             rollout.advantage = 0.0
         batch = pack(got)
-        gap = (actor.score(batch)["logprob"] - batch.rollout_logprob)[batch.loss_mask].abs().max().item()
+        gap = (actor.compute_logprobs(batch)["logprob"] - batch.rollout_logprob)[batch.loss_mask].abs().max().item()
         if not gap < 2e-5:
             return f"trainer and sampler differ by {gap}"
         other = dict(actor.named_weights())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
 
+from entcov.rl.backend import TransformersBackend, reference_policy
 from entcov.rl.config import Config, parse_config
-from entcov.rl.data.stream import PromptStream
-from entcov.rl.data.tokenizer import load_tokenizer
-from entcov.rl.engine import Parts, TorchEngine, _reference
+from entcov.rl.interfaces import Start
+from entcov.rl.record.checkpoint import save_checkpoint
 from entcov.rl.run import train
 from entcov.rl.types import Rollout
 from tests.support.tiny_run import recipe, timeless
@@ -29,8 +30,12 @@ def toy_config(run_dir: Path, **overrides) -> Config:
     return parse_config(recipe(run_dir, **settings | overrides))
 
 
-def toy_train(run_dir: Path, engine: ToyEngine | None = None, **overrides) -> None:
-    train(toy_config(run_dir, **overrides), display=False, engine=engine or ToyEngine())
+def toy_train(run_dir: Path, backend: ToyBackend | None = None, **overrides) -> None:
+    with (  # the toy's checkpoints have no tokenizer, and its rewards come from its texts
+        mock.patch.object(Start, "stored_model", property(lambda start: start.model)),
+        mock.patch("entcov.rl.run.load_reward", lambda spec: reward),
+    ):
+        train(toy_config(run_dir, **overrides), display=False, backend=backend or ToyBackend())
 
 
 def outcome(run_dir: Path) -> tuple:
@@ -46,20 +51,24 @@ def unfinished(run_dir: Path) -> list[Path]:
     return [path for path in run_dir.rglob(".*") if path.name.startswith((".tmp_", ".old_", ".probe"))]
 
 
-class ToyEngine(TorchEngine):
+class ToyBackend(TransformersBackend):
     """One process, one linear layer. Tests replace `sampler` and `actor` to make them fail."""
 
-    def build(self, config, checkpoint, run_dir, on_warm_start) -> Parts:
+    def build_actor(self, config, loss, controls, temperature, start: Start) -> ToyActor:
         model = nn.Linear(4, 1, bias=False)
         nn.init.constant_(model.weight.requires_grad_(False), 0.5)
-        if checkpoint is not None:
-            weights = torch.frombuffer(bytearray(checkpoint.file("model").read_bytes()), dtype=torch.float32)
+        if start.checkpoint is not None:
+            weights = torch.frombuffer(bytearray(start.checkpoint.file("model").read_bytes()), dtype=torch.float32)
             model.weight.data = weights.view(1, 4)
-        reference = _reference(config, model, run_dir, torch.device("cpu"), fresh=checkpoint is None)
-        actor, sampler = ToyActor(model, reference), ToySampler()
-        stream = PromptStream.from_config(config.data, load_tokenizer("char"), seed=config.seed)
-        writers = {"model": lambda path: path.write_bytes(model.weight.numpy().tobytes())}
-        return Parts(self.actor(actor), self.sampler(sampler), stream, config.build_controls(), reward, writers)
+        reference = reference_policy(model, start.run_dir, fresh=start.checkpoint is None)
+        return self.actor(ToyActor(model, reference))
+
+    def build_sampler(self, config, max_prompt_length, start, actor, tokenizer, reward_fn) -> ToySampler:
+        return self.sampler(ToySampler())
+
+    def save(self, directory, step, actor, tokenizer, state, keep) -> None:
+        writers = {"model": lambda path: path.write_bytes(actor.model.weight.numpy().tobytes())}
+        save_checkpoint(directory, step, writers, state, keep)
 
     def actor(self, actor: ToyActor) -> ToyActor:
         return actor
@@ -92,7 +101,7 @@ class ToyActor:
     def named_weights(self):
         return iter(self.model.state_dict().items())
 
-    def score(self, batch):
+    def compute_logprobs(self, batch):
         values = {"logprob": -self._value(self.model), "entropy": 0.5, "entropy_drift": 0.1}
         values["ref_logprob"] = -self._value(self.reference)
         return {name: torch.full((len(batch.tokens),), value) * batch.loss_mask for name, value in values.items()}

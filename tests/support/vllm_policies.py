@@ -29,7 +29,7 @@ OPTIONS = {"group_size": 3, "temperature": 0.7, "max_response_length": 24, "seed
 
 def settings(name: str) -> Config:
     model = {"config": {**MODELS[name], **SIZES}, "tokenizer": "char"}
-    rollout = {"engine": "vllm", "max_response_length": 24, "prompts_per_step": 6, "vllm": {"max_num_seqs": 32}}
+    rollout = {"sampler": "vllm", "max_response_length": 24, "prompts_per_step": 6, "vllm": {"max_num_seqs": 32}}
     return parse_config(recipe("unused", model=model, rollout=rollout, **{"data.max_prompt_length": 60}))
 
 
@@ -38,6 +38,13 @@ def policy(name: str, seed: int = 0):
     model, tokenizer = build_model(ModelConfig(**dataclasses.asdict(settings(name).model)), seed=seed, device=CPU)
     reshuffle(model, seed)
     return model, tokenizer
+
+
+def vllm_sampler(config: Config, model, tokenizer):
+    from entcov.rl.vllm.sampler import build_vllm_sampler
+
+    longest, dtype = config.data.max_prompt_length, getattr(torch, config.model.compute_dtype)
+    return build_vllm_sampler(config.rollout, longest, model.config, dtype, tokenizer)
 
 
 def reshuffle(model, seed: int) -> None:

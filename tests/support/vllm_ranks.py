@@ -6,8 +6,17 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from entcov.rl.hf.sampler import build_sampler
-from tests.support.vllm_policies import OPTIONS, TOLERANCE, gap, policy, prompts, reshuffle, settings, weights
+from tests.support.vllm_policies import (
+    OPTIONS,
+    TOLERANCE,
+    gap,
+    policy,
+    prompts,
+    reshuffle,
+    settings,
+    vllm_sampler,
+    weights,
+)
 
 
 def main() -> None:
@@ -15,7 +24,7 @@ def main() -> None:
     config = settings("qwen3")
     config.rollout.vllm.tensor_parallel = 2
     model, tokenizer = policy("qwen3")
-    sampler = build_sampler(config, model, tokenizer)
+    sampler = vllm_sampler(config, model, tokenizer)
     for version in (1, 2):
         reshuffle(model, seed=version)
         sampler.sync(version, weights(model))

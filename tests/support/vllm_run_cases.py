@@ -17,7 +17,7 @@ KEY = "val-core/entcov/carry_arithmetic/acc/mean@2"
 
 def config(run_dir: Path, **overrides):
     own = {
-        "rollout.engine": "vllm",
+        "rollout.sampler": "vllm",
         "rollout.vllm": {"max_num_seqs": 32},
         "data.reward": "tests.support.vllm_run_cases:even",
     }

@@ -16,13 +16,22 @@ import pytest
 import yaml
 
 from entcov.rl.config import parse_config
-from entcov.rl.hf.sampler import build_sampler
 from entcov.rl.run import train
 from entcov.rl.vllm.guard import ROUTES
 from entcov.rl.vllm.token import VARIABLE, client_token
 from tests.support.tiny_run import recipe, timeless
 from tests.support.unused_routes import UNUSED
-from tests.support.vllm_policies import OPTIONS, TOLERANCE, gap, policy, prompts, reshuffle, settings, weights
+from tests.support.vllm_policies import (
+    OPTIONS,
+    TOLERANCE,
+    gap,
+    policy,
+    prompts,
+    reshuffle,
+    settings,
+    vllm_sampler,
+    weights,
+)
 
 RUNNING: list[subprocess.Popen] = []
 START_LIMIT = 600  # seconds; a quiet machine needs about 25
@@ -34,7 +43,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     model = settings("qwen3").model
     tree = recipe(folder / "run", model={"config": model.config, "tokenizer": "char"})
-    tree["rollout"] |= {"engine": "vllm", "max_response_length": 24, "vllm": {"max_num_seqs": 32}}
+    tree["rollout"] |= {"sampler": "vllm", "max_response_length": 24, "vllm": {"max_num_seqs": 32}}
     tree["data"]["max_prompt_length"] = 60
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     with socket.socket() as free:
@@ -82,7 +91,7 @@ def of(url: str, name: str = "qwen3"):
 def test_logprobs_are_those_of_transformers_before_and_after_updates(server):
     assert "vllm" not in sys.modules  # on CPU the trainer needs no vLLM of its own
     model, tokenizer = policy("qwen3")
-    sampler = build_sampler(of(server), model, tokenizer)
+    sampler = vllm_sampler(of(server), model, tokenizer)
     seen = []
     for version in (1, 2):
         reshuffle(model, seed=version)
@@ -119,7 +128,7 @@ def test_neither_the_process_list_nor_the_log_shows_the_token(server, tmp_path_f
 
 def test_the_server_loads_no_file_but_the_trainer_s(server):
     model, tokenizer = policy("qwen3")
-    sampler = build_sampler(of(server), model, tokenizer)
+    sampler = vllm_sampler(of(server), model, tokenizer)
     sampler.sync(6, weights(model))
     sampler.engine.start_weight_update()
     with pytest.raises(RuntimeError, match="update_info.path: must be a regular .safetensors file"):
@@ -130,7 +139,7 @@ def test_the_server_loads_no_file_but_the_trainer_s(server):
 
 def test_an_error_leaves_the_server_usable(server):
     model, tokenizer = policy("qwen3")
-    sampler = build_sampler(of(server), model, tokenizer)
+    sampler = vllm_sampler(of(server), model, tokenizer)
     sampler.sync(3, weights(model))
 
     def fails(rollout):
@@ -146,7 +155,7 @@ def test_an_error_leaves_the_server_usable(server):
 
 def test_another_trainer_on_the_same_server_is_noticed(server):
     model, tokenizer = policy("qwen3")
-    first, second = (build_sampler(of(server), model, tokenizer) for _ in range(2))
+    first, second = (vllm_sampler(of(server), model, tokenizer) for _ in range(2))
     first.sync(4, weights(model))
     second.sync(5, weights(model))
     with pytest.raises(RuntimeError, match="came from weights 5, and the trainer's last sync was 4"):
@@ -158,22 +167,22 @@ def test_a_server_that_does_not_fit_is_refused_with_every_reason(server, monkeyp
     config.model.compute_dtype, config.rollout.max_response_length = "bfloat16", 50
     model, tokenizer = policy("qwen3 untied")
     with pytest.raises(ValueError, match="python -m entcov.rl.vllm.server RECIPE") as error:
-        build_sampler(config, model, tokenizer)
+        vllm_sampler(config, model, tokenizer)
     for reason in ("--dtype: must be torch.bfloat16, .*is torch.float32", "--max-model-len: must be at least 110 .*84",
                    "its weights are not those of the recipe's model"):  # fmt: skip
         assert error.match(reason)
     monkeypatch.setenv(VARIABLE, "wrong-0123456789abcdef")
     with pytest.raises(RuntimeError, match=f"the server refused the token of environment variable {VARIABLE}"):
-        build_sampler(config, model, tokenizer)
+        vllm_sampler(config, model, tokenizer)
     with pytest.raises(RuntimeError, match="rollout.vllm.url: GET http://127.0.0.1:9/.*no answer of a vLLM server"):
-        build_sampler(of("http://127.0.0.1:9"), model, tokenizer)
+        vllm_sampler(of("http://127.0.0.1:9"), model, tokenizer)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_a_run_with_a_server(server, tmp_path, staleness):
     tree = recipe(tmp_path, model={"config": settings("qwen3").model.config, "tokenizer": "char"})
     vllm = {"mode": "server", "url": server, "max_num_seqs": 32}
-    tree["rollout"] |= {"engine": "vllm", "max_staleness": staleness, "vllm": vllm}
+    tree["rollout"] |= {"sampler": "vllm", "max_staleness": staleness, "vllm": vllm}
     tree["data"]["reward"] = "tests.support.vllm_run_cases:even"
     train(parse_config(tree), display=False)
     rows = timeless(tmp_path)[1:]
@@ -210,7 +219,7 @@ def test_on_a_gpu_the_server_gets_the_recipes_settings_and_the_transfer_asked_fo
 def test_a_server_that_dies_ends_the_step_with_its_address(server):
     """The last one: there is no server afterwards."""
     model, tokenizer = policy("qwen3")
-    sampler = build_sampler(of(server), model, tokenizer)
+    sampler = vllm_sampler(of(server), model, tokenizer)
     sampler.sync(9, weights(model))
     sampler.generate(prompts(1), **OPTIONS)
     RUNNING[0].terminate()

@@ -6,6 +6,7 @@ an optional `solution`. Files are parquet or JSON lines.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from entcov.rl.data.tokenizer import encode
 from entcov.rl.recipe import naming
+from entcov.rl.record.durable import atomic_write
 from entcov.rl.tasks.base import Task, make_task
 from entcov.rl.types import Example, Prompt
 
@@ -163,7 +165,9 @@ def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error})") from error
         return
-    pyarrow, parquet = _pyarrow()
+    import pyarrow
+    from pyarrow import parquet
+
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -178,8 +182,7 @@ def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def write_rows(examples: Iterable[Example], path: str | os.PathLike[str]) -> int:
     """Writes examples as verl's rows to a .parquet or .jsonl file and returns how many.
 
-    Atomic: everything goes to a temporary file beside `path`, which takes its name at the end. A failure (full disk, a
-    value the format cannot hold) leaves an earlier file of that name as it was and no temporary file behind.
+    A failure (full disk, a value the format cannot hold) leaves an earlier file of that name as it was.
 
     Raises:
         ValueError: another suffix, no examples, or extra_info values whose type differs from row to row (parquet).
@@ -189,29 +192,25 @@ def write_rows(examples: Iterable[Example], path: str | os.PathLike[str]) -> int
     rows = [to_row(example) for example in examples]
     if not rows:
         raise ValueError(f"{path}: no examples to write")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            if path.suffix == ".jsonl":
-                for row in rows:
-                    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-            else:
-                _write_parquet(rows, file, path)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.suffix == ".jsonl":
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    else:
+        data = _parquet_bytes(rows, path)
+    atomic_write(path, data)
     return len(rows)
 
 
-def _write_parquet(rows: list[dict[str, Any]], file: Any, path: Path) -> None:
-    pyarrow, parquet = _pyarrow()
+def _parquet_bytes(rows: list[dict[str, Any]], path: Path) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    file = io.BytesIO()
     # Columns one by one: Table.from_pylist would keep the keys of the first row only.
     keys = dict.fromkeys(key for row in rows for key in row)
     try:
         table = pyarrow.table({key: pyarrow.array([row.get(key) for row in rows]) for key in keys})
         parquet.write_table(table, file)
+        return file.getvalue()
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError) as error:
         raise ValueError(f"{path}: these rows do not fit one parquet schema ({error})") from error
 
@@ -219,15 +218,6 @@ def _write_parquet(rows: list[dict[str, Any]], file: Any, path: Path) -> None:
 def _check_suffix(path: Path) -> None:
     if path.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"a dataset file must end in .parquet or .jsonl, got {str(path)!r}")
-
-
-def _pyarrow():
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ImportError('parquet files need pyarrow: pip install "entcov[train]"') from error
-    return pyarrow, parquet
 
 
 # ---- the stream ----------------------------------------------------------------------------------------------------
@@ -251,7 +241,7 @@ class PromptStream:
             "filter" leaves them out of a list, and lets a task draw another example; `num_filtered` counts them.
 
     Raises:
-        ValueError: an argument out of range, an overlong prompt, or one the tokenizer cannot spell.
+        ValueError: an overlong prompt, or one the tokenizer cannot spell.
     """
 
     def __init__(
@@ -264,10 +254,6 @@ class PromptStream:
         held_out: Sequence[Example] | None = None,
         overlong: str = "error",
     ) -> None:
-        if max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length must be >= 1, got {max_prompt_length}")
-        if overlong not in ("error", "filter"):
-            raise ValueError(f"overlong must be 'error' or 'filter', got {overlong!r}")
         self.tokenizer = tokenizer
         self.seed = seed
         self.max_prompt_length = max_prompt_length
@@ -303,8 +289,6 @@ class PromptStream:
 
     def take(self, position: int, n: int) -> list[Prompt]:
         """The prompts at positions [position, position + n); `uid` is the position."""
-        if position < 0 or n < 0:
-            raise ValueError(f"position and n must be >= 0, got position {position}, n {n}")
         return [self._at(place) for place in range(position, position + n)]
 
     def held_out(self, n: int | None = None) -> list[Prompt]:
@@ -312,8 +296,6 @@ class PromptStream:
 
         A list gives at most what it has; `n=None`: all of it.
         """
-        if n is not None and n < 0:
-            raise ValueError(f"n must be >= 0, got {n}")
         if self._held_out is None and self._task is None:
             raise ValueError("held_out: this stream was built from a list of examples without held-out ones")
         if self._held_out is None:

@@ -30,7 +30,7 @@ def char_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     repeated = sorted({char for char in alphabet if alphabet.count(char) > 1})
     if not alphabet or repeated:
         raise ValueError(f"alphabet must be a non-empty string without repeats, repeated: {repeated}")
-    transformers = _transformers()
+    import transformers
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {token: index for index, token in enumerate([PAD, EOS, UNK, *alphabet])}
@@ -57,7 +57,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     if source == "char":
         return char_tokenizer()
-    transformers = _transformers()
+    import transformers
+
     if os.path.sep in source and source.startswith((os.path.sep, ".")) and not os.path.isdir(source):
         raise ValueError(f"tokenizer: there is no directory {source!r}")
     try:
@@ -90,11 +91,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens:
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
-
-
-def _transformers():
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError('tokenizers need transformers: pip install "entcov[train]"') from error
-    return transformers

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from entcov import _checks as check
@@ -79,22 +81,12 @@ def batch_token_stats(model: nn.Module, batch: Batch, *, packing: bool, **stats_
             model, input_ids=batch.tokens[None], position_ids=batch.position[None], logits_to_keep=keep, use_cache=False
         )
         return token_stats(out.logits[0], batch.target[keep], ignore_index=IGNORE_INDEX, **stats_options)
-    ids, mask, target = _pad(batch)
+    rows = partial(pad_sequence, batch_first=True)
+    ids, mask = (rows(x.split(batch.lengths)) for x in (batch.tokens, torch.ones_like(batch.tokens)))
+    target = rows(batch.target.split(batch.lengths), padding_value=IGNORE_INDEX)
     first = int((target != IGNORE_INDEX).any(0).nonzero()[0, 0])  # leftmost column that predicts a response token
     out = forward(model, input_ids=ids, attention_mask=mask, logits_to_keep=ids.shape[1] - first, use_cache=False)
     target = target[:, first:]
     stats = token_stats(out.logits, target.contiguous(), ignore_index=IGNORE_INDEX, **stats_options)
     kept = target != IGNORE_INDEX
     return TokenStats(*(None if value is None else value[kept] for value in stats))
-
-
-def _pad(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (batch.num_sequences, max(batch.lengths))
-    ids, mask = batch.tokens.new_zeros(shape), batch.tokens.new_zeros(shape)
-    target = batch.target.new_full(shape, IGNORE_INDEX)
-    start = 0
-    for s, n in enumerate(batch.lengths):
-        ids[s, :n], mask[s, :n] = batch.tokens[start : start + n], 1
-        target[s, :n] = batch.target[start : start + n]
-        start += n
-    return ids, mask, target

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from entcov import _checks as check
-from entcov.rl.config import Config, ConfigError, ModelConfig
+from entcov.rl.config import ConfigError, ModelConfig
 from entcov.rl.data.tokenizer import load_tokenizer
 
 # What every configuration may hold without declaring it. Most attention layers look for a head_dim of their own accord.
@@ -82,10 +82,9 @@ def model_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     return _without_dropout(settings)
 
 
-def check_context(config: Config, settings: PretrainedConfig) -> None:
+def check_context(settings: PretrainedConfig, prompt: int, response: int) -> None:
     """Raises ConfigError where a prompt and a response may together be longer than the model has positions."""
     limit = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
     if isinstance(limit, int) and 0 < limit < prompt + response:  # some without a limit say -1
         raise ConfigError(
             "data.max_prompt_length + rollout.max_response_length: must not exceed the model's max_position_embeddings "

@@ -1,38 +1,17 @@
-"""Samplers: the one in this process, batched generation from the very model that is being trained, and the choice.
-
-Every sampler has the same two methods:
-    generate(prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None)
-    sync(weight_version, named_weights)
-"""
+"""The sampler in this process: batched generation from the very model that is being trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from entcov.rl.config import Config
+from entcov.rl.collect import as_rollout
 from entcov.rl.hf.model import forward
+from entcov.rl.interfaces import NamedWeights
 from entcov.rl.types import Prompt, Rollout
-
-if TYPE_CHECKING:
-    from entcov.rl.vllm.sampler import VllmSampler
-
-
-def build_sampler(config: Config, model: nn.Module, tokenizer) -> InProcessSampler | VllmSampler:
-    """The sampler that `config.rollout.engine` names. `sync` gives it the weights before the first `generate`.
-
-    Args:
-        model: the policy. Sampling in this process goes through it; vLLM wants its configuration alone.
-    """
-    if config.rollout.engine == "vllm":
-        from entcov.rl.vllm.sampler import build_vllm_sampler
-
-        return build_vllm_sampler(config, model, tokenizer, stop=end_tokens(model.generation_config, tokenizer))
-    return InProcessSampler(model, tokenizer, batch_size=config.rollout.batch_size)
 
 
 class InProcessSampler:
@@ -48,9 +27,8 @@ class InProcessSampler:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.weight_version = 0
-        self.eos_ids = torch.tensor(end_tokens(model.generation_config, tokenizer))
 
-    def sync(self, weight_version: int, named_weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+    def sync(self, weight_version: int, named_weights: NamedWeights) -> None:
         """Takes over the trainer's weights; they are shared here, so only the version changes."""
         self.weight_version = weight_version
 
@@ -66,15 +44,7 @@ class InProcessSampler:
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """`group_size` responses to each prompt, prompt by prompt.
-
-        Args:
-            temperature: the policy is softmax(logits / temperature); 0 takes the likeliest token, with the
-                log-probability of softmax(logits).
-            seed: fixes every draw.
-            progress: called with (sequences done, sequences in all) after each generation batch.
-            on_done: called with each response as soon as it is complete, in no particular order.
-        """
+        """As `entcov.rl.interfaces.Sampler.generate`; `progress` is told after each generation batch."""
         noise = torch.rand(
             (len(prompts) * group_size, max_response_length),
             dtype=torch.float64,
@@ -93,16 +63,8 @@ class InProcessSampler:
                 [prompts[i] for i in chosen], group_size, temperature, max_response_length, noise[rows]
             )
             for row, (tokens, logprob) in zip(rows, responses, strict=True):
-                finished = bool(tokens) and tokens[-1] in self.eos_ids
-                out[row] = Rollout(
-                    prompt=prompts[row // group_size],
-                    sample=row % group_size,
-                    tokens=tokens,
-                    logprob=logprob,
-                    finished=finished,
-                    weight_version=self.weight_version,
-                    text=self.tokenizer.decode(tokens[:-1] if finished else tokens),
-                )
+                prompt, sample = prompts[row // group_size], row % group_size
+                out[row] = as_rollout(prompt, sample, tokens, logprob, self.weight_version, self.tokenizer)
                 if on_done is not None:
                     on_done(out[row])
             if progress is not None:
@@ -112,9 +74,9 @@ class InProcessSampler:
 
     def _generate_batch(self, prompts, group_size, temperature, max_response_length, noise):
         device = self.model.device
-        noise, eos_ids = noise.to(device), self.eos_ids.to(device)
+        noise, eos_id = noise.to(device), self.tokenizer.eos_token_id
         width = max(len(p.tokens) for p in prompts)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.eos_ids[0])
+        pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p.tokens)) + list(p.tokens) for p in prompts], device=device)
         mask = torch.tensor(
             [[0] * (width - len(p.tokens)) + [1] * len(p.tokens) for p in prompts], device=device
@@ -131,7 +93,7 @@ class InProcessSampler:
         for t in range(max_response_length):
             token, token_logprob = draw(logits, temperature, noise[rows, t])
             tokens[rows, t], logprob[rows, t] = token, token_logprob
-            done = torch.isin(token, eos_ids)
+            done = token == eos_id
             length[rows[done]] = t + 1
             running = ~done
             if not running.any() or t + 1 == max_response_length:
@@ -155,14 +117,6 @@ class InProcessSampler:
             logits_to_keep=1,
         )
         return out.logits[:, -1]
-
-
-def end_tokens(generation_config, tokenizer) -> list[int]:
-    """The tokens that end a response: the tokenizer's, or the model's where the tokenizer has none."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        eos = generation_config.eos_token_id
-    return list(eos) if isinstance(eos, list | tuple) else [eos]
 
 
 def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

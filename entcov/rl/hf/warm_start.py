@@ -1,4 +1,4 @@
-"""Supervised steps on worked solutions, so that reinforcement starts from a policy that is sometimes right."""
+"""Supervised steps on worked solutions before reinforcement."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _WEIGHTS = "model.safetensors"
 
 
 def warm_started(
-    model: nn.Module, tokenizer, stream: PromptStream, config: Config, *, on_step: Callable[[int, float], None]
+    model: nn.Module, *, stream: PromptStream, config: Config, on_step: Callable[[int, float], None]
 ) -> None:
     """`warm_start` as the recipe says, or its result from `warm_start.cache_dir` where the same one was made before.
 
-    The cache's key covers every key of the recipe that the result depends on.
+    The cache's key covers every key of the recipe that the result depends on, which is why it takes the whole recipe.
     """
     settings = config.warm_start
     if settings.cache_dir is None:
-        warm_start(model, tokenizer, stream, settings, config.actor, on_step=on_step)
+        warm_start(model, stream, settings, config.actor, on_step=on_step)
         return
     shared = ("betas", "weight_decay", "max_grad_norm", "micro_batch_tokens", "packing")
     actor = {key: getattr(config.actor, key) for key in shared}
@@ -45,7 +45,7 @@ def warm_started(
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
     stored = Path(settings.cache_dir) / key
     if not stored.exists():
-        warm_start(model, tokenizer, stream, settings, config.actor, on_step=on_step)
+        warm_start(model, stream, settings, config.actor, on_step=on_step)
         make_folder(stored.parent)
         with locked(stored.parent, wait=True):  # runs that make the same one at the same time
             clear_leftovers(stored.parent)
@@ -59,7 +59,6 @@ def warm_started(
 
 def warm_start(
     model: nn.Module,
-    tokenizer,
     stream: PromptStream,
     config: WarmStartConfig,
     actor: ActorConfig,
@@ -83,21 +82,18 @@ def warm_start(
         for group in optimizer.param_groups:
             group["lr"] = config.lr * rate
         prompts = stream.take(step * config.batch_size, config.batch_size)
-        batch = pack([_solved(prompt, tokenizer) for prompt in prompts]).to(model.device)
+        batch = pack([_solved(prompt, stream.tokenizer) for prompt in prompts]).to(model.device)
         optimizer.zero_grad(set_to_none=True)
-        total = sum(_backward(model, batch.subset(g), batch, actor) for g in _groups(batch, actor))
+        groups = micro_batches(batch.lengths, actor.micro_batch_tokens, padded=not actor.packing)
+        total = sum(_backward(model, batch.subset(group), batch, actor) for group in groups)
         nn.utils.clip_grad_norm_(model.parameters(), actor.max_grad_norm)
         optimizer.step()
         if on_step is not None:
             on_step(step + 1, total)
 
 
-def _groups(batch: Batch, actor: ActorConfig) -> list[list[int]]:
-    return micro_batches(batch.lengths, actor.micro_batch_tokens, padded=not actor.packing)
-
-
-def _backward(model: nn.Module, part: Batch, batch: Batch, actor: ActorConfig) -> float:
-    stats = batch_token_stats(model, part, packing=actor.packing)
+def _backward(model: nn.Module, micro: Batch, batch: Batch, actor: ActorConfig) -> float:
+    stats = batch_token_stats(model, micro, packing=actor.packing)
     loss = -stats.logprob.sum() / batch.num_loss_tokens
     loss.backward()
     return loss.item()
@@ -113,7 +109,7 @@ def check_solved(prompt: Prompt) -> None:
 
 
 def _solved(prompt: Prompt, tokenizer) -> Rollout:
-    """The worked solution as a rollout: what the model would have to sample."""
+    """The worked solution as a rollout."""
     check_solved(prompt)
     ids = encode(tokenizer, prompt.example.solution) + [tokenizer.eos_token_id]
     return Rollout(prompt, sample=0, tokens=ids, logprob=[0.0] * len(ids), finished=True, weight_version=0)

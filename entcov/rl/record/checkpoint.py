@@ -29,12 +29,12 @@ from typing import Any
 import torch
 
 from entcov import _checks as check
-from entcov.rl.record.durable import fsync_path, locked, make_folder, replace_file
-from entcov.rl.record.sealed import MANIFEST, CheckpointError, damage, write_sealed
+from entcov.rl.record.durable import atomic_write, clear_leftovers, fsync_path, locked, make_folder
+from entcov.rl.record.sealed import CheckpointError, damage, write_sealed
 
 STATE = "state.pt"
 _STEP = re.compile(r"step_(\d+)")
-_LEFTOVER = re.compile(r"\.(tmp|old)_(step_\d+|latest)\.\d+")
+_OLD = re.compile(r"\.old_(step_\d+)\.\d+")
 _PLAIN = (torch.Tensor, int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -80,20 +80,10 @@ def save_checkpoint(
         The path `directory/step_N`.
 
     Raises:
-        ValueError: step, keep or an entry name is out of range.
         TypeError: `state` holds an object that a safe load would refuse; the message names its place.
         CheckpointError: writing failed (disk full, ...); earlier checkpoints and `latest` are as they were.
     """
     directory = Path(directory)
-    if step < 0:
-        raise ValueError(f"step must be >= 0, got {step}")
-    if keep < 1:
-        raise ValueError(f"keep must be >= 1, got {keep}")
-    for name in writers:
-        if name in (MANIFEST, STATE) or Path(name).name != name or name.startswith("."):
-            raise ValueError(
-                f"a writer's name must be a plain file name other than {MANIFEST} and {STATE}, got {name!r}"
-            )
     _check_loadable(state, "state")
     make_folder(directory)
     with locked(directory, wait=True):
@@ -107,7 +97,7 @@ def save_checkpoint(
         temporary.rename(final)
         fsync_path(directory)
         try:
-            replace_file(directory / "latest", f"{final.name}\n".encode())
+            atomic_write(directory / "latest", f"{final.name}\n".encode())
         except OSError as error:
             raise CheckpointError(
                 f"step {step} is stored, and {directory / 'latest'} could not be moved to it"
@@ -162,9 +152,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"a checkpoint's directory is named step_N, got {path}")
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint {path} is missing")
-    if problem := _verify(path, int(match[1])):
+    step = int(match[1])
+    if problem := damage(path, "checkpoint", step=step):
         raise CheckpointError(problem)
-    return Checkpoint(path, int(match[1]))
+    return Checkpoint(path, step)
 
 
 def load_plain(path: Path, *, map_location: str | torch.device) -> Any:
@@ -185,7 +176,7 @@ def load_plain(path: Path, *, map_location: str | torch.device) -> Any:
 
 def make_latest(checkpoint: Checkpoint) -> None:
     """Let `latest` name this one: a run that goes back must not be taken up from a later step if it dies at once."""
-    replace_file(checkpoint.path.parent / "latest", f"{checkpoint.path.name}\n".encode())
+    atomic_write(checkpoint.path.parent / "latest", f"{checkpoint.path.name}\n".encode())
 
 
 def list_steps(directory: str | Path) -> list[int]:
@@ -196,34 +187,26 @@ def list_steps(directory: str | Path) -> list[int]:
 
 def _load(directory: Path, step: int) -> Checkpoint:
     path = directory / f"step_{step}"
-    problem = _verify(path, step)
+    problem = damage(path, "checkpoint", step=step)
     if problem is None:
         return Checkpoint(path, step)
     for earlier in reversed([n for n in list_steps(directory) if n < step]):
-        if _verify(directory / f"step_{earlier}", earlier) is None:
+        if damage(directory / f"step_{earlier}", "checkpoint", step=earlier) is None:
             raise CheckpointError(
                 f"{problem}. Step {earlier} is intact: to go back to it, --resume {directory / f'step_{earlier}'}"
             )
     raise CheckpointError(f"{problem}. No earlier step in {directory} is intact")
 
 
-def _verify(path: Path, step: int) -> str | None:
-    """What is wrong with the checkpoint at `path`, or None."""
-    return damage(path, "checkpoint", step=step)
-
-
 def _clear_leftovers(directory: Path) -> None:
     """Undo what a killed process left half done. Only under the lock: nothing found is then work in progress."""
     for path in list(directory.iterdir()):
-        match = _LEFTOVER.fullmatch(path.name)
-        if match is None:
-            continue
-        if match[1] == "old" and not (directory / match[2]).exists():
-            path.rename(directory / match[2])
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if match := _OLD.fullmatch(path.name):
+            if (directory / match[1]).exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(directory / match[1])
+    clear_leftovers(directory)
 
 
 def _remove(directory: Path, step: int) -> None:

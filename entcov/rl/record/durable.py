@@ -93,7 +93,7 @@ def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def atomic_write(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Give `path` the content `data` in one step: a reader, or a kill, sees the old content or the new, never a part.
 
     Args:

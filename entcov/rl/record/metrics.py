@@ -20,7 +20,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from entcov.rl.record.durable import fsync_path, make_folder, replace_file, write_all, write_error
+from entcov.rl.record.durable import atomic_write, fsync_path, make_folder, write_all, write_error
 from entcov.rl.threads import no_thread, say
 
 FILE_NAME = "metrics.jsonl"
@@ -78,14 +78,12 @@ class RunLogger:
         """Record `metrics` for `step`; a step may get several lines, and steps never go back.
 
         Raises:
-            TypeError: a value is not a real number (the message names its key), or step is not an int.
+            TypeError: a value is not a real number (the message names its key).
             ValueError: step is negative or lower than the last one, or a key is "step" or empty.
             OSError: the line could not be written, e.g. the disk is full; it is absent, and earlier lines are intact.
         """
         if self._fd is None:
             raise RuntimeError(f"log called on the closed logger of {self.path}")
-        if isinstance(step, bool) or not isinstance(step, Integral):
-            raise TypeError(f"step must be an int, got {type(step).__name__}")
         if step < 0 or step < self._last_step:
             raise ValueError(f"step must be >= 0 and >= the last logged step {self._last_step}, got {step}")
         values = {key: _number(key, value) for key, value in metrics.items()}
@@ -191,14 +189,14 @@ def _cut(path: Path, resume_step: int | None) -> tuple[int, int]:
         )
     content = b"".join(line for line, _ in kept)
     if path.exists() and len(content) != path.stat().st_size:
-        replace_file(path, content)
+        atomic_write(path, content)
     return (kept[-1][1] if kept else -1), len(missing)
 
 
 def _set_aside(path: Path, lines: list[bytes]) -> None:
     """Adds lines to a file that holds what could not be read; a kill may make it hold some of them twice."""
     before = path.read_bytes() if path.exists() else b""
-    replace_file(path, before + b"".join(lines))
+    atomic_write(path, before + b"".join(lines))
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -236,25 +234,19 @@ def _unless_no_thread(make: Callable[[], Any], name: str) -> Any:
 
 
 def _tensorboard_writer(log_dir: Path, resume_step: int | None) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(
-            f"TensorBoard events were asked for and tensorboard is missing ({error}): pip install tensorboard"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     # Events after the checkpoint stay in their files; purge_step tells TensorBoard not to show them.
     return SummaryWriter(str(log_dir), purge_step=None if resume_step is None else resume_step + 1)
 
 
 def _wandb_run(run_dir: Path, settings: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise RuntimeError("Weights & Biases was asked for and is not installed: pip install wandb") from error
+    import wandb
+
     id_file = run_dir / "wandb_id"
     if id_file.exists():
         # W&B ignores steps that it already has. A resumed run recomputes exactly those values, so nothing is lost.
         settings = {"id": id_file.read_text().strip(), "resume": "allow", **settings}
     run = wandb.init(**{"dir": str(run_dir), **settings})
-    replace_file(id_file, f"{run.id}\n".encode())
+    atomic_write(id_file, f"{run.id}\n".encode())
     return run

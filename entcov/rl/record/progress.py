@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,7 +20,33 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 PLAIN_SECONDS = 10.0  # a plain log gets at most a line per so many seconds, besides evaluations, first and last step
 
 
-class Progress:
+class _Display:
+    """A context manager that shows itself live on a terminal, else lets its methods print plain lines."""
+
+    def __init__(self, enabled: bool | str, console: Console | None):
+        self._console = console or Console()
+        live = enabled is True or (enabled == "auto" and self._console.is_terminal)
+        self._plain = enabled == "auto" and not live
+        self._live = Live(self, console=self._console, refresh_per_second=4) if live else None
+
+    def __enter__(self) -> Self:
+        try:
+            if self._live:
+                self._live.start()
+        except RuntimeError as error:
+            if not no_thread(error):
+                raise
+            self._live.stop()
+            self._live, self._plain = None, True
+            say(f"{error}: no live display, plain lines instead")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live:
+            self._live.stop()
+
+
+class Progress(_Display):
     """Shows the steps of one run. A context manager; every method may be called at any time inside it.
 
     Args:
@@ -29,9 +56,6 @@ class Progress:
             nothing.
         console: where to write; a new one on stdout if None.
         clock: seconds, for the time left.
-
-    Raises:
-        ValueError: total_steps is negative, or enabled is none of the three.
     """
 
     def __init__(
@@ -43,15 +67,8 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if total_steps < 0:
-            raise ValueError(f"total_steps must be >= 0, got {total_steps}")
-        if enabled not in ("auto", True, False):
-            raise ValueError(f'enabled must be "auto", True or False, got {enabled!r}')
+        super().__init__(enabled, console)
         self.total_steps, self.run_name = total_steps, run_name
-        self._console = console or Console()
-        live = enabled is True or (enabled == "auto" and self._console.is_terminal)
-        self._plain = enabled == "auto" and not live
-        self._live = Live(self, console=self._console, refresh_per_second=4, transient=False) if live else None
         self._clock = clock
         self._started = clock()
         self._step, self._phase, self._phase_since = 0, "starting", self._started
@@ -61,16 +78,10 @@ class Progress:
         self._history: dict[str, list[float]] = {}
         self._last_line = -math.inf
 
-    def __enter__(self) -> Progress:
-        if self._live and not _started(self._live):
-            self._live, self._plain = None, True
-        return self
-
     def __exit__(self, *exc: object) -> None:
         self._phase = "stopped" if exc[0] is not None else "done"
         self._sub = None
-        if self._live:
-            self._live.stop()
+        super().__exit__(*exc)
 
     def phase(self, name: str) -> None:
         """Name what goes on now: "rollout", "update", "eval", ...; ends the sub-bar of the phase before."""
@@ -180,7 +191,7 @@ class Progress:
         return Panel(Group(*parts), title=Text(self.run_name, style="bold"), title_align="left", border_style="dim")
 
 
-class RunsProgress:
+class RunsProgress(_Display):
     """Shows several runs at once: one bar each, its entropy and reward, and what became of it.
 
     Args:
@@ -197,23 +208,9 @@ class RunsProgress:
         *,
         console: Console | None = None,
     ) -> None:
-        if enabled not in ("auto", True, False):
-            raise ValueError(f'enabled must be "auto", True or False, got {enabled!r}')
-        self._console = console or Console()
-        live = enabled is True or (enabled == "auto" and self._console.is_terminal)
-        self._plain = enabled == "auto" and not live
-        self._live = Live(self, console=self._console, refresh_per_second=2) if live else None
+        super().__init__(enabled, console)
         self._total = total_steps
         self._rows: dict[str, tuple[str, list[dict[str, float]]]] = {label: ("waiting", []) for label in labels}
-
-    def __enter__(self) -> RunsProgress:
-        if self._live and not _started(self._live):
-            self._live, self._plain = None, True
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._live:
-            self._live.stop()
 
     def state(self, label: str, state: str) -> None:
         """Say what run `label` is doing: "running", "finished in 1:20", "failed", ..."""
@@ -248,19 +245,6 @@ class RunsProgress:
             style = "red" if state.startswith("failed") else "cyan" if state.startswith("running") else "dim"
             table.add_row(label, steps, bar, *cells, Text(state, style=style))
         return table
-
-
-def _started(live: Live) -> bool:
-    """Starts the live display; False where there is no thread for it, and then it is stopped."""
-    try:
-        live.start()
-    except RuntimeError as error:
-        if not no_thread(error):
-            raise
-        live.stop()
-        say(f"{error}: no live display, plain lines instead")
-        return False
-    return True
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

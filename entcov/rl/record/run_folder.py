@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time runs in it, and it belongs to one recipe from its first step on."""
+"""A run's folder. One process at a time runs in it, and all runs in it have the same recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.record.checkpoint import Checkpoint, list_steps, load_checkpoint, load_latest
-from entcov.rl.record.durable import clear_leftovers, locked, make_folder, replace_file
+from entcov.rl.record.durable import atomic_write, clear_leftovers, locked, make_folder
 from entcov.rl.record.metrics import has_rows
 from entcov.rl.stored_recipe import check_same_recipe, store_recipe
 from entcov.rl.types import Rollout
@@ -20,7 +20,7 @@ SAMPLES = "samples"
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """The folder for this process alone. Leftovers of killed processes are then nobody's work, and removed.
+    """Holds the folder's lock, so that no other process runs in it. Removes temporary files of killed processes.
 
     Raises:
         RuntimeError: another process runs in it.
@@ -39,7 +39,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether the folder holds a checkpoint or a logged step. Without either, a start that failed has done nothing."""
+    """Whether the folder holds a checkpoint or a logged step. Without either the run has not begun."""
     checkpoints = run_dir / "checkpoints"
     return (checkpoints.is_dir() and bool(list_steps(checkpoints))) or has_rows(run_dir)
 
@@ -54,7 +54,7 @@ def check_resume(run_dir: Path, resume: str) -> None:
 
 
 def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
-    """Makes the folder, which this process holds, this recipe's; the checkpoint to go on from.
+    """Stores the recipe in the folder, whose lock this process holds; returns the checkpoint to resume from.
 
     Raises:
         ConfigError: it is another recipe's, or `resume` is "never" and something is there.
@@ -74,7 +74,7 @@ def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
 
 
 def write_samples(path: Path, rollouts: list[Rollout], limit: int = 64) -> None:
-    """A few scored responses to read."""
+    """Writes the first `limit` scored responses as JSON lines."""
     make_folder(path.parent)
     rows = [
         {
@@ -86,11 +86,11 @@ def write_samples(path: Path, rollouts: list[Rollout], limit: int = 64) -> None:
         }
         for r in rollouts[:limit]
     ]
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def keep_evaluation(run_dir: Path, step: int, result: dict[str, Any], rollouts: list[Rollout]) -> None:
-    """Results and responses of an evaluation, under RUN/eval. Evaluations of one run may go on side by side.
+    """Writes results and responses of an evaluation to RUN/eval. Several processes may evaluate one run at a time.
 
     Raises:
         OSError: they cannot be written there, e.g. on a read-only disk.
@@ -100,4 +100,4 @@ def keep_evaluation(run_dir: Path, step: int, result: dict[str, Any], rollouts: 
     with locked(folder, wait=True):
         clear_leftovers(folder)
         write_samples(folder / f"step_{step}.jsonl", rollouts, limit=len(rollouts))
-        replace_file(folder / f"step_{step}.json", (json.dumps(result, indent=1) + "\n").encode())
+        atomic_write(folder / f"step_{step}.json", (json.dumps(result, indent=1) + "\n").encode())

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from entcov.rl.record.durable import fsync_path, is_disk_full, replace_file, temporary_path
+from entcov.rl.record.durable import atomic_write, fsync_path, is_disk_full, temporary_path
 from entcov.rl.threads import submit
 
 FORMAT_VERSION = 1
@@ -115,7 +115,7 @@ def _seal(folder: Path, about: dict[str, Any]) -> None:
         for path, digest in zip(written, _digests(written), strict=True)
     }
     manifest = {"format_version": FORMAT_VERSION, **about, "files": files}
-    replace_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    atomic_write(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         fsync_path(inner)
     fsync_path(folder)

@@ -26,9 +26,9 @@ class Scorer:
     step's responses may take in sandboxes (300 s for each of them), gets reward 0 and `Rollout.timed_out`.
     """
 
-    def __init__(self, score: rules.RewardFunction) -> None:
-        self.score = score
-        threads = free_cores() if score is rules.score else 1
+    def __init__(self, reward_fn: rules.RewardFunction) -> None:
+        self.reward_fn = reward_fn
+        threads = free_cores() if reward_fn is rules.score else 1
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="entcov-reward")
         self._turn = Semaphore(threads)
         self._budget = Budget(STEP_LIMIT * threads)
@@ -59,7 +59,7 @@ class Scorer:
 
     def _score(self, rollout: Rollout) -> None:
         with self._turn, self._budget.charged() as charge:
-            rollout.reward = self.score(rollout.prompt.example, rollout.text)
+            rollout.reward = self.reward_fn(rollout.prompt.example, rollout.text)
         rollout.timed_out = charge.timed_out
 
     def __enter__(self) -> Scorer:

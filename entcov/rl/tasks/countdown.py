@@ -5,6 +5,7 @@ A question has many right answers, which makes the policy's diversity visible: s
 
 from __future__ import annotations
 
+import ast
 import random
 import re
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from entcov.rl.types import Example
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 _MAX_EXPRESSION = 200  # characters; far beyond any right answer, and it bounds the checker's work
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 class Question(NamedTuple):
@@ -34,50 +36,27 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     """Value of an arithmetic expression, exactly, and the numbers it uses in order of appearance.
 
     Grammar: digits, the binary operators + - * / with the usual precedence (left to right), brackets, spaces. None for
-    anything else, a division by zero included. Two stacks instead of recursion: no nesting depth can break it, and
-    nothing is ever handed to `eval`.
+    anything else, a division by zero included. Python's parser reads it, and nothing is handed to `eval`.
     """
     compact = expression.replace(" ", "")
     tokens = _TOKEN.findall(compact)
     if not tokens or len(compact) > _MAX_EXPRESSION or "".join(tokens) != compact:
         return None
-    values: list[Fraction] = []
-    operators: list[str] = []
-    numbers: list[int] = []
-
-    def reduce_while(minimum: int) -> bool:
-        while operators and operators[-1] != "(" and _PRECEDENCE[operators[-1]] >= minimum:
-            right, left, operator = values.pop(), values.pop(), operators.pop()
-            if operator == "/" and right == 0:
-                return False
-            values.append(_apply(operator, left, right))
-        return True
-
-    expect_value = True
-    for token in tokens:
-        if expect_value:
-            if token == "(":
-                operators.append(token)
-            elif token.isdigit():
-                numbers.append(int(token))
-                values.append(Fraction(numbers[-1]))
-                expect_value = False
-            else:
-                return None
-        elif token in _PRECEDENCE:
-            if not reduce_while(_PRECEDENCE[token]):
-                return None
-            operators.append(token)
-            expect_value = True
-        elif token == ")":
-            if not reduce_while(1) or not operators:
-                return None
-            operators.pop()
-        else:
-            return None
-    if expect_value or not reduce_while(1) or operators:
+    numbers = [int(token) for token in tokens if token.isdigit()]
+    plain = "".join(str(int(token)) if token.isdigit() else token for token in tokens)  # Python refuses leading zeros
+    try:
+        return _value(ast.parse(plain, mode="eval").body), numbers
+    except (SyntaxError, ZeroDivisionError, KeyError):
         return None
-    return values[0], numbers
+
+
+def _value(node: ast.expr) -> Fraction:
+    """Raises KeyError for what the grammar does not have."""
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    if not isinstance(node, ast.BinOp):
+        raise KeyError(type(node))
+    return _apply(_OPERATORS[type(node.op)], _value(node.left), _value(node.right))
 
 
 def _apply(operator: str, left: Fraction, right: Fraction) -> Fraction:

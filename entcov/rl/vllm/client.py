@@ -128,9 +128,6 @@ class ServerEngine:
             torch.distributed.barrier()  # no other process may ask before the weights are there
         return empty
 
-    def close(self) -> None:
-        """Nothing: the server is not ours."""
-
     def _call(self, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
         """The answer to one request.
 

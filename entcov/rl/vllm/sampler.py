@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from entcov.rl.config import Config
-from entcov.rl.rollouts import derived_seed
+from entcov.rl.collect import as_rollout, derived_seed
+from entcov.rl.config import RolloutConfig
+from entcov.rl.interfaces import NamedWeights
 from entcov.rl.types import Prompt, Rollout
 from entcov.rl.vllm.client import ServerEngine
 from entcov.rl.vllm.engine import Completion, LocalEngine, Request
-from entcov.rl.vllm.weight_sync import ByReference, Engine, ExpectedWeights, NamedWeights, WeightSync
+from entcov.rl.vllm.weight_sync import ByReference, Engine, ExpectedWeights, WeightSync
 
 
 class GeneratingEngine(Engine, Protocol):
@@ -30,15 +31,14 @@ class VllmSampler:
     Args:
         engine: where requests go.
         sync: keeps its weights at the trainer's.
-        tokenizer: decodes responses.
-        stop: tokens that end a response.
+        tokenizer: decodes responses; its end-of-sequence token ends them.
         max_model_len: tokens of prompt and response together, which the engine was started for.
     """
 
     def __init__(
-        self, engine: GeneratingEngine, sync: WeightSync, tokenizer, *, stop: Sequence[int], max_model_len: int
+        self, engine: GeneratingEngine, sync: WeightSync, tokenizer: PreTrainedTokenizerBase, *, max_model_len: int
     ) -> None:
-        self.engine, self.tokenizer, self.stop, self.max_model_len = engine, tokenizer, tuple(stop), max_model_len
+        self.engine, self.tokenizer, self.max_model_len = engine, tokenizer, max_model_len
         self._sync = sync
 
     def sync(self, weight_version: int, named_weights: NamedWeights) -> None:
@@ -59,7 +59,7 @@ class VllmSampler:
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """`group_size` responses to each prompt, prompt by prompt; arguments as `InProcessSampler.generate`.
+        """As `entcov.rl.interfaces.Sampler.generate`.
 
         Raises:
             ValueError: a temperature that vLLM does not sample at, or more tokens than the engine was started for.
@@ -75,8 +75,9 @@ class VllmSampler:
         version = self._sync.version
         if version is None:
             raise RuntimeError("generate: vLLM does not hold the trainer's weights; a whole sync must come first")
+        stop = (self.tokenizer.eos_token_id,)
         requests = [
-            Request(prompt.tokens, derived_seed(seed, prompt.uid, sample), temperature, max_response_length, self.stop)
+            Request(prompt.tokens, derived_seed(seed, prompt.uid, sample), temperature, max_response_length, stop)
             for prompt in prompts
             for sample in range(group_size)
         ]
@@ -87,17 +88,8 @@ class VllmSampler:
                     f"generate: a response came from weights {' and '.join(completion.versions)}, and the trainer's "
                     f"last sync was {version}: somebody else updates this engine"
                 )
-            tokens = completion.tokens
-            finished = tokens[-1] in self.stop
-            out[row] = Rollout(
-                prompt=prompts[row // group_size],
-                sample=row % group_size,
-                tokens=tokens,
-                logprob=completion.logprob,
-                finished=finished,
-                weight_version=version,
-                text=self.tokenizer.decode(tokens[:-1] if finished else tokens),
-            )
+            prompt, sample = prompts[row // group_size], row % group_size
+            out[row] = as_rollout(prompt, sample, completion.tokens, completion.logprob, version, self.tokenizer)
             if on_done is not None:
                 on_done(out[row])
             if progress is not None:
@@ -105,28 +97,29 @@ class VllmSampler:
         return out  # type: ignore[return-value]  # every request has been answered
 
 
-def build_vllm_sampler(config: Config, model: nn.Module, tokenizer, *, stop: Sequence[int]) -> VllmSampler:
-    """The sampler of `rollout.engine: vllm`. Its weights come by `sync`.
+def build_vllm_sampler(
+    config: RolloutConfig, max_prompt_length: int, model: PretrainedConfig, dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+) -> VllmSampler:  # fmt: skip
+    """The sampler of `rollout.sampler: vllm`. Its weights come by `sync`.
 
     Args:
-        model: the policy, for its configuration alone; it may be on the meta device.
+        model: the policy's configuration.
+        dtype: of vLLM's weights and computation.
 
     Raises:
         ImportError: vLLM is not installed.
         ValueError: settings that cannot hold on this machine, or a server that does not fit.
     """
-    _check_temperature("rollout.temperature", config.rollout.temperature)
-    settings, dtype = config.rollout.vllm, getattr(torch, config.model.compute_dtype)
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
-    expected = ExpectedWeights(model.config)
-    if settings.mode == "server":
-        engine = ServerEngine(settings, expected, max_model_len=longest, dtype=dtype)
+    _check_temperature("rollout.temperature", config.temperature)
+    longest = max_prompt_length + config.max_response_length
+    expected = ExpectedWeights(model)
+    if config.vllm.mode == "server":
+        engine = ServerEngine(config.vllm, expected, max_model_len=longest, dtype=dtype)
         transport = engine.transport()
     else:
-        engine, transport = LocalEngine(model.config, settings, max_model_len=longest, dtype=dtype), ByReference()
-    return VllmSampler(
-        engine, WeightSync(engine, expected, transport, dtype=dtype), tokenizer, stop=stop, max_model_len=longest
-    )
+        engine, transport = LocalEngine(model, config.vllm, max_model_len=longest, dtype=dtype), ByReference()
+    return VllmSampler(engine, WeightSync(engine, expected, transport, dtype=dtype), tokenizer, max_model_len=longest)
 
 
 def _check_temperature(name: str, value: float) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from entcov.rl.record.durable import replace_file
+from entcov.rl.record.durable import atomic_write
 
 VARIABLE = "ENTCOV_VLLM_TOKEN"
 _VALID = re.compile(r"[A-Za-z0-9._~+/=-]{16,512}")  # what may follow "Bearer" in a header
@@ -53,7 +53,7 @@ def server_token(port: int) -> Token:
     path = token_file(socket.gethostname(), port)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     token = Token(secrets.token_urlsafe(32), str(path))
-    replace_file(path, f"{token.value}\n".encode(), mode=0o600)
+    atomic_write(path, f"{token.value}\n".encode(), mode=0o600)
     return token
 
 

@@ -133,8 +133,6 @@ class Native:
     """
 
     def __init__(self, backend: str, workers: int) -> None:
-        if backend not in ("nccl", "ipc"):
-            raise ValueError(f"backend must be nccl or ipc, got {backend!r}")
         self.backend, self.workers = backend, workers
         self._source = _Source()
         self._client: _Versioned | None = None

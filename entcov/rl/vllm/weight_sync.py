@@ -1,4 +1,4 @@
-"""The trainer's weights into a vLLM engine: complete and current, or an error.
+"""Sends the trainer's weights to a vLLM engine. An incomplete or changed set is an error.
 
 vLLM takes weights by start_weight_update -> update_weights (any number) -> finish_weight_update. Left to itself it also
 takes an incomplete set without a word: whatever did not arrive keeps its old value. And cached prefixes of the old
@@ -18,7 +18,7 @@ import copy
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from entcov.rl.interfaces import NamedWeights
+
 Stream = Iterator[tuple[str, Tensor]]
-NamedWeights = Callable[[], Stream]
 CHUNK_BYTES = 1 << 30  # of weights that are gathered before vLLM gets them; one tensor may be larger
 _SHOWN = 8  # names that an error lists of each kind
 
@@ -65,7 +66,7 @@ class Weight:
 
 
 class Transport(Protocol):
-    """One way for tensors to reach an engine."""
+    """Carries tensors to an engine."""
 
     def send(self, engine: Engine, weights: Sequence[Weight], stream: Stream, version: str) -> None:
         """A whole update, from start to finish. `stream` yields exactly `weights`, in order."""
@@ -141,7 +142,7 @@ class ExpectedWeights:
 
 
 class WeightSync:
-    """Keeps one engine's weights at the trainer's.
+    """Sends the trainer's weights to one engine.
 
     Args:
         engine: where they go.
@@ -189,7 +190,7 @@ class WeightSync:
         self.version, self._broken = version, False
 
     def _stream(self, named_weights: NamedWeights) -> Stream:
-        """What goes out, each tensor compared with the first set before it does."""
+        """The tensors to send. Each is compared with the first set before it is sent."""
         for name, tensor in self.expected.without_tied(self._as_before(named_weights)):
             yield name, tensor.to(self.dtype)
 

@@ -10,7 +10,6 @@ import os
 
 import pytest
 
-from entcov.rl.data import stream as data
 from entcov.rl.data.stream import PromptStream, from_row, load_rows, to_row, write_rows
 from entcov.rl.tasks import make_task
 from entcov.rl.types import Example
@@ -165,9 +164,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data.os, failing, full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match="disk full: cannot write"):
         write_rows(examples(5), path)
+    monkeypatch.undo()
     assert load_rows(path) == examples(3) and os.listdir(tmp_path) == [path.name]
 
 
@@ -282,20 +282,6 @@ def test_prompts_the_tokenizer_cannot_spell_are_refused(tokenizer):
     odd = Example("a", ({"role": "user", "content": "What?"},), "1")
     with pytest.raises(ValueError, match="does not know 'W' in 'What\\?'"):
         stream([odd], tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_prompt_length": 0}, "max_prompt_length must be >= 1, got 0"),
-        ({"overlong": "truncate"}, "overlong must be 'error' or 'filter', got 'truncate'"),
-    ],
-)
-def test_bad_arguments(tokenizer, changes, message):
-    with pytest.raises(ValueError, match=message):
-        stream(examples(3), tokenizer, **changes)
-    with pytest.raises(ValueError, match="position and n must be >= 0, got position -1, n 2"):
-        stream(examples(3), tokenizer).take(-1, 2)
 
 
 def test_chat_template_and_joined_contents():

@@ -10,13 +10,13 @@ import torch
 
 from entcov.controls import make_control
 from entcov.objective.tokens import PolicyLossConfig
-from entcov.rl import engine
+from entcov.rl.backend import reference_policy
 from entcov.rl.batch import pack
-from entcov.rl.config import ActorConfig, ModelConfig, parse_config
-from entcov.rl.hf.actor import TorchActor
+from entcov.rl.config import ActorConfig, ModelConfig
+from entcov.rl.hf.actor import TransformersActor
 from entcov.rl.hf.model import batch_token_stats, build_model
 from entcov.rl.hf.sampler import InProcessSampler
-from tests.support.tiny_run import RECIPE, prompts, recipe
+from tests.support.tiny_run import RECIPE, prompts
 
 CONTROLS = {
     "none": [],
@@ -43,9 +43,9 @@ def rolled_out():
     return model, pack(rollouts)
 
 
-def actor_for(model, controls, **settings) -> TorchActor:
+def actor_for(model, controls, **settings) -> TransformersActor:
     # eps 1e-2 in Adam's place of 1e-8: the first steps' sign-like updates would blow rounding up to the size of lr
-    actor = TorchActor(
+    actor = TransformersActor(
         copy.deepcopy(model), ActorConfig(lr=1e-2, warmup_steps=0, **settings), PolicyLossConfig(),
         [make_control(name, **knobs) for name, knobs in controls], temperature=0.8,
     )  # fmt: skip
@@ -54,10 +54,10 @@ def actor_for(model, controls, **settings) -> TorchActor:
     return actor
 
 
-def two_updates(actor: TorchActor, batch) -> tuple[list[dict], list[torch.Tensor]]:
-    scored = actor.score(batch)
+def two_updates(actor: TransformersActor, batch) -> tuple[list[dict], list[torch.Tensor]]:
+    scored = actor.compute_logprobs(batch)
     batch = copy.copy(batch)
-    batch.old_logprob, batch.scored_version = scored["logprob"], actor.weight_version
+    batch.old_logprob, batch.logprob_version = scored["logprob"], actor.weight_version
     metrics = [actor.update(batch, step=1), actor.update(batch, step=1)]
     return metrics, [p.detach() for p in actor.model.parameters()]
 
@@ -123,11 +123,11 @@ def test_scores_are_the_plain_forward_pass_at_the_samplers_temperature(rolled_ou
     reference = copy.deepcopy(model)
     with torch.no_grad():
         reference.get_output_embeddings().weight.mul_(0.5)
-    actor = TorchActor(
+    actor = TransformersActor(
         model, ActorConfig(micro_batch_tokens=40), PolicyLossConfig(kl_coef=0.1), [], temperature=0.8,
         reference=reference,
     )  # fmt: skip
-    scored = actor.score(batch)
+    scored = actor.compute_logprobs(batch)
     logprob, entropy = plain_statistics(model, batch, 0.8)
     torch.testing.assert_close(scored["logprob"], logprob, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scored["entropy"], entropy, atol=2e-5, rtol=1e-5)
@@ -139,7 +139,7 @@ def test_denominators_are_the_response_tokens_of_the_mini_batch(rolled_out):
     model, batch = rolled_out
     actor = actor_for(model, [], micro_batch_tokens=60)
     batch, at = copy.copy(batch), batch.loss_mask
-    batch.old_logprob = actor.score(batch)["logprob"]
+    batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
     entropy = float(plain_statistics(model, batch, 0.8)[1][at].mean())
     metrics = actor.update(batch, step=1)
     assert metrics["actor/entropy"] == pytest.approx(entropy, rel=1e-5)
@@ -151,12 +151,12 @@ def test_updates_are_adamw_by_hand(rolled_out):
     model, batch = rolled_out
     lr, betas, decay, limit, eps = 1e-2, (0.7, 0.9), 0.1, 0.05, 1e-2
     settings = {"betas": betas, "weight_decay": decay, "max_grad_norm": limit, "micro_batch_tokens": 100}
-    actor = TorchActor(
+    actor = TransformersActor(
         copy.deepcopy(model), ActorConfig(lr=lr, warmup_steps=2, **settings), PolicyLossConfig(), [], temperature=0.8
     )
     actor.optimizer.param_groups[0]["eps"] = eps
     batch = batch.subset(range(6))
-    batch.old_logprob = actor.score(batch)["logprob"]
+    batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
     weight = actor.model.get_output_embeddings().weight
     expected = weight.detach().double().clone()
     m = v = torch.zeros_like(expected)
@@ -198,7 +198,7 @@ def test_the_optimizer_goes_on_from_its_state(rolled_out):
     model, batch = rolled_out
     batch = copy.copy(batch)
     straight = actor_for(model, [], micro_batch_tokens=10_000)
-    batch.old_logprob = straight.score(batch)["logprob"]
+    batch.old_logprob = straight.compute_logprobs(batch)["logprob"]
     straight.update(batch, step=1)
     resumed = actor_for(straight.model, [], micro_batch_tokens=10_000)
     resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
@@ -219,19 +219,17 @@ def test_every_update_draws_by_its_own_number(rolled_out):
 
 def test_the_reference_is_a_copy_that_is_kept_on_disk(rolled_out, tmp_path):
     model, before = copy.deepcopy(rolled_out[0]), rolled_out[0].get_output_embeddings().weight
-    config = parse_config(recipe(tmp_path, loss={"kl_coef": 0.1}))
-    cpu = torch.device("cpu")
-    made = engine._reference(config, model, tmp_path, cpu, fresh=True)
+    made = reference_policy(model, tmp_path, fresh=True)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
     assert torch.equal(made.get_output_embeddings().weight, before)
-    resumed = engine._reference(config, model, tmp_path, cpu, fresh=False)
+    resumed = reference_policy(model, tmp_path, fresh=False)
     for reference in (made, resumed):
         assert torch.equal(reference.get_output_embeddings().weight, before)
         assert reference is not model and not any(p.requires_grad for p in reference.parameters())
     shutil.rmtree(tmp_path / "reference")
-    with pytest.raises(RuntimeError, match="reference is missing; without it a run with loss.kl_coef=0.1 cannot go on"):
-        engine._reference(config, model, tmp_path, cpu, fresh=False)
+    with pytest.raises(RuntimeError, match="reference is missing; without it a run with loss.kl_coef > 0 cannot go on"):
+        reference_policy(model, tmp_path, fresh=False)
 
 
 def test_the_second_update_selects_under_the_policy_of_the_second_update(rolled_out):
@@ -250,7 +248,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rolled_out):
     model, batch = rolled_out
     actor = actor_for(model, [], micro_batch_tokens=10_000)
     batch = copy.copy(batch)
-    batch.old_logprob = actor.score(batch)["logprob"]
+    batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
     before = [p.clone() for p in actor.model.parameters()]
     actor.model.get_output_embeddings().weight.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(RuntimeError, match="step 5: the gradient norm must be finite, got nan|inf"):
@@ -261,7 +259,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rolled_out):
 
 def test_a_reference_model_is_asked_for(rolled_out):
     with pytest.raises(ValueError, match="reference.*kl_coef > 0, got 0.1"):
-        TorchActor(rolled_out[0], ActorConfig(), PolicyLossConfig(kl_coef=0.1), [], temperature=1.0)
+        TransformersActor(rolled_out[0], ActorConfig(), PolicyLossConfig(kl_coef=0.1), [], temperature=1.0)
 
 
 def test_controls_must_agree_on_one_clamp(rolled_out):

@@ -30,7 +30,7 @@ def test_rates_and_losses(monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", stopped)
     warm_start(
-        model, tokenizer, stream, WarmStartConfig(steps=4, batch_size=6, lr=1e-2, warmup_steps=2),
+        model, stream, WarmStartConfig(steps=4, batch_size=6, lr=1e-2, warmup_steps=2),
         ActorConfig(micro_batch_tokens=40, max_grad_norm=0.25), on_step=lambda done, loss: losses.append(loss),
     )  # fmt: skip
     cosine = math.cos(math.pi / 4)

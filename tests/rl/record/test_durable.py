@@ -10,7 +10,7 @@ import pytest
 from entcov.rl.data.stream import write_rows
 from entcov.rl.record import durable
 from entcov.rl.record.checkpoint import load_latest, save_checkpoint
-from entcov.rl.record.durable import replace_file, write_all
+from entcov.rl.record.durable import atomic_write, write_all
 from entcov.rl.record.metrics import RunLogger
 from entcov.rl.types import Example
 
@@ -42,7 +42,7 @@ def asked(tmp_path, monkeypatch):
 
 def test_a_replaced_file_is_on_the_disk_before_it_has_its_name_and_its_name_is_too(tmp_path, asked):
     (tmp_path / "latest").write_text("old")
-    replace_file(tmp_path / "latest", b"step_3\n")
+    atomic_write(tmp_path / "latest", b"step_3\n")
     assert asked == [
         ("fsync", ".tmp_latest.PID", 7),
         ("rename", ".tmp_latest.PID", "latest"),
@@ -61,7 +61,7 @@ def test_a_file_that_cannot_be_replaced_is_as_it_was_and_nothing_is_left(tmp_pat
 
     monkeypatch.setattr(durable.os, failing, full)
     with pytest.raises(OSError, match="disk full: cannot write .*latest; its earlier content is intact"):
-        replace_file(path, b"new")
+        atomic_write(path, b"new")
     assert os.listdir(tmp_path) == ["latest"] and path.read_text() == "old"
 
 
@@ -107,5 +107,5 @@ def test_a_logged_step_is_on_the_disk_when_log_returns(tmp_path, asked):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_dataset_is_on_the_disk_before_it_has_its_name(tmp_path, asked, suffix):
     write_rows([Example("mine", ({"role": "user", "content": "1+1="},), "2")], tmp_path / f"rows.{suffix}")
-    temporary, size = f".rows.{suffix}.PID.tmp", (tmp_path / f"rows.{suffix}").stat().st_size
+    temporary, size = f".tmp_rows.{suffix}.PID", (tmp_path / f"rows.{suffix}").stat().st_size
     assert asked[:2] == [("fsync", temporary, size), ("rename", temporary, f"rows.{suffix}")]

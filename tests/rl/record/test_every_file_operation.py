@@ -16,7 +16,7 @@ import pytest
 from entcov.rl import run
 from entcov.rl.record import checkpoint, metrics
 from entcov.rl.record.checkpoint import CheckpointError, load_latest
-from entcov.rl.record.durable import make_folder, replace_file
+from entcov.rl.record.durable import atomic_write, make_folder
 from entcov.rl.record.metrics import read_metrics
 from entcov.rl.record.sealed import replace_sealed
 from tests.support.recorded_disk import RecordedDisk, changes, lay_out
@@ -38,7 +38,7 @@ class Promises:
             log(logger, step, values)
             self.rows = step + 1
 
-        patch.setattr("entcov.rl.engine.save_checkpoint", saved)
+        patch.setattr("tests.support.toy_run.save_checkpoint", saved)
         patch.setattr(run.RunLogger, "log", logged)
 
     def now(self) -> tuple[int, int]:
@@ -92,7 +92,7 @@ def test_a_stop_before_any_file_operation(tmp_path, straight, quick_sync, capsys
 
 
 RETURNED = {
-    "replace_file": (lambda root: replace_file(root / "file", b"content"), "file"),
+    "atomic_write": (lambda root: atomic_write(root / "file", b"content"), "file"),
     "make_folder": (lambda root: make_folder(root / "a" / "b" / "c"), "a/b/c"),
     "replace_sealed": (
         lambda root: replace_sealed(root / "sealed", {"w": lambda path: path.write_bytes(b"content")}, "a thing"),

@@ -59,9 +59,7 @@ def test_bad_steps_and_keys(tmp_path):
         logger.log(5, {"a": 1})
         with pytest.raises(ValueError, match="last logged step 5, got 4"):
             logger.log(4, {"a": 1})
-        with pytest.raises(TypeError, match="step must be an int, got float"):
-            logger.log(6.0, {"a": 1})
-        with pytest.raises(ValueError, match='other than "step", got \'step\''):
+        with pytest.raises(ValueError, match="other than \"step\", got 'step'"):
             logger.log(6, {"step": 1})
     with pytest.raises(RuntimeError, match="closed logger"):
         logger.log(7, {"a": 1})
@@ -226,7 +224,7 @@ def test_tensorboard_events_are_on_disk_when_log_returns(tmp_path):
 @pytest.mark.parametrize("module, settings", [("wandb", {"wandb": {}}), ("torch.utils.tensorboard", {})])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, module, settings):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RuntimeError, match=f"pip install {module.split('.')[-1]}"):
+    with pytest.raises(ImportError, match=module):
         RunLogger(tmp_path, tensorboard="tensorboard" in module, **settings)
     RunLogger(tmp_path, tensorboard=False).close()  # the failed attempt holds no lock and left no metrics
 

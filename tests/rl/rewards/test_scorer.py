@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
+from entcov.rl.collect import _described
 from entcov.rl.rewards import rules
 from entcov.rl.rewards import scorer as scoring
 from entcov.rl.rewards.scorer import Scorer
-from entcov.rl.rollouts import _described
 from entcov.rl.sandbox import isolation, run_program
 from entcov.rl.sandbox.budget import Charge
 from entcov.rl.types import Example, Prompt, Rollout

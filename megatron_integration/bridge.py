@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from mbridge.core import LLMBridge
 from mbridge.models.llama import LLaMABridge
@@ -25,11 +26,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from entcov.rl.config import ConfigError, MegatronConfig
 from entcov.rl.record.durable import as_os_error
-from megatron_integration.layout import Layout
+from megatron_integration import cpu
+from megatron_integration.process_groups import ProcessGroups
 
 BRIDGES = {"qwen2": Qwen2Bridge, "qwen3": Qwen3Bridge, "llama": LLaMABridge}
 _VOCABULARY_MULTIPLE = 128
@@ -44,7 +46,7 @@ def local_folder(name: str) -> str:
     return snapshot_download(name, allow_patterns=patterns)  # processes of one node wait for each other by file locks
 
 
-def make_bridge(folder: str, config: MegatronConfig, layout: Layout, *, dtype: torch.dtype) -> LLMBridge:
+def make_bridge(folder: str, config: MegatronConfig, groups: ProcessGroups, *, dtype: torch.dtype) -> LLMBridge:
     """The converter for the Hugging Face model in `folder`; `bridge.config` is the TransformerConfig.
 
     Args:
@@ -56,14 +58,12 @@ def make_bridge(folder: str, config: MegatronConfig, layout: Layout, *, dtype: t
     """
     hf_config = AutoConfig.from_pretrained(folder)
     refuse_unsupported(hf_config, config)
-    on_gpu = layout.device.type == "cuda"
+    on_gpu = groups.device.type == "cuda"
     local = not on_gpu or config.transformer_impl == "local"
     base = BRIDGES[hf_config.model_type]
     bridge_class = type(f"Entcov{base.__name__}", (base,), _overrides(base, hf_config, local))
     extra: dict[str, Any] = {"deallocate_pipeline_outputs": True} if on_gpu else {}
     if local:
-        from megatron_integration import cpu
-
         extra |= cpu.CONFIG
     else:
         _need_transformer_engine()
@@ -82,33 +82,33 @@ def make_bridge(folder: str, config: MegatronConfig, layout: Layout, *, dtype: t
     return bridge_class(hf_config, dtype=dtype, make_vocab_size_divisible_by=multiple)
 
 
-def build_model(bridge: LLMBridge, layout: Layout) -> MegatronModule:
-    """This rank's part of the model, on the layout's device, with weights still to be loaded."""
-    with layout.running():
+def build_model(bridge: LLMBridge, groups: ProcessGroups) -> MegatronModule:
+    """This rank's shard of the model, on its device, with weights still to be loaded."""
+    with groups.running():
         model = bridge._model_provider([])(
             parallel_state.is_pipeline_first_stage(ignore_virtual=True),
             parallel_state.is_pipeline_last_stage(ignore_virtual=True),
         )
         for parameter in model.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        model = model.to(layout.device)
+        model = model.to(groups.device)
         if bridge.dtype is torch.bfloat16:
             model = Float16Module(bridge.config, model)
     return model
 
 
-def load_hf_weights(bridge: LLMBridge, model: MegatronModule, folder: str, layout: Layout) -> None:
+def load_hf_weights(bridge: LLMBridge, model: MegatronModule, folder: str, groups: ProcessGroups) -> None:
     """Fills the model from the safetensors in `folder`. Collective."""
-    with layout.running(), torch.no_grad():
+    with groups.running(), torch.no_grad():
         bridge.load_weights([unwrapped(model)], folder, memory_efficient=True)  # one weight at a time
 
 
-def named_weights(bridge: LLMBridge, model: MegatronModule, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def named_weights(bridge: LLMBridge, model: MegatronModule, groups: ProcessGroups) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole weight) one at a time, each once. Collective: every rank iterates to the end."""
     seen = set()
     weights = bridge.export_weights([unwrapped(model)])
     while True:
-        with layout.running(), torch.no_grad():  # not across the yield: the caller's work is not Megatron's
+        with groups.running(), torch.no_grad():  # not across the yield: the caller's work is not Megatron's
             item = next(weights, None)
         if item is None:
             return
@@ -118,18 +118,19 @@ def named_weights(bridge: LLMBridge, model: MegatronModule, layout: Layout) -> I
 
 
 def save_hf(
-    bridge: LLMBridge, model: MegatronModule, layout: Layout, tokenizer, folder: Path, *, source: str, write: bool
+    bridge: LLMBridge,
+    model: MegatronModule,
+    groups: ProcessGroups,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
 ) -> None:
     """Writes a folder that `from_pretrained` loads: safetensors of at most 5 GiB, configuration, tokenizer.
 
-    Collective.
-
-    Args:
-        source: the folder that the model came from; its generation_config.json, if there is one, goes along.
-        write: whether this rank is the one that writes; it holds at most one file's tensors at a time.
+    The generation_config.json of the folder that the model came from goes along. Collective; rank 0 writes, and holds
+    at most one file's tensors at a time.
     """
-    weights = named_weights(bridge, model, layout)
-    if not write:
+    weights = named_weights(bridge, model, groups)
+    if dist.get_rank() != 0:
         for _ in weights:
             pass
         return
@@ -139,9 +140,9 @@ def save_hf(
     total = size = 0
 
     def flush() -> None:
-        part = folder / f"part-{len(written)}"
-        with as_os_error(part):
-            save_file(held, part, metadata={"format": "pt"})
+        shard = folder / f"shard-{len(written)}"
+        with as_os_error(shard):
+            save_file(held, shard, metadata={"format": "pt"})
         written.append(list(held))
         held.clear()
 
@@ -161,10 +162,10 @@ def save_hf(
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     for i, name in enumerate(names):
-        (folder / f"part-{i}").rename(folder / name)
+        (folder / f"shard-{i}").rename(folder / name)
     bridge.hf_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if (generation := Path(source) / "generation_config.json").exists():
+    if (generation := Path(bridge.hf_config.name_or_path) / "generation_config.json").exists():
         shutil.copyfile(generation, folder / generation.name)
 
 
@@ -176,7 +177,7 @@ def unwrapped(model: torch.nn.Module) -> GPTModel:
 
 
 def _overrides(base: type, hf_config: PretrainedConfig, local: bool) -> dict[str, Any]:
-    """What our subclass of an mbridge class has of its own. The mapping is copied: mbridge edits the class's."""
+    """The members of our subclass of an mbridge class. The mapping is copied, because mbridge edits the class's."""
 
     def build_base_config(self, *args, **kwargs):
         self.extra_args = {**self._EXTRA, **self.extra_args}
@@ -191,7 +192,6 @@ def _overrides(base: type, hf_config: PretrainedConfig, local: bool) -> dict[str
     if hf_config.tie_word_embeddings:
         members["_DIRECT_MAPPING"]["output_layer.weight"] = "model.embed_tokens.weight"
     if local:  # without Transformer Engine a norm is a module of its own, not the first half of a linear layer
-        from megatron_integration import cpu
 
         def split(mapping: dict[str, list[str]]) -> dict[str, list[str]]:
             return {name: hf for name, hf in mapping.items() if "layer_norm_weight" not in name}
@@ -225,11 +225,7 @@ def _gpt_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _rope(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """transformers 5 keeps everything in rope_parameters; before, rope_theta and rope_scaling were apart."""
-    rope = getattr(hf_config, "rope_parameters", None)
-    if rope is None:
-        rope = {"rope_theta": hf_config.rope_theta, **(getattr(hf_config, "rope_scaling", None) or {})}
-    return {"rope_type": rope.get("type", "default"), **rope}
+    return {"rope_type": "default", **hf_config.rope_parameters}
 
 
 # The constants of Llama 3.1's scaling that Megatron-Core has built in (RotaryEmbedding._apply_scaling).

@@ -1,12 +1,12 @@
-"""Weights and optimizer state in Megatron's distributed checkpoint format, loadable at any other layout.
+"""Weights and optimizer state in Megatron's distributed checkpoint format, loadable at any other parallel layout.
 
-Every rank writes its own part. Loading at the layout of the save is bit-exact; at another one too, and training then
+Every rank writes its own shard. Loading at the layout of the save is bit-exact; at another one too, and training then
 goes on to rounding, because sums are split differently.
 
 Megatron-Core 0.16's distributed optimizer, where Adam is torch's (no Transformer Engine, no Apex), loads wrongly in
 three ways: it asserts that a step was taken, it looks for each parameter's step where none was stored, and it gives
-all parameters one step tensor, which each of them then counts up. `_TorchAdamLoad` deals with all three, and what was
-loaded is checked in any case: a wrong number of steps means a wrong bias correction, and no error would show it.
+all parameters one step tensor, which each of them then counts up. `_torch_adam_loads_rightly` deals with all three.
+What is loaded is checked in any case: a wrong number of steps means a wrong bias correction, which no error would show.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from entcov import _checks as check
 from entcov.rl.record.checkpoint import CheckpointError
 from megatron_integration.actor import MegatronActor
-from megatron_integration.layout import PeerError
-from megatron_integration.model import unwrapped
+from megatron_integration.bridge import unwrapped
+from megatron_integration.process_groups import PeerError
 
 # Optimizer state is gathered by gloo on one data-parallel rank's CPU memory; the other way needs room on every GPU.
 _METADATA = {
@@ -41,21 +41,21 @@ _COMMON = "entcov"
 
 
 def save_sharded(actor: MegatronActor, folder: Path) -> None:
-    """Writes this rank's part into `folder`. Collective; returns when every rank's part is on the disk."""
+    """Writes this rank's shard into `folder`. Collective; returns when every rank's shard is on the disk."""
     actor.gather_parameters()
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier(group=actor.layout.control)
-    with actor.layout.running(), _results_in_this_process():
+    dist.barrier(group=actor.groups.control)
+    with actor.groups.running(), _results_in_this_process():
         try:
             dist_checkpointing.save(_tree(actor, is_loading=False), str(folder))
         except CheckpointException as failure:  # no Exception, so that it would pass by everything that reports one
-            raise _told(failure, folder) from failure
-    dist.barrier(group=actor.layout.control)
+            raise _write_failure(failure, folder) from failure
+    dist.barrier(group=actor.groups.control)
 
 
-def _told(failure: CheckpointException, folder: Path) -> Exception:
-    """What a rank's file system has said, with its number, which Megatron-Core keeps as text and tells one rank."""
+def _write_failure(failure: CheckpointException, folder: Path) -> Exception:
+    """The error of a rank's file system with its errno. Megatron-Core keeps it as text, and only on one rank."""
     if not failure.failures:
         return PeerError(f"another rank could not write {folder}")
     said = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in failure.failures.items())
@@ -83,7 +83,7 @@ def load_sharded(actor: MegatronActor, folder: Path) -> None:
             parameters' dtype, must be as at the save), or what was loaded does not fit together.
     """
     if not (folder / "common.pt").exists():
-        raise CheckpointError(f"{folder}: holds no checkpoint of the megatron engine")
+        raise CheckpointError(f"{folder}: holds no checkpoint of the megatron backend")
     common = dist_checkpointing.load_common_state_dict(str(folder))[_COMMON]
     kind = _kind(actor)
     if common["kind"] != kind:
@@ -92,7 +92,7 @@ def load_sharded(actor: MegatronActor, folder: Path) -> None:
             "model.compute_dtype must be those of the save"
         )
     actor.weight_version = common["weight_version"]
-    with actor.layout.running(), _TorchAdamLoad(actor):
+    with actor.groups.running(), _torch_adam_loads_rightly(actor):
         state = dist_checkpointing.load(_tree(actor, is_loading=True), str(folder))
         unwrapped(actor.model).load_state_dict(state["model"], strict=True)
         if actor.weight_version:
@@ -122,38 +122,36 @@ def _inner(actor: MegatronActor) -> list[Any]:
     return getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
 
 
-class _TorchAdamLoad:
-    """Inside, distributed optimizers over torch's Adam load rightly. Touches these optimizers alone, and leaves nothing
-    behind."""
-
-    def __init__(self, actor: MegatronActor):
-        self.actor = actor
-        self.optimizers = [
-            o for o in _inner(actor)
-            if isinstance(o, DistributedOptimizer) and isinstance(o.optimizer, torch.optim.Adam | torch.optim.AdamW)
-        ]  # fmt: skip
-
-    def __enter__(self) -> None:
-        if self.optimizers and self.actor.weight_version and not self.optimizers[0].optimizer.state:
-            self._take_an_empty_step()
-        for optimizer in self.optimizers:
+@contextmanager
+def _torch_adam_loads_rightly(actor: MegatronActor) -> Iterator[None]:
+    """Inside, the actor's distributed optimizers over torch's Adam load rightly. No other optimizer is changed."""
+    optimizers = [
+        o for o in _inner(actor)
+        if isinstance(o, DistributedOptimizer) and isinstance(o.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    ]  # fmt: skip
+    if optimizers and actor.weight_version and not optimizers[0].optimizer.state:
+        _take_an_empty_step(actor)
+    try:
+        for optimizer in optimizers:
             optimizer._set_main_param_and_optimizer_states = _tolerating_no_step(optimizer)
             optimizer.load_state_dict = _with_own_steps(optimizer)
-
-    def __exit__(self, *exc: object) -> None:
-        for optimizer in self.optimizers:
+        yield
+    finally:
+        for optimizer in optimizers:
             for name in ("_set_main_param_and_optimizer_states", "load_state_dict"):
                 optimizer.__dict__.pop(name, None)
 
-    def _take_an_empty_step(self) -> None:
-        """Makes the optimizer's state, without changing a weight: no gradient, and a learning rate of 0."""
-        before = [group["lr"] for group in self.actor.optimizer.param_groups]
-        for group in self.actor.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.actor.model.zero_grad_buffer()
-        self.actor.optimizer.step()
-        for group, lr in zip(self.actor.optimizer.param_groups, before, strict=True):
-            group["lr"] = lr
+
+def _take_an_empty_step(actor: MegatronActor) -> None:
+    """Makes the optimizer's state, without changing a weight: no gradient, and a learning rate of 0."""
+    groups = actor.optimizer.param_groups
+    before = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    actor.model.zero_grad_buffer()
+    actor.optimizer.step()
+    for group, lr in zip(groups, before, strict=True):
+        group["lr"] = lr
 
 
 def _tolerating_no_step(optimizer: DistributedOptimizer):
@@ -180,7 +178,7 @@ def _with_own_steps(optimizer: DistributedOptimizer):
 
 
 def _check_steps(actor: MegatronActor, folder: Path) -> None:
-    """Every parameter's own step must be the number of steps that the weights have seen."""
+    """Raises unless every parameter's own step count is the number of optimizer steps taken."""
     steps = [step for optimizer in _inner(actor) for step in _steps(optimizer.optimizer)]
     tensors = [step for step in steps if isinstance(step, torch.Tensor)]
     wrong = sorted({float(step) for step in steps} - {float(actor.weight_version)})

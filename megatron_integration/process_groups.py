@@ -1,10 +1,10 @@
-"""Which process does what: process groups for tensor, pipeline, context and data parallelism, and the device."""
+"""Process groups for tensor, pipeline, context and data parallelism, the device, and what all ranks do together."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,10 +15,11 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from entcov.rl.config import ConfigError, MegatronConfig
+from megatron_integration.cpu import on_cpu, seed_everything
 
 T = TypeVar("T")
-# Ranks wait for each other here while one generates or checks answers, which may take hours. A rank that dies is
-# noticed at once, by its closed connections and by torchrun, so that this bound is for a rank that hangs alone.
+# Ranks wait for each other while one generates or checks answers, which may take hours. A rank that dies is noticed at
+# once, by its closed connections and by torchrun; this bound is only for a rank that hangs.
 _PATIENCE = timedelta(hours=12)
 
 
@@ -47,8 +48,8 @@ def start_processes(device: str = "auto") -> torch.device:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The place of this process. A replica is the tensor x pipeline x context parallel ranks that share a model copy.
+class ProcessGroups:
+    """The groups of this process. A replica is the tensor x pipeline x context parallel ranks that share a model copy.
 
     `control` is a gloo group of all ranks for what is not training: it waits for hours where NCCL would give up.
     """
@@ -57,7 +58,6 @@ class Layout:
     replicas: int
     replica: int
     context_parallel: int
-    tensor_group: dist.ProcessGroup | None  # None: the vocabulary is whole here
     data_group: dist.ProcessGroup  # same tensor and pipeline place, all data and context parallel ones
     pipeline_group: dist.ProcessGroup
     control: dist.ProcessGroup
@@ -80,21 +80,32 @@ class Layout:
             or parallel_state.get_context_parallel_rank()
         )
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """Everything that runs Megatron-Core goes inside; on a GPU it changes nothing."""
-        if self.device.type == "cuda":
-            context = nullcontext()
-        else:
-            from megatron_integration.cpu import on_cpu
+        return nullcontext() if self.device.type == "cuda" else on_cpu()
 
-            context = on_cpu()
-        with context:
-            yield
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
+        """`make()` of rank 0 on every rank. Collective; if it fails there, the others raise PeerError."""
+        outcome: list[Any] = [None, None]  # the value, and what the error says
+        failure: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                outcome[0] = make()
+            except Exception as error:
+                failure, outcome[1] = error, str(error)
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            raise failure or PeerError(f"rank 0: {outcome[1]}")
+        return outcome[0]
+
+    def destroy(self) -> None:
+        """Frees the groups, so that others can be made of the same processes."""
+        dist.destroy_process_group(self.control)
+        parallel_state.destroy_model_parallel()
 
 
-def make_layout(config: MegatronConfig, device: torch.device, *, seed: int = 0) -> Layout:
-    """Divides the ranks of the default process group. Collective; `destroy_layout` undoes it.
+def make_process_groups(config: MegatronConfig, device: torch.device, *, seed: int = 0) -> ProcessGroups:
+    """Divides the ranks of the default process group. Collective; `destroy` undoes it.
 
     Raises:
         ConfigError: the number of processes is not a multiple of a replica's size.
@@ -115,15 +126,12 @@ def make_layout(config: MegatronConfig, device: torch.device, *, seed: int = 0) 
     if device.type == "cuda":
         model_parallel_cuda_manual_seed(seed)
     else:
-        from megatron_integration import cpu
-
-        cpu.seed_everything(seed)
-    return Layout(
+        seed_everything(seed)
+    return ProcessGroups(
         device=device,
         replicas=world // size,
         replica=parallel_state.get_data_parallel_rank(),
         context_parallel=config.context_parallel,
-        tensor_group=parallel_state.get_tensor_model_parallel_group() if config.tensor_parallel > 1 else None,
         data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         control=dist.new_group(backend="gloo", timeout=_PATIENCE),
@@ -132,27 +140,3 @@ def make_layout(config: MegatronConfig, device: torch.device, *, seed: int = 0) 
 
 class PeerError(RuntimeError):
     """Another rank has failed, and says why."""
-
-
-def agree(layout: Layout, make: Callable[[], T]) -> T:
-    """`make()` of rank 0 on every rank. Collective; if it fails there, the others raise PeerError."""
-    outcome: list[Any] = [None]
-    failure: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            outcome = [(True, make())]
-        except Exception as error:
-            failure, outcome = error, [(False, str(error))]
-    dist.broadcast_object_list(outcome, src=0, group=layout.control)
-    if failure is not None:
-        raise failure
-    done, value = outcome[0]
-    if not done:
-        raise PeerError(f"rank 0: {value}")
-    return value
-
-
-def destroy_layout(layout: Layout) -> None:
-    """Frees the groups, so that another layout can be made of the same processes."""
-    dist.destroy_process_group(layout.control)
-    parallel_state.destroy_model_parallel()

@@ -1,22 +1,26 @@
-"""One step's rollouts: sampled, scored, filtered, described; and how they are kept in a checkpoint."""
+"""Collects the rollouts of one step: samples, scores and filters them. Packs rollouts for checkpoints and ranks."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from entcov.rl.config import Config
+from entcov.rl.config import RolloutConfig
 from entcov.rl.data.stream import PromptStream
+from entcov.rl.interfaces import Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
-from entcov.rl.types import Rollout
+from entcov.rl.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def derived_seed(seed: int, *path: int) -> int:
@@ -24,52 +28,68 @@ def derived_seed(seed: int, *path: int) -> int:
     return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)[0] >> 1)
 
 
+def as_rollout(
+    prompt: Prompt, sample: int, tokens: list[int], logprob: list[float], version: int, tokenizer: Tokenizer
+) -> Rollout:
+    """A sampler's response as a rollout. It is finished if it ends in the end-of-sequence token."""
+    finished = tokens[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(tokens[:-1] if finished else tokens)
+    return Rollout(prompt, sample, tokens, logprob, finished, weight_version=version, text=text)
+
+
 @dataclass
 class Collected:
-    """What one step trains on, and what is recorded of it."""
+    """The rollouts that one step trains on, and their metrics."""
 
     rollouts: list[Rollout]  # whole groups, scored
     position: int  # prompts taken from the stream, these included
     metrics: dict[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors. A prompt is kept as its position in the stream."""
-        return {
-            "position": self.position,
-            "metrics": dict(self.metrics),
-            "tokens": torch.tensor([t for r in self.rollouts for t in r.tokens], dtype=torch.int64),
-            "logprob": torch.tensor([p for r in self.rollouts for p in r.logprob], dtype=torch.float64),
-            "each": [
-                (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward)
-                for r in self.rollouts
-            ],
-        }
+        return {"position": self.position, "metrics": dict(self.metrics), **pack_rollouts(self.rollouts)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], stream: PromptStream) -> Collected:
         prompts = {uid: stream.take(uid, 1)[0] for uid in {each[0] for each in state["each"]}}
-        tokens, logprob, start = state["tokens"].tolist(), state["logprob"].tolist(), 0
-        rollouts = []
-        for uid, sample, length, finished, version, text, reward in state["each"]:
-            at = slice(start, start + length)
-            rollouts.append(
-                Rollout(prompts[uid], sample, tokens[at], logprob[at], finished, version, text=text, reward=reward)
-            )
-            start += length
-        return cls(rollouts, state["position"], state["metrics"])
+        return cls(unpack_rollouts(state, prompts), state["position"], state["metrics"])
+
+
+def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """The rollouts as plain values and tensors. A prompt is kept as its position in the stream."""
+    return {
+        "tokens": torch.tensor([t for r in rollouts for t in r.tokens], dtype=torch.int64),
+        "logprob": torch.tensor([p for r in rollouts for p in r.logprob], dtype=torch.float64),
+        "each": [
+            (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward, r.timed_out)
+            for r in rollouts
+        ],
+    }
+
+
+def unpack_rollouts(packed: dict[str, Any], prompts: Mapping[int, Prompt]) -> list[Rollout]:
+    """The rollouts that `pack_rollouts` was given; `prompts` by their position."""
+    tokens, logprob, start = packed["tokens"].tolist(), packed["logprob"].tolist(), 0
+    rollouts = []
+    for uid, sample, length, finished, version, text, *scored in packed["each"]:
+        at = slice(start, start + length)
+        # Checkpoints of earlier versions do not say whether the time for a reward ran out.
+        rollouts.append(Rollout(prompts[uid], sample, tokens[at], logprob[at], finished, version, text, *scored))
+        start += length
+    return rollouts
 
 
 @dataclass
 class Collector:
     """Draws a step's rollouts. It changes nothing but the sampler, so it may work beside the actor's update."""
 
-    config: Config
-    sampler: Any
+    config: RolloutConfig
+    seed: int  # the run's
+    sampler: Sampler
     stream: PromptStream
-    score: RewardFunction
+    reward_fn: RewardFunction
 
     def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
-        """The rollouts of `step` from the prompts at `position` on.
+        """The rollouts of `step`, from the prompts at `position` and after it.
 
         With dynamic sampling (`filter_zero_variance`) groups without a difference in reward are dropped and further
         prompts drawn, up to `max_draws` times.
@@ -80,12 +100,12 @@ class Collector:
         Raises:
             RuntimeError: dynamic sampling has left nothing.
         """
-        config = self.config.rollout
+        config = self.config
         seconds: dict[str, float] = defaultdict(float)
         kept: list[Rollout] = []
         drawn: list[Rollout] = []
         for draw in range(config.max_draws if config.filter_zero_variance else 1):
-            with Scorer(self.score) as scorer:
+            with Scorer(self.reward_fn) as scorer:
                 phase("rollout")
                 with timed(seconds, "gen"):
                     fresh = self.sampler.generate(
@@ -93,11 +113,11 @@ class Collector:
                         group_size=config.group_size,
                         temperature=config.temperature,
                         max_response_length=config.max_response_length,
-                        seed=derived_seed(self.config.seed, step, draw),
+                        seed=derived_seed(self.seed, step, draw),
                         on_done=scorer.take,
                     )
                 phase("reward")
-                with timed(seconds, "reward"):  # what is left of it when the last response is complete
+                with timed(seconds, "reward"):  # the time that scoring takes after the last response is complete
                     scorer.finish(fresh)
             position += config.prompts_per_step
             drawn += fresh
@@ -126,7 +146,7 @@ def timed(seconds: dict[str, float], name: str):
 
 
 def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
-    """Rewards and lengths of everything that was drawn, before any filter; how many were not scored in time."""
+    """Metrics of all sampled rollouts before the filter: rewards, lengths, time-outs of the reward."""
     groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
     return {
         **spread("critic/score", [r.reward for r in drawn]),

@@ -1,0 +1,156 @@
+"""What the parts of the trainer ask of each other: an actor, a sampler, and the backend that builds both.
+
+The loop (entcov/rl/loop.py) drives an `Actor` and a `Sampler`; a run (entcov/rl/run.py) is built and stored by a
+`Backend`. With several processes every one of them runs the same code: a method that is called collective must be
+called by all of them, with the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from entcov.controls import Control
+from entcov.objective.tokens import PolicyLossConfig
+from entcov.rl.batch import Batch
+from entcov.rl.config import ActorConfig, Config, ModelConfig, RolloutConfig
+from entcov.rl.record.checkpoint import Checkpoint
+from entcov.rl.rewards.rules import RewardFunction
+from entcov.rl.types import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+T = TypeVar("T")
+NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]  # (name in a Hugging Face checkpoint, whole weight)
+
+
+class PolicyStats(TypedDict):
+    """Statistics of the policy at the tokens of a batch: [N] float32, nats, 0 where `batch.loss_mask` is False."""
+
+    logprob: Tensor
+    entropy: Tensor
+    entropy_drift: Tensor
+    clamped_entropy: NotRequired[Tensor]  # where a control needs it
+    ref_logprob: NotRequired[Tensor]  # of the reference policy, where there is one
+
+
+class Actor(Protocol):
+    """Owns the policy's weights and its optimizer."""
+
+    weight_version: int  # optimizer steps taken
+
+    @property
+    def device(self) -> torch.device:
+        """Where `compute_logprobs` and `update` want their batches."""
+
+    def compute_logprobs(self, batch: Batch) -> PolicyStats:
+        """Statistics of the current policy, without gradient. Collective; every rank gets the whole batch's."""
+
+    def update(self, batch: Batch, *, step: int) -> dict[str, float]:
+        """One optimizer step on a mini-batch; returns its metrics. Collective.
+
+        Args:
+            batch: with `old_logprob`, and `ref_logprob` where loss.kl_coef > 0.
+            step: the loop's step, for messages.
+
+        Raises:
+            RuntimeError: the gradient norm is not finite; nothing was updated.
+        """
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight, whole, for samplers that keep a copy. Collective: every rank iterates to the end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What state.pt of a checkpoint keeps of the actor. `Backend.save` stores the weights."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Sampler(Protocol):
+    """Samples responses from the policy, and records each token's log-probability under it."""
+
+    def sync(self, weight_version: int, named_weights: NamedWeights) -> None:
+        """Takes over the actor's weights; must be called before the first `generate`. Collective."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        temperature: float,
+        max_response_length: int,
+        seed: int,
+        progress: Callable[[int, int], None] | None = None,
+        on_done: Callable[[Rollout], None] | None = None,
+    ) -> list[Rollout]:
+        """`group_size` responses to each prompt, prompt by prompt. Collective.
+
+        Args:
+            temperature: the policy is softmax(logits / temperature); 0 takes the likeliest token, with the
+                log-probability of softmax(logits).
+            seed: fixes every draw.
+            progress: called with (responses done, responses in all).
+            on_done: called with each response as soon as it is complete, in no particular order. A sampler over
+                several processes computes the rewards itself and does not call it.
+        """
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the weights of a run come from: of a fresh one from the recipe, else from a checkpoint."""
+
+    model: ModelConfig
+    seed: int  # of random weights
+    run_dir: Path
+    checkpoint: Checkpoint | None  # None: the run is fresh
+    warm_start: Callable[[nn.Module], None] | None  # trains a fresh policy on worked solutions, in place
+
+    @property
+    def stored_model(self) -> ModelConfig:
+        """The recipe's model, with the weights and the tokenizer of the checkpoint if there is one."""
+        return self.model if self.checkpoint is None else self.model.in_folder(self.checkpoint.path / "model")
+
+
+A = TypeVar("A", bound=Actor)
+
+
+class Backend(Protocol[A]):
+    """What trains: transformers in one process, or Megatron-Core in many. Rank 0 alone logs, displays and writes."""
+
+    name: str  # the value of `actor.backend`
+    is_rank0: bool
+    world_size: int
+
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
+        """`make()` of rank 0, on every rank; an error there is an error everywhere. Collective."""
+
+    def max_over_ranks(self, value: int) -> int:
+        """The greatest of all ranks' values, on every rank. Collective."""
+
+    def check(self, config: Config) -> None:
+        """Raises for a recipe that cannot be run, before anything is written. Collective."""
+
+    def build_actor(
+        self, config: ActorConfig, loss: PolicyLossConfig, controls: Sequence[Control], temperature: float, start: Start
+    ) -> A:
+        """The actor of a fresh run, warm-started, or with the weights of the start's checkpoint. Collective."""
+
+    def build_sampler(
+        self, config: RolloutConfig, max_prompt_length: int, start: Start, actor: A, tokenizer: Tokenizer,
+        reward_fn: RewardFunction,
+    ) -> Sampler:  # fmt: skip
+        """The sampler that `rollout.sampler` names. Collective."""
+
+    def save(
+        self, directory: Path, step: int, actor: A, tokenizer: Tokenizer, state: dict[str, Any], keep: int
+    ) -> None:
+        """Stores a checkpoint as `save_checkpoint` does; `state` is rank 0's. Collective."""
+
+    def close(self) -> None:
+        """Ends the connections of the backend's processes, after a run that went well. Collective."""

@@ -1,0 +1,159 @@
+"""The Megatron backend: Megatron-Core in the processes that torchrun started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from entcov.controls import Control
+from entcov.objective.tokens import PolicyLossConfig
+from entcov.rl.backend import REFERENCE, check_reference
+from entcov.rl.config import ActorConfig, Config, ConfigError, MegatronConfig, RolloutConfig
+from entcov.rl.hf import model as hf
+from entcov.rl.hf.model_config import check_context
+from entcov.rl.interfaces import Sampler, Start
+from entcov.rl.preflight import check_recipe
+from entcov.rl.record.checkpoint import save_checkpoint
+from entcov.rl.record.sealed import replace_sealed
+from entcov.rl.rewards.rules import RewardFunction
+from megatron_integration.actor import MegatronActor
+from megatron_integration.bridge import (
+    build_model,
+    load_hf_weights,
+    local_folder,
+    make_bridge,
+    refuse_unsupported,
+    save_hf,
+)
+from megatron_integration.checkpoint import load_sharded, save_sharded
+from megatron_integration.process_groups import make_process_groups, start_processes
+from megatron_integration.rollouts import CopySampler, SharedRollouts, sampler_ranks
+
+INITIAL_MODEL = "initial_model"  # in the run directory: what reinforcement starts from, unless that is model.path
+
+
+class MegatronBackend:
+    """An `entcov.rl.interfaces.Backend`: one process of a torchrun job. Making it is collective.
+
+    The run directory must be on a file system that all nodes share: every rank reads and writes checkpoints there.
+    """
+
+    name = "megatron"
+
+    def __init__(self, config: MegatronConfig, *, device: str = "auto", seed: int = 0):
+        self.config = config
+        self.groups = make_process_groups(config, start_processes(device), seed=seed)
+        self.world_size = dist.get_world_size()
+        self.is_rank0 = dist.get_rank() == 0
+        self.broadcast_from_rank0 = self.groups.broadcast_from_rank0
+        self._vllm_in_process = False
+
+    def max_over_ranks(self, value: int) -> int:
+        everyones = torch.tensor(value)
+        dist.all_reduce(everyones, op=dist.ReduceOp.MAX, group=self.groups.control)
+        return int(everyones)
+
+    def check(self, config: Config) -> None:
+        refuse_unsupported(self.broadcast_from_rank0(lambda: check_recipe(config)), self.config)
+
+    def build_actor(
+        self, config: ActorConfig, loss: PolicyLossConfig, controls: Sequence[Control], temperature: float, start: Start
+    ) -> MegatronActor:
+        if not (start.run_dir / "config.yaml").exists():
+            raise ConfigError(
+                f"run_dir: must be on a file system that all nodes share, rank {dist.get_rank()} finds no run in "
+                f"{start.run_dir}"
+            )
+        folder, initial = start.stored_model.path, None
+        if start.checkpoint is None or loss.kl_coef > 0:  # a resumed run needs it only as the reference
+            initial = local_folder(self.broadcast_from_rank0(lambda: initial_model(start, self.groups.device)))
+        if start.checkpoint is None:
+            folder = initial
+        bridge = make_bridge(folder, self.config, self.groups, dtype=getattr(torch, start.model.compute_dtype))
+        policy, reference = build_model(bridge, self.groups), None
+        if start.checkpoint is None:
+            load_hf_weights(bridge, policy, folder, self.groups)
+        if loss.kl_coef > 0:
+            reference = build_model(bridge, self.groups).requires_grad_(False).eval()
+            load_hf_weights(bridge, reference, initial, self.groups)
+        actor = MegatronActor(
+            policy, bridge, self.groups, config, self.config, loss, controls,
+            temperature=temperature, reference=reference,
+        )  # fmt: skip
+        if start.checkpoint is not None:
+            load_sharded(actor, start.checkpoint.file("megatron"))
+        return actor
+
+    def build_sampler(
+        self, config: RolloutConfig, max_prompt_length: int, start: Start, actor: MegatronActor,
+        tokenizer: PreTrainedTokenizerBase, reward_fn: RewardFunction,
+    ) -> Sampler:  # fmt: skip
+        bridge, ranks, sampler = actor.bridge, sampler_ranks(self.groups, config), None
+        check_context(bridge.hf_config, max_prompt_length, config.max_response_length)
+        if config.sampler == "vllm":
+            from entcov.rl.vllm.sampler import build_vllm_sampler
+
+            self._vllm_in_process = config.vllm.mode == "colocated"
+            sampler = build_vllm_sampler(config, max_prompt_length, bridge.hf_config, bridge.dtype, tokenizer)
+        elif ranks.own is not None:
+            source = start.model.in_folder(bridge.hf_config.name_or_path)
+            copy, _ = hf.build_model(source, seed=start.seed, device=self.groups.device)
+            sampler = CopySampler(copy, tokenizer, batch_size=config.batch_size)
+        return SharedRollouts(sampler, ranks, self.groups, reward_fn)
+
+    def save(
+        self, directory: Path, step: int, actor: MegatronActor, tokenizer: PreTrainedTokenizerBase,
+        state: dict[str, Any], keep: int,
+    ) -> None:  # fmt: skip
+        """Every rank writes its shard into rank 0's temporary folder; rank 0 checks, renames and moves the pointer.
+
+        A rank that dies leaves the temporary folder behind, and `latest` at the checkpoint before.
+        """
+        writers = {
+            "model": lambda path: save_hf(actor.bridge, actor.model, self.groups, tokenizer, path),
+            "megatron": lambda path: save_sharded(actor, path),
+        }
+
+        def on_every_rank(write: Callable[[Path], None], path: Path | None = None) -> None:
+            shared = [path]
+            dist.broadcast_object_list(shared, src=0, group=self.groups.control)
+            write(shared[0])
+            dist.barrier(group=self.groups.control)
+
+        if self.is_rank0:
+            collective = {name: partial(on_every_rank, write) for name, write in writers.items()}
+            save_checkpoint(directory, step, collective, state, keep)
+        else:
+            for write in writers.values():
+                on_every_rank(write)
+        dist.barrier(group=self.groups.control)  # nobody trains on before the checkpoint is the latest
+
+    def close(self) -> None:
+        """Where vLLM runs in these processes it has groups of its own, and takes all down as the process ends."""
+        if not self._vllm_in_process:
+            self.groups.destroy()
+            dist.destroy_process_group()
+
+
+def initial_model(start: Start, device: torch.device) -> str:
+    """The folder or hub name of the weights that reinforcement starts from. Called by one process.
+
+    The warm start and random weights are made by transformers in this process: they are for models that fit in it.
+    """
+    if start.model.path is not None and start.warm_start is None:
+        return start.model.path
+    stored = start.run_dir / INITIAL_MODEL
+    if start.checkpoint is not None:
+        check_reference(stored)
+    else:
+        policy, tokenizer = hf.build_model(start.model, seed=start.seed, device=device)
+        if start.warm_start is not None:
+            start.warm_start(policy)
+        replace_sealed(stored, {"model": lambda path: hf.save_model(policy, tokenizer, path)}, REFERENCE)
+    return str(stored / "model")
