@@ -6,9 +6,9 @@
 // what has been gathered. Scratch a thread: 176 KiB of counters, and 4 bytes a column for the list, of which only as much is
 // touched as logits lie in the bracket.
 //
-// Listing is a second look at each chunk of the pass (row_pass.h) while it is in L1: with AVX-512 a compressed store a
-// vector, elsewhere a store and an addition a logit, without a branch. A list has room for the whole row, so it never
-// overflows, and a bracket of all keys always ends the search.
+// Listing is a second look at each chunk of the pass (row_pass.h) while it is in L1: with AVX-512 a mask of 64 logits at a
+// time, of which about two lie in the bracket; elsewhere a store and an addition a logit, without a branch. A list has room
+// for the whole row, so it never overflows, and a bracket of all keys always ends the search.
 #include "../clamp.h"
 
 #if defined(__x86_64__)
@@ -23,7 +23,8 @@
 namespace entcov::cpu {
 namespace {
 
-constexpr int kCounters = 2048;
+constexpr int kBins = 512;
+constexpr int kWays = 4;  // counters of a bin, taken in turn: a counter that was just written is slow to read
 constexpr int kHalfKeys = 1 << 16;  // upper halves of keys
 
 int thread_index() {
@@ -34,13 +35,21 @@ int thread_index() {
 #endif
 }
 
-struct Scratch {
-  uint16_t upper[kSampleLimit];         // a sample: upper halves of keys
-  uint16_t sampled[kHalfKeys] = {};     // how often each is in it; all 0 between rows
-  uint32_t count[kCounters];
-  std::unique_ptr<float[]> list;
+constexpr int kListSlack = 64;  // elements behind a list that may be written
 
-  explicit Scratch(int64_t columns) : list(new float[columns + 2 * 16]) {}  // whole vectors are written
+struct Scratch {
+  uint16_t upper[kSampleLimit];      // a sample: upper halves of keys
+  uint16_t sampled[kHalfKeys] = {};  // how often each is in it; all 0 between rows
+  uint32_t count[kBins][kWays];
+  std::unique_ptr<float[]> room;
+
+  explicit Scratch(int64_t columns) : room(new float[2 * (columns + kListSlack)]) {}
+
+  // Two lists of logits, of as many as the row has columns.
+  template <class D>
+  typename D::storage* list() {
+    return reinterpret_cast<typename D::storage*>(room.get());
+  }
 };
 
 // Here and not in the threads, where running out of memory is fatal.
@@ -77,7 +86,12 @@ ENTCOV_INLINE int take_sample(const typename D::storage* x, int columns, Scratch
   }
   constexpr int kSector = kSectorBytes / static_cast<int>(sizeof(typename D::storage));
   const SamplePlan plan = plan_sample(columns, kSector);
-  for (int i = 0; i < plan.taken; i++) take(x + static_cast<int64_t>(i * plan.every + plan.first) * kSector, kSector);
+  const auto sector = [&](int i) { return x + static_cast<int64_t>(i * plan.every + plan.first) * kSector; };
+  constexpr int kAhead = 24;  // memory takes as long as so many sectors do
+  for (int i = 0; i < plan.taken; i++) {
+    __builtin_prefetch(sector(i + kAhead < plan.taken ? i + kAhead : i));
+    take(sector(i), kSector);
+  }
   return size;
 }
 
@@ -88,8 +102,8 @@ void select_from_sample(Scratch& s, int m, int size, Rank rank, uint16_t* upper)
   for (int i = 0; i < m; i++) s.sampled[s.upper[i]]++;
   int end = kHalfKeys, n = 0, above = 0;  // `above` of the sample lie from key `end` on
   while (n < size) {
-    int in_block = 0;
-    for (int i = 1; i <= kBlock; i++) in_block += s.sampled[end - i];
+    uint16_t in_block = 0;  // of kSampleLimit at most
+    for (int i = end - kBlock; i < end; i++) in_block = static_cast<uint16_t>(in_block + s.sampled[i]);
     if (above + in_block < rank(n)) {
       above += in_block, end -= kBlock;
       continue;
@@ -103,29 +117,44 @@ void select_from_sample(Scratch& s, int m, int size, Rank rank, uint16_t* upper)
 
 // ---- the list -------------------------------------------------------------------------------------------------------
 
+struct Counts {
+  int64_t inside = 0, above = 0;  // of a bracket
+};
+
 #if defined(__x86_64__)
 template <class D>
-__attribute__((target(ENTCOV_AVX512))) int64_t list_vectors_avx512(const typename D::storage* x, int n, float lo,
-                                                                   float hi, float* out) {
-  int64_t listed = 0;
-  for (int j = 0; j + 16 <= n; j += 16) {
-    const __m512 v = (__m512)D::template widen<16>(x + j);
-    const __mmask16 from = _mm512_cmp_ps_mask(v, _mm512_set1_ps(lo), _CMP_GE_OQ);
-    const __mmask16 inside = _mm512_mask_cmp_ps_mask(from, v, _mm512_set1_ps(hi), _CMP_LE_OQ);
-    _mm512_storeu_ps(out + listed, _mm512_maskz_compress_ps(inside, v));
-    listed += __builtin_popcount(inside);
+__attribute__((target(ENTCOV_AVX512))) Counts list_by_masks(const typename D::storage* x, int n, float lo, float hi,
+                                                            typename D::storage* out) {
+  Counts counts;
+  for (int j = 0; j < n; j += 64) {
+    uint64_t from_lo = 0, over_hi = 0;
+    for (int k = 0; k < 64; k += 16) {
+      const __m512 v = (__m512)D::template widen<16>(x + j + k);
+      from_lo |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, _mm512_set1_ps(lo), _CMP_GE_OQ)) << k;
+      over_hi |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, _mm512_set1_ps(hi), _CMP_GT_OQ)) << k;
+    }
+    uint64_t inside = from_lo & ~over_hi;
+    typename D::storage* at = out + counts.inside;
+    counts.above += _mm_popcnt_u64(over_hi);
+    counts.inside += _mm_popcnt_u64(inside);
+    do {  // four at once: seldom are there more, and no branch depends on how many fewer there are
+      for (int k = 0; k < 4; k++) {
+        *at++ = x[j + (_tzcnt_u64(inside) & 63)];
+        inside = _blsr_u64(inside);
+      }
+    } while (inside);
   }
-  return listed;
+  return counts;
 }
 #endif
 
-// Writes the elements of x [n] in [lo, hi] to out, in their order, and up to 15 more; returns how many they are.
+// Writes the elements of x [n] in [lo, hi] to out, in their order, and up to kListSlack more behind them. out may be x.
 template <class D, int W>
-ENTCOV_INLINE int64_t list_inside(const typename D::storage* x, int n, float lo, float hi, float* out) {
-  int64_t listed = 0;
+ENTCOV_INLINE Counts list_inside(const typename D::storage* x, int n, float lo, float hi, typename D::storage* out) {
+  Counts counts;
   int j = 0;
 #if defined(__x86_64__)
-  if constexpr (W == 16) listed = list_vectors_avx512<D>(x, n, lo, hi, out), j = n - n % W;
+  if constexpr (W == 16) counts = list_by_masks<D>(x, n / 64 * 64, lo, hi, out), j = n / 64 * 64;
 #endif
   for (; j < n; j += W) {
     const int real = n - j < W ? n - j : W;
@@ -133,24 +162,35 @@ ENTCOV_INLINE int64_t list_inside(const typename D::storage* x, int n, float lo,
     float values[W];
     memcpy(values, &v, sizeof v);
     for (int k = 0; k < real; k++) {
-      out[listed] = values[k];
-      listed += (values[k] >= lo) & (values[k] <= hi);
+      out[counts.inside] = x[j + k];
+      counts.inside += (values[k] >= lo) & (values[k] <= hi);
+      counts.above += values[k] > hi;
     }
   }
-  return listed;
+  return counts;
+}
+
+// Calls use(x) with every element of a list.
+template <class D, int W, class Use>
+ENTCOV_INLINE void for_listed(const typename D::storage* list, int64_t n, Use use) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int real = n - i < W ? static_cast<int>(n - i) : W;
+    const f32<W> v = real < W ? widen_tail<D, W>(list + i, real) : D::template widen<W>(list + i);
+    for (int k = 0; k < real; k++) use(v[k]);
+  }
 }
 
 // One pass over a row with a bracket.
 template <class D, int W>
 struct BracketPass : RowPass<D, W, false, true> {
-  float* list;
-  int64_t listed = 0;
+  Counts counts;
 
-  ENTCOV_INLINE BracketPass(const typename D::storage* x, int64_t columns, float inv_temperature, float lo, float hi,
-                            float* room)
-      : RowPass<D, W, false, true>(inv_temperature, hi), list(room) {
+  ENTCOV_INLINE BracketPass(const typename D::storage* x, int64_t columns, float inv_temperature, KeyRange bracket,
+                            typename D::storage* list)
+      : RowPass<D, W, false, true>(inv_temperature, key_value(bracket.hi)) {
     this->add_row(x, columns, [&](int64_t at, int n) __attribute__((always_inline)) {
-      listed += list_inside<D, W>(x + at, n, lo, hi, list + listed);
+      const Counts c = list_inside<D, W>(x + at, n, key_value(bracket.lo), this->threshold, list + counts.inside);
+      counts.inside += c.inside, counts.above += c.above;
     });
   }
 };
@@ -161,25 +201,41 @@ struct Place {
   uint32_t key, rank, equal;  // of an element: its rank among those that equal it, and their number
 };
 
-// Of the rank-th largest element of a list whose keys lie in `range`: 11 bits of what is left of the range at a time.
-template <int kSpare>
-Place radix_select(const float* list, int64_t listed, KeyRange range, uint32_t rank, uint32_t* count) {
-  uint32_t lo = range.lo >> kSpare, hi = range.hi >> kSpare, equal = static_cast<uint32_t>(listed);
+// Of the rank-th largest element of a list, whose keys lie in `range`: 9 bits of what is left of the range at a time.
+template <class D, int W>
+ENTCOV_INLINE Place radix_select(typename D::storage* list, int64_t listed, KeyRange range, uint32_t rank,
+                                 uint32_t (*count)[kWays]) {
+  constexpr int kSpare = kSpareBits<D>;
+  uint32_t lo = range.lo >> kSpare, hi = range.hi >> kSpare;
+  typename D::storage *left = list, *room = list + listed + kListSlack;
+  int64_t n = listed;
   while (lo < hi) {
     int shift = 0;
-    while ((hi - lo) >> shift >= kCounters) shift++;
-    std::fill(count, count + kCounters, 0);
-    for (int64_t i = 0; i < listed; i++) {
-      const uint32_t key = order_key(list[i]) >> kSpare;
-      if (key >= lo && key <= hi) count[(key - lo) >> shift]++;
+    while ((hi - lo) >> shift >= kBins) shift++;
+    memset(count, 0, kBins * sizeof *count);
+    for (int64_t i = 0; i < n; i += W) {
+      const int real = n - i < W ? static_cast<int>(n - i) : W;
+      const f32<W> v = (real < W ? widen_tail<D, W>(left + i, real) : D::template widen<W>(left + i)) + 0.0f;
+      const u32<W> b = (u32<W>)v, key = b ^ ((u32<W>)((i32<W>)b >> 31) | 0x80000000u);  // order_key()
+      const u32<W> bins = ((key >> kSpare) - lo) >> shift;
+      uint32_t bin[W];
+      memcpy(bin, &bins, sizeof bins);
+      if (real == W)
+        for (int k = 0; k < W; k++) count[bin[k]][k % kWays]++;
+      else
+        for (int k = 0; k < real; k++) count[bin[k]][k % kWays]++;
     }
-    uint32_t bin = (hi - lo) >> shift;
-    while (bin > 0 && rank > count[bin]) rank -= count[bin--];
-    equal = count[bin];
+    uint32_t bin = (hi - lo) >> shift, in_bin;
+    const auto total = [&](uint32_t b) { return count[b][0] + count[b][1] + count[b][2] + count[b][3]; };
+    while (bin > 0 && rank > (in_bin = total(bin))) rank -= in_bin, bin--;
     lo += bin << shift;
     if ((hi - lo) >> shift > 0) hi = lo + (1u << shift) - 1u;
+    if (hi == 0x7fffffffu >> kSpare && lo < hi) hi--;  // -0 has the key of +0
+    n = list_inside<D, W>(left, static_cast<int>(n), key_value(whole_key(lo, kSpare)), key_value(whole_key(hi, kSpare)),
+                          room).inside;
+    left = room;
   }
-  return {whole_key(lo, kSpare), rank, equal};
+  return {whole_key(lo, kSpare), rank, static_cast<uint32_t>(n)};
 }
 
 template <class D>
@@ -193,9 +249,8 @@ struct ClampedStatsOp {
     float *stats, *clamp;
     const std::unique_ptr<Scratch>* scratch;
   };
-  static constexpr int kSpare = kSpareBits<D>;
 
-  static ENTCOV_INLINE RowBrackets guess(const Args& a, const typename D::storage* x, Scratch& s) {
+  static ENTCOV_INLINE RowBrackets initial_brackets(const Args& a, const typename D::storage* x, Scratch& s) {
     const KeyRange all{kLowestKey, kHighestKey};
     const int columns = static_cast<int>(a.num_columns);
     if (columns <= kUnsampledColumns) return {all, all, all};
@@ -203,7 +258,7 @@ struct ClampedStatsOp {
     const SampleRanks ranks = sample_ranks(a.kept, columns, m, INFINITY);
     uint16_t upper[4];
     select_from_sample(s, m, 4, [&](int n) { return ranks.rank(n); }, upper);
-    return row_brackets(ranks, upper, kSpare);
+    return row_brackets(ranks, upper, kSpareBits<D>);
   }
 
   template <int W>
@@ -215,18 +270,15 @@ struct ClampedStatsOp {
     }
     Scratch& s = *a.scratch[thread_index()];
     const typename D::storage* x = a.logits + t * a.row_stride;
-    const RowBrackets brackets = guess(a, x, s);
-    const int64_t kept = a.kept;
+    typename D::storage* list = s.template list<D>();
+    const RowBrackets brackets = initial_brackets(a, x, s);
     KeyRange b = brackets.inner;
     for (int passes = 1;; passes++) {
-      const BracketPass<D, W> p(x, a.num_columns, a.inv_temperature, key_value(b.lo), key_value(b.hi), s.list.get());
+      const BracketPass<D, W> p(x, a.num_columns, a.inv_temperature, b, list);
       const bool dead = std::isnan(p.total.rest) || p.max == -INFINITY;
-      const bool missed = kept <= p.total.above || kept - p.total.above > p.listed;
-      if (missed && !dead) {
-        if (passes == 1)
-          b = kept <= p.total.above ? brackets.above : brackets.below;
-        else
-          b = {kLowestKey, kHighestKey};
+      const int64_t rank = a.kept - p.counts.above;  // of the threshold in the bracket, from its largest
+      if (!dead && (rank < 1 || rank > p.counts.inside)) {
+        b = passes > 1 ? KeyRange{kLowestKey, kHighestKey} : rank < 1 ? brackets.above : brackets.below;
         continue;
       }
       p.write_stats(x, a.num_columns, column_of(a.target[t], 0), out);
@@ -234,20 +286,18 @@ struct ClampedStatsOp {
         std::fill(clamp, clamp + 4, NAN);
         return;
       }
-      // [above hi][listed, descending]: the threshold is the kept-th.
-      const Place at = radix_select<kSpare>(s.list.get(), p.listed, b, static_cast<uint32_t>(kept - p.total.above), s.count);
-      const float threshold = key_value(at.key);
-      for (int64_t i = 0; i < p.listed; i++)
-        if (!(s.list[i] > threshold)) s.list[i] = -INFINITY;
-      const RowPass<Float32, W, false, false> of_list(a.inv_temperature);
+      const Place at = radix_select<D, W>(list, p.counts.inside, b, static_cast<uint32_t>(rank), s.count);
+      // The listed logits above the threshold join those above the bracket, where one occurrence of the maximum is left
+      // out already if it is there.
+      const RowPass<D, W, false, true> of_list(a.inv_temperature, key_value(at.key));
       Sums sums;
-      double at_max = p.max > key_value(b.hi) ? 0 : -1;  // above the bracket one is left out already
-      for (int64_t i = 0; i < p.listed; i += kChunk) {
-        const int n = p.listed - i < kChunk ? static_cast<int>(p.listed - i) : kChunk;
-        of_list.template sweep<true>(s.list.get() + i, n, p.max, sums, at_max);
+      double at_max = p.max > p.threshold ? 0 : -1;
+      for (int64_t i = 0; i < p.counts.inside; i += kChunk) {
+        const int n = p.counts.inside - i < kChunk ? static_cast<int>(p.counts.inside - i) : kChunk;
+        of_list.template sweep<true>(list + i, n, p.max, sums, at_max);
       }
-      finish_clamp(threshold, at.rank, at.equal, p.max, float(p.total.rest_above + sums.rest + at_max),
-                   float(p.total.sum_xexp_above + sums.sum_xexp), a.inv_temperature, clamp);
+      finish_clamp(of_list.threshold, at.rank, at.equal, p.max, float(p.total.rest_above + sums.rest_above + at_max),
+                   float(p.total.sum_xexp_above + sums.sum_xexp_above), a.inv_temperature, clamp);
       return;
     }
   }
@@ -303,20 +353,20 @@ struct PartialOp {
     if (b.mode == kDone || a.target[t] == a.ignore_index) return;
     Scratch& s = *a.scratch[thread_index()];
     const typename D::storage* x = a.logits + t * a.row_stride;
-    const float* list = s.list.get();
-    const BracketPass<D, W> p(x, a.num_columns, a.inv_temperature, key_value(b.lo), key_value(b.hi), s.list.get());
+    typename D::storage* list = s.template list<D>();
+    const BracketPass<D, W> p(x, a.num_columns, a.inv_temperature, {b.lo, b.hi}, list);
     uint32_t used = 0;
-    for (int64_t i = 0; i < p.listed; i++) {
-      const float v = list[i] + 0.0f;
-      used |= float_bits(v);
+    int i = 0;
+    for_listed<D, W>(list, p.counts.inside, [&](float v) {
+      used |= float_bits(v + 0.0f);
       if (b.mode != kListed)
         cells[cell_of(b, order_key(v))] += 1.0f;
       else if (i < kCells)
-        cells[i] = v;
-    }
+        cells[i++] = v + 0.0f;
+    });
     p.write_stats(x, a.num_columns, column_of(a.target[t], a.vocab_start), out);
     write_partial(partial, p.max, float(p.total.rest_above), float(p.total.sum_xexp_above),
-                  static_cast<uint32_t>(p.total.above), static_cast<uint32_t>(p.listed), used);
+                  static_cast<uint32_t>(p.counts.above), static_cast<uint32_t>(p.counts.inside), used);
   }
 };
 
