@@ -210,7 +210,7 @@ ENTCOV_HD uint32_t cell_of(const Bracket& b, uint32_t key) {
   uint32_t cell;
   if (b.mode == kSpread) {
     const float lo = key_value(b.lo), per_cell = (key_value(b.hi) - lo) / kCells;
-    cell = static_cast<uint32_t>((key_value(key) - lo) / per_cell);
+    cell = static_cast<uint32_t>(fminf(fmaxf((key_value(key) - lo) / per_cell, 0.0f), kCells));
   } else {
     cell = (key - b.lo) / cell_width(b);
   }
