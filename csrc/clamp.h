@@ -244,6 +244,21 @@ ENTCOV_HD void write_partial(float* partial, float max, float rest, float sum_xe
   partial[kPartialUnused] = static_cast<float>(unused);
 }
 
+// The Team of a CPU.
+struct SingleThread {
+  static constexpr int kSize = 1, lane = 0;
+  ENTCOV_HD uint32_t sum(uint32_t v) const { return v; }
+  ENTCOV_HD float sum(float v) const { return v; }
+  ENTCOV_HD float max(float v) const { return v; }
+  ENTCOV_HD uint32_t before(uint32_t) const { return 0; }
+  ENTCOV_HD bool all(bool v) const { return v; }
+  ENTCOV_HD int first(bool) const { return 0; }
+  template <class T>
+  ENTCOV_HD T of(T v, int) const {
+    return v;
+  }
+};
+
 // ---- the first bracket ----------------------------------------------------------------------------------------------
 
 // What has come from all shards about one row: R stretches of floats, shard_stride apart.

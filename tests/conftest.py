@@ -1,7 +1,10 @@
 import pytest
 
-from entcov import _cpu
-from tests import on_device
+pytest.register_assert_rewrite("tests.support")  # before it is imported
+
+from entcov import _cpu  # noqa: E402
+from tests.emulator import build, emulated  # noqa: E402
+from tests.support import on_device  # noqa: E402
 
 SUPPORTED_ISAS = [name for name in ("avx512", "avx2", "baseline") if _cpu.set_isa(name)]
 _cpu.set_isa(SUPPORTED_ISAS[0])
@@ -22,3 +25,15 @@ def isa(request):
     assert _cpu.set_isa(request.param)
     yield request.param
     _cpu.set_isa(before)
+
+
+@pytest.fixture(scope="session")
+def products():
+    """What tests/emulator builds: {name: extension or library}."""
+    return build.build_all()
+
+
+@pytest.fixture(scope="session")
+def kernels(products):
+    """entcov._cuda with the emulated kernels."""
+    return emulated.load(products["plain"])

@@ -34,9 +34,9 @@ from entcov.rl.record.checkpoint import CheckpointError, load_latest, save_check
 from entcov.rl.record.durable import as_os_error
 from entcov.rl.record.metrics import RunLogger, read_metrics
 from entcov.rl.run import train
-from tests.bad_recipes import CHANGES, COMMANDS, DATA, RECIPES
-from tests.thread_ranks import ThreadRanks
-from tests.tiny_run import recipe
+from tests.support.bad_recipes import CHANGES, COMMANDS, DATA, RECIPES
+from tests.support.thread_ranks import ThreadRanks
+from tests.support.tiny_run import recipe
 
 REWARD = {"style": "exact", "ground_truth": "1"}
 BIG = str(Path(__file__).parents[1] / "examples" / "qwen2.5_32b_dapo_math.yaml")

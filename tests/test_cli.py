@@ -12,7 +12,7 @@ import yaml
 
 from entcov.cli import explain, main
 from entcov.rl.config import ConfigError
-from tests.tiny_run import recipe
+from tests.support.tiny_run import recipe
 
 
 @pytest.fixture

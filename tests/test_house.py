@@ -1,4 +1,5 @@
-"""The rooms of entcov/: which of them a file may import from, at its head or in a function, and no circle of files."""
+"""The rooms of entcov/: which of them a file may import from, at its head or in a function, and no circle of files. The
+folders of tests/ are the same rooms, and no test imports a test."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -91,3 +92,33 @@ def test_oracles_are_not_used_outside_tests_and_benchmarks():
 
 def test_every_room_says_what_is_in_it():
     assert not [name for name, path in MODULES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+# ---- the rooms of tests/ ---------------------------------------------------------------------------------------------
+
+TESTS = modules_of(ROOT / "tests")
+OTHER_FOLDERS = {"benchmarks", "megatron", "gpu", "emulator", "fuzz", "planted_faults", "support"}
+
+
+def test_no_test_imports_a_test():
+    """What two of them use is in tests/support; tests that run twice are named to tests/support/repeated.py."""
+    found = {name: imports_of(path, TESTS) for name, path in TESTS.items()}
+    assert len(found) > 100
+    assert not [
+        f"{name} imports {other}"
+        for name, others in found.items()
+        for other in others
+        if other.startswith("tests.") and ".test_" in other
+    ]
+
+
+def test_every_folder_of_tests_is_a_room():
+    folders = {path.parent.relative_to(ROOT / "tests") for path in TESTS.values()} - {Path(".")}
+    rooms = {room_of(name) for name in MODULES}
+    assert len(folders) > 20
+    for folder in folders:
+        room = folder.parts[0]
+        if len(folder.parts) == 1:
+            assert room in rooms | OTHER_FOLDERS, f"tests/{folder}: of which room are these the tests?"
+        else:
+            assert (ROOT / "entcov" / folder).is_dir(), f"tests/{folder}: entcov/{folder} is no folder"

@@ -16,12 +16,13 @@ from benchmarks import cuda_toolchain
 from benchmarks.gpu import outcomes
 from benchmarks.gpu.stages import FAILED, PARTIAL, PASSED, SKIPPED, Context, command, cores, finish, start
 
-# Tests of the ops that a GPU has kernels for; each moves its tensors there (tests/on_device.py).
-OP_TESTS = ("test_row_stats", "test_logits_grad", "test_covariance_stats", "test_token_stats", "test_logit_covariance")
+# Tests of the ops that a GPU has kernels for; each moves its tensors there (tests/support/on_device.py).
+OP_TESTS = ("ops/test_row_stats", "ops/test_logits_grad", "ops/test_covariance_stats", "stats/test_token_stats",
+            "stats/test_logit_covariance")  # fmt: skip
 # Of a rehearsal: the values that the CPU's own tests check again and again, in one kind or dtype.
 REHEARSED = "not against_float64 or gaussian or (dtype0 and not test_token_stats)"
-REHEARSED_TESTS, REHEARSED_OPS = ("test_covariance_stats",), "dtype0 or nan"
-DEVICE_TESTS = ("test_gpu", "test_gpu_sharded", "test_gpu_linear", "test_gpu_selection")
+REHEARSED_TESTS, REHEARSED_OPS = ("ops/test_covariance_stats",), "dtype0 or nan"
+DEVICE_TESTS = ("gpu/test_public_functions", "gpu/test_sharded", "gpu/test_linear_token_stats", "gpu/test_selection")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PACKAGES = ("triton", "pytest", "pytest-xdist", "setuptools", "pybind11", "transformers", "megatron-core", "matplotlib")
 
@@ -126,7 +127,8 @@ def _pytest(
     workers = workers if _version_of("pytest-xdist") else 1
     running = []
     for names in groups:
-        written, log = context.scratch / f"{names[0]}.outcomes", context.log(names[0])
+        name = names[0].replace("/", "_")
+        written, log = context.scratch / f"{name}.outcomes", context.log(name)
         arguments = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider"]
         arguments += ["-p", outcomes.__name__, "--outcomes", written, *(f"tests/{name}.py" for name in names)]
         if only:
@@ -134,7 +136,7 @@ def _pytest(
         if workers > 1:
             arguments += ["-n", str(workers)]
         process = start(arguments, log, processes=len(groups) * workers, ENTCOV_TEST_DEVICE=context.device)
-        running.append((names[0], written, log, process))
+        running.append((name, written, log, process))
     found = {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
     reasons, stopped = [], False
     for name, written, log, process in running:

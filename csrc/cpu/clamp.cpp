@@ -370,21 +370,6 @@ struct PartialOp {
   }
 };
 
-struct SingleThread {
-  static constexpr int kSize = 1;
-  static constexpr int lane = 0;
-  uint32_t sum(uint32_t v) const { return v; }
-  float sum(float v) const { return v; }
-  float max(float v) const { return v; }
-  uint32_t before(uint32_t) const { return 0; }
-  bool all(bool v) const { return v; }
-  int first(bool) const { return 0; }
-  template <class T>
-  T of(T v, int) const {
-    return v;
-  }
-};
-
 }  // namespace
 
 void clamped_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,

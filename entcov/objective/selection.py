@@ -11,7 +11,8 @@ of one another; of ids that lie further apart, within s times that, every s-th i
 
 Calls can be captured in a CUDA graph with `step` as a tensor: a number would be part of the capture.
 
-What an accelerator does for T tokens (tests/test_covariance.py counts it; reads plus writes of the T-sized operations):
+What an accelerator does for T tokens (tests/objective/test_token_covariance.py counts it; reads plus writes of the
+T-sized operations):
   select_clip_cov 169 launches, 1184 bytes a token      select_kl_cov     222 launches, 1399 bytes a token
 For KL-Cov on a million tokens that is 0.6 ms at 3 TB/s, and launches of about a millisecond, once in an optimizer step
 that takes seconds. A kernel of our own would save most of it, and is not worth its code.

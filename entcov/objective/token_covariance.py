@@ -17,7 +17,8 @@ Nothing makes the host wait on an accelerator: values are checked on the CPU onl
 in the covariance and its summary. Shapes depend on T and the number of ranks alone, so calls can be captured in a CUDA
 graph. The bits are the same on every device.
 
-What an accelerator does for T tokens (tests/test_covariance.py counts it; reads plus writes of the T-sized operations):
+What an accelerator does for T tokens (tests/objective/test_token_covariance.py counts it; reads plus writes of the
+T-sized operations):
   token_covariance 37 launches, 609 bytes a token       covariance_summary 72 launches, 474 bytes a token
 
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617, eq. 10.

@@ -97,13 +97,12 @@ def traffic(s: Settings) -> list[Traffic]:
         seconds = count * edge / (crossing * LINK_EFFICIENCY)
         out.append(Traffic("edges of stages, send", "pipeline", count, edge, seconds))
     rows = s.tokens_on_rank
-    clamp = 512 if s.clamped_entropy else 0
+    clamp = 664 if s.clamped_entropy else 0  # docs/ops.md
     once = n.selecting + n.forward
     add("row statistics with moments, all-gather", "tensor", t, n.scoring, t * rows * (28 + clamp), 1, near)
     add("row statistics, all-gather", "tensor", t, once, t * rows * (16 + clamp), 1, near)
-    if clamp:  # the candidates near the threshold, at most about three in 127 columns: docs/ops.md
-        candidates = 28 + 4 * 3 * s.shape.padded_vocab(t) // t // 127
-        add("clamp candidates, all-gather", "tensor", t, n.scoring + once, t * rows * candidates, 1, near)
+    if clamp:
+        add("clamp sketches, all-gather", "tensor", t, n.scoring + once, t * rows * 256, 1, near)
     ranks = s.data_parallel * c
     parameters = max(memory(s, stage).parameters for stage in range(p))
     steps = s.epochs * s.updates

@@ -4,7 +4,7 @@
 
 For a process of its own, with a sanitizer preloaded: it needs numpy only. Every array is a heap block of its exact
 size, so that AddressSanitizer sees the first byte past its end; what lies between the rows is NaN. That the numbers are
-right is tested elsewhere (test_cuda_emulated.py, on the plain build); here they must be the same in every build and
+right is tested elsewhere (test_kernels.py, on the plain build); here they must be the same in every build and
 schedule.
 """
 

@@ -43,10 +43,9 @@ THREADS = (1, 2, 100_000, 2**31 - 1, 0, -5)
 ALLOWED = (ValueError, TypeError, RuntimeError)
 
 
-def valid_calls(draw, on_cuda: bool) -> dict[str, tuple]:
+def valid_calls(draw) -> dict[str, tuple]:
     """{name: (op, arguments)} of one small sharded call of each kind."""
     from entcov import clamp_ops, clamp_rounds, ops, shard_ops
-    from entcov.stats.token_stats import _sketch_ranks
     from tests.fuzz import draws
 
     T, V, dtype = draw.randint(1, 5), draw.choice((draw.size(60), draw.size(1500), 4500)), draw.choice(draws.DTYPES)
@@ -77,33 +76,17 @@ def valid_calls(draw, on_cuda: bool) -> dict[str, tuple]:
         "shard_message": (payload, words, hash),
         "accept_shards": (torch.stack((message, message)), 7, 4, 10),
     }
-    if on_cuda:
-        columns = torch.tensor([V, 0])
-        sketch = clamp_rounds.clamp_sketch(z, target, *place, ignore)
-        sketches = torch.stack((sketch, torch.full_like(sketch, -torch.inf)))
-        guess = (sketches, columns, target, V, kept, V // 10, ignore)
-        bracket = clamp_rounds.clamp_guess(*guess)
-        part = clamp_rounds.clamp_part(z, target, bracket, *place, temperature, ignore)
-        calls |= {
-            "clamp_sketch": (z, target, *place, ignore),
-            "clamp_guess": guess,
-            "clamp_part": (z, target, bracket, *place, temperature, ignore),
-            "clamp_narrow": (part[None, :, 4:], target, whole, bracket, clamp, kept, temperature, ignore),
-        }
-    else:
-        ranks = _sketch_ranks(torch.tensor([V, 0]))
-        sketch = clamp_ops.order_statistics(z, target, ranks[0], *place, ignore)
-        sketches = torch.stack((sketch, torch.full_like(sketch, -torch.inf)))
-        bracket = clamp_ops.clamp_bracket(sketches, ranks, target, whole, kept, ignore)
-        capacity = int(bracket[:, 2].max())
-        collect = (z, target, whole, bracket, capacity, *place, temperature, ignore)
-        part = clamp_ops.clamp_collect(*collect)
-        calls |= {
-            "order_statistics": (z, target, ranks[0], *place, ignore),
-            "clamp_bracket": (sketches, ranks, target, whole, kept, ignore),
-            "clamp_collect": collect,
-            "clamp_finish": (torch.stack((part, part)), target, whole, bracket, kept, temperature, ignore),
-        }
+    sketch = clamp_rounds.clamp_sketch(z, target, *place, ignore)
+    sketches = torch.stack((sketch, torch.full_like(sketch, -torch.inf)))
+    guess = (sketches, torch.tensor([V, 0]), target, V, kept, V // 10, ignore)
+    bracket = clamp_rounds.clamp_guess(*guess)
+    part = clamp_rounds.clamp_part(z, target, bracket, *place, temperature, ignore)
+    calls |= {
+        "clamp_sketch": (z, target, *place, ignore),
+        "clamp_guess": guess,
+        "clamp_part": (z, target, bracket, *place, temperature, ignore),
+        "clamp_narrow": (part[None, :, 4:], target, whole, bracket, clamp, kept, temperature, ignore),
+    }
     modules = (ops, clamp_ops, clamp_rounds, shard_ops)
     return {name: (next(getattr(m, name) for m in modules if hasattr(m, name)), a) for name, a in calls.items()}
 
@@ -179,7 +162,7 @@ def run(seed: int, on_cuda: bool) -> None:
     from tests.fuzz.draws import Draw
 
     draw = Draw(seed)
-    calls = valid_calls(draw, on_cuda)
+    calls = valid_calls(draw)
     for _ in range(6):
         name = draw.choice(list(calls))
         op, arguments = calls[name]

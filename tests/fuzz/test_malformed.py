@@ -12,7 +12,6 @@ from entcov import _cpu
 from tests.emulator.build import preload
 from tests.fuzz import sanitized
 from tests.fuzz.draws import seeds
-from tests.test_cuda_emulated import products  # noqa: F401  (a fixture)
 
 
 def make_calls(count: int, options: list[str], environment: dict[str, str]) -> None:
@@ -35,7 +34,7 @@ def test_cpu_core_under_the_sanitizers():
     make_calls(100, ["--cpu-core", str(sanitized.build())], sanitized.environment())
 
 
-def test_cuda_kernels_under_the_sanitizers(products):  # noqa: F811
+def test_cuda_kernels_under_the_sanitizers(products):
     make_calls(8, ["--cuda", str(products["asan"])], preload("asan") | sanitized.environment())
 
 
@@ -43,7 +42,7 @@ def test_as_many_threads_as_no_machine_starts():
     """OpenMP ends the process if it cannot start what it is asked for; every kernel asks for the processors at most."""
     code = """
 import torch
-from entcov import _cpu, clamp_ops, ops
+from entcov import _cpu, clamp_ops, clamp_rounds, ops
 torch.manual_seed(0)
 z, target = torch.randn(64, 2000), torch.zeros(64, dtype=torch.int64)
 def results():
@@ -52,13 +51,14 @@ def results():
     merged = ops.merge_row_stats(torch.stack([stats] * 99), target, 1.0, -100)
     pairs = ops.merge_covariance_stats(torch.stack([pair] * 99), None, 1.0)
     whole, clamp = clamp_ops.clamped_stats(z, target, 700, 2000, 1.0, True, -100)
-    ranks = torch.tensor([[1, 700, 2000]])
-    sketch = clamp_ops.order_statistics(z, target, ranks[0], 0, 2000, -100)
-    bracket = clamp_ops.clamp_bracket(sketch[None], ranks, target, whole, 300, -100)
+    sketch = clamp_rounds.clamp_sketch(z, target, 0, 2000, -100)
+    bracket = clamp_rounds.clamp_guess(sketch[None], torch.tensor([2000]), target, 2000, 300, 100, -100)
+    part = clamp_rounds.clamp_part(z, target, bracket, 0, 2000, 1.0, -100)
+    found = clamp_rounds.clamp_narrow(part[None, :, 4:], target, whole, bracket, clamp, 300, 1.0, -100)
     ones = torch.ones(64)
     grad = ops.logits_grad(z, target, whole, ones, ones, ones, clamp, 0, 2000, 1.0, -100)
     change = ops.logit_covariance_grad(z, z.flip(0), pair, ones, ones, ones, None, 0, 2000, 1.0)
-    return stats, pair, merged, pairs, whole, clamp, sketch, bracket, grad, change
+    return stats, pair, merged, pairs, whole, clamp, sketch, bracket, part, *found, grad, change
 torch.get_num_threads = lambda: 1
 one = results()
 for threads in (100_000, 2**31 - 1, 0, -1):

@@ -18,8 +18,7 @@ from tests.conftest import SUPPORTED_ISAS
 from tests.emulator import emulated
 from tests.fuzz import draws, oracle
 from tests.fuzz.draws import Draw
-from tests.test_cuda_emulated import kernels, products  # noqa: F401  (fixtures)
-from tests.thread_ranks import ThreadRanks
+from tests.support.thread_ranks import ThreadRanks
 
 DIFFERENTIABLE = ("logprob", "entropy", "clamped_entropy")
 FP32_MAX = torch.finfo(torch.float32).max

@@ -7,7 +7,13 @@ POOL, BUDGET, CORES, WORKER, ISOLATION, GUARD = (
 )
 SERVER, TOKEN = "entcov/rl/vllm/guard.py", "entcov/rl/vllm/token.py"
 T_SANDBOX, T_GUARD, T_GYM, T_SERVER = (
-    f"tests/test_{name}.py::test_" for name in ("sandbox", "sandbox_guard", "reasoning_gym", "vllm_guard")
+    f"tests/{name}.py::test_"
+    for name in (
+        "rl/sandbox/test_sandbox",
+        "rl/sandbox/test_guard",
+        "rl/tasks/test_reasoning_gym",
+        "rl/vllm/test_guard",
+    )
 )
 ONE_REPLY = T_SANDBOX + "a_reply_that_is_not_the_one_reply_scores_nothing"
 USED_UP = T_SANDBOX + "a_budget_that_is_used_up_pays_for_nothing_more"

@@ -3,7 +3,7 @@
 from tests.planted_faults.fault import Fault
 
 BATCHES = "megatron_integration/batches.py"
-T_PARITY = "tests/test_megatron_parity.py::test_"
+T_PARITY = "tests/megatron/test_parity.py::test_"
 SLOW = "importing Megatron-Core takes ten seconds"
 
 FAULTS = (

@@ -13,8 +13,11 @@ SELECTION = "entcov/objective/selection.py"
 SELECT, CLIP_COV, KL_COV = (f"entcov/controls/{name}.py" for name in ("__init__", "clip_cov", "kl_cov"))
 ADAPTIVE, AENT, BONUS = (f"entcov/controls/{name}.py" for name in ("adaptive_bonus", "aent", "entropy_bonus"))
 
-T_LOSSES, T_COVARIANCE, T_CONTROLS = (f"tests/test_{name}.py::" for name in ("losses", "covariance", "controls"))
-T_ADVANTAGES, T_SPLITS = "tests/test_advantages.py::test_", "tests/test_selection_splits.py::test_"
+T_LOSSES, T_COVARIANCE, T_CONTROLS = (
+    f"tests/{name}.py::"
+    for name in ("objective/test_policy_loss", "objective/test_token_covariance", "controls/test_controls")
+)
+T_ADVANTAGES, T_SPLITS = "tests/objective/test_advantages.py::test_", "tests/objective/test_selection_splits.py::test_"
 BY_LOOP = T_LOSSES + "test_matches_loop"
 ANY_SPLIT = T_LOSSES + "test_any_split_gives_equal_gradients"
 KL_BY_HAND = T_LOSSES + "test_kl_hand_values"

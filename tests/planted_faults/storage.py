@@ -10,9 +10,10 @@ DURABLE, SEALED, CHECKPOINT, RUN_FOLDER, STORED_RECIPE, METRICS, DATA, REWARDS, 
     )
 )  # fmt: skip
 T_DURABLE, T_CHECKPOINT, T_RUN_FOLDER, T_STORED_RECIPE, T_METRICS, T_DATA, T_TASKS, T_REWARDS, T_RUN = (
-    f"tests/test_{name}.py::test_"
+    f"tests/rl/{name}.py::test_"
     for name in (
-        "durable", "checkpoint", "run_folder", "stored_recipe", "metrics", "data", "tasks", "rewards", "run",
+        "record/test_durable", "record/test_checkpoint", "record/test_run_folder", "test_stored_recipe",
+        "record/test_metrics", "data/test_stream", "tasks/test_tasks", "rewards/test_rules", "test_run",
     )
 )  # fmt: skip
 STRANGERS = T_STORED_RECIPE + "a_stranger_s_config_is_refused_by_name_before_anything_of_it_is_done"

@@ -19,12 +19,14 @@ LOOP, ROLLOUTS, ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, ENGINE = (
 INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (
     f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "hf/model_config")
 )
-T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_BAD_INPUT, T_STALENESS, T_WARM_START = (
-    f"tests/test_{name}.py::test_"
+T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_STALENESS, T_WARM_START = (
+    f"tests/rl/{name}.py::test_"
     for name in (
-        "loop", "actor", "batch", "sampler", "evaluation", "run_folder", "bad_input", "staleness", "warm_start",
+        "test_loop", "hf/test_actor", "test_batch", "hf/test_sampler", "test_evaluation", "record/test_run_folder",
+        "test_staleness", "hf/test_warm_start",
     )
 )  # fmt: skip
+T_BAD_INPUT = "tests/test_bad_input.py::test_"
 
 FAULTS = (
     # ---- the loop ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,269 @@
+"""The torch actor: no division of the mini-batch changes an update, and selections see the current policy."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+from entcov.controls import make_control
+from entcov.objective.tokens import PolicyLossConfig
+from entcov.rl import engine
+from entcov.rl.batch import pack
+from entcov.rl.config import ActorConfig, ModelConfig, parse_config
+from entcov.rl.hf.actor import TorchActor
+from entcov.rl.hf.model import batch_token_stats, build_model
+from entcov.rl.hf.sampler import InProcessSampler
+from tests.support.tiny_run import RECIPE, prompts, recipe
+
+CONTROLS = {
+    "none": [],
+    "entropy_bonus": [("entropy_bonus", {"entropy_coef": 0.01})],
+    "aent": [("aent", {"entropy_coef": 0.05, "adaptive": False})],
+    "clip_cov": [("clip_cov", {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1, "clip_cov_ub": 50.0})],
+    "kl_cov": [("kl_cov", {"kl_cov_ratio": 0.2})],
+    "composed": [("clip_cov", {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1}), ("entropy_bonus", {"entropy_coef": 0.01})],
+}
+
+
+@pytest.fixture(scope="module")
+def rolled_out():
+    config = ModelConfig(config=RECIPE["model"]["config"] | {"tie_word_embeddings": False}, tokenizer="char")
+    model, tokenizer = build_model(config, seed=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(15)
+    rollouts = InProcessSampler(model, tokenizer, batch_size=64).generate(
+        prompts(6), group_size=4, temperature=1.0, max_response_length=10, seed=0
+    )
+    generator = torch.Generator().manual_seed(4)
+    for rollout in rollouts:
+        rollout.advantage = float(torch.randn((), generator=generator))
+    return model, pack(rollouts)
+
+
+def actor_for(model, controls, **settings) -> TorchActor:
+    # eps 1e-2 in Adam's place of 1e-8: the first steps' sign-like updates would blow rounding up to the size of lr
+    actor = TorchActor(
+        copy.deepcopy(model), ActorConfig(lr=1e-2, warmup_steps=0, **settings), PolicyLossConfig(),
+        [make_control(name, **knobs) for name, knobs in controls], temperature=0.8,
+    )  # fmt: skip
+    for group in actor.optimizer.param_groups:
+        group["eps"] = 1e-2
+    return actor
+
+
+def two_updates(actor: TorchActor, batch) -> tuple[list[dict], list[torch.Tensor]]:
+    scored = actor.score(batch)
+    batch = copy.copy(batch)
+    batch.old_logprob, batch.scored_version = scored["logprob"], actor.weight_version
+    metrics = [actor.update(batch, step=1), actor.update(batch, step=1)]
+    return metrics, [p.detach() for p in actor.model.parameters()]
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_no_division_of_the_mini_batch_changes_the_update(rolled_out, name):
+    model, batch = rolled_out
+    longest = max(batch.lengths)
+    reference = None
+    for settings in (
+        {"micro_batch_tokens": 100_000},
+        {"micro_batch_tokens": longest},  # one sequence a micro-batch, or a few short ones
+        {"micro_batch_tokens": 3 * longest},
+        {"micro_batch_tokens": 100_000, "packing": True},
+        {"micro_batch_tokens": 2 * longest, "packing": True},
+    ):
+        metrics, weights = two_updates(actor_for(model, CONTROLS[name], **settings), batch)
+        if reference is None:
+            reference = metrics, weights
+            assert any(not torch.equal(w, p) for w, p in zip(weights, model.parameters(), strict=True))
+            continue
+        for got, want in zip(weights, reference[1], strict=True):
+            torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+        for got, want in zip(metrics, reference[0], strict=True):
+            assert got.keys() == want.keys()
+            assert got == pytest.approx(want, rel=2e-4, abs=2e-6), settings
+        if "cov" in name or name == "composed":  # the same tokens, not just nearly the same loss
+            key = "actor/cov_klfrac" if name == "kl_cov" else "actor/cov_clipfrac"
+            assert [m[key] for m in metrics] == pytest.approx([m[key] for m in reference[0]], abs=1e-12)
+            assert all(m[key] > 0 for m in metrics)
+
+
+def test_padded_and_packed_statistics_agree_with_one_sequence_at_a_time(rolled_out):
+    model, batch = rolled_out
+    with torch.no_grad():
+        alone = [batch_token_stats(model, batch.subset([s]), packing=False) for s in range(batch.num_sequences)]
+        for packing in (False, True):
+            together = batch_token_stats(model, batch, packing=packing, clamp_p=0.3, moments=True)
+            for name in ("logprob", "entropy"):
+                expected = torch.cat([getattr(a, name) for a in alone])
+                torch.testing.assert_close(getattr(together, name), expected, atol=1e-5, rtol=1e-5)
+            assert len(together.clamped_entropy) == len(together.collision) == batch.num_loss_tokens
+
+
+def plain_statistics(model, batch, temperature):
+    """(log-probability, entropy) of every token of the batch, 0 outside the mask: one plain forward pass a sequence."""
+    logprob, entropy, start = torch.zeros(len(batch.tokens)), torch.zeros(len(batch.tokens)), 0
+    for n in batch.lengths:
+        at = slice(start, start + n)
+        with torch.no_grad():
+            logits = model(input_ids=batch.tokens[None, at]).logits[0].double()
+        log_p = (logits / temperature).log_softmax(-1)
+        mask = batch.loss_mask[at]
+        logprob[at] = torch.where(mask, log_p.gather(1, batch.target[at].clamp(min=0)[:, None])[:, 0], 0.0).float()
+        entropy[at] = torch.where(mask, -(log_p.exp() * log_p).sum(-1), 0.0).float()
+        start += n
+    return logprob, entropy
+
+
+def test_scores_are_the_plain_forward_pass_at_the_samplers_temperature(rolled_out):
+    """In the batch's order, although micro-batches are made of the longest sequences first; of either model."""
+    model, batch = rolled_out
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.get_output_embeddings().weight.mul_(0.5)
+    actor = TorchActor(
+        model, ActorConfig(micro_batch_tokens=40), PolicyLossConfig(kl_coef=0.1), [], temperature=0.8,
+        reference=reference,
+    )  # fmt: skip
+    scored = actor.score(batch)
+    logprob, entropy = plain_statistics(model, batch, 0.8)
+    torch.testing.assert_close(scored["logprob"], logprob, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scored["entropy"], entropy, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scored["ref_logprob"], plain_statistics(reference, batch, 0.8)[0], atol=2e-5, rtol=1e-5)
+
+
+def test_denominators_are_the_response_tokens_of_the_mini_batch(rolled_out):
+    """Metrics are means over response tokens: with any other denominator they would not be those of the scores."""
+    model, batch = rolled_out
+    actor = actor_for(model, [], micro_batch_tokens=60)
+    batch, at = copy.copy(batch), batch.loss_mask
+    batch.old_logprob = actor.score(batch)["logprob"]
+    entropy = float(plain_statistics(model, batch, 0.8)[1][at].mean())
+    metrics = actor.update(batch, step=1)
+    assert metrics["actor/entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert metrics["actor/pg_loss"] == pytest.approx(-float(batch.advantage[at].mean()), rel=1e-4)  # all ratios are 1
+
+
+def test_updates_are_adamw_by_hand(rolled_out):
+    """Three updates of one weight matrix in float64 by the published rule: warm-up, clipped norm, betas, decay."""
+    model, batch = rolled_out
+    lr, betas, decay, limit, eps = 1e-2, (0.7, 0.9), 0.1, 0.05, 1e-2
+    settings = {"betas": betas, "weight_decay": decay, "max_grad_norm": limit, "micro_batch_tokens": 100}
+    actor = TorchActor(
+        copy.deepcopy(model), ActorConfig(lr=lr, warmup_steps=2, **settings), PolicyLossConfig(), [], temperature=0.8
+    )
+    actor.optimizer.param_groups[0]["eps"] = eps
+    batch = batch.subset(range(6))
+    batch.old_logprob = actor.score(batch)["logprob"]
+    weight = actor.model.get_output_embeddings().weight
+    expected = weight.detach().double().clone()
+    m = v = torch.zeros_like(expected)
+    for k in range(3):
+        gradient, norm = gradient_of(actor.model, batch)
+        clipped = gradient * min(1.0, limit / (norm + 1e-6))
+        metrics = actor.update(batch, step=1)
+        assert norm > limit and metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-4)
+        rate = lr * (0.5, 1.0, 1.0)[k]
+        assert metrics["actor/lr"] == pytest.approx(rate, rel=1e-12)
+        m, v = betas[0] * m + (1 - betas[0]) * clipped, betas[1] * v + (1 - betas[1]) * clipped.square()
+        step = (m / (1 - betas[0] ** (k + 1))) / ((v / (1 - betas[1] ** (k + 1))).sqrt() + eps)
+        before, expected = expected, expected * (1 - rate * decay) - rate * step
+        moved = (expected - before).abs().max()
+        assert (weight.detach().double() - expected).abs().max() < 1e-3 * moved  # float32 gradients
+        expected = weight.detach().double().clone()
+
+
+def gradient_of(model, batch) -> tuple[torch.Tensor, float]:
+    """Gradient of the policy loss with respect to the output matrix, and the norm over all weights, on a copy."""
+    model, at = copy.deepcopy(model), batch.loss_mask
+    total, start = 0.0, 0
+    for n in batch.lengths:
+        part = slice(start, start + n)
+        logits = model(input_ids=batch.tokens[None, part]).logits[0] / 0.8
+        logprob = logits.log_softmax(-1).gather(1, batch.target[part].clamp(min=0)[:, None])[:, 0]
+        ratio = (logprob - batch.old_logprob[part]).exp()
+        advantage = batch.advantage[part]
+        loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+        total = total + loss[at[part]].sum() / at.sum()
+        start += n
+    model.zero_grad()
+    total.backward()
+    norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
+    return model.get_output_embeddings().weight.grad.double(), float(norm)
+
+
+def test_the_optimizer_goes_on_from_its_state(rolled_out):
+    model, batch = rolled_out
+    batch = copy.copy(batch)
+    straight = actor_for(model, [], micro_batch_tokens=10_000)
+    batch.old_logprob = straight.score(batch)["logprob"]
+    straight.update(batch, step=1)
+    resumed = actor_for(straight.model, [], micro_batch_tokens=10_000)
+    resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
+    assert resumed.weight_version == 1
+    assert straight.update(batch, step=2) == resumed.update(batch, step=2)
+    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_update_draws_by_its_own_number(rolled_out):
+    model, batch = rolled_out
+    actor = actor_for(model, CONTROLS["clip_cov"], micro_batch_tokens=10_000)
+    steps, original = [], actor.controls[0].select
+    actor.controls[0].select = lambda tokens, **kw: (steps.append(kw["step"]), original(tokens, **kw))[1]
+    two_updates(actor, batch)
+    assert steps == [0, 1]
+
+
+def test_the_reference_is_a_copy_that_is_kept_on_disk(rolled_out, tmp_path):
+    model, before = copy.deepcopy(rolled_out[0]), rolled_out[0].get_output_embeddings().weight
+    config = parse_config(recipe(tmp_path, loss={"kl_coef": 0.1}))
+    cpu = torch.device("cpu")
+    made = engine._reference(config, model, tmp_path, cpu, fresh=True)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    assert torch.equal(made.get_output_embeddings().weight, before)
+    resumed = engine._reference(config, model, tmp_path, cpu, fresh=False)
+    for reference in (made, resumed):
+        assert torch.equal(reference.get_output_embeddings().weight, before)
+        assert reference is not model and not any(p.requires_grad for p in reference.parameters())
+    shutil.rmtree(tmp_path / "reference")
+    with pytest.raises(RuntimeError, match="reference is missing; without it a run with loss.kl_coef=0.1 cannot go on"):
+        engine._reference(config, model, tmp_path, cpu, fresh=False)
+
+
+def test_the_second_update_selects_under_the_policy_of_the_second_update(rolled_out):
+    """A stale selection would be that of the first update; the control sees other log-probabilities."""
+    model, batch = rolled_out
+    actor = actor_for(model, CONTROLS["kl_cov"], micro_batch_tokens=10_000)
+    seen = []
+    control = actor.controls[0]
+    original = control.select
+    control.select = lambda tokens, **kw: (seen.append(tokens.logprob.clone()), original(tokens, **kw))[1]
+    two_updates(actor, batch)
+    assert (seen[0] - seen[1]).abs().max() > 1e-3
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(rolled_out):
+    model, batch = rolled_out
+    actor = actor_for(model, [], micro_batch_tokens=10_000)
+    batch = copy.copy(batch)
+    batch.old_logprob = actor.score(batch)["logprob"]
+    before = [p.clone() for p in actor.model.parameters()]
+    actor.model.get_output_embeddings().weight.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(RuntimeError, match="step 5: the gradient norm must be finite, got nan|inf"):
+        actor.update(batch, step=5)
+    assert actor.weight_version == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, actor.model.parameters(), strict=True))
+
+
+def test_a_reference_model_is_asked_for(rolled_out):
+    with pytest.raises(ValueError, match="reference.*kl_coef > 0, got 0.1"):
+        TorchActor(rolled_out[0], ActorConfig(), PolicyLossConfig(kl_coef=0.1), [], temperature=1.0)
+
+
+def test_controls_must_agree_on_one_clamp(rolled_out):
+    with pytest.raises(ValueError, match="agree on the clamped entropy"):
+        actor_for(rolled_out[0], [("aent", {"clamp_p": 0.3}), ("aent", {"clamp_p": 0.2})])

@@ -1,0 +1,270 @@
+"""The loop with a scripted actor and sampler: every number of a step by hand, and what a resume brings back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from entcov.controls import Control
+from entcov.rl.config import EvalConfig, parse_config
+from entcov.rl.loop import Loop
+from entcov.rl.rollouts import Collected, Collector, derived_seed
+from entcov.rl.types import Example, Prompt, Rollout
+from tests.support.tiny_run import recipe
+
+# Of each response: its tokens, the sampler's log-probabilities, whether it is complete, its text (the reward). Prompts
+# beyond the second have the responses of the first two.
+RESPONSES = {
+    (0, 0): ([11, 12], [-1.0, -2.0], True, "1"),
+    (0, 1): ([13], [-0.5], False, "0"),
+    (1, 0): ([14, 15, 16], [-1.0, -1.0, -1.0], True, "1"),
+    (1, 1): ([17, 18], [-2.0, -2.0], True, "0"),
+}
+POLICY = {11: -1.1, 12: -1.8, 13: -0.5, 14: -1.0, 15: -1.3, 16: -1.0, 17: -2.0, 18: -2.4}  # the trainer's own
+A = 0.5 / (math.sqrt(0.5) + 1e-6)  # GRPO's advantage of rewards 1 and 0
+
+
+@dataclass
+class Actor:
+    """Scores by POLICY; its one weight is the number of its updates."""
+
+    weight_version: int = 0
+    weight: float = 0.0
+    updates: list = field(default_factory=list)
+    device = torch.device("cpu")
+
+    def score(self, batch):
+        values = {
+            "logprob": [POLICY.get(t, 99.0) for t in batch.target.tolist()],
+            "entropy": [t / 10 for t in batch.target.tolist()],
+            "entropy_drift": [float((t - 10) ** 2) for t in batch.target.tolist()],
+        }
+        return {name: torch.tensor(value) for name, value in values.items()}
+
+    def update(self, batch, *, step):
+        self.updates.append((step, batch))
+        self.weight_version += 1
+        self.weight += 0.5
+        return {"actor/pg_loss": float(self.weight_version), "actor/lr": 0.1}
+
+    def named_weights(self):
+        yield "weight", torch.tensor(self.weight)
+
+    def state_dict(self):
+        return {"weight_version": self.weight_version, "weight": self.weight}
+
+    def load_state_dict(self, state):
+        self.weight_version, self.weight = state["weight_version"], state["weight"]
+
+
+class Sampler:
+    def __init__(self, takes_weights=True):
+        self.calls, self.weight, self.weight_version, self.takes_weights = [], None, 0, takes_weights
+
+    def sync(self, weight_version, named_weights):
+        if self.takes_weights:
+            self.weight_version, self.weight = weight_version, float(dict(named_weights())["weight"])
+
+    def generate(self, prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None):
+        self.calls.append({"uids": [p.uid for p in prompts], "temperature": temperature, "seed": seed})
+        out = []
+        for prompt in prompts:
+            for sample in range(group_size):
+                tokens, logprob, finished, text = RESPONSES[prompt.uid % 2, sample % 2]
+                out.append(Rollout(prompt, sample, tokens, logprob, finished, self.weight_version, text=text))
+        return out
+
+
+class Stream:
+    def take(self, position, n):
+        return [Prompt(uid, Example("test", (), "1"), (5, 6)[: 1 + uid % 2]) for uid in range(position, position + n)]
+
+
+class Watching(Control):
+    """Counts its steps."""
+
+    name, state = "watching", ("steps",)
+
+    def __init__(self):
+        self.seen, self.steps = [], 0
+
+    def after_step(self, totals):
+        self.seen.append(totals)
+        self.steps += 1
+        return {"actor/entropy_coef": float(self.steps)}
+
+
+def reward(example, text):
+    return float(text)
+
+
+def drawn_reward(example, text):
+    """One that draws from the global generator."""
+    return float(text) + float(torch.rand(()))
+
+
+def loop_of(score=reward, takes_weights=True, **overrides) -> Loop:
+    changes = {"rollout": {"prompts_per_step": 2, "group_size": 2}, "actor.updates_per_rollout": 2, "seed": 7}
+    config = parse_config(recipe("unused", **(changes | overrides)))
+    return Loop(config, Actor(), Sampler(takes_weights), Stream(), [Watching()], score)
+
+
+def test_one_step_by_hand():
+    loop = loop_of(**{"rollout.temperature": 0.7})
+    metrics = loop.step()
+    assert loop.sampler.calls == [{"uids": [0, 1], "temperature": 0.7, "seed": derived_seed(7, 1, 0)}]
+    (totals,) = loop.controls[0].seen  # once a step, although there were two updates
+    assert totals == pytest.approx({"entropy": 116 / 80, "sampled_entropy": 11.1 / 8})
+    expected = {
+        "actor/entropy": 116 / 80,
+        "training/mismatch": 1.0 / 8,  # 0.1 + 0.2 + 0.3 + 0.4, of both signs
+        "training/mismatch_max": 0.4,
+        "actor/entropy_drift": A * (1 + 4 - 9 + 16 + 25 + 36 - 49 - 64) / 8,
+        "actor/entropy_coef": 1.0,
+        "actor/pg_loss": 1.5,  # of the two updates
+        "critic/score/mean": 0.5,
+        "critic/advantages/max": A,
+        "critic/advantages/min": -A,
+        "response_length/mean": 2.0,
+        "response_length/clip_ratio": 0.25,
+        "prompt_length/mean": 1.5,
+        "training/staleness": 0.0,
+        "training/zero_variance_groups": 0.0,
+        "training/global_step": 1,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert loop.position == 2 and loop.steps_done == 1
+    assert (loop.sampler.weight_version, loop.sampler.weight) == (2, 1.0)
+
+
+def test_an_update_gets_the_trainers_own_log_probabilities_and_whole_groups():
+    loop = loop_of()
+    loop.step()
+    seen = {}
+    for step, batch in loop.actor.updates:
+        at = batch.loss_mask
+        assert step == 1 and batch.scored_version == 0
+        ids = batch.target[at].tolist()
+        assert batch.old_logprob[at].tolist() == pytest.approx([POLICY[t] for t in ids])
+        seen[tuple(ids)] = batch.advantage[at].tolist()
+    assert seen == {
+        (11, 12, 13): pytest.approx([A, A, -A]),
+        (14, 15, 16, 17, 18): pytest.approx([A, A, A, -A, -A]),
+    }
+
+
+def test_advantages_are_weighted_by_response_tokens():
+    """REINFORCE++ over 2, 1, 3 and 2 tokens with rewards 1, 0, 1, 0: mean 5/8, variance 120/448."""
+    metrics = loop_of(advantage="reinforce_pp").step()
+    assert metrics["critic/advantages/max"] == pytest.approx(3 / 8 / math.sqrt(120 / 448), rel=1e-5)
+    assert metrics["critic/advantages/min"] == pytest.approx(-5 / 8 / math.sqrt(120 / 448), rel=1e-5)
+
+
+def test_every_step_has_prompts_noise_and_an_order_of_its_own():
+    loop = loop_of(**{"rollout.prompts_per_step": 4, "actor.updates_per_rollout": 4, "actor.epochs": 2})
+    orders = []
+    for step in range(1, 7):
+        loop.step()
+        made = [int(batch.tokens[0]) * 100 + int(batch.token_id[0]) for s, batch in loop.actor.updates if s == step]
+        assert sorted(made[:4]) == sorted(made[4:]) and len(set(made)) == 4  # every mini-batch once an epoch
+        orders += [tuple(np.argsort(made[:4])), tuple(np.argsort(made[4:]))]
+    assert [call["uids"] for call in loop.sampler.calls] == [list(range(4 * i, 4 * i + 4)) for i in range(6)]
+    seeds = [call["seed"] for call in loop.sampler.calls]
+    assert seeds == [derived_seed(7, step, 0) for step in range(1, 7)] and len(set(seeds)) == 6
+    assert len(set(orders)) > 6  # 12 draws out of 24 orders
+    assert derived_seed(7, 1, 0) != derived_seed(8, 1, 0) != derived_seed(8, 0, 1)
+
+
+class Alternating(Sampler):
+    """The first prompt of a call has equal rewards."""
+
+    def generate(self, prompts, **options):
+        out = super().generate(prompts, **options)
+        for rollout in out[:2]:
+            rollout.text = "1"
+        return out
+
+
+def test_dynamic_sampling_draws_other_prompts_with_other_noise():
+    config = loop_of(**{"rollout.filter_zero_variance": True, "rollout.max_draws": 3}).config
+    sampler = Alternating()
+    collected = Collector(config, sampler, Stream(), reward).collect(5, 10)
+    assert [call["uids"] for call in sampler.calls] == [[10, 11], [12, 13]]
+    assert [call["seed"] for call in sampler.calls] == [derived_seed(7, 5, 0), derived_seed(7, 5, 1)]
+    assert [r.prompt.uid for r in collected.rollouts] == [11, 11, 13, 13] and collected.position == 14
+    assert collected.metrics["training/zero_variance_groups"] == 0.5  # of all four groups
+    assert collected.metrics["training/generation_batches"] == 2
+
+
+def test_rollouts_of_other_weights_are_refused():
+    loop = loop_of(takes_weights=False)
+    loop.step()
+    with pytest.raises(RuntimeError, match=r"step 2: .* version 0; with rollout.max_staleness=0 .* one of \[2\]"):
+        loop.step()
+
+
+def test_a_resumed_loop_goes_on_where_the_other_stopped():
+    """Position, step, weights, control and the global generator: the reward draws from it."""
+    torch.manual_seed(3)
+    straight = loop_of(score=drawn_reward)
+    straight.step()
+    state = straight.state_dict()
+    expected = straight.step()
+    torch.manual_seed(4)
+    resumed = loop_of(score=drawn_reward)
+    resumed.load_state_dict(state)
+    assert (resumed.sampler.weight_version, resumed.sampler.weight) == (2, 1.0)
+    got = resumed.step()
+    timeless = [{k: v for k, v in m.items() if not k.startswith(("timing", "perf/"))} for m in (got, expected)]
+    assert timeless[0] == timeless[1]
+    assert resumed.sampler.calls == straight.sampler.calls[1:]
+    assert (resumed.actor.weight, resumed.controls[0].steps, resumed.position) == (2.0, 2, 4)
+
+
+def test_rollouts_sampled_ahead_are_resumed_as_they_were():
+    """They come from weights that are gone; with the same seed and position others would be sampled now."""
+    ahead = {"rollout.engine": "vllm", "rollout.max_staleness": 1}
+    straight = loop_of(**ahead)
+    straight.step()
+    state = straight.state_dict()
+    resumed = loop_of(**ahead)
+    resumed.load_state_dict(state)
+    metrics = resumed.step()
+    assert metrics["training/staleness"] == 1 and metrics["response_length/clip_ratio"] == 0.25
+    resumed.state_dict()  # waits for the rollouts of step 3
+    assert [call["uids"] for call in resumed.sampler.calls] == [[4, 5]]  # those of step 2 were not sampled again
+
+
+def test_kept_rollouts_are_the_same_rollouts():
+    rollouts = Sampler().generate(Stream().take(4, 2), group_size=2, temperature=1.0, max_response_length=3, seed=0)
+    for number, rollout in enumerate(rollouts):
+        rollout.reward, rollout.weight_version = number / 4, 3
+    again = Collected.from_state(Collected(rollouts, 6, {"a": 1.0}).state_dict(), Stream())
+    assert again == Collected(rollouts, 6, {"a": 1.0})
+
+
+def test_evaluation_has_the_same_noise_at_every_step_and_none_of_training(monkeypatch):
+    from types import SimpleNamespace
+
+    from entcov.rl import run
+
+    seeds = []
+
+    def evaluated(sampler, prompts, score, *, seed, **settings):
+        seeds.append(seed)
+        return {}, []
+
+    monkeypatch.setattr(run, "evaluate", evaluated)
+    loop = loop_of()
+    loop.stream.held_out = lambda n: []
+    loop.config.eval = EvalConfig(every=1, prompts=4)
+    quiet = SimpleNamespace(phase=lambda name: None)
+    whole = run._Run(loop.config, SimpleNamespace(leads=False), None, loop, None, quiet, None, None)
+    for step in (0, 1, 20):
+        whole.evaluation(step)
+    assert len(set(seeds)) == 1
+    assert seeds[0] not in {derived_seed(7, step, draw) for step in range(30) for draw in range(3)}

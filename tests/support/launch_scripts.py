@@ -1,0 +1,42 @@
+"""The launch scripts of megatron_integration: their methods as published, and the command that a dry run prints."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "megatron_integration"
+
+
+GRPO = {"clip_low": 0.2, "clip_high": 0.2}
+CLIP_COV = {"clip_cov_ratio": 2e-4, "clip_cov_lb": 1.0, "clip_cov_ub": 5.0}
+AENT = {
+    "aent_math": {
+        "entropy_coef": 2e-3, "clamp_p": 0.33, "entropy_low": 0.15, "entropy_high": 0.24, "coef_lr": 2e-3,
+        "coef_min": 6e-4, "coef_max": 9e-3, "warmup": 30, "adaptive": True,
+    },
+    "aent_openr1": {
+        "entropy_coef": 3e-4, "clamp_p": 0.25, "entropy_low": 0.35, "entropy_high": 0.62, "coef_lr": 1e-4,
+        "coef_min": 4e-5, "coef_max": 1e-3, "warmup": 156, "adaptive": True,
+    },
+}  # fmt: skip
+METHODS = {  # -> clip, control's name, its knobs ("7b" and "32b" where they differ)
+    "grpo": (GRPO, None, {}),
+    "clip_higher": (GRPO | {"clip_high": 0.28}, None, {}),
+    "clip_cov": ({"clip_low": 1.0, "clip_high": 1.0}, "clip_cov", CLIP_COV),
+    "kl_cov": (GRPO, "kl_cov", {"7b": {"kl_cov_ratio": 2e-3}, "32b": {"kl_cov_ratio": 2e-4}, "ppo_kl_coef": 1.0}),
+    "aent_math": (GRPO, "aent", AENT["aent_math"]),
+    "aent_openr1": (GRPO, "aent", AENT["aent_openr1"]),
+}
+
+
+def dry_run(script: str, *arguments: str, path: str = "", **environment: str) -> list[str]:
+    """The command that a script would start, word by word."""
+    done = subprocess.run(
+        [str(FOLDER / script), *arguments],
+        capture_output=True, text=True, cwd="/",
+        env={"PATH": path + os.environ["PATH"], "ENTCOV_DRY_RUN": "1"} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)

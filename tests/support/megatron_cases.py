@@ -1,0 +1,225 @@
+"""What tests/megatron/test_parity.py runs in several processes: updates over every layout, against one process.
+
+A case returns what went wrong, or None. tests/support/megatron_processes.py starts the processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from entcov.controls import make_control
+from entcov.objective.tokens import PolicyLossConfig
+from entcov.rl.config import ActorConfig, MegatronConfig
+from entcov.rl.hf.actor import TorchActor
+from megatron_integration.actor import MegatronActor
+from megatron_integration.adaptors import keep_logits_dtype, logits_stats
+from megatron_integration.layout import destroy_layout, make_layout
+from megatron_integration.model import build_model, load_hf_weights, make_bridge
+
+# Adam's epsilon in place of 1e-8: a first step is sign-like, so where a gradient is as small as rounding, the default
+# moves a weight by lr in one engine and not in the other. It has no bearing on what is compared.
+ADAM_EPS = 1e-2
+UPDATES = 3
+CONTROLS = {
+    "entropy_bonus": [("entropy_bonus", {"entropy_coef": 0.01})],
+    "aent": [("aent", {"entropy_coef": 0.05, "adaptive": False})],
+    "clip_cov": [("clip_cov", {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1, "clip_cov_ub": 50.0})],
+    "kl_cov": [("kl_cov", {"kl_cov_ratio": 0.2})],
+}
+
+
+def actor_config(**changes: Any) -> ActorConfig:
+    return ActorConfig(**({"lr": 1e-2, "warmup_steps": 0, "micro_batch_tokens": 64} | changes))
+
+
+def updates(actor, batch, controls) -> dict[str, Any]:
+    """Scores, then three updates: the first at ratio 1, the others not. What came of it."""
+    chosen: list[list[int]] = []
+    for control in controls:
+        if "selection" in control.needs:
+            control.select = _recording(control.select, chosen)
+    scored = actor.score(batch)
+    batch = dataclasses.replace(
+        batch, old_logprob=scored["logprob"], ref_logprob=scored.get("ref_logprob"), scored_version=0
+    )
+    metrics = [actor.update(batch, step=1) for _ in range(UPDATES)]
+    weights = {name: weight.clone() for name, weight in actor.named_weights()}
+    return {"scored": scored, "metrics": metrics, "weights": weights, "chosen": chosen}
+
+
+def _recording(select, chosen: list[list[int]]):
+    def record(tokens, **arguments):
+        mask, metrics = select(tokens, **arguments)
+        chosen.append(sorted(tokens.token_id[mask].tolist()))
+        return mask, metrics
+
+    return record
+
+
+# What is trained: a batch's sequences and a loss. "few" leaves one of two or more replicas without a sequence.
+SETTINGS = {
+    "all": (None, PolicyLossConfig()),
+    "few": (slice(0, 3), PolicyLossConfig(aggregation="seq-mean-token-mean")),
+    "kl": (None, PolicyLossConfig(kl_coef=0.1)),
+}
+
+
+def setting(name: str, batch):
+    chosen, loss = SETTINGS[name]
+    return (batch if chosen is None else batch.subset(range(batch.num_sequences)[chosen])), loss
+
+
+def torch_updates(model, batch, control: str, name: str) -> dict[str, Any]:
+    """The one-process oracle."""
+    batch, loss = setting(name, batch)
+    controls = [make_control(c, **knobs) for c, knobs in CONTROLS[control]]
+    reference = copy.deepcopy(model) if loss.kl_coef else None
+    actor = TorchActor(copy.deepcopy(model), actor_config(), loss, controls, temperature=0.8, reference=reference)
+    for group in actor.optimizer.param_groups:
+        group["eps"] = ADAM_EPS
+    return updates(actor, batch, controls)
+
+
+def megatron_actor(folder: Path, layout, megatron: MegatronConfig, controls=(), **options: Any) -> MegatronActor:
+    dtype = options.pop("dtype", torch.float32)
+    bridge = make_bridge(str(folder), megatron, layout, dtype=dtype)
+    model, reference = build_model(bridge, layout), None
+    load_hf_weights(bridge, model, str(folder), layout)
+    config, loss = options.pop("config", None) or actor_config(), options.pop("loss", PolicyLossConfig())
+    if loss.kl_coef:
+        reference = build_model(bridge, layout).eval()
+        load_hf_weights(bridge, reference, str(folder), layout)
+    return MegatronActor(
+        model, bridge, layout, config, megatron, loss, controls, temperature=0.8, adam_eps=ADAM_EPS,
+        reference=reference, **options,
+    )  # fmt: skip
+
+
+def load(path: Path):
+    return torch.load(path, weights_only=False)
+
+
+def parity(folder: Path, case: dict[str, Any]) -> str | None:
+    """One layout and one control against the oracle's file. What differs, or None."""
+    name = case.get("setting", "all")
+    batch, loss = setting(name, load(folder / "batch.pt"))
+    with laid_out(**case["megatron"]) as (megatron, layout):
+        controls = [make_control(c, **knobs) for c, knobs in CONTROLS[case["control"]]]
+        config = actor_config(packing=case.get("packing", False))
+        actor = megatron_actor(folder / case["model"], layout, megatron, controls, config=config, loss=loss)
+        got = updates(actor, batch, controls)
+    return difference(got, load(folder / oracle_file(case)))
+
+
+def oracle_file(case: dict[str, Any]) -> str:
+    return f"{case['model']}_{case['control']}_{case.get('setting', 'all')}.pt"
+
+
+@contextmanager
+def laid_out(**megatron: Any):
+    config = MegatronConfig(**megatron)
+    layout = make_layout(config, torch.device("cpu"))
+    try:
+        yield config, layout
+    finally:
+        destroy_layout(layout)
+
+
+def refuses(folder: Path, case: dict[str, Any]) -> str | None:
+    """A gradient that is not finite on one rank stops the update on all, and changes nothing."""
+    batch = load(folder / "batch.pt")
+    with laid_out(**case["megatron"]) as (megatron, layout):
+        actor = megatron_actor(folder / case["model"], layout, megatron)
+        offload = dataclasses.replace(megatron, optimizer_offload=0.5)
+        if not raises(lambda: megatron_actor(folder / case["model"], layout, offload), "offload: needs a GPU"):
+            return "offload without a GPU went through"
+        batch.old_logprob = actor.score(batch)["logprob"]
+        before = {name: weight.clone() for name, weight in actor.named_weights()}
+        if dist.get_rank() == dist.get_world_size() - 1:
+            next(actor.model.parameters()).register_hook(lambda grad: grad * torch.inf)
+        try:
+            actor.update(batch, step=5)
+        except RuntimeError as error:
+            if "step 5: the gradient norm must be finite, got" not in str(error):
+                return f"another error: {error}"
+        else:
+            return "the update went through"
+        same = all(torch.equal(weight, before[name]) for name, weight in actor.named_weights())
+        return None if same and actor.weight_version == 0 else "weights changed"
+
+
+def adaptors(folder: Path, case: dict[str, Any]) -> str | None:
+    """A bf16 model without our actor: its logits stay bf16 while the handle lives, and the statistics are theirs."""
+    batch = load(folder / "batch.pt").subset([0])
+    hf = AutoModelForCausalLM.from_pretrained(folder / case["model"], dtype=torch.float32)
+    with laid_out(**case["megatron"]) as (megatron, layout), layout.running(), torch.no_grad():
+        bridge = make_bridge(str(folder / case["model"]), megatron, layout, dtype=torch.bfloat16)
+        model = build_model(bridge, layout)
+        load_hf_weights(bridge, model, str(folder / case["model"]), layout)
+        ids, target = batch.tokens[None], batch.target[None]
+        inputs = {"input_ids": ids, "position_ids": batch.position[None], "attention_mask": None}
+        upcast = model(**inputs)
+        with keep_logits_dtype(model):
+            logits = model(**inputs)
+            try:
+                keep_logits_dtype(model)
+                return "a second handle was given out"
+            except RuntimeError:
+                pass
+        if (upcast.dtype, logits.dtype, model(**inputs).dtype) != (torch.float32, torch.bfloat16, torch.float32):
+            return f"dtypes: {upcast.dtype}, {logits.dtype}, {model(**inputs).dtype}"
+        kept = logits.clone()
+        stats = logits_stats(logits, target, vocab_size=bridge.hf_config.vocab_size)
+        if not torch.equal(kept, logits):
+            return "the logits were changed"
+        shards = [torch.empty_like(logits) for _ in range(dist.get_world_size())]
+        dist.all_gather(shards, logits)
+        # float64 on the same rounded logits; columns past the vocabulary are left out
+        logp = torch.cat(shards, -1)[..., : bridge.hf_config.vocab_size].double().log_softmax(-1)
+        at = target != -100
+        exact = logp.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        for name, value in (("logprob", exact), ("entropy", -(logp.exp() * logp).sum(-1))):
+            worst = (getattr(stats, name) - value)[at].abs().max().item()
+            if not worst < 1e-5:
+                return f"{name} is off by {worst}"
+        # against the float32 model: what bf16 weights and activations cost, and no more
+        whole = hf(ids).logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        worst = (stats.logprob - whole)[at].abs().max().item()
+        return None if worst < 0.5 else f"bf16 is off by {worst}"
+
+
+def difference(got: dict[str, Any], want: dict[str, Any]) -> str | None:
+    for name, value in want["scored"].items():
+        worst = (got["scored"][name] - value).abs().max().item()
+        if not worst < 2e-5:  # fp32 rounding of logits of size 10, in two different orders of summation
+            return f"score: {name} is off by {worst}"
+    if got["chosen"] != want["chosen"]:
+        return f"selected tokens differ: {got['chosen']} instead of {want['chosen']}"
+    for i, (mine, theirs) in enumerate(zip(got["metrics"], want["metrics"], strict=True)):
+        if mine.keys() != theirs.keys():
+            return f"update {i}: metrics differ by {mine.keys() ^ theirs.keys()}"
+        for name, value in theirs.items():
+            if not abs(mine[name] - value) <= 2e-6 + 2e-4 * abs(value):
+                return f"update {i}: {name} is {mine[name]} instead of {value}"
+    for name, weight in got["weights"].items():
+        worst = (weight - want["weights"][name]).abs().max().item()
+        if not worst < 1e-6:
+            return f"{name} is off by {worst}"
+    missing = want["weights"].keys() - got["weights"].keys() - {"lm_head.weight"}
+    return f"weights are missing: {missing}" if missing else None
+
+
+def raises(call, message: str) -> bool:
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return message in str(error)
+    return False

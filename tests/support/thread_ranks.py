@@ -1,0 +1,85 @@
+"""Ranks as threads of one process: sharded calls without process groups, thousands of cases a second.
+
+Only what entcov.stats.shards and entcov.stats.ranks use of torch.distributed is replaced; stats/test_vocab_parallel.py
+and objective/test_selection_splits.py run the same code over gloo.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from entcov.stats import ranks, shards
+
+
+class ThreadRanks:
+    """A `group` of `world` threads. Counts the collectives and the bytes that each rank sends."""
+
+    def __init__(self, world: int, monkeypatch):
+        self.world, self.collectives, self.bytes_sent = world, 0, 0
+        self._rank, self._slots = threading.local(), [None] * world
+        self._barrier = threading.Barrier(world)
+        for module in (shards, ranks):
+            monkeypatch.setattr(module, "dist", self)
+
+    def get_rank(self, group) -> int:
+        return self._rank.value
+
+    def get_world_size(self, group) -> int:
+        return self.world
+
+    DebugLevel = torch.distributed.DebugLevel
+
+    def get_debug_level(self) -> torch.distributed.DebugLevel:
+        return self.DebugLevel.OFF
+
+    def all_gather_single(self, output: Tensor, tensor: Tensor, group) -> None:
+        rank = self._rank.value
+        self._slots[rank] = tensor.clone()
+        self._barrier.wait(timeout=60)
+        if len({x.shape for x in self._slots}) > 1:
+            raise RuntimeError("sizes differ")
+        output.copy_(torch.cat(self._slots))
+        self._barrier.wait(timeout=60)
+        if rank == 0:
+            self.collectives += 1
+            self.bytes_sent += tensor.nbytes
+
+    def all_reduce(self, tensor: Tensor, group) -> None:
+        self._slots[self._rank.value] = tensor.clone()
+        self._barrier.wait(timeout=60)
+        if len({x.shape for x in self._slots}) > 1:
+            raise RuntimeError("sizes differ")
+        tensor.copy_(torch.stack(self._slots).sum(0))
+        self._barrier.wait(timeout=60)
+        if self._rank.value == 0:
+            self.collectives += 1
+            self.bytes_sent += tensor.nbytes
+
+    def all_gather_object(self, output: list, value: object, group) -> None:
+        self._slots[self._rank.value] = value
+        self._barrier.wait(timeout=60)
+        output[:] = self._slots
+        self._barrier.wait(timeout=60)
+        if self._rank.value == 0:
+            self.collectives += 1
+
+    def run(self, call: Callable[[int], object]) -> list:
+        """[call(rank) for each rank], at the same time. An exception of one rank is raised here."""
+
+        def one(rank):
+            self._rank.value = rank
+            try:
+                return call(rank)
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.world) as pool:
+            futures = [pool.submit(one, rank) for rank in range(self.world)]
+        errors = [f.exception() for f in futures if f.exception() is not None]
+        if errors:  # the first cause, not the broken barrier it left to the others
+            raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+        return [f.result() for f in futures]
