@@ -1,5 +1,5 @@
-"""clamped_stats: the clamped entropy of rows whose columns are all here. csrc/clamp.h tells the algorithm, which rows that
-are split over ranks take in rounds (entcov/clamp_rounds.py); the formulas are docs/math.md (10) to (12).
+"""clamped_stats: the clamped entropy of rows whose columns are all here. Rows that are split over ranks take rounds
+(entcov/clamp_rounds.py). The algorithm of both is told in csrc/clamp.h, the formulas are docs/math.md (10) to (12).
 
 clamped_stats(logits, target, kept, vocab_size, temperature, moments, ignore_index) -> ([T, 4 | 7], [T, 4])
     merged row statistics, and what logits_grad calls `clamp`: threshold (raw), weight of the logits equal to it,

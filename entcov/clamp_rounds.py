@@ -11,7 +11,7 @@ clamp_part(logits, target, bracket, vocab_start, vocab_size, temperature, ignore
     the shard's row statistics, its sums above the bracket, and what lies in it
 clamp_narrow(parts [R, T, PART], target, stats, bracket, clamp, kept, temperature, ignore_index)
     -> (bracket [T, 4] int32, clamp [T, 4], [1] int32)
-    the clamp of the rows that the parts suffice for (columns as of clamp_ops.clamped_stats; the other rows keep theirs),
+    the clamp of the rows that the parts suffice for (columns as of clamp_ops.clamped_stats; others keep theirs),
     the next brackets, and how many rows want one more round
 
 None of them mutates an argument or has a derivative.

@@ -131,6 +131,13 @@ FAULTS = (
         STATS,
         "ops.merge_row_stats(parts.contiguous(), rows",
         "ops.merge_row_stats(parts[:1].contiguous(), rows",
+        [T_ROUNDS + "moments_beside_the_clamp_are_those_without_it[baseline]"],
+    ),
+    Fault(
+        "only_the_own_shard_is_merged_beside_a_clamp",
+        ROUNDS,
+        "ops.merge_row_stats(parts[..., :fields].contiguous()",
+        "ops.merge_row_stats(parts[:1, ..., :fields].contiguous()",
         [T_RANKS + "ranks_in_threads_get_the_values_of_whole_rows"],
     ),
     Fault(
@@ -147,7 +154,7 @@ FAULTS = (
         "header[3] == 0",
         [T_BAD_INPUT + "ranks_that_call_differently"],
     ),
-    # ---- the clamp over ranks: faults of csrc/clamp.h are in tests/stats/test_clamp_faults.py --------------------------
+    # ---- the clamp over ranks (faults of csrc/clamp.h: tests/stats/test_clamp_faults.py) -----------------------------
     Fault(
         "bracket_without_a_margin",
         ROUNDS,
@@ -160,7 +167,10 @@ FAULTS = (
         ROUNDS,
         "int(unfinished) == 0",
         "int(unfinished) >= 0",
-        [T_ROUNDS + "fp32_with_all_its_bits_takes_three_collectives[baseline]", T_CLAMP + "random_small_rows[baseline]"],
+        [
+            T_ROUNDS + "fp32_with_all_its_bits_takes_three_collectives[baseline]",
+            T_CLAMP + "random_small_rows[baseline]",
+        ],
     ),
     Fault(
         "partials_do_not_say_how_their_rank_was_called",

@@ -1,5 +1,5 @@
-"""Faults planted in csrc/clamp.h, one at a time, and seen by the checks of the tests of the clamped entropy: wrong values,
-ranks that differ, or more rounds than the data want."""
+"""Faults planted in csrc/clamp.h, one at a time, and seen by the checks of the tests of the clamped entropy: wrong
+values, ranks that differ, or more rounds than the data want."""
 
 import ctypes
 from pathlib import Path

@@ -7,14 +7,14 @@ import torch
 from entcov import clamp_ops, clamp_rounds, ops
 from entcov.stats import shards
 from entcov.stats.token_stats import token_stats
-from tests.support.clamp_oracle import DTYPES, EMULATED, adversarial, clamped, core, even_split, real_looking  # noqa: F401
 from tests.emulator import emulated
+from tests.support.clamp_oracle import DTYPES, EMULATED, adversarial, clamped, core, even_split, real_looking  # noqa: F401
 from tests.support.thread_ranks import ThreadRanks
 
 
 @pytest.fixture
 def reads(core, request):  # noqa: F811
-    """Times that the emulated kernels have loaded these logits since the last call; 1 of others, where nothing counts."""
+    """How often the emulated kernels have loaded these logits since the last call; 1 of others, where nothing counts."""
     product = request.getfixturevalue("products")["plain"] if core == EMULATED else None
     return lambda logits: 1.0 if product is None else emulated.loaded_bytes(product) / logits.nbytes
 
@@ -46,7 +46,7 @@ def test_two_collectives_one_kilobyte_and_one_read(monkeypatch, reads):
                 reads(rows)
                 clamped(ranks, rows, even_split(V, world), top_k=kept)
                 assert ranks.collectives == 2 and 1.0 <= reads(rows) <= 1.1, (dtype, mean, kept)
-                # 256 bytes a token, then 680; a header of two rows in front of the sketches, one in front of the partials
+                # 256 bytes a token, then 680; and one row of header in front of each
                 assert ranks.bytes_sent == 4 * (clamp_rounds.SKETCH * (T + 1) + (4 + clamp_rounds.PART) * (T + 1))
 
 
