@@ -1,10 +1,10 @@
 // The clamped entropy on the CPU: what ../clamp.h leaves to a device. A row is one thread's work.
 //
-// Memory of clamped_stats: one read of the row (a sample of 1 in 20 sectors first; one or two reads more if that misled, one
-// row in a thousand) and, of what lies in the bracket, 4 bytes a logit written and read. Once more 32 bytes a row out.
-// clamp_part: the same one read, and 680 bytes a row out; clamp_sketch: the sample, and 256 bytes a row. The other two read
-// what has been gathered. Scratch a thread: 176 KiB of counters, and 4 bytes a column for the list, of which only as much is
-// touched as logits lie in the bracket.
+// Memory of clamped_stats: one read of the row, a sample of 1 in 20 sectors before it, one or two reads more for the one row
+// in a thousand that its sample misled; a list of what lies in the bracket, written and read; 32 bytes a row out.
+// clamp_part: one read, and 680 bytes a row out. clamp_sketch: the sample, and 256 bytes a row out. The other two read what
+// has been gathered. Scratch a thread: 152 KiB of counters and sample, and room for 8 bytes a column for two lists, of which
+// as much is touched as logits lie in the bracket.
 //
 // Listing is a second look at each chunk of the pass (row_pass.h) while it is in L1: with AVX-512 a mask of 64 logits at a
 // time, of which about two lie in the bracket; elsewhere a store and an addition a logit, without a branch. A list has room
@@ -27,14 +27,6 @@ constexpr int kBins = 512;
 constexpr int kWays = 4;  // counters of a bin, taken in turn: a counter that was just written is slow to read
 constexpr int kHalfKeys = 1 << 16;  // upper halves of keys
 
-int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
 constexpr int kListSlack = 64;  // elements behind a list that may be written
 
 struct Scratch {
@@ -52,12 +44,37 @@ struct Scratch {
   }
 };
 
-// Here and not in the threads, where running out of memory is fatal.
-std::vector<std::unique_ptr<Scratch>> scratch_for(int threads, int64_t T, int64_t columns) {
-  std::vector<std::unique_ptr<Scratch>> all;
-  for (int i = 0; i == 0 || (i < usable_threads(threads) && i < T); i++)
-    all.push_back(std::make_unique<Scratch>(columns));
-  return all;
+// Of the ops that read logits; each has use for some.
+struct RowArgs {
+  const void* logits;  // [T, num_columns], rows row_stride apart
+  int64_t row_stride, num_columns;
+  const int64_t* target;  // [T]
+  int64_t ignore_index, vocab_start, kept;
+  float inv_temperature;
+  const Bracket* bracket;  // [T]
+  float *out, *clamp;      // [T, ...], [T, 4]
+  const std::unique_ptr<Scratch>* scratch;  // of each thread
+
+  template <class T>
+  const T* row(int64_t t) const {
+    return static_cast<const T*>(logits) + t * row_stride;
+  }
+  Scratch& of_this_thread() const {
+#ifdef _OPENMP
+    return *scratch[omp_get_thread_num()];
+#else
+    return *scratch[0];
+#endif
+  }
+};
+
+template <template <class> class Op>
+void run(int dtype, RowArgs args, int64_t T, int threads) {
+  std::vector<std::unique_ptr<Scratch>> scratch;  // not made in the threads, where running out of memory is fatal
+  for (int64_t i = 0; i == 0 || (i < usable_threads(threads) && i < T); i++)
+    scratch.push_back(std::make_unique<Scratch>(args.num_columns));
+  args.scratch = scratch.data();
+  with_dtype(dtype, [&](auto d) { for_rows<Op<decltype(d)>>(args, T, T * args.num_columns, threads); });
 }
 
 template <class D>
@@ -240,15 +257,7 @@ ENTCOV_INLINE Place radix_select(typename D::storage* list, int64_t listed, KeyR
 
 template <class D>
 struct ClampedStatsOp {
-  struct Args {
-    const typename D::storage* logits;
-    int64_t row_stride, num_columns;
-    const int64_t* target;
-    int64_t kept, ignore_index;
-    float inv_temperature;
-    float *stats, *clamp;
-    const std::unique_ptr<Scratch>* scratch;
-  };
+  using Args = RowArgs;
 
   static ENTCOV_INLINE RowBrackets initial_brackets(const Args& a, const typename D::storage* x, Scratch& s) {
     const KeyRange all{kLowestKey, kHighestKey};
@@ -263,13 +272,13 @@ struct ClampedStatsOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
-    float *out = a.stats + t * kRowStatsFields, *clamp = a.clamp + t * 4;
+    float *out = a.out + t * kRowStatsFields, *clamp = a.clamp + t * 4;
     if (a.target[t] == a.ignore_index) {
       std::fill(out, out + kRowStatsFields, 0.0f), std::fill(clamp, clamp + 4, 0.0f);
       return;
     }
-    Scratch& s = *a.scratch[thread_index()];
-    const typename D::storage* x = a.logits + t * a.row_stride;
+    Scratch& s = a.of_this_thread();
+    const auto* x = a.row<typename D::storage>(t);
     typename D::storage* list = s.template list<D>();
     const RowBrackets brackets = initial_brackets(a, x, s);
     KeyRange b = brackets.inner;
@@ -307,24 +316,17 @@ struct ClampedStatsOp {
 
 template <class D>
 struct SketchOp {
-  struct Args {
-    const typename D::storage* logits;
-    int64_t row_stride, num_columns;
-    const int64_t* target;
-    int64_t ignore_index;
-    float* sketch;
-    const std::unique_ptr<Scratch>* scratch;
-  };
+  using Args = RowArgs;
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
-    float* out = a.sketch + t * kSketch;
+    float* out = a.out + t * kSketch;
     if (a.num_columns == 0 || a.target[t] == a.ignore_index) {
       std::fill(out, out + kSketch, a.num_columns == 0 ? -INFINITY : 0.0f);
       return;
     }
-    Scratch& s = *a.scratch[thread_index()];
-    const int m = take_sample<D>(a.logits + t * a.row_stride, static_cast<int>(a.num_columns), s);
+    Scratch& s = a.of_this_thread();
+    const int m = take_sample<D>(a.row<typename D::storage>(t), static_cast<int>(a.num_columns), s);
     uint16_t upper[kSketch];
     select_from_sample(s, m, kSketch, [m](int n) { return (2 * n + 1) * m / (2 * kSketch) + 1; }, upper);
     for (int n = 0; n < kSketch; n++) out[n] = key_value(first_key(upper[n], kSpareBits<D>));
@@ -333,26 +335,17 @@ struct SketchOp {
 
 template <class D>
 struct PartialOp {
-  struct Args {
-    const typename D::storage* logits;
-    int64_t row_stride, num_columns;
-    const int64_t* target;
-    int64_t vocab_start, ignore_index;
-    const Bracket* bracket;
-    float inv_temperature;
-    float* partial;
-    const std::unique_ptr<Scratch>* scratch;
-  };
+  using Args = RowArgs;
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     constexpr int kWidth = kRowStatsFields + kPartialFields + kCells;
-    float *out = a.partial + t * kWidth, *partial = out + kRowStatsFields, *cells = partial + kPartialFields;
+    float *out = a.out + t * kWidth, *partial = out + kRowStatsFields, *cells = partial + kPartialFields;
     const Bracket b = a.bracket[t];
     std::fill(out, out + kWidth, 0.0f);
     if (b.mode == kDone || a.target[t] == a.ignore_index) return;
-    Scratch& s = *a.scratch[thread_index()];
-    const typename D::storage* x = a.logits + t * a.row_stride;
+    Scratch& s = a.of_this_thread();
+    const auto* x = a.row<typename D::storage>(t);
     typename D::storage* list = s.template list<D>();
     const BracketPass<D, W> p(x, a.num_columns, a.inv_temperature, {b.lo, b.hi}, list);
     uint32_t used = 0;
@@ -375,24 +368,14 @@ struct PartialOp {
 void clamped_stats(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
                    const int64_t* target, int64_t kept, int64_t ignore_index, float inv_temperature, float* stats,
                    float* clamp, int threads) {
-  const auto scratch = scratch_for(threads, T, num_columns);
-  with_dtype(dtype, [&](auto d) {
-    using D = decltype(d);
-    for_rows<ClampedStatsOp<D>>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, target, kept,
-                                 ignore_index, inv_temperature, stats, clamp, scratch.data()},
-                                T, T * num_columns, threads);
-  });
+  run<ClampedStatsOp>(dtype, {logits, row_stride, num_columns, target, ignore_index, 0, kept, inv_temperature, nullptr,
+                              stats, clamp, nullptr}, T, threads);
 }
 
 void clamp_sketch(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
                   const int64_t* target, int64_t ignore_index, float* sketch, int threads) {
-  const auto scratch = scratch_for(threads, T, 0);
-  with_dtype(dtype, [&](auto d) {
-    using D = decltype(d);
-    for_rows<SketchOp<D>>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, target,
-                           ignore_index, sketch, scratch.data()},
-                          T, T * num_columns, threads);
-  });
+  run<SketchOp>(dtype, {logits, row_stride, num_columns, target, ignore_index, 0, 0, 0.0f, nullptr, sketch, nullptr,
+                        nullptr}, T, threads);
 }
 
 void clamp_guess(const float* sketches, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T,
@@ -411,14 +394,8 @@ void clamp_guess(const float* sketches, int64_t shard_stride, int64_t row_stride
 void clamp_part(int dtype, const void* logits, int64_t row_stride, int64_t T, int64_t num_columns,
                 const int64_t* target, int64_t vocab_start, int64_t /*vocab_size*/, int64_t ignore_index,
                 const uint32_t* bracket, float inv_temperature, float* part, int threads) {
-  const auto scratch = scratch_for(threads, T, num_columns);
-  with_dtype(dtype, [&](auto d) {
-    using D = decltype(d);
-    for_rows<PartialOp<D>>({static_cast<const typename D::storage*>(logits), row_stride, num_columns, target,
-                            vocab_start, ignore_index, reinterpret_cast<const Bracket*>(bracket), inv_temperature, part,
-                            scratch.data()},
-                           T, T * num_columns, threads);
-  });
+  run<PartialOp>(dtype, {logits, row_stride, num_columns, target, ignore_index, vocab_start, 0, inv_temperature,
+                         reinterpret_cast<const Bracket*>(bracket), part, nullptr, nullptr}, T, threads);
 }
 
 void clamp_narrow(const float* parts, int64_t shard_stride, int64_t row_stride, int64_t R, int64_t T,

@@ -14,7 +14,7 @@ from tests.support.thread_ranks import ThreadRanks
 
 @pytest.fixture
 def reads(core, request):  # noqa: F811
-    """How often the emulated kernels have loaded these logits since the last call; 1 of others, where nothing counts."""
+    """How often the emulated kernels have loaded these logits since the last call; 1 where nothing counts."""
     product = request.getfixturevalue("products")["plain"] if core == EMULATED else None
     return lambda logits: 1.0 if product is None else emulated.loaded_bytes(product) / logits.nbytes
 
