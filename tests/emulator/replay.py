@@ -193,7 +193,7 @@ def clamp_over_shards(cuda, x: np.ndarray, kept: int, dtype: int, target: Block)
         0,
     )  # fmt: skip
     for turn in range(7):
-        parts = [floats(T, 171) for _ in shards]
+        parts = [floats(T, 170) for _ in shards]
         for (logits, start, width), part in zip(shards, parts, strict=True):
             cuda.clamp_part(
                 dtype, logits.pointer, width, T, width, target.pointer, start, V, IGNORE, bracket.pointer, 1.25,
@@ -205,7 +205,7 @@ def clamp_over_shards(cuda, x: np.ndarray, kept: int, dtype: int, target: Block)
             cuda.merge_row_stats(own.pointer, T * 4, 3, T, 4, target.pointer, IGNORE, 1.25, stats.pointer, 0)
         parts, unfinished = Block(parts[..., 4:].copy()), Block(np.zeros(1, np.int32))
         cuda.clamp_narrow(
-            parts.pointer, T * 167, 167, 3, T, target.pointer, stats.pointer, 4, IGNORE, kept, 1.25, bracket.pointer,
+            parts.pointer, T * 166, 166, 3, T, target.pointer, stats.pointer, 4, IGNORE, kept, 1.25, bracket.pointer,
             clamp.pointer, unfinished.pointer, 0,
         )  # fmt: skip
         if unfinished.read()[0] == 0:
@@ -224,21 +224,21 @@ def run_wrong_clamp_case(cuda, dtype: int) -> str:
     x[:, ::2] = 0.0
     logits, target = Block(narrow(x, dtype)), Block(np.zeros(T, np.int64))
     given = np.array([(*b, 0) for b in brackets], np.uint32)
-    bracket, part = Block(given), floats(T, 171)
+    bracket, part = Block(given), floats(T, 170)
     cuda.clamp_part(
         dtype, logits.pointer, V, T, V, target.pointer, 0, V, IGNORE, bracket.pointer, 1.25, part.pointer, 0
     )
     own = part.read()[:, 4:]
     stats = Block(np.ascontiguousarray(part.read()[:, :4]))
     for wrong in (161.0, 5000.0, 2.0**24 + 2, 1e30, -5.0, 0.5, np.nan, np.inf, -np.inf):
-        for field in (4, 5, 6, 7, 166, slice(None)):
+        for field in (3, 4, 5, 6, 165, slice(None)):
             parts = own.copy()
             parts[:, field] = wrong
             parts, again, clamp = Block(np.stack([parts, own])), Block(given), floats(T, 4)
             unfinished = Block(np.zeros(1, np.int32))
             for kept in (1, V // 2, V):
                 cuda.clamp_narrow(
-                    parts.pointer, T * 167, 167, 2, T, target.pointer, stats.pointer, 4, IGNORE, kept, 1.25,
+                    parts.pointer, T * 166, 166, 2, T, target.pointer, stats.pointer, 4, IGNORE, kept, 1.25,
                     again.pointer, clamp.pointer, unfinished.pointer, 0,
                 )  # fmt: skip
     return "survived"
