@@ -4,13 +4,12 @@ import argparse
 import sys
 from importlib import import_module
 
-# Only the module that is asked for is imported: `gpu` has to start where entcov is not built yet.
+# Only the module of the chosen benchmark is imported: `gpu` has to start before entcov is built.
 BENCHMARKS = {
     "ops": ("benchmarks.ops_benchmark", "token_stats against eager and compiled torch on this CPU"),
     "linear": ("benchmarks.linear_benchmark", "linear_token_stats against materialised logits and chunked heads, CPU"),
     "selection": ("benchmarks.selection_benchmark", "the selections of Clip-Cov and KL-Cov against topk and randperm"),
-    "static": ("benchmarks.static_evidence", "what the CUDA kernels' machine code is like; no GPU"),
-    "schedule": ("benchmarks.block_schedule", "what skipped rows cost, by a model of the block scheduler; no GPU"),
+    "static": ("benchmarks.static_evidence", "registers, spills and cost of the CUDA kernels' machine code; no GPU"),
     "gpu": ("benchmarks.gpu", "on a machine with a GPU: build, tests, sanitizer, benchmarks with rivals, trainings"),
     "rivals": ("benchmarks.fetch_rivals", "download what `gpu --rivals FOLDER` compares with"),
 }

@@ -1,4 +1,4 @@
-"""Finds nvcc and nvdisasm, compiles .cu files to machine code, and reads what the compiler says about them. No GPU."""
+"""Finds nvcc and nvdisasm, compiles .cu files to machine code, and reads the compiler's report. Needs no GPU."""
 
 import os
 import re
@@ -32,7 +32,7 @@ class Resources:
 
 
 def candidates(program: str) -> list[Path]:
-    """Every place where the program may be, of the toolkit that CUDA_HOME names first, of PyPI's packages last."""
+    """Every copy of the program: first that of the toolkit in CUDA_HOME, last that of PyPI's packages."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     paths = [Path(home) / "bin" / program for home in homes if home]
     if on_path := shutil.which(program):
@@ -53,7 +53,7 @@ def version(program: Path) -> str:
 
 @cache
 def nvcc() -> Path:
-    """The pinned nvcc where there is one, else the first that is found."""
+    """The pinned nvcc if there is one, else the first that is found."""
     found = candidates("nvcc")
     if not found:
         raise ToolMissing(f"no nvcc on this machine; {INSTALL}")
@@ -86,7 +86,7 @@ def parse_ptxas(log: str) -> dict[str, Resources]:
     kernels = {}
     for part in re.split(r"Compiling entry function '", log)[1:]:
         name = part.split("'", 1)[0]
-        # The properties of a device function that was not inlined come in the same form; a kernel's own come first.
+        # A kernel's own properties come first. Those of device functions that were not inlined have the same form.
         frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         used = re.search(r"Used (\d+) registers(.*)", part)
         if not frame or not used:
@@ -102,7 +102,7 @@ def disassemble(cubin: Path) -> str:
 
 
 def compile_all(
-    sources: list[Path], archs: tuple[str, ...], folder: Path, workers: int = 2
+    sources: list[Path], archs: tuple[str, ...], folder: Path
 ) -> dict[tuple[Path, str], tuple[dict[str, Resources], str]]:
     """(resources by kernel, disassembly) of every source for every architecture."""
 
@@ -112,5 +112,5 @@ def compile_all(
         return compile_cubin(source, arch, cubin), disassemble(cubin)
 
     jobs = [(source, arch) for source in sources for arch in archs]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(2) as pool:
         return dict(zip(jobs, pool.map(one, jobs), strict=True))

@@ -1,6 +1,6 @@
 """Downloads the archives of the implementations that `python -m benchmarks gpu --rivals FOLDER` compares with (17 MB).
 
-For a machine with a network; the folder then goes to the one with the GPU. Nothing is installed.
+Run it on a machine with a network and take the folder to the one with the GPU. Nothing is installed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
             print(requirement, flush=True)
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                        "--no-build-isolation", "-d", str(args.folder), requirement]  # fmt: skip
-            # pip asks an sdist for its metadata; flash-attention's would go looking for a CUDA toolkit.
+            # pip builds an sdist's metadata; flash-attention's would need a CUDA toolkit for that.
             environment = {**os.environ, "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}
             if subprocess.run(command, env=environment).returncode or find(requirement, args.folder) is None:
                 failed.append(requirement)

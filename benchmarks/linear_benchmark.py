@@ -1,12 +1,10 @@
 """linear_token_stats against the same statistics of materialised logits, and against chunked heads in plain torch.
 
 Forward and backward from hidden states to the gradients of hidden and weight, on this CPU, all in one process and in
-turn. The rivals are those whose published code runs on a CPU; `python -m benchmarks rivals FOLDER` fetches them.
+turn. The rivals are those whose published code runs on a CPU. `python -m benchmarks rivals FOLDER` downloads them.
 """
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import interleaved_seconds, machine, peak_allocated_bytes, print_table, ratio
-from benchmarks.ops_benchmark import DTYPES, ENTROPY_COEF, usual
+from benchmarks import measure
+from benchmarks.measure import DTYPES, interleaved_seconds, peak_allocated_bytes, print_table
+from benchmarks.ops_benchmark import ENTROPY_COEF, usual
 from entcov import linear_token_stats, ops, token_stats
 from entcov.verify import reference
 
@@ -44,7 +43,7 @@ def usual_head(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, 
 
 
 def usual_in_chunks(hidden: Tensor, weight: Tensor, target: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """What people write: a checkpoint around each chunk, so that its logits are made again in backward."""
+    """The usual code: a checkpoint around each chunk, so that its logits are computed again in backward."""
     chunks = [checkpoint(usual_head, h, weight, t, use_reentrant=False)
               for h, t in zip(hidden.split(chunk_size), target.split(chunk_size), strict=True)]  # fmt: skip
     return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
@@ -62,17 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=512, help="of the hidden states")
     parser.add_argument("--chunk", type=int, default=256, help="tokens in a chunk, for those that have chunks")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
-    parser.add_argument("--repeats", type=int, default=5, help="turns; the median is reported")
+    measure.add_arguments(parser, repeats=5)
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a machine with other work on it")
     parser.add_argument("--rivals", type=Path, default=None, help="folder with the rivals' wheels")
     parser.add_argument("--no-usual", action="store_true", help="leave the formula in plain torch out: it is slow")
-    parser.add_argument("--json", type=Path, default=None, help="also write the results there")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    measure.set_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         heads = {
             "entcov, logits kept": partial(ours, chunk_size=args.tokens),
@@ -85,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
         heads |= _rivals(args.rivals, Path(scratch))
         report = _measure(args, heads)
     _print(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    measure.keep(report, args.json)
     return 0
 
 
@@ -121,19 +116,16 @@ def _measure(args, heads: dict[str, Head]) -> dict:
     product = 2 * args.tokens * args.vocab * args.width
     rows = []
     for name, times in seconds.items():
-        median = statistics.median(times)
+        timed = measure.times_of(times, seconds[BASELINE])
         rows.append({
             "name": name,
-            "median_ms": 1e3 * median,
-            "min_ms": 1e3 * min(times),
-            "max_ms": 1e3 * max(times),
-            "ratio": ratio(times, seconds[BASELINE]),
-            "gflop_per_s_of_three_products": 3 * product / median / 1e9,
+            **timed,
+            "gflop_per_s_of_three_products": 3 * product / timed["median_ms"] / 1e6,
             "peak_bytes_beyond_gradients": peak_allocated_bytes(calls[name]) - hidden.nbytes - weight.nbytes,
             **errors[name],
         })  # fmt: skip
     return {
-        "machine": {**machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
+        "machine": {**measure.machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
         "shape": {"tokens": args.tokens, "vocab": args.vocab, "width": args.width, "dtype": args.dtype},
         "clock": "processor time" if args.cpu_time else "time",
         "logits_bytes": args.tokens * args.vocab * dtype.itemsize,

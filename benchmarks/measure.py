@@ -1,37 +1,83 @@
-"""Timing by interleaved repetitions, and memory by the allocator's own events and by the kernel's high-water mark; and
-the tables in which benchmarks print what they found."""
+"""What the benchmarks share: options, timing in turns, memory by the allocator's events and by the resident high-water
+mark, and tables."""
 
+import argparse
 import json
+import math
 import platform
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def add_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """The options that the benchmarks of ops have in common."""
+    parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
+    parser.add_argument("--repeats", type=int, default=repeats, help="turns; the median is reported")
+    parser.add_argument("--json", type=Path, default=None, help="also write the results there")
+
+
+def set_threads(threads: int | None) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def keep(report: dict, path: Path | None) -> None:
+    """Writes the results where --json says so."""
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def in_turns(calls: dict[str, Callable[[int], float]], turns: int, limit: float = math.inf) -> dict[str, list[float]]:
+    """Seconds that each call returns for each turn, in the order a, b, c, a, b, c, ...
+
+    Other work on the machine then slows all of them alike, and the ratio within a turn stays meaningful. After `limit`
+    seconds there are no further turns, but 3 in any case.
+    """
+    until, times = time.monotonic() + limit, {name: [] for name in calls}
+    for turn in range(turns):
+        if turn >= 3 and time.monotonic() > until:
+            break
+        for name, call in calls.items():
+            times[name].append(call(turn))
+    return times
 
 
 def interleaved_seconds(
     calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` times in turn (a, b, c, a, b, c, ...), after one warm-up of each.
+    """Seconds of each call, `repeats` times in turn.
 
-    A neighbour on the machine then slows all of them alike, and the ratio within a turn stays meaningful. Each timed
-    call follows an untimed one of the same kind: one that frees gigabytes leaves its successor with pages that the
-    system has taken back, and that would be charged to the wrong name. `clock`: time.process_time counts what the
-    processors did for this process alone.
+    Before each timed call the same call runs untimed. After a call that freed gigabytes the next one has to get its
+    pages from the system again, and that time belongs to the former. `clock`: time.process_time counts the processor
+    time of this process alone.
     """
-    for call in calls.values():
+
+    def timed(call: Callable[[], object], turn: int) -> float:
         call()
-    seconds = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            call()
-            start = clock()
-            call()
-            seconds[name].append(clock() - start)
-    return seconds
+        start = clock()
+        call()
+        return clock() - start
+
+    return in_turns({name: partial(timed, call) for name, call in calls.items()}, repeats)
+
+
+def times_of(seconds: list[float], baseline: list[float]) -> dict[str, object]:
+    """Milliseconds of one call, and their ratio to the baseline's."""
+    return {
+        "median_ms": 1e3 * statistics.median(seconds),
+        "min_ms": 1e3 * min(seconds),
+        "max_ms": 1e3 * max(seconds),
+        "ratio": ratio(seconds, baseline),
+    }
 
 
 def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
@@ -58,9 +104,9 @@ def peak_allocated_bytes(call: Callable[[], object]) -> int:
 
 
 def peak_resident_bytes(call: Callable[[], object]) -> int:
-    """Growth of the process's resident high-water mark (VmHWM) during `call`: sees every allocator. Linux only.
+    """Growth of the process's resident high-water mark (VmHWM) during `call`, whatever allocates. Linux only.
 
-    Meant for a fresh process: memory that an earlier call freed but kept is reused unseen.
+    For a fresh process: memory that an earlier call has freed and the process still holds would not be counted.
     """
     Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from what is resident now
     before = _status_bytes("VmRSS")
@@ -78,11 +124,9 @@ def _status_bytes(field: str) -> int:
 
 
 def machine() -> dict[str, str]:
-    model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
+    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    model = named[1] if named else platform.processor() or platform.machine()
     return {"cpu": model, "torch": torch.__version__, "python": platform.python_version()}
 
 

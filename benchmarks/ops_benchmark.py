@@ -6,35 +6,26 @@ own.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import (
-    interleaved_seconds,
-    machine,
-    peak_allocated_bytes,
-    peak_resident_bytes,
-    print_table,
-    ratio,
-)
+from benchmarks import measure
+from benchmarks.measure import DTYPES, interleaved_seconds, peak_allocated_bytes, peak_resident_bytes, print_table
 from entcov import ops
 from entcov.stats.token_stats import token_stats
 from entcov.verify import reference
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ENTROPY_COEF = 0.01
 CHECKED_ROWS = 16  # of each result are compared with float64
-MANY_TOKENS = (2**18, 64)  # where resident memory is measured: so many that pages and fixed buffers do not count
+MANY_TOKENS = (2**18, 64)  # shape for resident memory: with so many tokens pages and fixed buffers do not count
 
 
 def usual(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """What people write. Bytes moved a logit for 2-byte logits, op by op: float 2+4, log_softmax 4+4, exp 4+4,
+    """The usual code. Bytes moved for each 2-byte logit, op by op: float 2+4, log_softmax 4+4, exp 4+4,
     mul 8+4, sum 4: 38. Backward: two muls 24, exp 12, adding the two 12, gather 4+12, log_softmax 12, cast 6: 82."""
     log_p = torch.log_softmax(logits.float(), dim=-1)
     logprob = log_p.gather(-1, target[:, None])[:, 0]
@@ -47,11 +38,10 @@ def ours(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def usual_clamped(logits: Tensor, target: Tensor, clamp_p: float) -> tuple[Tensor, Tensor]:
-    """logprob and clamped entropy, through topk."""
-    z = logits.float()
-    logprob = torch.log_softmax(z, dim=-1).gather(-1, target[:, None])[:, 0]
-    kept = z.topk(z.shape[-1] - int(z.shape[-1] * clamp_p), dim=-1, sorted=False).values
-    log_p = torch.log_softmax(kept, dim=-1)
+    """logprob and clamped entropy, through topk on the logits' device; AEnt's own code selects on the CPU."""
+    columns = logits.shape[-1]
+    logprob = torch.log_softmax(logits.float(), dim=-1).gather(-1, target[:, None])[:, 0]
+    log_p = torch.log_softmax(logits.topk(columns - int(columns * clamp_p), sorted=False).values.float(), dim=-1)
     return logprob, -(log_p.exp() * log_p).sum(-1)
 
 
@@ -70,8 +60,8 @@ def backward_of(function):
     return call
 
 
-def bytes_per_logit(dtype: torch.dtype, name: str, backward: bool) -> int | None:
-    size = dtype.itemsize
+def bytes_per_logit(size: int, name: str, backward: bool) -> int | None:
+    """Bytes that the algorithm has to move for a logit of this size; None: not counted."""
     if name == "entcov":
         return 3 * size if backward else size  # read once; then read once and write once
     if name == "eager":  # the docstring of `usual`; a cast of fp32 to itself moves nothing
@@ -83,7 +73,7 @@ def bytes_per_logit(dtype: torch.dtype, name: str, backward: bool) -> int | None
 def make_input(args) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     logits = torch.empty(args.tokens, args.vocab, dtype=DTYPES[args.dtype])
-    for row in logits:  # row by row, so that making the input leaves no large blocks behind
+    for row in logits:  # row by row, so that the allocator keeps no large blocks afterwards
         row.copy_(2.5 * torch.randn(args.vocab))
     return logits, torch.randint(0, args.vocab, (args.tokens,))
 
@@ -92,23 +82,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
-    parser.add_argument("--repeats", type=int, default=7, help="turns; the median is reported")
     parser.add_argument("--clamp-p", type=float, default=None, help="also time the clamped entropy (eager only: topk)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path, default=None, help="also write the results there")
+    measure.add_arguments(parser, repeats=7)
     parser.add_argument("--memory-of", choices=("entcov", "eager"), default=None, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    measure.set_threads(args.threads)
     if args.memory_of:
         print(json.dumps(_memory(args)))
         return 0
     logits, target = make_input(args)
     report = {
-        "machine": {**machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
+        "machine": {**measure.machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
         "shape": {"tokens": args.tokens, "vocab": args.vocab, "dtype": args.dtype},
         "times": _time_all(args, logits, target),
     }
@@ -116,8 +103,7 @@ def run(args: argparse.Namespace) -> int:
     del logits, target
     report["memory"] = {name: _memory_in_process(args, name) for name in ("entcov", "eager")}
     _print(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    measure.keep(report, args.json)
     return 0
 
 
@@ -145,19 +131,9 @@ def _time_all(args, logits, target) -> list[dict]:
         with torch.set_grad_enabled("backward" in label):
             seconds = interleaved_seconds(calls, args.repeats)
         for name, times in seconds.items():
-            moved = None
-            if "clamped" not in label:
-                moved = bytes_per_logit(logits.dtype, name, "backward" in label)
-            rows.append({
-                "pass": label,
-                "name": name,
-                "median_ms": 1e3 * statistics.median(times),
-                "min_ms": 1e3 * min(times),
-                "max_ms": 1e3 * max(times),
-                "ratio": ratio(times, seconds["entcov"]),
-                "bytes_per_logit": moved,
-                "gb_per_s": moved and moved * logits.numel() / statistics.median(times) / 1e9,
-            })  # fmt: skip
+            moved = None if "clamped" in label else bytes_per_logit(logits.dtype.itemsize, name, "backward" in label)
+            row = {"pass": label, "name": name, **measure.times_of(times, seconds["entcov"]), "bytes_per_logit": moved}
+            rows.append(row | {"gb_per_s": moved and moved * logits.numel() / row["median_ms"] / 1e6})
     return rows
 
 
@@ -185,7 +161,7 @@ def _memory(args) -> dict[str, float]:
     """Bytes a token beyond the gradient, forward and backward, of one implementation in this fresh process."""
     call = backward_of({"entcov": ours, "eager": usual}[args.memory_of])
     logits, target = make_input(args)
-    call(logits[:1, : MANY_TOKENS[1]], target[:1] % MANY_TOKENS[1])  # what the first call ever allocates
+    call(logits[:1, : MANY_TOKENS[1]], target[:1] % MANY_TOKENS[1])  # what only the first call allocates
     many = torch.randn(MANY_TOKENS, dtype=torch.float32).to(logits.dtype)
     zeros = torch.zeros(len(many), dtype=torch.int64)
     resident = peak_resident_bytes(lambda: call(many, zeros)) - many.nbytes

@@ -1,9 +1,9 @@
-"""Reads nvdisasm's text: instructions, control flow and loops of every kernel, and what one iteration costs at most.
+"""Reads nvdisasm's text: instructions, control flow and loops of every kernel, and what one iteration costs.
 
-A loop is the natural loop of a branch to a block that every way to the branch has passed. Where it branches, there is
-more than one way through an iteration. Two are of interest: the usual one, taken to be the shortest of those that load
-most and take an exponential of everything they load, and the most expensive one, with every rare branch. Branches that
-exclude each other never add up.
+A loop is the natural loop of a backward branch: its target dominates it. A loop with branches has more than one path
+for an iteration. Two paths are of interest. The usual one is the shortest of those that load most bytes and take an
+exponential of everything they load. The most expensive one takes the rare branches. The costs of branches that exclude
+each other are not added.
 """
 
 import re
@@ -39,7 +39,7 @@ class Instruction:
 
     @property
     def leaves(self) -> bool:
-        """Whether control never comes to the instruction behind this one."""
+        """Whether the next instruction is never reached from this one."""
         # A uniform branch names its condition as an operand. BRA.DIV is taken by a diverged warp only.
         if self.name == "BRA" and ("DIV" in self.opcode or re.match(r"!?U?P\d", self.operands)):
             return False
@@ -79,9 +79,9 @@ class Loop:
         return max(best[latch] for latch in self.latches)
 
     def usual(self, exponentials: int = 0) -> list[Instruction]:
-        """The instructions of the shortest of those ways that load most bytes and have that many exponentials.
+        """The instructions of the shortest path that loads most bytes and has at least that many exponentials.
 
-        None has so many: the shortest of those with most.
+        If no path has as many, it is the shortest of those with most.
         """
         ways = self._ways()
         most_loaded = max(loaded for loaded, _ in ways)
@@ -171,8 +171,8 @@ class Kernel:
         following = []
         for n, block in enumerate(self.blocks):
             last, out = block[-1], []
-            # BRA.DIV leads to the emulation of a warp-wide instruction for a diverged warp, which these kernels never
-            # have; a call comes back to where it was made.
+            # BRA.DIV is taken by diverged warps only, which these kernels do not have. A call returns to the next
+            # instruction.
             if last.name == "BRA" and "DIV" not in last.opcode and (target := TARGET.search(last.operands)):
                 out.append(index[self.labels[target[1]]])
             if not last.leaves and n + 1 < len(self.blocks):
@@ -190,7 +190,7 @@ class Kernel:
 
     @cached_property
     def dominators(self) -> list[set[int]]:
-        """For each block, those that every way from the kernel's start to it passes; blocks out of reach have none."""
+        """For each block, the blocks on every path from the kernel's start to it; unreachable blocks have none."""
         reached, stack = set(), [0]
         while stack:
             block = stack.pop()
@@ -208,7 +208,7 @@ class Kernel:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """All natural loops, a loop of one header merged, each with the loops directly or deeper inside it."""
+        """All natural loops, those with the same header merged, each with all loops inside it."""
         latches: dict[int, set[int]] = {}
         for block, out in enumerate(self.successors):
             for successor in out:

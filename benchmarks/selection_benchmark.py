@@ -4,24 +4,21 @@ Times are those of the host until the result is on the device, since the usual c
 """
 
 import argparse
-import json
-import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import measure
 from benchmarks.gpu.report import selection_table
-from benchmarks.measure import interleaved_seconds, machine, print_table, ratio
 from entcov.objective.selection import select_clip_cov, select_kl_cov
 from entcov.objective.token_covariance import token_covariance
 
 CLIP = {"ratio": 2e-4, "low": 1.0, "high": 5.0}
 KL = {"ratio": 2e-3}
-# The host waits for the device in these: the size of the result, or a number, is something only the device knows.
+# The host waits for the device in these: it needs a number, or the size of a result, that is computed there.
 READS = ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::item")
 
 
@@ -65,8 +62,8 @@ SELECTIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
 
 
 class Counts(TorchDispatchMode):
-    """Operations that are no views, and those in which the host reads what the device has computed. (On the CPU, where
-    it costs nothing, our own functions read values to check them; on a GPU they do not.)"""
+    """Counts operations other than views, and those in which the host reads a result of the device. (Our own functions
+    read values to check them on a CPU, where it costs nothing, and not on a GPU.)"""
 
     def __init__(self):
         super().__init__()
@@ -81,25 +78,21 @@ class Counts(TorchDispatchMode):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**17, 2**20, 2**22])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
-    parser.add_argument("--repeats", type=int, default=5, help="turns; the median is reported")
-    parser.add_argument("--json", type=Path, default=None, help="also write the results there")
+    measure.add_arguments(parser, repeats=5)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    measure.set_threads(args.threads)
     device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["cpu"]
-    rows = [row for tokens in args.tokens for row in measure(tokens, device, args.repeats)]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else measure.machine()["cpu"]
+    rows = [row for tokens in args.tokens for row in measure_selections(tokens, device, args.repeats)]
     print(f"{name}, torch {torch.__version__}; the covariance of all tokens and one selection")
-    print_table(*selection_table(rows))
-    if args.json:
-        args.json.write_text(json.dumps({"device": name, "rows": rows}, indent=1) + "\n")
+    measure.print_table(*selection_table(rows))
+    measure.keep({"device": name, "rows": rows}, args.json)
     return 0
 
 
-def measure(tokens: int, device: torch.device, repeats: int) -> list[dict]:
+def measure_selections(tokens: int, device: torch.device, repeats: int) -> list[dict]:
     rng = torch.Generator().manual_seed(0)
     inputs = (-4 * torch.rand(tokens, generator=rng), torch.randn(tokens, generator=rng),
               torch.rand(tokens, generator=rng) < 0.9, torch.randperm(tokens, generator=rng))  # fmt: skip
@@ -113,7 +106,7 @@ def measure(tokens: int, device: torch.device, repeats: int) -> list[dict]:
 
     rows = []
     for selection, functions in SELECTIONS.items():
-        seconds = interleaved_seconds({name: partial(timed, f) for name, f in functions.items()}, repeats)
+        seconds = measure.interleaved_seconds({name: partial(timed, f) for name, f in functions.items()}, repeats)
         for name, function in functions.items():
             with Counts() as counts:
                 chosen = int(function(*inputs).sum())
@@ -121,8 +114,7 @@ def measure(tokens: int, device: torch.device, repeats: int) -> list[dict]:
                 "selection": selection,
                 "tokens": tokens,
                 "name": name,
-                "median_ms": 1e3 * statistics.median(seconds[name]),
-                "ratio": ratio(seconds[name], seconds["entcov"]),
+                **measure.times_of(seconds[name], seconds["entcov"]),
                 "operations": counts.operations,
                 "host_reads": counts.reads,
                 "chosen": chosen,

@@ -1,10 +1,10 @@
 """Registers, spills, load widths and the cost of the hot loop of every CUDA kernel, from its machine code: no GPU.
 
-The hot loop is the one that loads most bytes an iteration. "busy" compares two times: what one iteration keeps the
-busiest part of a multiprocessor occupied (issue slots, or one of its pipes), and what its bytes take at the full
-bandwidth of the memory. Below 1 the memory is the limit. Costs are those of the usual way through the loop, the
-shortest that loads most and takes an exponential of every logit; "worst" is what the most expensive way, every rare
-branch taken, would keep busy. Occupancy counts static shared memory only.
+The hot loop is the one that loads most bytes an iteration. "busy" is a ratio of two times: how long one iteration
+occupies the busiest part of a multiprocessor (the issue slots or a pipe), over how long its bytes take at the full
+bandwidth of the memory. Below 1 the memory is the limit. Costs are those of the usual path through the loop, the
+shortest one that loads most bytes and takes an exponential of every logit. "worst" is the ratio for the most expensive
+path, with every rare branch. Occupancy counts static shared memory only.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.sass import Instruction, Kernel, is_exponential
 
 @dataclass(frozen=True)
 class Architecture:
-    """One GPU by its data sheet, and lanes a cycle and multiprocessor of its pipes by the CUDA programming guide."""
+    """A GPU from its data sheet, and the lanes per cycle and multiprocessor of its pipes from the programming guide."""
 
     gpu: str
     sms: int
@@ -54,8 +54,8 @@ NO_PIPE = {"BRA", "BSSY", "BSYNC", "BREAK", "NOP", "EXIT", "BAR", "WARPSYNC", "L
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one kernel is on one architecture. The fields from `load_widths` on are about one iteration of its hot
-    loop, a thread; None: there is no such loop, or the kernel's name does not tell the type of its logits."""
+    """What is known of one kernel on one architecture. The fields from `load_widths` on are a thread's, for one
+    iteration of the hot loop. None: there is no such loop, or the kernel's name has no type of logits."""
 
     file: str
     kernel: str
@@ -129,8 +129,8 @@ def logit_bytes(mangled: str) -> int | None:
 
 
 def reads_twice(mangled: str) -> bool:
-    """Whether this kernel is the variant for rows off the 16-byte boundaries: it cuts each vector out of the two words
-    that it lies in, and the second word comes from the cache. The last arguments of such a kernel are (aligned, warps).
+    """Whether this kernel is the variant for rows that are not on 16-byte boundaries. It loads the two words that each
+    vector lies in, and finds the second one in the cache. The last arguments of such a kernel are (aligned, warps).
     """
     arguments = template_arguments(mangled)
     return len(arguments) > 2 and arguments[-2] == "Lb0E"
@@ -150,7 +150,7 @@ def readable(mangled: str) -> str:
 
 
 def examine(file: str, arch: str, kernel: Kernel, resources: Resources) -> Evidence:
-    """Puts one kernel's evidence together."""
+    """The evidence of one kernel."""
     local = sum(i.name in sass.LOCAL for i in kernel.instructions)
     threads = kernel.max_threads
     known = Evidence(
@@ -189,10 +189,10 @@ def bytes_of(way: list[Instruction], names: tuple[str, ...]) -> list[int]:
     return [i.width for i in way if i.name in names]
 
 
-def gather(sources: Iterable[Path], archs: Iterable[str] = ARCHS, workers: int = 2) -> list[Evidence]:
+def gather(sources: Iterable[Path], archs: Iterable[str] = ARCHS) -> list[Evidence]:
     """Compiles the sources and returns the evidence of every kernel, by file, architecture and kernel."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled = cuda_toolchain.compile_all(list(sources), tuple(archs), Path(folder), workers)
+        compiled = cuda_toolchain.compile_all(list(sources), tuple(archs), Path(folder))
     rows = []
     for (source, arch), (resources, text) in compiled.items():
         kernels = sass.parse(text)

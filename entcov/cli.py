@@ -26,7 +26,7 @@ _EPILOG = (
     "A recipe is a YAML file, such as examples/tiny_cpu.yaml, and key=value changes it. "
     "%(prog)s COMMAND --help has more."
 )
-_OVERRIDES = "keys of the recipe to change, such as actor.lr=1e-4 or control=[clip_cov]"
+_OVERRIDES = "keys of the recipe to change, such as actor.lr=1e-4 or preset=clip_cov (docs/methods.md)"
 # What a comparison decides itself, and which option says it.
 _SET_BY_COMPARE = {
     "control": "--controls", "seed": "--seeds", "threads": "--jobs", "run_dir": "--out",

@@ -1,4 +1,4 @@
-"""Statistics and gradients from hidden states, without all logits at once: python examples/ops_linear.py"""
+"""Statistics and gradients from hidden states, without storing all logits: python examples/ops_linear.py"""
 
 import torch
 
@@ -17,7 +17,7 @@ def gradients(stats):
     return torch.autograd.grad(loss, (hidden, weight))
 
 
-# All logits are 32 MB. With 8 MB, four chunks of 128 tokens, made once forward and once more backward.
+# All logits would take 32 MB. A budget of 8 MB gives four chunks of 128 tokens, computed forward and again in backward.
 stats = linear_token_stats(hidden, weight, target, temperature=0.9, memory_budget=2**23)
 found = gradients(stats)
 expected = token_stats(hidden @ weight.T, target, temperature=0.9)

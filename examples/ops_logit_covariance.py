@@ -1,4 +1,4 @@
-"""How well the covariance predicts what an update does to the entropy: python examples/ops_logit_covariance.py"""
+"""Compares the entropy change of an update with the covariance's prediction: python examples/ops_logit_covariance.py"""
 
 import torch
 
@@ -11,7 +11,7 @@ advantage = torch.tensor([1.0, 1.0, -1.0, -1.0])
 
 print(" step   predicted dH     true dH   relative error      KL")
 for step in (0.4, 0.2, 0.1, 0.05):
-    # One policy-gradient step on the logits themselves, at step sizes that halve: the relative error halves as well.
+    # One policy-gradient step on the logits. Each step size is half of the last one, and so is the relative error.
     leaf = logits.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((advantage * token_stats(leaf, target).logprob).sum(), leaf)
     change = logit_covariance(logits, logits + step * gradient)

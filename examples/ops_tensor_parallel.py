@@ -1,6 +1,6 @@
 """The same statistics when each process holds half of the vocabulary: python examples/ops_tensor_parallel.py
 
-Under torchrun a training script does only what `worker` does; here the two processes are started by hand.
+A training script under torchrun does what `worker` does. Here the script starts the two processes itself.
 """
 
 import os
@@ -22,8 +22,8 @@ def worker(rank: int, rendezvous: str) -> None:
     target = torch.randint(0, VOCAB, (TOKENS,))
     shard = whole.chunk(WORLD, dim=1)[rank].clone().requires_grad_()
 
-    # vocab_start defaults to rank * 504; the 7 columns from vocab_size on do not exist. One all-gather of 16 bytes a
-    # token, a second small one for the clamp, none in backward.
+    # vocab_start defaults to rank * 504. The 7 columns from vocab_size on are padding and do not count. There is one
+    # all-gather for the statistics, one more for the clamp, and none in backward.
     stats = token_stats(shard, target, group=dist.group.WORLD, vocab_size=VOCAB, top_k=100)
     (-stats.logprob - 0.01 * stats.clamped_entropy).mean().backward()
 

@@ -10,12 +10,12 @@ logits = (3 * torch.randn(2, tokens, vocab)).bfloat16().requires_grad_()  # as a
 target = torch.randint(0, vocab, (2, tokens))
 target[1, 4:] = -100  # padding: logprob 0, entropy 0, no gradient
 
-# One read of the logits; nothing of their size is allocated. clamp_p leaves out the lowest 30 % of the vocabulary.
+# The logits are read once; nothing of their size is allocated. clamp_p leaves out the lowest 30 % of the vocabulary.
 stats = token_stats(logits, target, temperature=0.9, clamp_p=0.3, moments=True)
 print("logprob        ", stats.logprob[0].tolist())
 print("entropy        ", stats.entropy[0].tolist())
 print("clamped entropy", stats.clamped_entropy[0].tolist())
-# What reinforcing each sampled token would do to the entropy of its own distribution, per unit of step.
+# The entropy change that a policy-gradient step on each sampled token alone would cause, per unit of step size.
 print("entropy drift  ", stats.entropy_drift[0].tolist())
 
 advantage = torch.randn(2, tokens)

@@ -1,8 +1,8 @@
-// The two limits that memory-bound kernels are measured against: reading everything once, and copying it.
+// The two limits for memory-bound kernels: the time to read memory once, and the time to copy it.
 //
-// Memory: 16 bytes a thread and load, four loads in flight before the first is used; every byte is read once (and, for
-// the copy, written once). What was read is folded into one word by XOR, which the compiler cannot leave out because the
-// word is compared and written if it is a value that random data next to never folds into.
+// Memory: 16 bytes a thread and load, four loads in flight before the first is used; every byte is read once, and by the
+// copy written once. The reading kernel folds all words into one by XOR and writes that word if it has a certain value,
+// which random data hardly ever give. Without this the compiler would remove the loads.
 #include <cuda_runtime.h>
 
 #include <cstdint>

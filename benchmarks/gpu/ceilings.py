@@ -1,4 +1,4 @@
-"""How fast this GPU reads and copies memory: our own kernels (ceilings.cu) and torch's, whichever is faster."""
+"""How fast this GPU reads and copies memory, by our own kernels (ceilings.cu) and by torch's."""
 
 import ctypes
 import subprocess

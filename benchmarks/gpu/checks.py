@@ -1,4 +1,4 @@
-"""The stages that ask whether the kernels are right: environment, build, tests on the device, sanitizer."""
+"""The stages that test the kernels: environment, build, tests on the device, sanitizer."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ from benchmarks.gpu.stages import FAILED, PARTIAL, PASSED, SKIPPED, Context, com
 # Tests of the ops that a GPU has kernels for; each moves its tensors there (tests/support/on_device.py).
 OP_TESTS = ("ops/test_row_stats", "ops/test_logits_grad", "ops/test_covariance_stats", "stats/test_token_stats",
             "stats/test_logit_covariance")  # fmt: skip
-# Of a rehearsal: the values that the CPU's own tests check again and again, in one kind or dtype.
+# Tests of a rehearsal: one kind of row or one dtype of each, because the CPU's own tests check all of them.
 REHEARSED = "not against_float64 or gaussian or (dtype0 and not test_token_stats)"
 REHEARSED_TESTS, REHEARSED_OPS = ("ops/test_covariance_stats",), "dtype0 or nan"
 DEVICE_TESTS = ("gpu/test_public_functions", "gpu/test_sharded", "gpu/test_linear_token_stats", "gpu/test_selection")
@@ -28,7 +28,7 @@ PACKAGES = ("triton", "pytest", "pytest-xdist", "setuptools", "pybind11", "trans
 
 
 def environment(context: Context, seconds: float) -> dict:
-    """What machine this is, and which tools it has. Wheels that came along are put on the path of all that follows."""
+    """The machine and its tools. Wheels that were brought along are put on the path of all later commands."""
     wheels = install_wheels(context, seconds) if context.wheels else {"status": PASSED}
     found = {
         **wheels,
@@ -64,7 +64,7 @@ def environment(context: Context, seconds: float) -> dict:
 
 
 def install_wheels(context: Context, seconds: float) -> dict:
-    """Unpacks the wheels into a folder of this run, which every command that is started from now on finds first."""
+    """Unpacks the wheels into a folder of this run, the first on the path of every command from now on."""
     site, wheels = context.scratch / "site", sorted(context.wheels.glob("*.whl"))
     done = command(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir",
@@ -87,7 +87,7 @@ def _version_of(package: str) -> str | None:
 
 def build(context: Context, seconds: float) -> dict:
     """Both extensions in place, the kernels for this GPU only."""
-    if context.rehearsal:  # the C++ core is there, or nothing could be imported; a rebuild would disturb who uses it
+    if context.rehearsal:  # the C++ core is built already, and other processes may use it
         from entcov import _cpu
 
         return {"status": SKIPPED, "reason": f"a rehearsal uses the extension that is built: {_cpu.__name__}"}
@@ -104,8 +104,8 @@ def build(context: Context, seconds: float) -> dict:
 
 
 def device_tests(context: Context, seconds: float) -> dict:
-    """Tests of what only a GPU has: graphs, streams, synchronisation, allocations, large offsets. Each file has a
-    process of its own, side by side: what hangs, or leaves its process no usable GPU, costs no other file's results."""
+    """Tests of graphs, streams, synchronisation, allocations and large offsets, which only a GPU has. The files run at
+    the same time, each in its own process: a test that hangs or makes the GPU unusable ends its own file alone."""
     files = [[name] for name in DEVICE_TESTS]
     if context.rehearsal:
         return _pytest(context, seconds, [list(DEVICE_TESTS)], only=REHEARSED)
@@ -154,8 +154,8 @@ def _pytest(
 
 
 def sanitizer(context: Context, seconds: float) -> dict:
-    """Every op at small shapes under compute-sanitizer's four tools, side by side. Our kernels have to be clean; what
-    it says of others' is counted too."""
+    """Every op at small shapes under compute-sanitizer's four tools, at the same time. A finding in our kernels is a
+    failure; findings in other kernels are counted."""
     target = [sys.executable, "-m", "benchmarks.gpu.sanitizer_target", "--device", context.device]
     if context.rehearsal:
         done = command(target, context.log("sanitizer_target"), seconds)
@@ -168,7 +168,7 @@ def sanitizer(context: Context, seconds: float) -> dict:
     running = {}
     for tool in TOOLS:
         log = context.log(tool)
-        # Without torch's cache every tensor is an allocation of its own, so that its ends are known.
+        # Without torch's cache every tensor is an allocation of its own, and the tool knows its bounds.
         running[tool] = (
             log,
             start([program, "--tool", tool, *target], log, processes=len(TOOLS), PYTORCH_NO_CUDA_MEMORY_CACHING="1"),

@@ -1,6 +1,6 @@
-"""Who computes the workloads: entcov, the usual formulas in torch, and these compiled. Rivals are in rivals.py."""
+"""Implementations of the workloads: entcov, the usual formulas in torch, and these compiled. rivals.py has others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,52 +9,43 @@ from torch import Tensor
 
 from benchmarks import ops_benchmark
 from benchmarks.gpu.workloads import CLAMP_P, Function
-from entcov import linear_token_stats, logit_covariance, token_stats
+from entcov import linear_token_stats, logit_covariance
 
 CHUNKS = 4
 
 
 @dataclass(frozen=True)
 class Contender:
-    """functions: workload -> (inputs) -> outputs, a dict of [T] tensors that may lack some of the workload's."""
+    """functions: workload -> (inputs) -> outputs, a dict of [T] tensors with some or all of the workload's outputs."""
 
     name: str
     source: str
     functions: dict[str, Function]
-    # Bytes that the algorithm has to move for a logit of this size: (workload, backward, size); None: not counted.
+    # (workload, backward, size) -> bytes that the algorithm has to move for a logit of this size; None: not counted.
     traffic: Callable[[str, bool, int], float | None] = lambda workload, backward, size: None
     note: str = ""
-    # Whether it writes over its inputs: (dtype, backward). It then gets a fresh copy, untimed, for each repetition.
+    # (dtype, backward) -> whether it overwrites its inputs. It then gets a new copy before each repetition, untimed.
     overwrites: Callable[[torch.dtype, bool], bool] = lambda dtype, backward: False
 
 
-def _entcov(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    stats = token_stats(logits, target)
-    return {"logprob": stats.logprob, "entropy": stats.entropy}
+def named(function: Callable[..., Sequence[Tensor]], *names: str) -> Function:
+    """The function with its first outputs in a dict, "logprob" and "entropy" if no names are given."""
+    names = names or ("logprob", "entropy")
+
+    def call(*inputs: Tensor) -> dict[str, Tensor]:
+        outputs = function(*inputs)
+        return {name: outputs[i] for i, name in enumerate(names)}
+
+    return call
 
 
-def _entcov_clamped(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    stats = token_stats(logits, target, clamp_p=CLAMP_P)
-    return {"logprob": stats.logprob, "clamped_entropy": stats.clamped_entropy}
+def _clamped(function: Callable[..., Sequence[Tensor]]) -> Function:
+    return named(partial(function, clamp_p=CLAMP_P), "logprob", "clamped_entropy")
 
 
 def _entcov_covariance(old: Tensor, new: Tensor) -> dict[str, Tensor]:
     change = logit_covariance(old, new)
     return {"covariance": change.covariance, "kl": change.kl}
-
-
-def _usual(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    logprob, entropy = ops_benchmark.usual(logits, target)
-    return {"logprob": logprob, "entropy": entropy}
-
-
-def _usual_clamped(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The entropy over the values of torch.topk, on the GPU; AEnt's own code selects on the CPU."""
-    columns = logits.shape[-1]
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    kept = torch.log_softmax(torch.topk(logits, columns - int(columns * CLAMP_P)).values.float(), dim=-1)
-    logprob = log_p.gather(-1, target[:, None])[:, 0]
-    return {"logprob": logprob, "clamped_entropy": -(kept.exp() * kept).sum(-1)}
 
 
 def _usual_covariance(old: Tensor, new: Tensor) -> dict[str, Tensor]:
@@ -74,58 +65,57 @@ def behind_a_head(function: Function) -> Function:
     return lambda hidden, weight, target: function(hidden @ weight.T, target)
 
 
+ENTCOV, USUAL = named(ops_benchmark.ours), named(ops_benchmark.usual)
+
+
+def read_once(workload: str, backward: bool, size: int) -> float | None:
+    """Bytes of a logit that is read once forward, and read and written once backward."""
+    return 3 * size if backward else size
+
+
 def _entcov_traffic(workload: str, backward: bool, size: int) -> float | None:
-    if workload in ("token_stats", "clamped_entropy"):  # the clamp's sample, a twentieth of the row, not counted
-        return 3 * size if backward else size  # read; then read and write
+    if workload in ("token_stats", "clamped_entropy"):  # the clamp's sample, a twentieth of the row, is not counted
+        return read_once(workload, backward, size)
     if workload == "logit_covariance":
         return 5 * size if backward else 2 * size  # read both; then read both and write
     return None
 
 
 def _eager_traffic(workload: str, backward: bool, size: int) -> float | None:
-    if workload != "token_stats":
-        return None
-    cast = size + 4 if size < 4 else 0  # operator by operator, as ops_benchmark.usual lists them
-    return 32 + cast + (76 + cast if backward else 0)
+    return ops_benchmark.bytes_per_logit(size, "eager", backward) if workload == "token_stats" else None
 
 
 def entcov() -> Contender:
     functions = {
-        "token_stats": _entcov, "logit_covariance": _entcov_covariance, "lm_head": _entcov_head,
-        "clamped_entropy": _entcov_clamped,
+        "token_stats": ENTCOV, "logit_covariance": _entcov_covariance, "lm_head": _entcov_head,
+        "clamped_entropy": _clamped(ops_benchmark.ours_clamped),
     }  # fmt: skip
     return Contender("entcov", "this repository", functions, _entcov_traffic, "lm_head: logits kept")
 
 
-def entcov_chunks() -> Contender:
-    functions = {"lm_head": partial(_entcov_head, chunks=CHUNKS)}
-    note = "the logits of a quarter of the tokens at a time, made again in backward"
-    return Contender("entcov, chunks", "this repository", functions, note=note)
-
-
-def entcov_materialised() -> Contender:
-    functions = {"lm_head": behind_a_head(_entcov)}
-    return Contender("entcov, token_stats", "this repository", functions, note="behind torch's own product")
-
-
 def eager() -> Contender:
     functions = {
-        "token_stats": _usual, "logit_covariance": _usual_covariance, "lm_head": behind_a_head(_usual),
-        "clamped_entropy": _usual_clamped,
+        "token_stats": USUAL, "logit_covariance": _usual_covariance, "lm_head": behind_a_head(USUAL),
+        "clamped_entropy": _clamped(ops_benchmark.usual_clamped),
     }  # fmt: skip
     return Contender("eager torch", f"torch {torch.__version__}", functions, _eager_traffic)
 
 
 def compiled() -> Contender:
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would be eager torch under another name
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise it would run as eager torch
     functions = {name: torch.compile(f, dynamic=False) for name, f in eager().functions.items()}
     return Contender("torch.compile", f"torch {torch.__version__}", functions)
 
 
 OWN = {
     "entcov": entcov,
-    "entcov, chunks": entcov_chunks,
-    "entcov, token_stats": entcov_materialised,
+    "entcov, chunks": lambda: Contender(
+        "entcov, chunks", "this repository", {"lm_head": partial(_entcov_head, chunks=CHUNKS)},
+        note="the logits of a quarter of the tokens at a time, made again in backward",
+    ),
+    "entcov, token_stats": lambda: Contender(
+        "entcov, token_stats", "this repository", {"lm_head": behind_a_head(ENTCOV)}, note="behind torch's own product",
+    ),
     "eager torch": eager,
     "torch.compile": compiled,
-}
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""entcov's kernels by themselves, to compare with the ceilings: without autograd and the few [T] formulas around."""
+"""entcov's kernels alone, without autograd and the [T] formulas around them, to compare with the ceilings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Kernel:
-    """run(inputs, prepared); reads and writes in tensors of the logits' size; overwrites: its first input.
+    """run(inputs, prepared). reads, writes: in tensors of the logits' size. overwrites: it overwrites its first input.
 
-    bare: the kernel that it is compared with, where not the memory limits it but the matrix products.
+    bare: the kernel that it is compared with, where matrix products limit it and not the memory.
     """
 
     run: Callable[[Inputs, Inputs], object]
@@ -47,7 +47,7 @@ def _row_stats(moments: bool) -> Callable[[Inputs, Inputs], object]:
 
 
 def _clamped_stats(inputs: Inputs, _: Inputs) -> object:
-    """With AEnt's clamp, which leaves a third of the vocabulary out. Its reads count as one: the sample is overhead."""
+    """With AEnt's clamp, which leaves a third of the vocabulary out. Its sample is not counted among its reads."""
     columns = inputs[0].shape[1]
     return clamp_ops.clamped_stats(*inputs, columns - columns // 3, columns, 1.0, False, IGNORE)
 

@@ -1,4 +1,4 @@
-"""The stages that measure: ceilings, entcov and torch; then the rivals. Each contender has a process of its own."""
+"""The stages that measure: ceilings, entcov and torch, then the rivals. Each contender has a process of its own."""
 
 import json
 import sys
@@ -9,10 +9,10 @@ from benchmarks.gpu.report import NOT_REACHED
 from benchmarks.gpu.stages import FAILED, PARTIAL, PASSED, SKIPPED, Context, command
 
 START_UP = 12  # seconds that a process may take to begin and to end, beside those it measures in
-# Seconds of every 320 that each is promised; what one leaves goes to those after it. entcov has most, and early.
+# Seconds of every 320 that each of them has. Seconds that one does not use go to those after it.
 OWN_SHARES = {"ceilings": 25, "entcov": 95, "entcov, chunks": 25, "entcov, token_stats": 25, "eager torch": 60,
               "torch.compile": 90}  # fmt: skip
-PROMISED_ERROR = 1e-5  # of logprob and entropy, absolute; a value of 12 also carries its own rounding to fp32
+PROMISED_ERROR = 1e-5  # of logprob and entropy, absolute; the rounding of a value of 12 to fp32 comes on top
 
 
 def ours(context: Context, seconds: float) -> dict:
@@ -59,7 +59,7 @@ def rivals(context: Context, seconds: float) -> dict:
 
 
 def _measure(context: Context, seconds: float, shares: dict[str, float], absent: list[dict] | None = None) -> dict:
-    """Runs the workers one after the other, each with its share of the time that is left; `absent`: who has none."""
+    """Runs the workers one after the other, each with its share of the time that is left. `absent`: those not here."""
     until = time.monotonic() + seconds
     records, unfinished = [], []
 

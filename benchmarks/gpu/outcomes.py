@@ -1,6 +1,6 @@
 """A plugin of pytest (`-p benchmarks.gpu.outcomes --outcomes FILE`): one JSON line a test, written as the test ends.
 
-A report that is written at the end, as JUnit's is, says nothing of a session that was stopped.
+A report that is written at the end, such as JUnit's, would be missing for a session that was stopped.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def read(path: Path) -> dict:
             record = json.loads(line)
         except json.JSONDecodeError:  # cut off when the process was stopped
             continue
-        if found.get(record["test"], {}).get("outcome") != BAD:  # a test that fails may be torn down well
+        if found.get(record["test"], {}).get("outcome") != BAD:  # a test that failed may still pass its tear-down
             found[record["test"]] = record
     outcomes = [record["outcome"] for record in found.values()]
     failures = [f"{r['test'].rpartition('::')[2]}: {r['message']}" for r in found.values() if r["outcome"] == BAD]

@@ -1,4 +1,4 @@
-"""What a run found, as a document, as tables, and as the newest entry of benchmarks/RESULTS.md for its device."""
+"""A run's results as text and tables, and as the entry of its device in benchmarks/RESULTS.md."""
 
 import re
 
@@ -6,13 +6,13 @@ from benchmarks.measure import table_lines
 
 HEADER = ["", "gives", "fwd us", "TB/s", "of read", "x entcov", "fwd+bwd us", "TB/s", "of copy", "x entcov", "peak MiB",
           "error", "gradient error", "-inf logits"]  # fmt: skip
-NOT_REACHED = "not reached within the time limit"  # begins the failure of what time did not suffice for
+NOT_REACHED = "not reached within the time limit"  # the first words of a failure for lack of time
 BLOCK = "<!-- device: {} -->\n{}\n<!-- end -->"
 
 
 def ceilings(run: dict, runs: list[dict]) -> tuple[dict[str, float], dict | None]:
-    """{"read": TB/s, "copy": TB/s}, the fastest way that was measured of each, and which run they are of: this one, or
-    the latest of the device that has them."""
+    """{"read": TB/s, "copy": TB/s}, the fastest measured way of each, and the run that they were measured in: this one,
+    or the device's latest with ceilings."""
     for candidate in (run, *reversed(runs)):
         best: dict[str, float] = {}
         for record in candidate["stages"].get("benchmarks", {}).get("ceilings", []):
@@ -115,8 +115,8 @@ def tables(records: list[dict], top: dict[str, float]) -> list[str]:
 
 
 def kernel_table(records: list[dict], top: dict[str, float]) -> list[str]:
-    """entcov's kernels alone, and their share of the ceiling: the copy's for those that write, else the read's; or how
-    many times as long as bare products they take."""
+    """entcov's kernels alone. The last column is their share of the copy ceiling for kernels that write, else of the
+    read ceiling; or their time over that of the bare products."""
 
     def against(r: dict) -> str:
         if "bare" in r:
@@ -178,7 +178,7 @@ def row(name: str, records: list[dict], top: dict[str, float]) -> list[str]:
 
 
 def infinity(record: dict) -> str:
-    """What becomes of -inf logits: "ok", or which outputs are NaN or wrong."""
+    """Results for -inf logits: "ok", or the outputs that are NaN or wrong."""
     found = record.get("errors_minus_infinity")
     if found is None:
         return "-"

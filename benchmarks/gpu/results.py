@@ -1,4 +1,4 @@
-"""What runs have found: one file that grows from command to command, and what is written beside it.
+"""The results of runs: one file to which every command adds, and the files beside it.
 
 A run is a mapping {"environment", "rehearsal", "ended", "stages": {name: findings}}. Commands of the same code on the
 same kind of machine add to one run; others stay apart, and the report says so.
@@ -46,8 +46,8 @@ def of(context: Context) -> dict:
 
 
 def merged(runs: Iterable[dict]) -> list[dict]:
-    """Later runs over earlier ones: those of the same machine and code become one, and of each device every stage is
-    kept from where it ran last. The latest comes last."""
+    """Later runs replace earlier ones. Runs of the same machine and code become one. Of each device every stage is kept
+    from the latest run that has it. The latest run comes last."""
     kept: list[dict] = []
     for run in runs:
         device = run["environment"].get("device")
@@ -60,7 +60,7 @@ def merged(runs: Iterable[dict]) -> list[dict]:
                 own |= stages
             elif stages:
                 older.append({**other, "stages": stages})
-        # A stage that had no chance to run says nothing against what it found before.
+        # A stage that did not run now does not replace what it found before.
         both = {**run["stages"], **own}
         names = dict.fromkeys(name for name in ("environment", "build", *own, *run["stages"]) if name in both)
         kept = [*older, {**run, "stages": {name: both[name] for name in names}}]
@@ -87,7 +87,7 @@ def write(context: Context, earlier: list[dict], document: Path) -> None:
 
 
 def take_up_logs(context: Context) -> None:
-    """Those of earlier commands, as far as they are in `context.out`: the archive is written anew after every stage."""
+    """Unpacks the logs of earlier commands from `context.out`, because every stage writes the whole archive again."""
     if (context.out / LOGS).exists():
         with tarfile.open(context.out / LOGS) as archive:
             archive.extractall(context.scratch, filter="data")
@@ -100,7 +100,7 @@ def _pack(folder: Path, path: Path) -> None:
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes under a temporary name and renames, so that nobody finds half a file."""
+    """Writes under a temporary name and renames, so that the file is never incomplete."""
     partial = path.with_name(f"{path.name}.partial")
     write(partial)
     shutil.move(partial, path)

@@ -1,8 +1,8 @@
-"""Other people's implementations, taken from their published wheels without installing them.
+"""Implementations of other projects, run from their published wheels without installing them.
 
-A wheel is unpacked, and its packages are entered as bare folders, so that a submodule is imported without the __init__
-files above it, which ask for half an ecosystem. What a submodule imports from outside is stood in for by a few lines.
-Nothing of theirs is changed. On one GPU their collectives run in a group of one rank: a launch that moves nothing.
+A wheel is unpacked, and its packages are entered without their __init__ files, which import many further packages. A
+stand-in of a few lines replaces a module that a submodule imports from elsewhere. The rivals' code is not changed. On
+one GPU their collectives run in a group of one rank and move no data.
 """
 
 import contextlib
@@ -19,20 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.gpu.contenders import Contender
+from benchmarks.gpu.contenders import Contender, named, read_once
 
 HEAD_COLUMNS = 32768  # of a tile of TRL's head, its trainer's choice
 
 
 @dataclass(frozen=True)
 class Rival:
-    """requirements: what `python -m benchmarks rivals` downloads for it, its own first. files: what of it is used.
+    """requirements: what `python -m benchmarks rivals` downloads for it, its own package first.
 
     load(source) -> Contender, in a process of its own with the archives unpacked and on sys.path.
     """
 
     requirements: tuple[str, ...]
-    files: str
     load: Callable[[str], Contender]
 
 
@@ -64,7 +63,7 @@ def prepare(name: str, folder: Path, scratch: Path, device: str) -> Contender:
             with tarfile.open(archive) as tar:
                 tar.extractall(place, filter="data")
             sys.path.insert(0, str(next(place.iterdir())))  # an sdist's one folder
-    if device == "cpu":  # Triton's interpreter stands in for a GPU, and needs no device to be made current
+    if device == "cpu":  # Triton's interpreter takes the GPU's place and has no current device
         torch.cuda.device = lambda *_: contextlib.nullcontext()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -72,7 +71,7 @@ def prepare(name: str, folder: Path, scratch: Path, device: str) -> Contender:
 
 
 def bare(*packages: str) -> None:
-    """Enters packages of the unpacked archives whose __init__ files shall not run."""
+    """Enters packages of the unpacked archives without running their __init__ files."""
     for package in packages:
         module = types.ModuleType(package)
         folders = [Path(entry, *package.split(".")) for entry in sys.path]
@@ -88,7 +87,7 @@ def enter(name: str, module: types.ModuleType) -> None:
 
 
 def stand_in(name: str, **members: object) -> None:
-    """A module that is not in the archives, or would ask for too much."""
+    """Replaces a module that is not in the archives, or that imports too much."""
     module = types.ModuleType(name)
     vars(module).update(members)
     enter(name, module)
@@ -101,13 +100,7 @@ def only_logprob(cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> Callable[
 def trl(source: str) -> Contender:
     bare("trl", "trl.kernels")
     kernel = import_module("trl.kernels.logprob_entropy").selective_log_softmax_and_entropy
-
-    def function(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logprob, entropy = kernel(logits, target)
-        return {"logprob": logprob, "entropy": entropy}
-
-    traffic = lambda workload, backward, size: 3 * size if backward else size  # noqa: E731
-    return Contender("TRL", source, {"token_stats": function}, traffic)
+    return Contender("TRL", source, {"token_stats": named(kernel)}, read_once)
 
 
 def liger_vocab_parallel(source: str) -> Contender:
@@ -140,9 +133,7 @@ def flash_attention(source: str) -> Contender:
     bare("flash_attn", "flash_attn.ops", "flash_attn.ops.triton")
     loss = import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss
     functions = {"token_stats": only_logprob(lambda logits, target: loss(logits, target)[0])}
-    return Contender(
-        "flash-attention CE", source, functions, lambda workload, backward, size: 3 * size if backward else size
-    )
+    return Contender("flash-attention CE", source, functions, read_once)
 
 
 def transformer_engine(source: str) -> Contender:
@@ -210,7 +201,7 @@ def verl(source: str) -> Contender:
     module = import_module("verl.utils.megatron.tensor_parallel")
 
     def function(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logits = logits.float()[:, None]  # Megatron's Float16Module hands fp32 logits on
+        logits = logits.float()[:, None]  # Megatron's Float16Module returns fp32 logits
         copy = logits.clone()
         entropy = module.vocab_parallel_entropy(logits)[:, 0]
         logprob = module.vocab_parallel_log_probs_from_logits(copy, target[:, None])[:, 0]
@@ -226,11 +217,7 @@ def areal(source: str) -> Contender:
     bare("areal", "areal.utils", "areal.utils.functional", "areal.infra")
     stand_in("areal.infra.platforms", is_npu_available=False)
     op = import_module("areal.utils.functional.vocab_parallel")._VocabParallelLogProbsEntropy
-
-    def function(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logprob, entropy = op.apply(logits.float(), target, dist.group.WORLD)
-        return {"logprob": logprob, "entropy": entropy}
-
+    function = named(lambda logits, target: op.apply(logits.float(), target, dist.group.WORLD))
     return Contender("AReaL", source, {"token_stats": function}, note="casts the logits to fp32, as it does itself")
 
 
@@ -240,7 +227,7 @@ def cut_cross_entropy(source: str) -> Contender:
     def function(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"logprob": -loss(hidden, weight, target, reduction="none")}
 
-    note = "never makes the logits; leaves small gradients out, by its default"
+    note = "does not store the logits; leaves small gradients out, by its default"
     return Contender("cut-cross-entropy", source, {"lm_head": function}, note=note)
 
 
@@ -254,12 +241,8 @@ def verl_linear(source: str) -> Contender:
         is_cuda_available=torch.cuda.is_available(),
     )
     op = import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
-
-    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logprob, entropy = op(hidden, weight, target, 1.0, "none")
-        return {"logprob": logprob, "entropy": entropy}
-
-    return Contender("verl linear CE", source, {"lm_head": function}, note="never makes the logits")
+    function = named(lambda hidden, weight, target: op(hidden, weight, target, 1.0, "none"))
+    return Contender("verl linear CE", source, {"lm_head": function}, note="does not store the logits")
 
 
 def trl_head(source: str) -> Contender:
@@ -267,24 +250,18 @@ def trl_head(source: str) -> Contender:
     stand_in("trl.trainer.utils", maybe_gather_lm_head_ctx=lambda *_: contextlib.nullcontext())
     op = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
 
-    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logprob, entropy, *_ = op.apply(hidden, weight, None, target, 1.0, HEAD_COLUMNS, None, 1.0, ("entropy",))
-        return {"logprob": logprob, "entropy": entropy}
+    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return op.apply(hidden, weight, None, target, 1.0, HEAD_COLUMNS, None, 1.0, ("entropy",))
 
     note = f"tiles of 4,096 tokens and {HEAD_COLUMNS:,} columns, made again in backward"
-    return Contender("TRL chunked head", source, {"lm_head": function}, note=note)
+    return Contender("TRL chunked head", source, {"lm_head": named(function)}, note=note)
 
 
 def verl_head(source: str) -> Contender:
     bare("verl", "verl.utils", "verl.utils.experimental")
     op = import_module("verl.utils.experimental.torch_functional").FusedLinearForPPOFunction
-
-    def function(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
-        logprob, entropy = op.apply(hidden, weight, target)
-        return {"logprob": logprob, "entropy": entropy}
-
     note = "chunks of 512 tokens in plain torch, made again in backward; sums the gradient of the weight in its dtype"
-    return Contender("verl chunked head", source, {"lm_head": function}, note=note)
+    return Contender("verl chunked head", source, {"lm_head": named(op.apply)}, note=note)
 
 
 def liger_head(source: str) -> Contender:
@@ -300,28 +277,20 @@ def liger_head(source: str) -> Contender:
 
 
 LIGER, MEGATRON, VERL = "liger-kernel==0.8.5", "megatron-core==0.16.1", "verl==0.9.1"
-# In the order in which they run, the most telling first.
+# In the order in which they run, the most important first.
 RIVALS = {
-    "TRL": Rival(("trl==1.16.0",), "trl/kernels/logprob_entropy.py", trl),
-    "verl": Rival((VERL, MEGATRON), "verl/utils/megatron/tensor_parallel.py", verl),
-    "Liger vocab-parallel CE": Rival(
-        (LIGER,), "liger_kernel/ops/vocab_parallel_cross_entropy.py", liger_vocab_parallel
-    ),
-    "Megatron-Core CE": Rival((MEGATRON,), "megatron/core/tensor_parallel/cross_entropy.py", megatron),
-    "flash-attention CE": Rival(
-        ("flash-attn==2.8.3.post2",), "flash_attn/ops/triton/cross_entropy.py", flash_attention
-    ),
-    "Transformer Engine CE": Rival(
-        ("transformer-engine==2.20.2",), "transformer_engine/pytorch/cross_entropy.py", transformer_engine
-    ),
-    "cut-cross-entropy": Rival(
-        ("cut-cross-entropy==25.1.1",), "cut_cross_entropy/linear_cross_entropy.py", cut_cross_entropy
-    ),
-    "verl linear CE": Rival((VERL,), "verl/utils/kernel/linear_cross_entropy.py", verl_linear),
-    "TRL chunked head": Rival(("trl==1.16.0",), "trl/kernels/chunked_logprob.py", trl_head),
-    "Liger fused linear": Rival((LIGER,), "liger_kernel/ops/fused_linear_scaled_cross_entropy.py", liger_head),
-    "verl chunked head": Rival((VERL,), "verl/utils/experimental/torch_functional.py", verl_head),
-    "AReaL": Rival(("areal==1.0.4",), "areal/utils/functional/vocab_parallel.py", areal),
-    "Liger CE": Rival((LIGER,), "liger_kernel/ops/cross_entropy.py", liger_cross_entropy),
-    "Megatron-Core fused CE": Rival((MEGATRON,), "megatron/core/fusions/fused_cross_entropy.py", megatron_fused),
+    "TRL": Rival(("trl==1.16.0",), trl),
+    "verl": Rival((VERL, MEGATRON), verl),
+    "Liger vocab-parallel CE": Rival((LIGER,), liger_vocab_parallel),
+    "Megatron-Core CE": Rival((MEGATRON,), megatron),
+    "flash-attention CE": Rival(("flash-attn==2.8.3.post2",), flash_attention),
+    "Transformer Engine CE": Rival(("transformer-engine==2.20.2",), transformer_engine),
+    "cut-cross-entropy": Rival(("cut-cross-entropy==25.1.1",), cut_cross_entropy),
+    "verl linear CE": Rival((VERL,), verl_linear),
+    "TRL chunked head": Rival(("trl==1.16.0",), trl_head),
+    "Liger fused linear": Rival((LIGER,), liger_head),
+    "verl chunked head": Rival((VERL,), verl_head),
+    "AReaL": Rival(("areal==1.0.4",), areal),
+    "Liger CE": Rival((LIGER,), liger_cross_entropy),
+    "Megatron-Core fused CE": Rival((MEGATRON,), megatron_fused),
 }

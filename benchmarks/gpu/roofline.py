@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.gpu import report
 
 PASSES = ("forward", "forward+backward")
-WORKLOAD = "token_stats"  # the one that all contenders have
+WORKLOAD = "token_stats"  # most contenders have it
 
 
 def available() -> bool:

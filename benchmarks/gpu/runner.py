@@ -21,7 +21,7 @@ SOURCES = ("csrc", "entcov", "megatron_integration", "benchmarks", "tests", "set
 
 
 def late(function: str) -> Callable[[Context, float], dict]:
-    """A stage of measurements.py, which imports entcov and so can only be imported when that is built."""
+    """A stage of measurements.py, which imports entcov and is therefore imported after the build."""
 
     def run(context: Context, seconds: float) -> dict:
         importlib.invalidate_caches()
@@ -30,7 +30,7 @@ def late(function: str) -> Callable[[Context, float], dict]:
     return run
 
 
-# Seconds that each is promised (stages.Stage). The first two come in every run: the machine may be bare.
+# With the seconds of stages.Stage. The first two run in every command: the machine may have nothing built.
 ALWAYS = [Stage("environment", 20, checks.environment), Stage("build", 90, checks.build)]
 STAGES = [
     *ALWAYS,
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace, out: Path, scratch: Path, earlier: list[dict]
     for n, stage in enumerate(chosen):
         print(f"{stage.name} ...", flush=True)
 
-        def keep(found: dict, stage=stage) -> None:  # what a killed command leaves of a long stage
+        def keep(found: dict, stage=stage) -> None:  # so that a command that is killed leaves part of a long stage
             context.results[stage.name] = {**found, "status": PARTIAL, "reason": "was not finished", "seconds": 0.0}
             results.write(context, earlier, DOCUMENT)
 
@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace, out: Path, scratch: Path, earlier: list[dict]
 
 
 def commit() -> str:
-    """The commit, and what tells the code apart where that does not: no git repository, or changes in it."""
+    """The commit; without a git repository, or with changes in it, also a hash of the sources."""
     if not shutil.which("git") or not (ROOT / ".git").exists():
         return f"unknown, {fingerprint()}"
     head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -113,7 +113,7 @@ def commit() -> str:
 
 
 def fingerprint(root: Path = ROOT) -> str:
-    """A hash of the sources, without what a build or a run makes of them."""
+    """A hash of the sources, without files that a build or a run creates."""
     digest = hashlib.sha256()
     for name in SOURCES:
         paths = [root / name] if (root / name).is_file() else sorted((root / name).rglob("*"))

@@ -1,6 +1,6 @@
-"""Runs every op with GPU kernels once for each dtype, path and alignment at small shapes: a program for the sanitizer.
+"""A program for the sanitizer: runs every op with GPU kernels once for each dtype, path and alignment, at small shapes.
 
-Inputs are made on the CPU and copied, so that next to no kernel but ours runs.
+Inputs are made on the CPU and copied, so that hardly any kernel but ours runs.
 """
 
 import argparse
@@ -12,13 +12,13 @@ import torch
 from entcov import clamp_ops, clamp_rounds, ops, shard_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# One column, a short row for one warp, one for a block, and one that is cut into segments; odd ends throughout.
+# One column, a short row for one warp, two for a block, and one that is cut into segments. None is a multiple of 8.
 COLUMNS = (1, 7, 1003, 9001, 40005)
 OFFSETS = (0, 1)  # of the first row from a 16-byte boundary, in elements
 
 
 def place(rows: torch.Tensor, offset: int, device: str) -> torch.Tensor:
-    """The rows on the device, 3 elements of other memory between them, the first one `offset` elements in."""
+    """The rows on the device, with 3 other elements between rows and `offset` elements before the first."""
     T, V = rows.shape
     memory = torch.full((offset + T * (V + 3),), torch.nan, dtype=rows.dtype)
     memory.as_strided((T, V), (V + 3, 1), offset).copy_(rows)

@@ -1,4 +1,4 @@
-"""Stages with time limits: what one is, and how a command is run inside one."""
+"""Stages with time limits, and the commands that they run."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ class Context:
     deadline: float  # of the whole run, on time.monotonic()
     commit: str
     results: dict = field(default_factory=dict)  # stage -> what it found
-    keep: Callable[[dict], None] = lambda found: None  # a long stage hands over what it has found so far
+    keep: Callable[[dict], None] = lambda found: None  # called by a long stage with what it has found so far
 
     @property
     def rehearsal(self) -> bool:
@@ -42,8 +42,8 @@ class Context:
 class Stage:
     """`run(context, seconds)` returns its findings, a dict with at least "status".
 
-    seconds: what it is promised of a run that has as many seconds as all of its stages together; of a longer or a
-    shorter run as much more or less. What a stage leaves goes to those after it.
+    seconds: its limit in a run that has as many seconds as its stages have together. In a longer or shorter run the
+    limit changes in proportion. Seconds that a stage does not use go to the stages after it.
     """
 
     name: str
@@ -63,7 +63,7 @@ def execute(stage: Stage, context: Context, seconds: float) -> dict:
         return {"status": SKIPPED, "reason": "no time left", "seconds": 0.0}
     try:
         found = stage.run(context, seconds)
-    except Exception as error:  # whatever it is, the other stages go on
+    except Exception as error:  # after any failure the other stages go on
         found = {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
     return {**found, "seconds": round(time.monotonic() - start, 1)}
 
@@ -93,8 +93,8 @@ def cores() -> int:
 def start(command: list[str | Path], log: Path, *, processes: int = 1, **environment: str) -> subprocess.Popen:
     """Starts a command in the repository's root, in a process group of its own, with its output in `log`.
 
-    processes: how many run side by side, this one and what it starts included. They share the cores: a thread per core
-    in each of them makes them wait for each other many times as long.
+    processes: how many run at the same time, this one and those that it starts included. Each gets its share of the
+    cores as threads: with a thread per core in every process all of them would take many times as long.
     """
     threads = str(max(1, cores() // processes))
     given = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads, **environment}

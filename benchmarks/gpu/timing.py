@@ -1,27 +1,30 @@
-"""Time of work on a device, in turns, on inputs that no cache holds."""
+"""Times work on a device, in turns, on inputs that are in no cache."""
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-# The GPU is kept waiting about this long before each timed call, so that the host has handed over all of the call's
-# launches when the first one starts: what is timed is the GPU's work, as in a training step where the host runs ahead.
+from benchmarks import measure
+
+# The GPU waits about this long before each timed call, so that the host has launched all kernels of the call before the
+# first one starts: the GPU's work is timed and not the host's, as in a training step, where the host runs ahead.
 HEAD_START_CYCLES = 2_000_000
 WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class Call:
-    """One thing to time. run(i) works on input set i; restore(i), untimed, puts right what an earlier run overwrote."""
+    """One thing to time. run(i) works on input set i; restore(i), untimed, restores what an earlier run overwrote."""
 
     run: Callable[[int], object]
     restore: Callable[[int], object] | None = None
 
 
-def seconds_of(call: Call, turn: int, device: str) -> float:
+def seconds_of(call: Call, device: str, turn: int) -> float:
     if call.restore is not None:
         call.restore(turn)
     if device == "cpu":
@@ -40,17 +43,11 @@ def seconds_of(call: Call, turn: int, device: str) -> float:
 
 def in_turns(calls: dict[str, Call], device: str, turns: int, seconds: float) -> dict[str, list[float]]:
     """Seconds of each call, in turn (a, b, a, b, ...): `turns` times, fewer (at least 3) once `seconds` have passed."""
-    for call in calls.values():
+    timed = {name: partial(seconds_of, call, device) for name, call in calls.items()}
+    for call in timed.values():
         for turn in range(WARM_UP):
-            seconds_of(call, turn, device)
-    until = time.monotonic() + seconds
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns):
-        if turn >= 3 and time.monotonic() > until:
-            break
-        for name, call in calls.items():
-            times[name].append(seconds_of(call, turn, device))
-    return times
+            call(turn)
+    return measure.in_turns(timed, turns, seconds)
 
 
 def summary(times: list[float]) -> dict[str, float]:
@@ -63,7 +60,7 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def input_sets(bytes_of_one: int, l2_bytes: int) -> int:
-    """How many sets of inputs to go round, so that one is out of the cache when its turn comes again."""
+    """How many sets of inputs to use in turn, so that a set has left the cache when its turn comes again."""
     return max(2, -(-4 * l2_bytes // max(bytes_of_one, 1)))
 
 

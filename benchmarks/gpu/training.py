@@ -1,6 +1,6 @@
 """The tiny recipe trained for a few steps on the device: by the torch actor, and by the Megatron actor with one rank.
 
-A few steps teach nothing. They show that rollouts, scores, entropy controls, updates and checkpoints work there.
+A few steps do not train a model. They show that rollouts, scores, entropy controls, updates and checkpoints work there.
 """
 
 import json
@@ -17,12 +17,12 @@ NEEDED_BY_MEGATRON = (*NEEDED, "megatron.core", "mbridge", "einops")
 STEPS = 3
 SETTINGS = ("control=[clip_cov,aent]", "warm_start.steps=300", "eval.prompts=32", "eval.samples=1", "eval.every=0",
             "checkpoint.every=0", "logging.tensorboard=false")  # fmt: skip
-# Of a rehearsal, beside these: as little as goes through every part.
+# In a rehearsal also these: the smallest run that goes through every part.
 SMALL = ("warm_start.steps=4", "rollout.prompts_per_step=6", "rollout.group_size=4", "actor.updates_per_rollout=2",
          "rollout.max_response_length=12", "eval.prompts=4", "model.config.num_hidden_layers=1")  # fmt: skip
 SHOWN = ("critic/score/mean", "actor/entropy", "actor/grad_norm", "training/mismatch", "timing_s/step")
-MOST_MISMATCH = 1e-3  # nats, mean of |logprob - rollout logprob|: the same weights in fp32, rounded on two ways
-MOST_DIFFERENCE = 0.05  # of the first step's entropy between the actors, relative: a few samples may fall differently
+MOST_MISMATCH = 1e-3  # nats, mean of |logprob - rollout logprob|: the same fp32 weights, two orders of rounding
+MOST_DIFFERENCE = 0.05  # of the first step's entropy between the actors, relative: a few samples may differ
 
 
 def torch_actor(context: Context, seconds: float) -> dict:
@@ -32,7 +32,7 @@ def torch_actor(context: Context, seconds: float) -> dict:
 
 def megatron_actor(context: Context, seconds: float) -> dict:
     """The same on Megatron-Core, one rank; over NCCL where there is a GPU. Its first step is held against torch's."""
-    # What torchrun would set; without it nothing asks for this machine's name, which a rented one may not resolve.
+    # What torchrun would set. torchrun would look this machine's name up, which fails on some rented machines.
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(),
             "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # fmt: skip
     layers = [] if _missing(context, ("transformer_engine",)) is None else ["megatron.transformer_impl=local"]
@@ -89,7 +89,7 @@ def _wrong(steps: list[dict]) -> str | None:
 
 
 def _missing(context: Context, modules: tuple[str, ...]) -> str | None:
-    """Those that a process started now would not find; in a process, because wheels may have been added to its path."""
+    """The modules that a new process would not find: wheels may have been added to its path."""
     look = (
         "import sys\nfrom importlib.util import find_spec\n"
         "def there(name):\n    try: return find_spec(name) is not None\n    except ImportError: return False\n"

@@ -1,7 +1,7 @@
 """Measures one contender in a process of its own: `python -m benchmarks.gpu.worker NAME`, one JSON line a measurement.
 
-entcov runs beside it, turn by turn, so that the ratio of the two does not depend on the state of the GPU. A line is
-written as soon as it is measured: what is lost when the process is stopped is only what it had not come to.
+entcov runs in the same process, turn by turn, so that the ratio of the two does not depend on the state of the GPU. A
+line is written as soon as it is measured, so that a process that is stopped loses no finished measurement.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from benchmarks.gpu.contenders import Contender
 from benchmarks.gpu.kernels import KERNELS, Kernel, prepared
 from benchmarks.gpu.report import NOT_REACHED
 from benchmarks.gpu.timing import Call, in_turns, input_sets, peak_bytes, summary
-from benchmarks.gpu.workloads import DTYPES, WORKLOADS, Inputs, Workload, backward, errors, forward
-from benchmarks.measure import ratio
+from benchmarks.gpu.workloads import WORKLOADS, Inputs, Workload, backward, errors, forward
+from benchmarks.measure import DTYPES, ratio
 
 CHECKED_ROWS = 16
 TURNS, SECONDS_A_MEASUREMENT = 30, 1.2
-TINY_TOKENS, TINY_COLUMNS = 8, 500  # of a rehearsal
+TOKENS, TINY_TOKENS, TINY_COLUMNS = 8192, 8, 500  # tiny: of a rehearsal
 
 
 def tell(**record: object) -> None:
@@ -36,7 +36,7 @@ def tell(**record: object) -> None:
 
 
 def _finite(value: object) -> object:
-    """NaN and infinities as words, which JSON has no numbers for."""
+    """NaN and infinities as text, because JSON has no numbers for them."""
     if isinstance(value, dict):
         return {name: _finite(v) for name, v in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -51,7 +51,7 @@ class Worker:
         self.l2 = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
 
     def run(self) -> None:
-        """Every shape of every workload; first the first of each, which matters most: time may not suffice for all."""
+        """Every shape of every workload. The first shape of each workload comes first: time may not suffice for all."""
         shapes = [(n, name, *shape) for name in self.contender.functions
                   for n, shape in enumerate(WORKLOADS[name].shapes)]  # fmt: skip
         done = set()
@@ -66,7 +66,7 @@ class Worker:
                 tell(**about, failure=NOT_REACHED)
                 continue
             if "torch._dynamo" in sys.modules:
-                torch.compiler.reset()  # after some shapes it would stop compiling and run as eager torch
+                torch.compiler.reset()  # after some shapes torch would stop compiling and run eagerly
             try:
                 self.measure(WORKLOADS[name], about)
             except Exception as error:  # an implementation that fails is a finding
@@ -158,7 +158,7 @@ class Worker:
         return Call(lambda turn: run_on(own), restore)
 
     def own_copy(self, sets: list[Inputs]) -> tuple[Inputs, Callable[[int], None]]:
-        """Memory for inputs that are overwritten, and what puts the set of a turn into it, but not into the cache."""
+        """Memory for inputs that are overwritten, and a function that copies a turn's inputs there, uncached."""
         own = tuple(torch.empty_like(x) for x in sets[0])
         scrub = torch.empty(4 * self.l2, dtype=torch.uint8, device=self.device)
 
@@ -191,16 +191,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=[*contenders.OWN, *rivals.RIVALS, "ceilings"])
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--rivals", type=Path, default=None)
     args = parser.parse_args()
-    until = time.monotonic() + args.seconds
+    until, tokens = time.monotonic() + args.seconds, TINY_TOKENS if args.device == "cpu" else TOKENS
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-        args.tokens = TINY_TOKENS
     if args.name == "ceilings":
-        measure_ceilings(args.device, args.tokens)
+        measure_ceilings(args.device, tokens)
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -211,7 +209,7 @@ def main() -> int:
         except Exception as error:
             tell(contender=args.name, failure=f"cannot be loaded: {type(error).__name__}: {str(error)[:500]}")
             return 0
-        Worker(contender, args.device, args.tokens, until).run()
+        Worker(contender, args.device, tokens, until).run()
     return 0
 
 

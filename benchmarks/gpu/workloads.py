@@ -1,7 +1,8 @@
-"""What is computed, on which inputs and shapes, and what float64 says of it."""
+"""What the contenders compute, on which inputs and shapes, and the expected results in float64."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,14 +10,13 @@ from torch import Tensor
 from benchmarks.ops_benchmark import ENTROPY_COEF
 from entcov.verify import reference
 
-# Of the outputs in the loss.
+# Weights of the outputs in the loss.
 WEIGHTS = {
     "logprob": -1.0, "entropy": -ENTROPY_COEF, "clamped_entropy": -ENTROPY_COEF, "covariance": 1.0, "kl": 0.5,
 }  # fmt: skip
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 VOCABS = (152064, 19008, 38016)  # a whole vocabulary, and its shards at 8 and 4 ranks; none a multiple of 1024
 CLAMP_P = 1 / 3  # of the vocabulary that the clamped entropy leaves out
-HIDDEN = 4096  # of an 8B model; from there on, the products outweigh all else
+HIDDEN = 4096  # of an 8B model; at this width and above, the matrix products take most of the time
 
 Inputs = tuple[Tensor, ...]
 Function = Callable[..., dict[str, Tensor]]
@@ -28,7 +28,7 @@ class Workload:
     make: Callable[[int, int, torch.dtype, str, int], Inputs]  # (tokens, columns, dtype, device, seed)
     gradient_of: tuple[int, ...]  # which inputs get one
     by_row: tuple[int, ...]  # which inputs have a row a token
-    expected: Callable[[Inputs], dict[str, Tensor]]  # in float64, differentiable
+    expected: Function  # all outputs in float64, differentiable
     shapes: tuple[tuple[str, int], ...]  # dtype, columns; the first matter most
 
     def bytes_of_one(self, inputs: Inputs) -> int:
@@ -39,7 +39,7 @@ class Workload:
 
 
 def normal(rows: int, columns: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> Tensor:
-    """2.5 N(0, 1), made in pieces so that no fp32 copy of it all exists."""
+    """2.5 N(0, 1), made in pieces, so that there is no fp32 copy of the whole tensor."""
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     for part in out.split(1024):
         part.copy_(2.5 * torch.randn(part.shape, device=device, generator=generator))
@@ -73,35 +73,18 @@ def _head(tokens: int, columns: int, dtype: torch.dtype, device: str, seed: int)
     return hidden, weight, torch.randint(0, columns, (tokens,), device=device, generator=generator)
 
 
-def _expected_stats(inputs: Inputs) -> dict[str, Tensor]:
-    logits, target = inputs
-    found = reference.token_stats(logits, target)
-    return {"logprob": found["logprob"], "entropy": found["entropy"]}
-
-
-def _expected_clamped(inputs: Inputs) -> dict[str, Tensor]:
-    logits, target = inputs
-    found = reference.token_stats(logits, target, clamp_p=CLAMP_P)
-    return {"logprob": found["logprob"], "clamped_entropy": found["clamped_entropy"]}
-
-
-def _expected_covariance(inputs: Inputs) -> dict[str, Tensor]:
-    found = reference.logit_covariance(*inputs)
-    return {"covariance": found["covariance"], "kl": found["kl"]}
-
-
-def _expected_head(inputs: Inputs) -> dict[str, Tensor]:
-    hidden, weight, target = inputs
-    return _expected_stats((hidden.double() @ weight.double().T, target))
+def _expected_head(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
+    return reference.token_stats(hidden.double() @ weight.double().T, target)
 
 
 SHAPES = tuple((dtype, columns) for dtype in ("bf16", "fp32") for columns in VOCABS)
-TOKEN_STATS = Workload("token_stats", _logits_and_target, (0,), (0, 1), _expected_stats, SHAPES)
-COVARIANCE = Workload("logit_covariance", _two_logits, (1,), (0, 1), _expected_covariance, SHAPES)
+TOKEN_STATS = Workload("token_stats", _logits_and_target, (0,), (0, 1), reference.token_stats, SHAPES)
+COVARIANCE = Workload("logit_covariance", _two_logits, (1,), (0, 1), reference.logit_covariance, SHAPES)
 HEAD = Workload("lm_head", _head, (0, 1), (0, 2), _expected_head, (("bf16", 152064),))
 CLAMPED = Workload(
-    "clamped_entropy", _logits_and_target, (0,), (0, 1), _expected_clamped, (("bf16", 152064), ("bf16", 19008))
-)
+    "clamped_entropy", _logits_and_target, (0,), (0, 1), partial(reference.token_stats, clamp_p=CLAMP_P),
+    (("bf16", 152064), ("bf16", 19008)),
+)  # fmt: skip
 WORKLOADS = {w.name: w for w in (TOKEN_STATS, COVARIANCE, HEAD, CLAMPED)}
 
 
@@ -133,7 +116,7 @@ def errors(workload: Workload, function: Function, inputs: Inputs) -> dict[str, 
     gradient = backward(workload, function, inputs)[0].detach().double()
     first = workload.gradient_of[0]
     leaf = kept[first].double().requires_grad_()
-    expected = workload.expected(tuple(leaf if i == first else x for i, x in enumerate(kept)))
+    expected = workload.expected(*(leaf if i == first else x for i, x in enumerate(kept)))
     wanted = {name: expected[name] for name in outputs}
     (expected_gradient,) = torch.autograd.grad(loss_of(wanted), leaf)
     found = {name: largest(value, wanted[name].detach()) for name, value in outputs.items()}

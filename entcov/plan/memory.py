@@ -1,6 +1,6 @@
-"""Will it fit, and on what layout? Memory per GPU of a Megatron run with a vLLM engine, by arithmetic alone.
+"""Memory per GPU of a Megatron run with a vLLM engine, by arithmetic alone: whether it fits, and which layouts do.
 
-Every formula and its source: docs/large_models.md. Bytes unless a name says otherwise.
+docs/large_models.md has every formula and its source. Sizes are in bytes unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator, from its maker's data sheet: dense bfloat16 peak and one-way link speeds."""
+    """One accelerator, from its maker's data sheet: dense bfloat16 peak, and link speeds in one direction."""
 
     name: str
     memory: int
@@ -36,8 +36,8 @@ GPUS = {
     "b200": Gpu("B200 SXM 180 GB", 178 * GIB, 2250e12, 7.7e12, 900e9, 50e9),
 }
 
-# What no formula here knows: CUDA context, NCCL buffers, workspaces and fragmentation of the allocator; and what vLLM
-# itself needs beside weights and cache. Assumptions, to be replaced by measurements.
+# Assumed, not measured. Of the trainer: CUDA context, NCCL buffers, workspaces, fragmentation of the allocator. Of the
+# engine: all that vLLM needs beside weights and cache.
 TRAINER_RESERVE = 5 * GIB
 ENGINE_RESERVE = 2 * GIB
 
@@ -56,7 +56,7 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a recipe and a machine decides memory, traffic and time. `KNOBS` has the recipe's names."""
+    """The parts of a recipe and a machine that decide memory, traffic and time. `KNOBS` has the recipe's names."""
 
     shape: ModelShape
     gpu: Gpu
@@ -73,7 +73,7 @@ class Settings:
     optimizer_offload: float = 0.0
     reference: bool = False  # a frozen copy of the policy, where loss.kl_coef > 0
     selection: bool = False  # a covariance control is in force
-    select_on_first_update: bool = False  # it takes a pass of its own on the first update too
+    select_on_first_update: bool = False  # the selection needs a pass on the first update too
     clamped_entropy: bool = False
     micro_batch_tokens: int = 16384
     prompts_per_step: int = 256
@@ -140,10 +140,10 @@ def settings_from(
     """Settings of a recipe (`entcov.rl.config.Config`) on so many GPUs.
 
     Args:
-        mean_response: tokens of a mean response; default: half of the limit, an assumption.
+        mean_response: tokens of a mean response; default: half of the limit, which is an assumption.
 
     Raises:
-        ValueError: a recipe for another engine than Megatron, or a model whose shape is not known.
+        ValueError: actor.engine is not megatron, the model's shape is not known, or mean_response is out of range.
     """
     if config.actor.engine != "megatron":
         raise ValueError(f"plan: is about actor.engine=megatron, got {config.actor.engine!r}")
@@ -158,29 +158,24 @@ def settings_from(
         gpus=gpus,
         gpus_per_node=gpus_per_node,
         bf16=config.model.compute_dtype == "bfloat16",
-        **{name: getattr(megatron, name) for name in (
-            "tensor_parallel", "pipeline_parallel", "context_parallel", "sequence_parallel", "distributed_optimizer",
-            "overlap", "recompute", "optimizer_offload",
-        )},
+        **{name: getattr(section, name) for section, names in (
+            (megatron, ("tensor_parallel", "pipeline_parallel", "context_parallel", "sequence_parallel",
+                        "distributed_optimizer", "overlap", "recompute", "optimizer_offload")),
+            (vllm, ("gpu_memory_utilization", "max_num_seqs", "kv_cache_memory_bytes", "sleep")),
+            (config.rollout, ("prompts_per_step", "group_size")),
+            (config.actor, ("micro_batch_tokens", "epochs")),
+        ) for name in names},
         reference=config.loss.kl_coef > 0,
         selection=any("selection" in c.needs for c in controls),
         select_on_first_update=megatron.selection_logprob == "recompute",
         clamped_entropy=any("clamped_entropy" in c.needs for c in controls),
-        micro_batch_tokens=config.actor.micro_batch_tokens,
-        prompts_per_step=config.rollout.prompts_per_step,
-        group_size=config.rollout.group_size,
         updates=config.actor.updates_per_rollout,
-        epochs=config.actor.epochs,
         max_prompt=config.data.max_prompt_length,
         max_response=limit,
         mean_response=limit // 2 if mean_response is None else mean_response,
         mean_prompt=min(256, config.data.max_prompt_length),
         engine=vllm.mode if config.rollout.engine == "vllm" else "in_process",
         engine_tensor_parallel=vllm.tensor_parallel,
-        gpu_memory_utilization=vllm.gpu_memory_utilization,
-        max_num_seqs=vllm.max_num_seqs,
-        kv_cache_memory_bytes=vllm.kv_cache_memory_bytes,
-        sleep=vllm.sleep,
     )  # fmt: skip
 
 
@@ -189,7 +184,7 @@ def settings_from(
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one GPU of one pipeline stage, in bytes, and what it must stay below."""
+    """Memory of one GPU of one pipeline stage, and its limit."""
 
     stage: int
     parameters: int
@@ -198,15 +193,15 @@ class Memory:
     optimizer: int  # main weights and Adam's two moments, the part on the GPU
     reference: int
     activations: int
-    logits: int  # with their gradient and the statistics; last stage
+    logits: int  # with their gradient and the statistics; 0 but for the last stage
     engine_weights: int
     kv_cache: int
-    asleep: bool  # the engine's memory is free while the trainer works
+    asleep: bool  # the engine gives its memory back while the trainer works
     limit: int
 
     @property
     def resident(self) -> int:
-        """Of the trainer, whatever it does."""
+        """What the trainer holds while it trains and while the engine generates."""
         return self.weights + self.gradients + self.optimizer + self.reference + TRAINER_RESERVE
 
     @property
@@ -228,7 +223,7 @@ class Memory:
 
 
 def layer_activations(s: Settings) -> int:
-    """Kept of one layer for the backward pass of one full micro-batch, nothing recomputed."""
+    """What one layer keeps for the backward pass of one full micro-batch without recomputation."""
     m, t = s.shape, s.tensor_parallel
     around = 4 * m.hidden_size // (t if s.sequence_parallel else 1)  # inputs and outputs of the two norms
     attention = (2 * m.query_width + 2 * m.key_value_width) // t  # queries, keys, values, output
@@ -237,7 +232,7 @@ def layer_activations(s: Settings) -> int:
 
 
 def activations(s: Settings, stage: int) -> int:
-    """Of a stage at its fullest: under one-forward-one-backward, stage i holds pipeline_parallel - i micro-batches."""
+    """The most that a stage keeps. Under one-forward-one-backward stage i holds pipeline_parallel - i micro-batches."""
     in_flight = min(s.pipeline_parallel - stage, s.micro_batches)
     layers = s.shape.num_hidden_layers // s.pipeline_parallel
     layer = layer_activations(s)
@@ -251,7 +246,7 @@ def activations(s: Settings, stage: int) -> int:
 
 
 def memory(s: Settings, stage: int) -> Memory:
-    """What one GPU of `stage` holds at the fullest moment of training and of generation."""
+    """The most that one GPU of `stage` holds during training and during generation."""
     parameters = s.shape.parameters_on_rank(s.tensor_parallel, s.pipeline_parallel, stage)
     # Adam in float32: two moments, and a main copy where the weights are bfloat16.
     state = parameters * (12 if s.bf16 else 8)
@@ -279,7 +274,7 @@ def memory(s: Settings, stage: int) -> Memory:
 
 
 def engine_memory(s: Settings) -> tuple[int, int]:
-    """(weights, key-value cache) of a colocated engine on one GPU; a cache below 0: the budget is too small."""
+    """(weights, key-value cache) of a colocated engine on one GPU. Negative cache: the budget is too small."""
     if s.engine != "colocated":
         return 0, 0
     weights = math.ceil(s.shape.parameters * s.value_bytes / s.engine_tensor_parallel)
@@ -289,7 +284,7 @@ def engine_memory(s: Settings) -> tuple[int, int]:
 
 
 def engine_sequences(s: Settings) -> float:
-    """Sequences of mean length that one engine holds at once; a server's share is not known and counts as unlimited."""
+    """Sequences of mean length that one engine holds at a time. The memory of a server is not known: no limit by it."""
     if s.engine != "colocated":
         return float(s.max_num_seqs)
     per_token = s.shape.kv_bytes_per_token(s.engine_tensor_parallel, s.value_bytes)
@@ -301,7 +296,7 @@ def stages(s: Settings) -> list[Memory]:
     return [memory(s, stage) for stage in range(s.pipeline_parallel)]
 
 
-# ---- what does not fit, and what would make it fit -----------------------------------------------------------------
+# ---- what does not fit, and which changes would make it fit --------------------------------------------------------
 
 
 def problems(s: Settings) -> list[str]:
@@ -342,7 +337,7 @@ def problems(s: Settings) -> list[str]:
 
 
 def _changes(s: Settings) -> Iterator[dict[str, Any]]:
-    """Single knobs, cheapest first: those that cost no speed, those that cost some, more hardware."""
+    """Changes of one knob. First those that cost no speed, then those that cost some, last more hardware."""
     if s.engine == "colocated" and not s.sleep:
         yield {"sleep": True}
     if s.engine == "colocated" and s.kv_cache_memory_bytes is None:
@@ -368,10 +363,10 @@ def _changes(s: Settings) -> Iterator[dict[str, Any]]:
 
 
 def remedies(s: Settings, most: int = 4) -> list[list[str]]:
-    """Changes that make it fit: every single knob that does; else the first pairs, else triples, `most` in all.
+    """Changes that make it fit: single knobs if any does, else pairs, else triples; `most` at most.
 
     Returns:
-        Lists of `key=value` as the command line takes them; empty where it fits already or nothing here helps.
+        Lists of `key=value` for the command line; empty if it fits already, or if none of these changes helps.
     """
     if not problems(s):
         return []

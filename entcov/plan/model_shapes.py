@@ -3,7 +3,8 @@
 Parameters of one layer, with h hidden, f intermediate, a heads, k key-value heads of d, T tensor-parallel ranks:
     divided by T    (a + 2k) d h  queries, keys, values (+ (a + 2k) d bias)     a d h  projection     3 f h  gated MLP
     on every rank   2 h  norms    (+ 2 d  norms of queries and keys)
-The vocabulary is padded to a multiple of 128 and T. The first pipeline stage has the embedding, the last one the output
+The vocabulary is padded to a multiple of 128 and of T. The first pipeline stage has the embedding, the last one the
+output
 matrix (the embedding again where they are tied) and the last norm.
 """
 
@@ -72,12 +73,12 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model as published, without padding, a tied embedding counted once."""
+        """Parameters of the whole published model, without padding; a tied embedding counts once."""
         padding = self.padded_vocab(1) - self.vocab_size
         return self.parameters_on_rank(1, 1, 0) - padding * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
     def padded_vocab(self, tensor_parallel: int) -> int:
-        """Rows of the embedding, as megatron_integration makes them: the next multiple of 128 and of the ranks."""
+        """Rows of the embedding in megatron_integration: the next multiple of 128 and of the number of ranks."""
         multiple = math.lcm(128, tensor_parallel)
         return math.ceil(self.vocab_size / multiple) * multiple
 
@@ -93,7 +94,7 @@ class ModelShape:
             total += vocabulary
         if stage == pipeline_parallel - 1:
             total += h
-            # Tied, a single stage uses the embedding twice; the last of several keeps a copy.
+            # A tied embedding is one matrix on a single stage. The last of several stages has a copy.
             total += vocabulary if not self.tie_word_embeddings or pipeline_parallel > 1 else 0
         return total
 
@@ -109,9 +110,9 @@ class ModelShape:
         return errors
 
     def forward_flops(self, tokens: float, context: float) -> float:
-        """Multiply-adds count as two: 2 for every weight of a matrix, and attention over `context` earlier tokens.
+        """Operations, a multiply-add counted as two: 2 for every weight of a matrix, and those of attention.
 
-        `context` is the mean number of tokens that a token looks back at: half the length for whole sequences.
+        `context` is the mean number of earlier tokens that attention reads: half the length for whole sequences.
         """
         matrices = self.num_hidden_layers * (
             (self.query_width * 2 + 2 * self.key_value_width + 3 * self.intermediate_size) * self.hidden_size
@@ -121,7 +122,7 @@ class ModelShape:
         return 2.0 * tokens * (matrices + head + attention)
 
     def kv_bytes_per_token(self, tensor_parallel: int, bytes_per_value: int = 2) -> int:
-        """Keys and values of one token in all layers on one of `tensor_parallel` ranks, which has one head at least."""
+        """Keys and values of one token in all layers on one of `tensor_parallel` ranks; each has at least one head."""
         heads = max(1, self.num_key_value_heads // tensor_parallel)
         return 2 * self.num_hidden_layers * heads * self.head_dim * bytes_per_value
 
@@ -134,7 +135,8 @@ def _published(kind: str, layers: int, h: int, f: int, heads: int, kv: int, voca
     }  # fmt: skip
 
 
-# From the config.json that each model is published with, so that planning needs no network.
+# From the config.json of each published model, so that a plan needs no network. To add a model, add a line: the plan
+# knows it then. Training reads the config.json itself and needs no line here.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-1.5B": _published("qwen2", 28, 1536, 8960, 12, 2, 151936, tied=True),
     "Qwen/Qwen2.5-1.5B-Instruct": _published("qwen2", 28, 1536, 8960, 12, 2, 151936, tied=True),

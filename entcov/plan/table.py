@@ -27,7 +27,8 @@ def print_plan(s: Settings, console: Console) -> bool:
     for line in wrong:
         console.print(f"  {line}", highlight=False)
     ways = remedies(s)
-    console.print("[bold]What would make it fit[/bold], each line by itself:" if ways else "No three knobs would help.")
+    found = "[bold]What would make it fit[/bold], each line alone:"
+    console.print(found if ways else "No change of up to three knobs makes it fit.")
     for way in ways:
         console.print("  " + "  ".join(way), highlight=False)
     return False
@@ -104,7 +105,7 @@ def _traffic(s: Settings) -> Table:
             one.name, one.group, f"{one.count}", f"{one.bytes_each / 1e6:.1f}", f"{one.bytes / 1e9:.1f}",
             f"{one.seconds:.1f}",
         )  # fmt: skip
-    table.caption = "Sent by the GPU; scalars left out. Seconds if nothing hides them."
+    table.caption = "Sent by the GPU, without scalars. Seconds if none overlaps with computation."
     return table
 
 
@@ -114,7 +115,7 @@ def _time(s: Settings) -> Table:
     table.add_column("")
     table.add_column("seconds", justify="right")
     for name in ("generation", "scoring", "selecting", "updates", "communication", "sync"):
-        shown = {"communication": "communication that nothing hides", "sync": "weight sync"}.get(name, name)
+        shown = {"communication": "communication that does not overlap", "sync": "weight sync"}.get(name, name)
         known = name != "generation" or s.engine == "colocated"
         table.add_row(shown, f"{getattr(time, name):.0f}" if known else "not planned")
     table.add_section()

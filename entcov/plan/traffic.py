@@ -1,4 +1,4 @@
-"""What a step sends and how long it may take: counts, bytes and a rough time with its assumptions. See memory.py."""
+"""What a step sends, and an estimate of its time with the assumptions. memory.py has the settings."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from dataclasses import dataclass
 
 from entcov.plan.memory import Settings, engine_sequences, memory
 
+# Bytes that a rank sends of one token: row statistics, and what a clamp adds to them. docs/ops.md has the protocol.
+STATISTICS, STATISTICS_WITH_MOMENTS = 16, 28
+CLAMP_SKETCH, CLAMP_PART = 256, 664
+
 # Assumptions, all to be replaced by measurements on the machine.
-COMPUTE_EFFICIENCY = 0.45  # share of the GPU's dense bfloat16 peak that the passes' matrix products reach
+COMPUTE_EFFICIENCY = 0.45  # share of the GPU's dense bfloat16 peak that matrix products reach
 LINK_EFFICIENCY = 0.7  # share of a link's one-way speed that a collective of megabytes reaches
 MEMORY_EFFICIENCY = 0.6  # share of the memory's speed that a decoding step reaches
-DECODE_OVERHEAD = 3e-3  # seconds of a decoding step that neither memory nor compute explains: launches, sampling
+DECODE_OVERHEAD = 3e-3  # seconds of a decoding step for launches and sampling, beside memory and compute
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of communication of a GPU in one step of the loop. `bytes_each` is what the GPU sends in one of them."""
+    """One kind of communication of a GPU in one step of the loop; `bytes_each`: what the GPU sends each time."""
 
     name: str
     group: str
     count: int
     bytes_each: float
-    seconds: float  # in all, if nothing hides them
+    seconds: float  # of all of them, if none overlaps with computation
 
     @property
     def bytes(self) -> float:
@@ -44,7 +48,7 @@ class Passes:
 
 
 def passes(s: Settings) -> Passes:
-    """How often a replica goes over its micro-batches."""
+    """The passes of one replica in a step of the loop."""
     updates = s.epochs * s.updates * s.micro_batches
     scoring = math.ceil(s.step_tokens / s.data_parallel / s.micro_batch_tokens) * (2 if s.reference else 1)
     selecting = updates if s.select_on_first_update else updates - s.micro_batches
@@ -66,10 +70,12 @@ def traffic(s: Settings) -> list[Traffic]:
     hidden = s.tokens_on_rank * s.shape.hidden_size * s.value_bytes
     out: list[Traffic] = []
 
+    def send(name: str, group: str, count: int, each: float, speed: float) -> None:
+        out.append(Traffic(name, group, count, each, count * each / (speed * LINK_EFFICIENCY)))
+
     def add(name: str, group: str, ranks: int, count: int, size: float, factor: float, speed: float) -> None:
         if ranks > 1 and count:
-            each = factor * (ranks - 1) / ranks * size
-            out.append(Traffic(name, group, count, each, count * each / (speed * LINK_EFFICIENCY)))
+            send(name, group, count, factor * (ranks - 1) / ranks * size, speed)
 
     near, far = s.gpu.node_link, s.gpu.network
     t, p, c = s.tensor_parallel, s.pipeline_parallel, s.context_parallel
@@ -79,8 +85,8 @@ def traffic(s: Settings) -> list[Traffic]:
     down, up = n.scoring + n.selecting + n.forward, n.forward
     reductions = layers * 2 * (n.forwards + up) + (down if p == 1 else 0) + up
     if s.sequence_parallel:
-        # Each reduction is a scatter here, and a gather on the way back; and what entered a column-parallel matrix is
-        # gathered a second time for the gradient of its weights: twice a layer, once for the head.
+        # Each reduction becomes a reduce-scatter, and an all-gather in the other direction. The input of a
+        # column-parallel matrix is gathered again for the gradient of its weights: twice a layer, once for the head.
         gathers = layers * (2 * n.forwards + 4 * up) + down + (2 if p == 1 else 1) * up
         add("activations, all-gather", "tensor", t, gathers, hidden, 1, near)
         add("activations, reduce-scatter", "tensor", t, reductions, hidden, 1, near)
@@ -89,20 +95,19 @@ def traffic(s: Settings) -> list[Traffic]:
     if c > 1:
         keys = s.tokens_on_rank * 2 * s.shape.key_value_width // t * s.value_bytes
         count = layers * (c - 1) * (n.forwards + 2 * n.forward)
-        speed = near if t * c <= s.gpus_per_node else far
-        out.append(Traffic("keys and values, ring", "context", count, keys, count * keys / (speed * LINK_EFFICIENCY)))
+        send("keys and values, ring", "context", count, keys, near if t * c <= s.gpus_per_node else far)
     if p > 1:
         edge = hidden / (t if s.sequence_parallel else 1)
-        count = n.scoring + n.selecting + 2 * n.forward
-        seconds = count * edge / (crossing * LINK_EFFICIENCY)
-        out.append(Traffic("edges of stages, send", "pipeline", count, edge, seconds))
-    rows = s.tokens_on_rank
-    clamp = 664 if s.clamped_entropy else 0  # docs/ops.md
-    once = n.selecting + n.forward
-    add("row statistics with moments, all-gather", "tensor", t, n.scoring, t * rows * (28 + clamp), 1, near)
-    add("row statistics, all-gather", "tensor", t, once, t * rows * (16 + clamp), 1, near)
-    if clamp:
-        add("clamp sketches, all-gather", "tensor", t, n.scoring + once, t * rows * 256, 1, near)
+        send("edges of stages, send", "pipeline", n.scoring + n.selecting + 2 * n.forward, edge, crossing)
+    # A clamp gathers sketches first, and then its parts with the statistics: in one round for bfloat16 logits, in about
+    # two for float32 ones.
+    rows, once, rounds = t * s.tokens_on_rank, n.selecting + n.forward, 1
+    moments, plain = STATISTICS_WITH_MOMENTS, STATISTICS
+    if s.clamped_entropy:
+        rounds, moments, plain = 1 if s.bf16 else 2, moments + CLAMP_PART, plain + CLAMP_PART
+        add("clamp sketches, all-gather", "tensor", t, n.scoring + once, rows * CLAMP_SKETCH, 1, near)
+    add("row statistics with moments, all-gather", "tensor", t, n.scoring * rounds, rows * moments, 1, near)
+    add("row statistics, all-gather", "tensor", t, once * rounds, rows * plain, 1, near)
     ranks = s.data_parallel * c
     parameters = max(memory(s, stage).parameters for stage in range(p))
     steps = s.epochs * s.updates
@@ -111,7 +116,7 @@ def traffic(s: Settings) -> list[Traffic]:
         add("weights, all-gather", "data", ranks, steps, s.value_bytes * parameters, 1, group_speed)
     else:
         add("gradients, all-reduce", "data", ranks, steps, 4 * parameters, 2, group_speed)
-    # Every rank learns what the last stage has computed of every token: float32, one number a token and statistic.
+    # Every rank gets the statistics that the last stage has computed: one float32 number for each token and statistic.
     scored = 4 * s.step_tokens * (4 if s.clamped_entropy else 3)
     add("scores, all-reduce", "data", ranks, 1, scored, 2, group_speed)
     if s.reference:
@@ -128,11 +133,11 @@ def traffic(s: Settings) -> list[Traffic]:
 class Time:
     """Seconds of one step of the loop, phase by phase."""
 
-    generation: float  # 0 where the engine is not colocated: its GPUs are not part of the plan
+    generation: float  # 0 if the engine is not colocated: then its GPUs are not part of the plan
     scoring: float
     selecting: float
     updates: float
-    communication: float  # what is not hidden behind the passes
+    communication: float  # that does not overlap with the passes
     sync: float
 
     @property
@@ -141,7 +146,7 @@ class Time:
 
 
 def estimate(s: Settings) -> Time:
-    """Seconds a phase, from peak speeds and the efficiencies above. Good for comparing layouts, not for promises."""
+    """Seconds of each phase, from peak speeds and the efficiencies above; meant for comparing layouts."""
     length = s.mean_prompt + s.mean_response
     flops = s.shape.forward_flops(s.step_tokens, length / 2)
     pace = s.gpus * s.gpu.flops * COMPUTE_EFFICIENCY * (1 if s.bf16 else 1 / 16)  # float32: no tensor cores
@@ -161,7 +166,7 @@ def estimate(s: Settings) -> Time:
 
 
 def _generation(s: Settings) -> float:
-    """Decoding is bound by reading the weights and the cache once for each token of every running sequence."""
+    """Seconds of decoding. Each decoding step reads the weights once, and the cache of every running sequence."""
     engines = max(1, s.gpus // s.engine_tensor_parallel)
     mine = s.prompts_per_step * s.group_size / engines
     running = max(1.0, min(mine, engine_sequences(s)))
@@ -169,8 +174,8 @@ def _generation(s: Settings) -> float:
     read = s.shape.parameters * s.value_bytes / s.engine_tensor_parallel
     read += running * length * s.shape.kv_bytes_per_token(s.engine_tensor_parallel, s.value_bytes)
     compute = s.shape.forward_flops(running, length) / s.engine_tensor_parallel / (s.gpu.flops * COMPUTE_EFFICIENCY)
-    # Two all-reduces a layer; small messages, so latency rules: 10 microseconds each.
+    # Two all-reduces a layer. Their messages are small: 10 microseconds of latency each.
     talk = 2e-5 * s.shape.num_hidden_layers if s.engine_tensor_parallel > 1 else 0.0
     token = max(read / (s.gpu.bandwidth * MEMORY_EFFICIENCY), compute) + talk + DECODE_OVERHEAD
-    # As many rounds as the tokens need, and at least one sequence of full length from first token to last.
+    # Enough decoding steps for all tokens, and at least as many as the longest sequence has tokens.
     return token * max(mine * s.mean_response / running, float(s.max_response))

@@ -1,4 +1,4 @@
-"""Matched runs of several entropy controls: what each ends with, and how it differs from its zero-strength twin."""
+"""Matched runs of several entropy controls: final values of each, and differences to its zero-strength twin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FINAL_FRACTION = 0.1  # "final" is the mean over this last part of a run's steps
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that a run ends with."""
+    """A final value of a run."""
 
     name: str
     title: str
@@ -56,7 +56,7 @@ class Estimate:
 
     @classmethod
     def of(cls, by_seed: dict[int, float]) -> Estimate:
-        """NaN if one of the values is: a run that ended in NaN must not drop out of its control's mean."""
+        """NaN if one of the values is NaN: a run that ended in NaN must not drop out of its control's mean."""
         return cls(*(mean_interval(list(by_seed.values())) if by_seed else (math.nan, math.nan)), by_seed)
 
     @property
@@ -67,7 +67,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result: per control and measure the estimate, and the paired difference to the control's twin."""
+    """Of every control and measure the estimate, and the paired difference to the control's twin."""
 
     command: str
     environment: str
@@ -88,43 +88,43 @@ def compare(
     out_dir: str | Path,
     jobs: int = 1,
     command: str,
-    twins: str | Mapping[str, str] = "none",
+    twins: Mapping[str, str],
     total_steps: int | None = None,
     display: bool | str = "auto",
     program: Sequence[str] = (sys.executable, "-m", "entcov"),
 ) -> int:
-    """Run every control with every seed, and write comparison.md, comparison.json and plots into `out_dir`.
+    """Runs every control with every seed, and writes comparison.md, comparison.json and plots into `out_dir`.
 
-    Run `control`, `seed` lives in `out_dir/control/seed_N`; calling again runs only what has not finished. The table is
-    also printed.
+    The run of a control with seed N is in `out_dir/control/seed_N`. A second call makes only the runs that have not
+    finished. The tables are also printed.
 
     Args:
         arguments: (control, seed, run_dir) -> the arguments of the process `program ...` that makes the run.
         jobs: runs at a time, each with one CPU thread.
         command: what the user typed, for the record.
-        twins: the zero-strength twin of every control, or control -> twin. A twin is a control of the list; it differs
-            from its controls in nothing but the control's strength, which is for `arguments` to see to.
+        twins: control -> its zero-strength twin, which is among the controls too. `arguments` must make the two differ
+            in the control's strength alone.
         total_steps, display: for the display of the running matrix.
-        program: what is started.
+        program: the command that `arguments` are given to.
 
     Returns:
-        Exit code: 0 when every run finished, 1 when some failed (reported with their logs' ends; the rest is compared).
+        Exit code: 0 if every run finished, 1 if some failed. Those are printed with the ends of their logs; the other
+        runs are compared.
 
     Raises:
         ValueError: controls or seeds are empty or repeated, jobs < 1, or a twin is not among the controls.
     """
     out_dir = Path(out_dir)
-    _check(controls, seeds)
-    twin_of = _twins(controls, twins)
+    _check(controls, seeds, twins)
     places = {(c, s): out_dir / c / f"seed_{s}" for c in controls for s in seeds}
-    # Seed by seed: an interrupted comparison has whole pairs.
+    # Seed by seed, so that an interrupted comparison has complete pairs.
     matrix = [
         Job(f"{c} seed {s}", (*program, *arguments(c, s, places[c, s])), places[c, s]) for s in seeds for c in controls
     ]
     failures = run_matrix(matrix, jobs, total_steps=total_steps, display=display)
     failed = {failure.label for failure in failures}
     rows = {c: {s: read_metrics(places[c, s]) for s in seeds if f"{c} seed {s}" not in failed} for c in controls}
-    comparison = summarize(rows, twin_of, command=command, failures=failures)
+    comparison = summarize(rows, twins, command=command, failures=failures)
     out_dir.mkdir(parents=True, exist_ok=True)
     if plotted := {control: list(by_seed.values()) for control, by_seed in rows.items() if by_seed}:
         plot_runs(plotted, out_dir / "plots")
@@ -133,7 +133,7 @@ def compare(
     console = Console()
     for table in tables(comparison):
         console.print(_rich(*table))
-    as_is = {"markup": False, "highlight": False, "soft_wrap": True}  # paths and logs stay whole, for copying
+    as_is = {"markup": False, "highlight": False, "soft_wrap": True}  # paths and logs can be copied
     for failure in failures:
         console.print(f"\n{failure.label} failed ({failure.reason}), end of {failure.log}:", style="red", **as_is)
         console.print(failure.tail, **as_is)
@@ -177,7 +177,7 @@ def summarize(
 
 
 def final_values(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Measure name -> what the run ended with; what it did not log is absent."""
+    """Measure name -> final value; measures that the run did not log are absent."""
     last_step = rows[-1]["step"]
     first_final = last_step - max(1, round(FINAL_FRACTION * last_step))  # exclusive
     values = {}
@@ -244,7 +244,7 @@ def markdown(comparison: Comparison, plots: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check(controls: Sequence[str], seeds: Sequence[int]) -> None:
+def _check(controls: Sequence[str], seeds: Sequence[int], twins: Mapping[str, str]) -> None:
     for name, values in (("controls", controls), ("seeds", seeds)):
         if not values:
             raise ValueError(f"{name} must hold at least one entry, got none")
@@ -253,18 +253,12 @@ def _check(controls: Sequence[str], seeds: Sequence[int]) -> None:
     for control in controls:
         if Path(control).name != control:
             raise ValueError(f"controls: a name that is no plain folder name cannot be compared, got {control!r}")
-
-
-def _twins(controls: Sequence[str], twins: str | Mapping[str, str]) -> dict[str, str]:
-    if isinstance(twins, str):
-        twins = {control: twins for control in controls if control != twins}
     for control, twin in twins.items():
         for name in (control, twin):
             if name not in controls:
                 raise ValueError(
                     f"twins: {name!r} (twin of {control!r}: {twin!r}) must be among the controls {list(controls)}"
                 )
-    return dict(twins)
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ from entcov.intervals import student_t
 
 Rows = Sequence[Mapping[str, float]]
 
-# Okabe and Ito's palette without its yellow: told apart with every kind of colour vision, and on white paper.
+# Okabe and Ito's palette, which people with any colour vision can read; without its yellow, which is too pale on white.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", ":")
 _BAND_SEEDS = 5
@@ -46,19 +46,18 @@ _PANELS = {
 }
 
 
-def plot_runs(runs: Mapping[str, Rows | Sequence[Rows]], out_dir: str | Path, title: str = "") -> list[Path]:
+def plot_runs(runs: Mapping[str, Rows | Sequence[Rows]], out_dir: str | Path) -> list[Path]:
     """Write entropy.png, reward.png, response_length.png, covariance.png and overview.png (the four together).
 
-    A label with several seeds gets the mean line and the 95 % interval of the mean (Student t) at every step that all
-    its seeds have; fewer than five get their own lines, faint: the interval of so few (t = 12.7 for two, 4.3 for three)
-    is wider than everything there is to see.
-    Series are smoothed by a centred moving average; behind that of a single run every step stays visible. Points are
-    held-out evaluations, averaged over data sources. A plot whose metric no run logged is left out.
+    A label with several seeds gets the line of their mean, at the steps that all its seeds have. With five seeds or
+    more it gets a band, the 95 % interval of the mean (Student t). With fewer the seeds get faint lines: an interval of
+    two seeds (t = 12.7) or three (t = 4.3) would be wider than the differences between the labels. Series are smoothed
+    by a centred moving average. A single run also gets a faint line of its unsmoothed values. Points are held-out
+    evaluations, averaged over data sources. A plot is left out if no run logged its metric.
 
     Args:
         runs: label -> the rows of one run as `read_metrics` gives them, or a list of such rows, one per seed.
         out_dir: created if absent; files of the same names are replaced.
-        title: written above the overview.
 
     Returns:
         The files written.
@@ -67,7 +66,7 @@ def plot_runs(runs: Mapping[str, Rows | Sequence[Rows]], out_dir: str | Path, ti
         ValueError: no runs, a run without rows, or no finite value of the plotted metrics in any run.
     """
     out_dir = Path(out_dir)
-    figures = build_figures(runs, title)
+    figures = build_figures(runs)
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
@@ -76,8 +75,8 @@ def plot_runs(runs: Mapping[str, Rows | Sequence[Rows]], out_dir: str | Path, ti
     return paths
 
 
-def build_figures(runs: Mapping[str, Rows | Sequence[Rows]], title: str = "") -> dict[str, Figure]:
-    """The figures of `plot_runs` by name, for those who want to show or restyle them."""
+def build_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure]:
+    """The figures of `plot_runs` by name, to be shown or changed."""
     seeds = {label: _by_seed(label, rows) for label, rows in runs.items()}
     if not seeds:
         raise ValueError("runs must hold at least one run, got none")
@@ -108,15 +107,13 @@ def build_figures(runs: Mapping[str, Rows | Sequence[Rows]], title: str = "") ->
         if name in present:
             notes.append(_draw(ax, present[name][0], seeds))
             handles = _legend(seeds, present[name][:1])
-            # The labels once, in the first panel that has data; what the points are, where the points are.
+            # The first panel with data has the labels of the runs. The panel with points has those of the points.
             ax.legend(handles=handles if len(notes) == 1 else handles[len(seeds) :], fontsize=9, frameon=False)
         else:
             ax.set_title(_PANELS[name][0].title, loc="left")
             ax.text(0.5, 0.5, f"{_PANELS[name][0].key}:\nno values", ha="center", va="center", transform=ax.transAxes)
     for ax in axes[2:]:
         ax.set_xlabel("step")
-    if title:
-        overview.suptitle(title)
     _caption(overview, seeds, notes)
     return figures | {"overview": overview}
 
@@ -167,7 +164,7 @@ def _evaluations(per_seed: Sequence[Rows]) -> dict[str, tuple[np.ndarray, np.nda
 
 
 def _draw(ax: Axes, panel: _Panel, seeds: Mapping[str, list[Rows]]) -> int:
-    """Draw every label's series; returns the widest smoothing window, for the caption."""
+    """Draws every label's series. Returns the widest smoothing window, for the caption."""
     shown, window = [], 1
     for label, colour, style in _styled(seeds):
         steps, values = _common(seeds[label], panel.key)
@@ -192,7 +189,7 @@ def _draw(ax: Axes, panel: _Panel, seeds: Mapping[str, list[Rows]]) -> int:
                 face = colour if name.startswith("mean") else "white"
                 ax.plot(at, accuracy, "o", color=colour, markerfacecolor=face, markersize=5, gid=f"{name}:{label}")
                 shown.append(accuracy)
-    # Limits follow the means: with two or three seeds an interval is wide enough to flatten everything else.
+    # The limits are those of the means: an interval of few seeds is so wide that the means would look flat.
     low, high = min(map(np.min, shown)), max(map(np.max, shown))
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
     ax.set_ylim(0 if panel.from_zero and low >= 0 else low - margin, high + margin)
@@ -233,7 +230,7 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _caption(figure: Figure, seeds: Mapping[str, list[Rows]], windows: Sequence[int]) -> None:
-    """What was done to the data, below the plot."""
+    """A line below the plot about smoothing, seeds and intervals."""
     counts = {len(per_seed) for per_seed in seeds.values()}
     parts = []
     if max(windows) > 1:

@@ -1,4 +1,4 @@
-"""Runs a set of trainings as processes, some at a time; a finished one is not repeated, a failed one stops no other."""
+"""Runs a set of trainings as processes, some at a time. Finished runs are not repeated; a failed run stops no other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TAIL_LINES = 20
 
 @dataclass(frozen=True)
 class Job:
-    """One run: `argv` must leave its metrics in `run_dir` and, started again after a kill, go on with it."""
+    """One run. `argv` must write its metrics to `run_dir` and, started again after a kill, continue the run there."""
 
     label: str
     argv: tuple[str, ...]
@@ -42,9 +42,9 @@ class Failure:
 def run_matrix(
     jobs: Sequence[Job], parallel: int = 1, *, total_steps: int | None = None, display: bool | str = "auto"
 ) -> list[Failure]:
-    """Run every job that has not finished, `parallel` at a time, with OMP_NUM_THREADS=1 and output to run_dir/log.txt.
+    """Runs every job that has not finished, `parallel` at a time, with OMP_NUM_THREADS=1 and output to run_dir/log.txt.
 
-    A run counts as finished when it exited with 0 under the same arguments, and the files that its arguments name (the
+    A run counts as finished if it has exited with 0 with the same arguments, and the files that its arguments name (the
     recipe) have not changed since. An interrupt ends the runs in progress.
 
     Args:
@@ -61,7 +61,7 @@ def run_matrix(
         raise ValueError(f"jobs must be >= 1, got {parallel}")
     running: dict[str, subprocess.Popen] = {}
     stopping = threading.Event()
-    lock = threading.Lock()  # a process is either not started, or in `running`, when `stopping` is set
+    lock = threading.Lock()  # so that every process that was started is in `running` when `stopping` is set
 
     def run(job: Job) -> Failure | None:
         job.run_dir.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def run_matrix(
 
 
 def _identity(job: Job) -> dict[str, object]:
-    """What a finished run was: its arguments (the interpreter's own path aside) and the content of files they name."""
+    """What identifies a run: its arguments, without the interpreter's path, and hashes of the files that they name."""
     files = [argument for argument in job.argv[1:] if Path(argument).is_file()]
     return {
         "arguments": list(job.argv[1:]),

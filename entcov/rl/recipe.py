@@ -1,4 +1,4 @@
-"""A recipe's text: YAML plus `key=value` overrides, read into a plain mapping. entcov/rl/config.py has the keys."""
+"""A recipe's text: YAML, presets and `key=value` overrides, as a plain mapping. entcov/rl/config.py has the keys."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from entcov import _checks as check
+from entcov.controls.published import preset
 
 MOST_LEVELS = 20  # of nesting. A recipe has five; libyaml calls itself for each, and 100,000 would end the process
 _KEY = re.compile(r"[^\s.\[\]=]+(\.[^\s.\[\]=]+)*")
@@ -35,8 +36,12 @@ def naming(key: str) -> Iterator[None]:
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """The recipe at `path` with `a.b=value` overrides applied in order; nothing is resolved and no key is checked.
 
+    `preset: NAME` in the file stands for the keys of a published setting (entcov/controls/published.py) that the file
+    does not have itself. The override `preset=NAME` sets all keys of that setting; later overrides may change them.
+
     Raises:
-        ConfigError: no such file, not UTF-8, not YAML, no mapping, nested too deep, or a malformed override.
+        ConfigError: no such file, not UTF-8, not YAML, no mapping, nested too deep, a malformed override or an unknown
+            preset.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,6 +60,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     if not isinstance(tree, DictConfig):
         plain = OmegaConf.to_container(tree)
         raise ConfigError(f"recipe {path}: must be a mapping of keys, got {check.shown(plain)}")
+    if "preset" in tree:
+        with _told(f"recipe {path}"):
+            name = OmegaConf.to_container(tree, resolve=False)["preset"]  # unresolved: it may name a secret
+            del tree["preset"]
+            tree = OmegaConf.merge(preset(name), tree)
     for item in overrides:
         _override(tree, item)
     return tree
@@ -105,7 +115,10 @@ def _override(tree: DictConfig, item: str) -> None:
     with _told(where):
         _check_levels(text)
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
-        OmegaConf.update(tree, key, value, merge=True)
+        if key == "preset":
+            tree.merge_with(preset(value))
+        else:
+            OmegaConf.update(tree, key, value, merge=True)
 
 
 @contextmanager

@@ -4,9 +4,7 @@ import json
 import subprocess
 import sys
 
-import pytest
-
-from benchmarks.measure import interleaved_seconds, peak_allocated_bytes, ratio
+from benchmarks.measure import interleaved_seconds, peak_allocated_bytes, ratio, times_of
 
 
 def test_ops_benchmark_runs_and_keeps_the_memory_promise(tmp_path):
@@ -69,8 +67,11 @@ def test_measurements():
 
     order = []
     seconds = interleaved_seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
-    assert order == ["a", "b", *"aabb", *"aabb"] and [len(x) for x in seconds.values()] == [2, 2]
+    assert order == [*"aabb", *"aabb"] and [len(x) for x in seconds.values()] == [2, 2]
     assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+    found = times_of([0.004, 0.002, 0.006], [0.001, 0.001, 0.002])
+    assert (found["median_ms"], found["min_ms"], found["max_ms"], found["ratio"]["median"]) == (4.0, 2.0, 6.0, 3.0)
 
     def three_then_one():
         first = torch.empty(3_000_000, dtype=torch.uint8)
@@ -78,21 +79,3 @@ def test_measurements():
         return torch.empty(1_000_000, dtype=torch.uint8)
 
     assert 3_000_000 <= peak_allocated_bytes(three_then_one) < 3_100_000
-
-
-def test_the_schedule_of_blocks_by_hand(capsys):
-    from benchmarks import block_schedule as model
-    from benchmarks.__main__ import main
-
-    one = model.START + 38016 / model.LONE_BLOCK
-    assert model.microseconds([True], 38016) == pytest.approx(one)
-    assert model.microseconds([False] * model.PLACES * 3, 1.0) == pytest.approx(3 * model.SKIP)
-    many = model.microseconds([True] * 8192, 76032)  # long enough for beginning and end not to count
-    assert many == pytest.approx(8192 * 76032 / model.BYTES_PER_US, rel=0.04)
-    assert model.microseconds([False, True] * 400, 0.0) <= 3 * model.SKIP and model.microseconds([], 1.0) == 0
-    # What docs/kernels.md says of skipped rows: with prompts of half of the rows they cost a few percent.
-    found = model.compare(model.masks(0.5)["prompts of sequences of 2,048"], 19008)
-    assert found["list of known length"] < found["mask"] < 1.1 * found["list of known length"]
-    assert found["mask"] < found["list made on the GPU"]
-    assert main(["schedule", "--columns", "19008"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 9

@@ -56,7 +56,7 @@ def rehearse(out: Path, *arguments: str) -> subprocess.CompletedProcess:
     """On one core: of the two that CI has, other tests keep the second busy, and threads would wait for each other."""
     cores = sorted(os.sched_getaffinity(0))[:1]
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(out), "--seconds", "3000", *arguments],
+        [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--out", str(out), "--seconds", "3000", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=3000, preexec_fn=lambda: os.sched_setaffinity(0, cores),
         env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},  # compiling takes longer than all the rest
     )  # fmt: skip

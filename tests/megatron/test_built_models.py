@@ -19,7 +19,7 @@ pytest.importorskip("mbridge")
 from entcov.plan.memory import GPUS, Settings, memory  # noqa: E402
 from entcov.plan.model_shapes import PUBLISHED, ModelShape, shape_of  # noqa: E402
 from entcov.plan.traffic import passes, traffic  # noqa: E402
-from tests.support.launch_scripts import METHODS, ROOT, dry_run  # noqa: E402
+from tests.support.launch_scripts import METHODS, ROOT, dry_run, smoke_variables  # noqa: E402
 
 LAYOUTS = [
     ("Qwen/Qwen2.5-7B", 2, 1),
@@ -42,7 +42,7 @@ OPTIMIZERS = [
 ]
 SCRIPTS = {
     # Every method once, on the two models in turn, and layouts beside the default.
-    ("train_qwen2.5_7b.sh", "grpo"): {"MODEL_CONFIG": "qwen3_8b"},
+    ("train_qwen2.5_7b.sh", "grpo"): {"MODEL_PATH": "Qwen/Qwen3-8B-Base"},
     ("train_qwen2.5_32b.sh", "clip_higher"): {"PP": "4"},
     ("train_qwen2.5_32b.sh", "clip_cov"): {},
     ("train_qwen2.5_7b.sh", "kl_cov"): {"TP": "4"},
@@ -50,12 +50,12 @@ SCRIPTS = {
     ("train_qwen2.5_7b.sh", "aent_openr1"): {"TP": "1"},
     ("train_aent_1.5b.sh", "math"): {"TP": "2"},
     ("train_aent_1.5b.sh", "openr1"): {},
-    ("train_qwen2.5_32b.sh", "kl_cov"): {"SMOKE_LAYERS": "2", "MODEL_PATH": "/models/qwen2.5_32b"},
+    ("train_qwen2.5_32b.sh", "kl_cov"): {"SMOKE_LAYERS": "2"},
 }
 
 
 @pytest.fixture(scope="module")
-def built():
+def built(tmp_path_factory):
     """Results of LAYOUTS (a list for each), OPTIMIZERS and SCRIPTS."""
     jobs = [
         {
@@ -70,6 +70,8 @@ def built():
         megatron = {key: case[key] for key in ("tensor_parallel", "distributed_optimizer")}
         jobs.append({"weigh": "optimizer", "config": SMALL, "megatron": megatron, "stage": 0} | case)
     for (script, method), environment in SCRIPTS.items():
+        if "SMOKE_LAYERS" in environment:
+            environment = smoke_variables(tmp_path_factory.mktemp("model"), "Qwen/Qwen2.5-32B")
         command = dry_run(script, method, **environment)
         recipe = command.index("train") + 1
         jobs.append({"weigh": "recipe", "recipe": str(ROOT / command[recipe]), "overrides": command[recipe + 1 :]})
@@ -133,9 +135,7 @@ def test_every_module_of_a_script_s_job_builds(built, job):
     name = {"math": "Qwen/Qwen2.5-Math-1.5B", "openr1": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"}.get(
         method, "Qwen/Qwen2.5-7B" if "7b" in script else "Qwen/Qwen2.5-32B"
     )
-    if "MODEL_CONFIG" in environment:
-        name = {"qwen3_8b": "Qwen/Qwen3-8B-Base"}[environment["MODEL_CONFIG"]]
-    shape = shape_of(name, None)
+    shape = shape_of(environment.get("MODEL_PATH", name), None)
     if "SMOKE_LAYERS" in environment:
         shape = type(shape)(**vars(shape) | {"num_hidden_layers": 2})
     tp = int(environment.get("TP", {"7b": 2, "32": 8}.get(script[14:16], 1)))

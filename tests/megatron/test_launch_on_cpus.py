@@ -42,7 +42,7 @@ def script(name: str, *arguments: str) -> str:
         "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     done = subprocess.run(
-        [str(ROOT / "megatron_integration" / name), *arguments],
+        [str(ROOT / "megatron_integration" / "launch" / name), *arguments],
         capture_output=True, text=True, env=os.environ | environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

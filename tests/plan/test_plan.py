@@ -294,14 +294,40 @@ def test_tensor_parallel_traffic_by_hand():
     # 20 tokens of 8 values, both ways.
     reduced = sent["activations, all-reduce"]
     assert (reduced.count, reduced.bytes_each) == (4 * 2 * 24 + 24, 20 * 8 * 2)
-    # A rank passes on half of what two ranks hold: 16 bytes a token, 28 with moments, 664 more with a clamp.
-    assert sent["row statistics, all-gather"].bytes_each == 20 * (16 + 664)
-    assert sent["row statistics with moments, all-gather"].bytes_each == 20 * (28 + 664)
-    assert sent["clamp sketches, all-gather"].bytes_each == 20 * 256
+    # A rank passes on half of what two ranks hold: 16 bytes a token, 28 with moments, 664 more with a clamp, and the
+    # clamp's sketches of 256 bytes: 936 bytes in 2 collectives, and 680 more in a third one for float32 logits.
+    statistics, scored = sent["row statistics, all-gather"], sent["row statistics with moments, all-gather"]
+    sketches = sent["clamp sketches, all-gather"]
+    assert (statistics.count, statistics.bytes_each) == (8, 20 * 680)
+    assert (scored.count, scored.bytes_each) == (8, 20 * 692)
+    assert (sketches.count, sketches.bytes_each) == (16, 20 * 256)
+    assert sketches.bytes_each + statistics.bytes_each == 20 * 936
+    fp32 = {t.name: t for t in traffic(dataclasses.replace(s, bf16=False))}
+    again = fp32["row statistics, all-gather"]
+    assert (again.count, again.bytes_each, fp32["clamp sketches, all-gather"].count) == (16, 20 * 680, 16)
+    free = {t.name: t for t in traffic(dataclasses.replace(s, clamped_entropy=False))}
+    assert free["row statistics, all-gather"].bytes_each == 20 * 16 and "clamp sketches, all-gather" not in free
     sp = {t.name: t for t in traffic(dataclasses.replace(s, sequence_parallel=True))}
     gathered, scattered = sp["activations, all-gather"], sp["activations, reduce-scatter"]
     assert (gathered.count, scattered.count) == (4 * (2 * 16 + 4 * 8) + 16 + 2 * 8, 4 * (2 * 16 + 2 * 8) + 16 + 8)
     assert gathered.bytes_each == scattered.bytes_each == 20 * 8 * 2 / 2
+
+
+def test_pipeline_and_context_traffic_by_hand():
+    """16 sequences of 10 tokens in one replica: 8 micro-batches of 20, scored, and trained on in two updates of 4."""
+    s = settings(
+        shape=TINY, gpus=2, tensor_parallel=1, sequence_parallel=False, micro_batch_tokens=20, prompts_per_step=4,
+        group_size=4, mean_prompt=4, mean_response=6, updates=2, recompute="none", selection=True,
+    )  # fmt: skip
+    stages = dataclasses.replace(s, pipeline_parallel=2)
+    one = passes(stages)
+    assert (one.scoring, one.selecting, one.forward) == (8, 4, 8)
+    (edge,) = (t for t in traffic(stages) if t.group == "pipeline")  # forward in all passes, gradients back in 8
+    assert (edge.count, edge.bytes_each) == (8 + 4 + 8 + 8, 20 * 8 * 2)
+    assert edge.seconds == pytest.approx(28 * 320 / (450e9 * 0.7))
+    (ring,) = (t for t in traffic(dataclasses.replace(s, context_parallel=2)) if t.group == "context")
+    # Keys and values of two heads of 2 and half of the tokens, once a layer and pass, twice more for the gradients.
+    assert (ring.count, ring.bytes_each) == (4 * (20 + 2 * 8), 10 * 2 * 4 * 2)
 
 
 def test_work_is_six_flops_a_weight_and_token():

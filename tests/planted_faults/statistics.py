@@ -387,8 +387,22 @@ FAULTS = (
     Fault(
         "row_statistics_without_the_clamp",
         TIME,
-        "clamp = 664 if s.clamped_entropy else 0",
-        "clamp = 0",
+        "CLAMP_SKETCH, CLAMP_PART = 256, 664",
+        "CLAMP_SKETCH, CLAMP_PART = 256, 0",
         [T_PLAN + "tensor_parallel_traffic_by_hand"],
+    ),
+    Fault(
+        "float32_clamp_in_one_round",
+        TIME,
+        "rounds, moments, plain = 1 if s.bf16 else 2,",
+        "rounds, moments, plain = 1,",
+        [T_PLAN + "tensor_parallel_traffic_by_hand"],
+    ),
+    Fault(
+        "gradients_between_stages_are_free",
+        TIME,
+        "n.selecting + 2 * n.forward, edge",
+        "n.selecting + n.forward, edge",
+        [T_PLAN + "pipeline_and_context_traffic_by_hand"],
     ),
 )

@@ -29,6 +29,28 @@ T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_STALENESS, T_
 T_BAD_INPUT = "tests/test_bad_input.py::test_"
 
 FAULTS = (
+    # ---- presets -----------------------------------------------------------------------------------------------------
+    Fault(
+        "preset_over_the_recipe_s_own_keys",
+        "entcov/rl/recipe.py",
+        "OmegaConf.merge(preset(name), tree)",
+        "OmegaConf.merge(tree, preset(name))",
+        ["tests/controls/test_published.py::test_keys_of_a_recipe_win_over_its_preset"],
+    ),
+    Fault(
+        "preset_s_name_is_resolved",
+        "entcov/rl/recipe.py",
+        'OmegaConf.to_container(tree, resolve=False)["preset"]',
+        'OmegaConf.to_container(tree, resolve=True)["preset"]',
+        ["tests/controls/test_published.py::test_an_unknown_preset_is_named_and_nothing_is_resolved"],
+    ),
+    Fault(
+        "kl_cov_at_32b_with_the_share_of_7b",
+        "entcov/controls/published.py",
+        "kl_cov_ratio=2e-4",
+        "kl_cov_ratio=2e-3",
+        ["tests/controls/test_published.py::test_the_32b_recipe_has_its_own_setting_s_share_of_tokens"],
+    ),
     # ---- the loop ----------------------------------------------------------------------------------------------------
     Fault(
         "sampled_entropy_has_the_wrong_sign",

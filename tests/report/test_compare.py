@@ -57,8 +57,9 @@ def run_compare(tmp_path, trainer, wishes=(), **changes):
     settings = dict(
         controls=list(ENTROPY), seeds=[0, 1, 2], out_dir=tmp_path / "out", jobs=2, command="entcov compare r.yaml",
         display=False, program=trainer,
-    )
-    return compare(arguments(recipe, wishes), **settings | changes)
+    ) | changes  # fmt: skip
+    twins = {control: "none" for control in settings["controls"] if control != "none"}
+    return compare(arguments(recipe, wishes), **{"twins": twins} | settings)
 
 
 def starts(tmp_path, control, seed):

@@ -36,7 +36,7 @@ def lines(ax):
 
 def test_files_are_real_pictures(tmp_path):
     runs = {"none": [run(i) for i in range(4)], "clip_cov": [run(i, 0.4) for i in range(4, 8)], "aent": run(8)}
-    paths = plot_runs(runs, tmp_path / "plots", "Title")
+    paths = plot_runs(runs, tmp_path / "plots")
     names = ["entropy.png", "reward.png", "response_length.png", "covariance.png", "overview.png"]
     assert [path.name for path in paths] == names
     for path in paths:
@@ -50,7 +50,7 @@ def test_files_are_real_pictures(tmp_path):
 
 
 def test_labels_and_units():
-    figures = build_figures({"none": [run(0), run(1), run(2)], "clip_cov": run(3)}, title="Tiny recipe")
+    figures = build_figures({"none": [run(0), run(1), run(2)], "clip_cov": run(3)})
     labels = {
         name: [(ax.get_title(loc="left"), ax.get_ylabel()) for ax in figure.axes] for name, figure in figures.items()
     }
@@ -68,7 +68,6 @@ def test_labels_and_units():
         texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
         assert texts[:2] == ["none (3 seeds)", "clip_cov"]
         assert figure.get_supxlabel().endswith("faint: every step; faint: the seeds")
-    assert figures["overview"].get_suptitle() == "Tiny recipe"
     reward = [text.get_text() for text in figures["reward"].axes[0].get_legend().get_texts()]
     assert reward[2:] == ["held-out accuracy, mean@1", "held-out accuracy, best@8"]
 

@@ -3,11 +3,15 @@
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "megatron_integration"
+import transformers
 
+from entcov.plan.model_shapes import PUBLISHED
+
+ROOT, PYTHON = Path(__file__).resolve().parents[2], Path(sys.executable).parent
+FOLDER = ROOT / "megatron_integration" / "launch"
 
 GRPO = {"clip_low": 0.2, "clip_high": 0.2}
 CLIP_COV = {"clip_cov_ratio": 2e-4, "clip_cov_lb": 1.0, "clip_cov_ub": 5.0}
@@ -31,12 +35,20 @@ METHODS = {  # -> clip, control's name, its knobs ("7b" and "32b" where they dif
 }
 
 
-def dry_run(script: str, *arguments: str, path: str = "", **environment: str) -> list[str]:
+def dry_run(script: str, *arguments: str, **environment: str) -> list[str]:
     """The command that a script would start, word by word."""
     done = subprocess.run(
         [str(FOLDER / script), *arguments],
         capture_output=True, text=True, cwd="/",
-        env={"PATH": path + os.environ["PATH"], "ENTCOV_DRY_RUN": "1"} | environment,
+        env={"PATH": f"{PYTHON}:{os.environ['PATH']}", "ENTCOV_DRY_RUN": "1"} | environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return shlex.split(done.stdout)
+
+
+def smoke_variables(folder: Path, name: str) -> dict[str, str]:
+    """The variables of a smoke test of a published model, whose config.json is written to `folder`."""
+    arguments = {key: value for key, value in PUBLISHED[name].items() if value is not None}
+    rope = {"rope_type": "default", "rope_theta": 1000000.0}
+    transformers.AutoConfig.for_model(**arguments, rope_parameters=rope).save_pretrained(folder)
+    return {"SMOKE_LAYERS": "2", "MODEL_PATH": str(folder), "OMP_NUM_THREADS": "1"}

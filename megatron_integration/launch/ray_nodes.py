@@ -1,4 +1,4 @@
-"""Runs a launch script on every node of a Ray cluster: `python ray_nodes.py --nodes N SCRIPT METHOD key=value ...`.
+"""Runs a launch script on every node of a Ray cluster: `python ray_nodes.py --nodes N SCRIPT PRESET key=value ...`.
 
 Ray finds the nodes and holds their GPUs; torchrun makes the processes, as without Ray. `ray_job.sh` submits this.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def free_port() -> tuple[str, int]:
-    """(address, a free port) of the node this runs on."""
+    """(address, free port) of the node that this runs on."""
     import ray
 
     with socket.socket() as probe:
@@ -29,7 +29,7 @@ def run_node(rank: int, nodes: int, gpus: int, address: str, port: int, reposito
         "NUM_NODES": str(nodes), "NODE_RANK": str(rank), "GPUS_PER_NODE": str(gpus), "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
     }  # fmt: skip
-    script = str(Path(repository) / "megatron_integration" / command[0])
+    script = str(Path(repository) / "megatron_integration" / "launch" / command[0])
     process = subprocess.Popen([script, *command[1:]], cwd=repository, env=environment, start_new_session=True)
     try:
         return process.wait()
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--repository", default=str(Path(__file__).resolve().parents[1]))
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT METHOD key=value ...")
+    parser.add_argument("--repository", default=str(Path(__file__).resolve().parents[2]))
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT PRESET key=value ...")
     args = parser.parse_args(argv)
     if not args.command:
         parser.error("SCRIPT: must be given")

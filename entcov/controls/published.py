@@ -1,0 +1,67 @@
+"""The published settings of the methods, by name: the one place that holds their numbers.
+
+`preset=NAME` on a command line, or `preset: NAME` in a recipe, puts the keys of a setting in force; entcov/rl/recipe.py
+reads it. To add a setting, add an entry to PUBLISHED, and its line to the table in docs/methods.md: a test compares the
+two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from entcov import _checks as check
+
+_CUI = "Cui et al., arXiv 2505.22617, section"
+_SHEN = "Shen, arXiv 2509.03493, copy of the scripts (recipe/aent):"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`keys` are those of a recipe, nested as in YAML; `source` says where they are published."""
+
+    source: str
+    keys: dict[str, Any]
+
+
+def _setting(source: str, control: str | None, clip: tuple[float, float] | None, **knobs: Any) -> Setting:
+    """One control with its knobs (None: no control), and the PPO clip (low, high) (None: not published)."""
+    keys = {"control": [control] if control else [], "controls": {control: knobs} if control else {}}
+    return Setting(source, keys | ({"loss": {"clip_low": clip[0], "clip_high": clip[1]}} if clip else {}))
+
+
+PUBLISHED: dict[str, Setting] = {
+    "grpo": _setting(f"{_CUI} 4.3, the baseline", None, (0.2, 0.2)),
+    "clip_higher": _setting(f"DAPO, arXiv 2503.14476; {_CUI} 4.3", None, (0.2, 0.28)),
+    # The authors' scripts set the clip to 1: the ratio may move in [0, 2], and the control limits the entropy's fall.
+    "clip_cov": _setting(
+        f"{_CUI} 4.3; the clip from the scripts (recipe/dapo)", "clip_cov", (1.0, 1.0),
+        clip_cov_ratio=2e-4, clip_cov_lb=1.0, clip_cov_ub=5.0,
+    ),
+    # The control drops the clip, as the authors' code does: the clip of their scripts has no effect.
+    "kl_cov": _setting(f"{_CUI} 4.3, 7B", "kl_cov", (0.2, 0.2), kl_cov_ratio=2e-3, ppo_kl_coef=1.0),
+    "kl_cov_32b": _setting(f"{_CUI} 4.3, 32B", "kl_cov", (0.2, 0.2), kl_cov_ratio=2e-4, ppo_kl_coef=1.0),
+    # Found for models of 1.5 billion parameters. The band may not suit another model: compare it with actor/entropy
+    # before the warm-up ends.
+    "aent_math": _setting(
+        f"{_SHEN} MATH, Qwen2.5-Math-1.5B", "aent", (0.2, 0.2),
+        entropy_coef=2e-3, clamp_p=0.33, entropy_low=0.15, entropy_high=0.24, coef_lr=2e-3, coef_min=6e-4,
+        coef_max=9e-3, warmup=30,
+    ),
+    "aent_openr1": _setting(
+        f"{_SHEN} OpenR1, DeepSeek-R1-Distill-Qwen-1.5B", "aent", (0.2, 0.2),
+        entropy_coef=3e-4, clamp_p=0.25, entropy_low=0.35, entropy_high=0.62, coef_lr=1e-4, coef_min=4e-5,
+        coef_max=1e-3, warmup=156,
+    ),
+    "entropy_bonus": _setting(f"{_CUI} 4.1, Qwen2.5-7B", "entropy_bonus", (0.2, 0.2), entropy_coef=5e-3),
+    "skywork": _setting(
+        "Skywork-OR1, arXiv 2505.22312, scripts", "adaptive_bonus", None,
+        entropy_coef=0.0, target=0.2, delta=1e-4, coef_min=0.0, coef_max=5e-3,
+    ),
+}  # fmt: skip
+
+
+def preset(name: object) -> dict[str, Any]:
+    """The recipe's keys of the setting of that name; an unknown name is a ValueError that lists the known ones."""
+    check.one_of("preset", name, PUBLISHED)
+    return PUBLISHED[name].keys
