@@ -211,7 +211,7 @@ ENTCOV_HD uint32_t cell_of(const Bracket& b, uint32_t key) {
   uint32_t cell;
   if (b.mode == kSpread) {
     const float lo = key_value(b.lo), per_cell = (key_value(b.hi) - lo) / kCells;
-    cell = static_cast<uint32_t>((key_value(key) - lo) / per_cell);
+    cell = static_cast<uint32_t>(fminf(fmaxf((key_value(key) - lo) / per_cell, 0.0f), kCells));
   } else {
     cell = (key - b.lo) / cell_width(b);
   }
@@ -244,6 +244,21 @@ ENTCOV_HD void write_partial(float* partial, float max, float rest, float sum_xe
   partial[kPartialAbove] = static_cast<float>(above), partial[kPartialInside] = static_cast<float>(inside);
   partial[kPartialUnused] = static_cast<float>(unused);
 }
+
+// The Team of a CPU.
+struct SingleThread {
+  static constexpr int kSize = 1, lane = 0;
+  ENTCOV_HD uint32_t sum(uint32_t v) const { return v; }
+  ENTCOV_HD float sum(float v) const { return v; }
+  ENTCOV_HD float max(float v) const { return v; }
+  ENTCOV_HD uint32_t before(uint32_t) const { return 0; }
+  ENTCOV_HD bool all(bool v) const { return v; }
+  ENTCOV_HD int first(bool) const { return 0; }
+  template <class T>
+  ENTCOV_HD T of(T v, int) const {
+    return v;
+  }
+};
 
 // ---- the first bracket ----------------------------------------------------------------------------------------------
 

@@ -1,14 +1,14 @@
 // The clamped entropy on the CPU: what ../clamp.h leaves to a device. A row is one thread's work.
 //
-// Memory of clamped_stats: one read of the row (a sample of 1 in 20 sectors first; one or two reads more if that misled, one
-// row in a thousand) and, of what lies in the bracket, 4 bytes a logit written and read. Once more 32 bytes a row out.
-// clamp_part: the same one read, and 680 bytes a row out; clamp_sketch: the sample, and 256 bytes a row. The other two read
-// what has been gathered. Scratch a thread: 176 KiB of counters, and 4 bytes a column for the list, of which only as much is
-// touched as logits lie in the bracket.
+// Memory of clamped_stats: one read of the row, a sample of 1 in 20 sectors before it, one or two reads more for the one row
+// in a thousand that its sample misled; a list of what lies in the bracket, written and read; 32 bytes a row out.
+// clamp_partial: one read, and 680 bytes a row out. clamp_sketch: the sample, and 256 bytes a row out. The other two read what
+// has been gathered. Scratch a thread: 152 KiB of counters and sample, and room for 8 bytes a column for two lists, of which
+// as much is touched as logits lie in the bracket.
 //
-// Listing is a second look at each chunk of the pass (row_pass.h) while it is in L1: with AVX-512 a compressed store a
-// vector, elsewhere a store and an addition a logit, without a branch. A list has room for the whole row, so it never
-// overflows, and a bracket of all keys always ends the search.
+// Listing is a second look at each chunk of the pass (row_pass.h) while it is in L1: with AVX-512 a mask of 64 logits at a
+// time, of which about two lie in the bracket; elsewhere a store and an addition a logit, without a branch. A list has room
+// for the whole row, so it never overflows, and a bracket of all keys always ends the search.
 #include "../clamp.h"
 
 #if defined(__x86_64__)
@@ -23,32 +23,65 @@
 namespace entcov::cpu {
 namespace {
 
-constexpr int kCounters = 2048;
+constexpr int kBins = 512;
+constexpr int kWays = 4;  // counters of a bin, taken in turn: a counter that was just written is slow to read
 constexpr int kHalfKeys = 1 << 16;  // upper halves of keys
 
-int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
+constexpr int kListSlack = 64;  // elements behind a list that may be written
 
 struct Scratch {
-  uint16_t upper[kSampleLimit];         // a sample: upper halves of keys
-  uint16_t sampled[kHalfKeys] = {};     // how often each is in it; all 0 between rows
-  uint32_t count[kCounters];
-  std::unique_ptr<float[]> list;
+  uint16_t upper[kSampleLimit];      // a sample: upper halves of keys
+  uint16_t sampled[kHalfKeys] = {};  // how often each is in it; all 0 between rows
+  uint32_t count[kBins][kWays];
+  std::unique_ptr<float[]> room;
 
-  explicit Scratch(int64_t columns) : list(new float[columns + 2 * 16]) {}  // whole vectors are written
+  explicit Scratch(int64_t columns) : room(new float[2 * (columns + kListSlack)]) {}
+
+  // Two lists of logits, of as many as the row has columns.
+  template <class D>
+  typename D::storage* list() {
+    return reinterpret_cast<typename D::storage*>(room.get());
+  }
 };
 
-// Here and not in the threads, where running out of memory is fatal.
-std::vector<std::unique_ptr<Scratch>> scratch_for(int threads, int64_t T, int64_t columns) {
-  std::vector<std::unique_ptr<Scratch>> all;
-  for (int i = 0; i == 0 || (i < usable_threads(threads) && i < T); i++)
-    all.push_back(std::make_unique<Scratch>(columns));
-  return all;
+// Of the ops that read logits; each has use for some.
+struct RowArgs {
+  Logits logits;
+  const int64_t* target;  // [T]
+  RowSpec spec;
+  float* out;                          // [T, ...]
+  int64_t kept = 0;
+  const Bracket* bracket = nullptr;    // [T]
+  RowOutputs outputs{};
+  float *clamp = nullptr, *clamped_entropy = nullptr;  // [T, 4], [T]
+  int64_t num_columns = 0;                             // that exist
+  NanFlag* nan = nullptr;
+  const std::unique_ptr<Scratch>* scratch = nullptr;  // of each thread
+
+  template <class T>
+  const T* row(int64_t t) const {
+    return static_cast<const T*>(logits.data) + t * logits.row_stride;
+  }
+  Scratch& of_this_thread() const {
+#ifdef _OPENMP
+    return *scratch[omp_get_thread_num()];
+#else
+    return *scratch[0];
+#endif
+  }
+};
+
+template <template <class> class Op>
+Error run(RowArgs args, int threads) {
+  const int64_t T = args.logits.T;
+  args.num_columns = args.spec.columns(args.logits.width);
+  std::vector<std::unique_ptr<Scratch>> scratch;  // not made in the threads, where running out of memory is fatal
+  for (int64_t i = 0; i == 0 || (i < usable_threads(threads) && i < T); i++)
+    scratch.push_back(std::make_unique<Scratch>(args.num_columns));
+  NanFlag nan;
+  args.scratch = scratch.data(), args.nan = &nan;
+  with_dtype(args.logits.dtype, [&](auto d) { for_rows<Op<decltype(d)>>(args, T, T * args.num_columns, threads); });
+  return nan.error();
 }
 
 template <class D>
@@ -77,7 +110,12 @@ ENTCOV_INLINE int take_sample(const typename D::storage* x, int columns, Scratch
   }
   constexpr int kSector = kSectorBytes / static_cast<int>(sizeof(typename D::storage));
   const SamplePlan plan = plan_sample(columns, kSector);
-  for (int i = 0; i < plan.taken; i++) take(x + static_cast<int64_t>(i * plan.every + plan.first) * kSector, kSector);
+  const auto sector = [&](int i) { return x + static_cast<int64_t>(i * plan.every + plan.first) * kSector; };
+  constexpr int kAhead = 24;  // memory takes as long as so many sectors do
+  for (int i = 0; i < plan.taken; i++) {
+    __builtin_prefetch(sector(i + kAhead < plan.taken ? i + kAhead : i));
+    take(sector(i), kSector);
+  }
   return size;
 }
 
@@ -88,8 +126,8 @@ void select_from_sample(Scratch& s, int m, int size, Rank rank, uint16_t* upper)
   for (int i = 0; i < m; i++) s.sampled[s.upper[i]]++;
   int end = kHalfKeys, n = 0, above = 0;  // `above` of the sample lie from key `end` on
   while (n < size) {
-    int in_block = 0;
-    for (int i = 1; i <= kBlock; i++) in_block += s.sampled[end - i];
+    uint16_t in_block = 0;  // of kSampleLimit at most
+    for (int i = end - kBlock; i < end; i++) in_block = static_cast<uint16_t>(in_block + s.sampled[i]);
     if (above + in_block < rank(n)) {
       above += in_block, end -= kBlock;
       continue;
@@ -103,29 +141,44 @@ void select_from_sample(Scratch& s, int m, int size, Rank rank, uint16_t* upper)
 
 // ---- the list -------------------------------------------------------------------------------------------------------
 
+struct Counts {
+  int64_t inside = 0, above = 0;  // of a bracket
+};
+
 #if defined(__x86_64__)
 template <class D>
-__attribute__((target(ENTCOV_AVX512))) int64_t list_vectors_avx512(const typename D::storage* x, int n, float lo,
-                                                                   float hi, float* out) {
-  int64_t listed = 0;
-  for (int j = 0; j + 16 <= n; j += 16) {
-    const __m512 v = (__m512)D::template widen<16>(x + j);
-    const __mmask16 from = _mm512_cmp_ps_mask(v, _mm512_set1_ps(lo), _CMP_GE_OQ);
-    const __mmask16 inside = _mm512_mask_cmp_ps_mask(from, v, _mm512_set1_ps(hi), _CMP_LE_OQ);
-    _mm512_storeu_ps(out + listed, _mm512_maskz_compress_ps(inside, v));
-    listed += __builtin_popcount(inside);
+__attribute__((target(ENTCOV_AVX512))) Counts list_by_masks(const typename D::storage* x, int n, float lo, float hi,
+                                                            typename D::storage* out) {
+  Counts counts;
+  for (int j = 0; j < n; j += 64) {
+    uint64_t from_lo = 0, over_hi = 0;
+    for (int k = 0; k < 64; k += 16) {
+      const __m512 v = (__m512)D::template widen<16>(x + j + k);
+      from_lo |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, _mm512_set1_ps(lo), _CMP_GE_OQ)) << k;
+      over_hi |= static_cast<uint64_t>(_mm512_cmp_ps_mask(v, _mm512_set1_ps(hi), _CMP_GT_OQ)) << k;
+    }
+    uint64_t inside = from_lo & ~over_hi;
+    typename D::storage* at = out + counts.inside;
+    counts.above += _mm_popcnt_u64(over_hi);
+    counts.inside += _mm_popcnt_u64(inside);
+    do {  // four at once: seldom are there more, and no branch depends on how many fewer there are
+      for (int k = 0; k < 4; k++) {
+        *at++ = x[j + (_tzcnt_u64(inside) & 63)];
+        inside = _blsr_u64(inside);
+      }
+    } while (inside);
   }
-  return listed;
+  return counts;
 }
 #endif
 
-// Writes the elements of x [n] in [lo, hi] to out, in their order, and up to 15 more; returns how many they are.
+// Writes the elements of x [n] in [lo, hi] to out, in their order, and up to kListSlack more behind them. out may be x.
 template <class D, int W>
-ENTCOV_INLINE int64_t list_inside(const typename D::storage* x, int n, float lo, float hi, float* out) {
-  int64_t listed = 0;
+ENTCOV_INLINE Counts list_inside(const typename D::storage* x, int n, float lo, float hi, typename D::storage* out) {
+  Counts counts;
   int j = 0;
 #if defined(__x86_64__)
-  if constexpr (W == 16) listed = list_vectors_avx512<D>(x, n, lo, hi, out), j = n - n % W;
+  if constexpr (W == 16) counts = list_by_masks<D>(x, n / 64 * 64, lo, hi, out), j = n / 64 * 64;
 #endif
   for (; j < n; j += W) {
     const int real = n - j < W ? n - j : W;
@@ -133,24 +186,35 @@ ENTCOV_INLINE int64_t list_inside(const typename D::storage* x, int n, float lo,
     float values[W];
     memcpy(values, &v, sizeof v);
     for (int k = 0; k < real; k++) {
-      out[listed] = values[k];
-      listed += (values[k] >= lo) & (values[k] <= hi);
+      out[counts.inside] = x[j + k];
+      counts.inside += (values[k] >= lo) & (values[k] <= hi);
+      counts.above += values[k] > hi;
     }
   }
-  return listed;
+  return counts;
+}
+
+// Calls use(x) with every element of a list.
+template <class D, int W, class Use>
+ENTCOV_INLINE void for_listed(const typename D::storage* list, int64_t n, Use use) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int real = n - i < W ? static_cast<int>(n - i) : W;
+    const f32<W> v = real < W ? widen_tail<D, W>(list + i, real) : D::template widen<W>(list + i);
+    for (int k = 0; k < real; k++) use(v[k]);
+  }
 }
 
 // One pass over a row with a bracket.
 template <class D, int W>
 struct BracketPass : RowPass<D, W, false, true> {
-  float* list;
-  int64_t listed = 0;
+  Counts counts;
 
-  ENTCOV_INLINE BracketPass(const typename D::storage* x, int64_t columns, float inv_temperature, float lo, float hi,
-                            float* room)
-      : RowPass<D, W, false, true>(inv_temperature, hi), list(room) {
+  ENTCOV_INLINE BracketPass(const typename D::storage* x, int64_t columns, float inv_temperature, KeyRange bracket,
+                            typename D::storage* list)
+      : RowPass<D, W, false, true>(inv_temperature, key_value(bracket.hi)) {
     this->add_row(x, columns, [&](int64_t at, int n) __attribute__((always_inline)) {
-      listed += list_inside<D, W>(x + at, n, lo, hi, list + listed);
+      const Counts c = list_inside<D, W>(x + at, n, key_value(bracket.lo), this->threshold, list + counts.inside);
+      counts.inside += c.inside, counts.above += c.above;
     });
   }
 };
@@ -161,44 +225,48 @@ struct Place {
   uint32_t key, rank, equal;  // of an element: its rank among those that equal it, and their number
 };
 
-// Of the rank-th largest element of a list whose keys lie in `range`: 11 bits of what is left of the range at a time.
-template <int kSpare>
-Place radix_select(const float* list, int64_t listed, KeyRange range, uint32_t rank, uint32_t* count) {
-  uint32_t lo = range.lo >> kSpare, hi = range.hi >> kSpare, equal = static_cast<uint32_t>(listed);
+// Of the rank-th largest element of a list, whose keys lie in `range`: 9 bits of what is left of the range at a time.
+template <class D, int W>
+ENTCOV_INLINE Place radix_select(typename D::storage* list, int64_t listed, KeyRange range, uint32_t rank,
+                                 uint32_t (*count)[kWays]) {
+  constexpr int kSpare = kSpareBits<D>;
+  uint32_t lo = range.lo >> kSpare, hi = range.hi >> kSpare;
+  typename D::storage *left = list, *room = list + listed + kListSlack;
+  int64_t n = listed;
   while (lo < hi) {
     int shift = 0;
-    while ((hi - lo) >> shift >= kCounters) shift++;
-    std::fill(count, count + kCounters, 0);
-    for (int64_t i = 0; i < listed; i++) {
-      const uint32_t key = order_key(list[i]) >> kSpare;
-      if (key >= lo && key <= hi) count[(key - lo) >> shift]++;
+    while ((hi - lo) >> shift >= kBins) shift++;
+    memset(count, 0, kBins * sizeof *count);
+    for (int64_t i = 0; i < n; i += W) {
+      const int real = n - i < W ? static_cast<int>(n - i) : W;
+      const f32<W> v = (real < W ? widen_tail<D, W>(left + i, real) : D::template widen<W>(left + i)) + 0.0f;
+      const u32<W> b = (u32<W>)v, key = b ^ ((u32<W>)((i32<W>)b >> 31) | 0x80000000u);  // order_key()
+      const u32<W> bins = ((key >> kSpare) - lo) >> shift;
+      uint32_t bin[W];
+      memcpy(bin, &bins, sizeof bins);
+      if (real == W)
+        for (int k = 0; k < W; k++) count[bin[k]][k % kWays]++;
+      else
+        for (int k = 0; k < real; k++) count[bin[k]][k % kWays]++;
     }
-    uint32_t bin = (hi - lo) >> shift;
-    while (bin > 0 && rank > count[bin]) rank -= count[bin--];
-    equal = count[bin];
+    uint32_t bin = (hi - lo) >> shift, in_bin;
+    const auto total = [&](uint32_t b) { return count[b][0] + count[b][1] + count[b][2] + count[b][3]; };
+    while (bin > 0 && rank > (in_bin = total(bin))) rank -= in_bin, bin--;
     lo += bin << shift;
     if ((hi - lo) >> shift > 0) hi = lo + (1u << shift) - 1u;
+    if (hi == 0x7fffffffu >> kSpare && lo < hi) hi--;  // -0 has the key of +0
+    n = list_inside<D, W>(left, static_cast<int>(n), key_value(whole_key(lo, kSpare)), key_value(whole_key(hi, kSpare)),
+                          room).inside;
+    left = room;
   }
-  return {whole_key(lo, kSpare), rank, equal};
+  return {whole_key(lo, kSpare), rank, static_cast<uint32_t>(n)};
 }
 
 template <class D>
 struct ClampedStatsOp {
-  struct Args {
-    const typename D::storage* logits;
-    int64_t row_stride, num_columns;
-    const int64_t* target;
-    RowSpec spec;
-    int64_t kept;
-    float* stats;
-    RowOutputs outputs;
-    float *clamp, *clamped_entropy;
-    NanFlag* nan;
-    const std::unique_ptr<Scratch>* scratch;
-  };
-  static constexpr int kSpare = kSpareBits<D>;
+  using Args = RowArgs;
 
-  static ENTCOV_INLINE RowBrackets guess(const Args& a, const typename D::storage* x, Scratch& s) {
+  static ENTCOV_INLINE RowBrackets initial_brackets(const Args& a, const typename D::storage* x, Scratch& s) {
     const KeyRange all{kLowestKey, kHighestKey};
     const int columns = static_cast<int>(a.num_columns);
     if (columns <= kUnsampledColumns) return {all, all, all};
@@ -206,54 +274,49 @@ struct ClampedStatsOp {
     const SampleRanks ranks = sample_ranks(a.kept, columns, m, INFINITY);
     uint16_t upper[4];
     select_from_sample(s, m, 4, [&](int n) { return ranks.rank(n); }, upper);
-    return row_brackets(ranks, upper, kSpare);
+    return row_brackets(ranks, upper, kSpareBits<D>);
   }
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     float* clamp = a.clamp + t * 4;
     if (a.target[t] == a.spec.ignore_index) {
-      store_ignored_row(t, kRowStatsFields, a.stats, a.outputs);
+      store_ignored_row(t, kRowStatsFields, a.out, a.outputs);
       std::fill(clamp, clamp + 4, a.clamped_entropy[t] = 0.0f);
       return;
     }
     const float inv_temperature = a.spec.inv_temperature;
-    Scratch& s = *a.scratch[thread_index()];
-    const typename D::storage* x = a.logits + t * a.row_stride;
-    const RowBrackets brackets = guess(a, x, s);
-    const int64_t kept = a.kept;
+    Scratch& s = a.of_this_thread();
+    const auto* x = a.row<typename D::storage>(t);
+    typename D::storage* list = s.template list<D>();
+    const RowBrackets brackets = initial_brackets(a, x, s);
     KeyRange b = brackets.inner;
     for (int passes = 1;; passes++) {
-      const BracketPass<D, W> p(x, a.num_columns, inv_temperature, key_value(b.lo), key_value(b.hi), s.list.get());
+      const BracketPass<D, W> p(x, a.num_columns, inv_temperature, b, list);
       const RowStats stats = p.stats(x, a.num_columns, a.target[t], a.spec);
-      const bool dead = std::isnan(stats.rest) || stats.max == -INFINITY;
-      const bool missed = kept <= p.total.above || kept - p.total.above > p.listed;
-      if (missed && !dead) {
-        if (passes == 1)
-          b = kept <= p.total.above ? brackets.above : brackets.below;
-        else
-          b = {kLowestKey, kHighestKey};
+      const bool dead = std::isnan(stats.rest) || p.max == -INFINITY;
+      const int64_t rank = a.kept - p.counts.above;  // of the threshold in the bracket, from its largest
+      if (!dead && (rank < 1 || rank > p.counts.inside)) {
+        b = passes > 1 ? KeyRange{kLowestKey, kHighestKey} : rank < 1 ? brackets.above : brackets.below;
         continue;
       }
-      a.nan->note(store_row(stats, t, kRowStatsFields, inv_temperature, a.stats, a.outputs));
+      a.nan->note(store_row(stats, t, kRowStatsFields, inv_temperature, a.out, a.outputs));
       if (dead) {
         std::fill(clamp, clamp + 4, a.clamped_entropy[t] = NAN);
         return;
       }
-      // [above hi][listed, descending]: the threshold is the kept-th.
-      const Place at = radix_select<kSpare>(s.list.get(), p.listed, b, static_cast<uint32_t>(kept - p.total.above), s.count);
-      const float threshold = key_value(at.key);
-      for (int64_t i = 0; i < p.listed; i++)
-        if (!(s.list[i] > threshold)) s.list[i] = -INFINITY;
-      const RowPass<Float32, W, false, false> of_list(inv_temperature);
+      const Place at = radix_select<D, W>(list, p.counts.inside, b, static_cast<uint32_t>(rank), s.count);
+      // The listed logits above the threshold join those above the bracket, where one occurrence of the maximum is left
+      // out already if it is there.
+      const RowPass<D, W, false, true> of_list(inv_temperature, key_value(at.key));
       Sums sums;
-      double at_max = p.max > key_value(b.hi) ? 0 : -1;  // above the bracket one is left out already
-      for (int64_t i = 0; i < p.listed; i += kChunk) {
-        const int n = p.listed - i < kChunk ? static_cast<int>(p.listed - i) : kChunk;
-        of_list.template sweep<true>(s.list.get() + i, n, p.max, sums, at_max);
+      double at_max = p.max > p.threshold ? 0 : -1;
+      for (int64_t i = 0; i < p.counts.inside; i += kChunk) {
+        const int n = p.counts.inside - i < kChunk ? static_cast<int>(p.counts.inside - i) : kChunk;
+        of_list.template sweep<true>(list + i, n, p.max, sums, at_max);
       }
-      finish_clamp(threshold, at.rank, at.equal, p.max, float(p.total.rest_above + sums.rest + at_max),
-                   float(p.total.sum_xexp_above + sums.sum_xexp), inv_temperature, clamp);
+      finish_clamp(of_list.threshold, at.rank, at.equal, p.max, float(p.total.rest_above + sums.rest_above + at_max),
+                   float(p.total.sum_xexp_above + sums.sum_xexp_above), inv_temperature, clamp);
       a.clamped_entropy[t] = clamp[3];
       return;
     }
@@ -264,27 +327,19 @@ struct ClampedStatsOp {
 
 template <class D>
 struct SketchOp {
-  struct Args {
-    const typename D::storage* logits;
-    int64_t row_stride, num_columns;
-    const int64_t* target;
-    RowSpec spec;
-    float* sketch;
-    NanFlag* nan;
-    const std::unique_ptr<Scratch>* scratch;
-  };
+  using Args = RowArgs;
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
-    float* out = a.sketch + t * kSketch;
+    float* out = a.out + t * kSketch;
     const bool ignored = a.target[t] == a.spec.ignore_index;
     a.nan->note(!ignored && !a.spec.is_token(a.target[t]));  // the row will be, and a rank says so before it sends
     if (a.num_columns == 0 || ignored) {
       std::fill(out, out + kSketch, a.num_columns == 0 ? -INFINITY : 0.0f);
       return;
     }
-    Scratch& s = *a.scratch[thread_index()];
-    const int m = take_sample<D>(a.logits + t * a.row_stride, static_cast<int>(a.num_columns), s);
+    Scratch& s = a.of_this_thread();
+    const int m = take_sample<D>(a.row<typename D::storage>(t), static_cast<int>(a.num_columns), s);
     uint16_t upper[kSketch];
     select_from_sample(s, m, kSketch, [m](int n) { return (2 * n + 1) * m / (2 * kSketch) + 1; }, upper);
     for (int n = 0; n < kSketch; n++) out[n] = key_value(first_key(upper[n], kSpareBits<D>));
@@ -293,54 +348,31 @@ struct SketchOp {
 
 template <class D>
 struct PartialOp {
-  struct Args {
-    const typename D::storage* logits;
-    int64_t row_stride, num_columns;
-    const int64_t* target;
-    RowSpec spec;
-    const Bracket* bracket;
-    float* partial;
-    const std::unique_ptr<Scratch>* scratch;
-  };
+  using Args = RowArgs;
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     constexpr int kWidth = kRowStatsFields + kPartial;
-    float *out = a.partial + t * kWidth, *partial = out + kRowStatsFields, *cells = partial + kPartialFields;
+    float *out = a.out + t * kWidth, *partial = out + kRowStatsFields, *cells = partial + kPartialFields;
     const Bracket b = a.bracket[t];
     std::fill(out, out + kWidth, 0.0f);
     if (b.mode == kDone || a.target[t] == a.spec.ignore_index) return;
-    Scratch& s = *a.scratch[thread_index()];
-    const typename D::storage* x = a.logits + t * a.row_stride;
-    const float* list = s.list.get();
-    const BracketPass<D, W> p(x, a.num_columns, a.spec.inv_temperature, key_value(b.lo), key_value(b.hi), s.list.get());
+    Scratch& s = a.of_this_thread();
+    const auto* x = a.row<typename D::storage>(t);
+    typename D::storage* list = s.template list<D>();
+    const BracketPass<D, W> p(x, a.num_columns, a.spec.inv_temperature, {b.lo, b.hi}, list);
     uint32_t used = 0;
-    for (int64_t i = 0; i < p.listed; i++) {
-      const float v = list[i] + 0.0f;
-      used |= float_bits(v);
+    int i = 0;
+    for_listed<D, W>(list, p.counts.inside, [&](float v) {
+      used |= float_bits(v + 0.0f);
       if (b.mode != kListed)
         cells[cell_of(b, order_key(v))] += 1.0f;
       else if (i < kCells)
-        cells[i] = v;
-    }
+        cells[i++] = v + 0.0f;
+    });
     store_row(p.stats(x, a.num_columns, a.target[t], a.spec), 0, kRowStatsFields, a.spec.inv_temperature, out, {});
     write_partial(partial, p.max, float(p.total.rest_above), float(p.total.sum_xexp_above),
-                  static_cast<uint32_t>(p.total.above), static_cast<uint32_t>(p.listed), used);
-  }
-};
-
-struct SingleThread {
-  static constexpr int kSize = 1;
-  static constexpr int lane = 0;
-  uint32_t sum(uint32_t v) const { return v; }
-  float sum(float v) const { return v; }
-  float max(float v) const { return v; }
-  uint32_t before(uint32_t) const { return 0; }
-  bool all(bool v) const { return v; }
-  int first(bool) const { return 0; }
-  template <class T>
-  T of(T v, int) const {
-    return v;
+                  static_cast<uint32_t>(p.counts.above), static_cast<uint32_t>(p.counts.inside), used);
   }
 };
 
@@ -348,30 +380,16 @@ struct SingleThread {
 
 Error clamped_stats(const Logits& logits, const int64_t* target, const RowSpec& spec, int64_t kept, float* stats,
                     const RowOutputs& outputs, float* clamp, float* clamped_entropy, Device threads) {
-  const int64_t columns = spec.columns(logits.width);
-  const auto scratch = scratch_for(threads, logits.T, columns);
-  NanFlag nan;
-  with_dtype(logits.dtype, [&](auto d) {
-    using D = decltype(d);
-    for_rows<ClampedStatsOp<D>>(
-        {static_cast<const typename D::storage*>(logits.data), logits.row_stride, columns, target, spec, kept, stats,
-         outputs, clamp, clamped_entropy, &nan, scratch.data()},
-        logits.T, logits.T * columns, threads);
-  });
-  return nan.error();
+  return run<ClampedStatsOp>({logits, target, spec, stats, kept, nullptr, outputs, clamp, clamped_entropy}, threads);
 }
 
 Error clamp_sketch(const Logits& logits, const int64_t* target, const RowSpec& spec, float* sketch, Device threads) {
-  const int64_t columns = spec.columns(logits.width);
-  const auto scratch = scratch_for(threads, logits.T, 0);
-  NanFlag nan;
-  with_dtype(logits.dtype, [&](auto d) {
-    using D = decltype(d);
-    for_rows<SketchOp<D>>({static_cast<const typename D::storage*>(logits.data), logits.row_stride, columns, target,
-                           spec, sketch, &nan, scratch.data()},
-                          logits.T, logits.T * columns, threads);
-  });
-  return nan.error();
+  return run<SketchOp>({logits, target, spec, sketch}, threads);
+}
+
+Error clamp_partial(const Logits& logits, const int64_t* target, const RowSpec& spec, const uint32_t* bracket,
+                    float* partial, Device threads) {
+  return run<PartialOp>({logits, target, spec, partial, 0, reinterpret_cast<const Bracket*>(bracket)}, threads);
 }
 
 Error clamp_bracket(const Messages& sketches, const int64_t* target, const RowSpec& spec, int64_t kept, int64_t margin,
@@ -383,19 +401,6 @@ Error clamp_bracket(const Messages& sketches, const int64_t* target, const RowSp
     out[t] = target[t] == spec.ignore_index
                  ? Bracket{0, 0, kDone, 0}
                  : initial_bracket(SingleThread(), Gathered{sketches, t, kSketch}, spec.vocab_size, kept, margin);
-  return nullptr;
-}
-
-Error clamp_partial(const Logits& logits, const int64_t* target, const RowSpec& spec, const uint32_t* bracket,
-                    float* partial, Device threads) {
-  const int64_t columns = spec.columns(logits.width);
-  const auto scratch = scratch_for(threads, logits.T, columns);
-  with_dtype(logits.dtype, [&](auto d) {
-    using D = decltype(d);
-    for_rows<PartialOp<D>>({static_cast<const typename D::storage*>(logits.data), logits.row_stride, columns, target,
-                            spec, reinterpret_cast<const Bracket*>(bracket), partial, scratch.data()},
-                           logits.T, logits.T * columns, threads);
-  });
   return nullptr;
 }
 

@@ -1,6 +1,6 @@
 // The pass over a row of logits that the CPU's statistics are made by: one read of memory, one exponential a logit. It gives
-// RowStats and, where a threshold is given (kAbove), the same sums over the logits above it and their number: no further
-// exponential, but two masked additions and a count a vector.
+// RowStats and, where a threshold is given (kAbove), the same sums over the logits above it: no further exponential, but two
+// masked additions a vector.
 //
 // A row is walked in chunks. The running maximum settles within the first few of them, so a chunk is summed in one
 // sweep against the maximum known so far, and its own maximum is found on the way. Only where that turns out larger is
@@ -22,7 +22,6 @@ constexpr int kLaneAdditions = 16;
 struct Sums {
   double rest = 0, sum_xexp = 0, rest2 = 0, sum_xexp2 = 0, sum_x2exp = 0;
   double rest_above = 0, sum_xexp_above = 0;  // over the logits above the threshold
-  int64_t above = 0;                          // how many these are
 };
 
 template <class D, int W, bool kMoments, bool kAbove>
@@ -38,7 +37,6 @@ struct RowPass {
 
   struct Lanes {
     f32<W> e{}, xe{}, e2{}, xe2{}, x2e{}, e_above{}, xe_above{};
-    i32<W> above{};
 
     // kLeaveMaxOut: lanes that hold the maximum itself are counted instead of added.
     template <bool kLeaveMaxOut>
@@ -56,27 +54,24 @@ struct RowPass {
         e2 += w2, xe2 += y * w2, x2e += (y * y) * w;
       }
       if constexpr (kAbove) {
-        const i32<W> is_above = x > splat<W>(pass.threshold);
-        const f32<W> kept = is_above ? w : f32<W>{};
+        // Two selections of w in a row would fall apart into scalars; so the second is a product where there are two.
+        const f32<W> one = splat<W>(1), zero{}, limit = splat<W>(pass.threshold);
+        const f32<W> kept = kLeaveMaxOut ? w * (x > limit ? one : zero) : x > limit ? w : zero;
         e_above += kept, xe_above += y * kept;
-        above -= is_above;
       }
     }
 
     ENTCOV_INLINE void add(const Lanes& b) {
       e += b.e, xe += b.xe;
       if constexpr (kMoments) e2 += b.e2, xe2 += b.xe2, x2e += b.x2e;
-      if constexpr (kAbove) e_above += b.e_above, xe_above += b.xe_above, above += b.above;
+      if constexpr (kAbove) e_above += b.e_above, xe_above += b.xe_above;
     }
 
     ENTCOV_INLINE void add_to(Sums& s) const {
       s.rest += reduce_add<W>(e), s.sum_xexp += reduce_add<W>(xe);
       if constexpr (kMoments)
         s.rest2 += reduce_add<W>(e2), s.sum_xexp2 += reduce_add<W>(xe2), s.sum_x2exp += reduce_add<W>(x2e);
-      if constexpr (kAbove) {
-        s.rest_above += reduce_add<W>(e_above), s.sum_xexp_above += reduce_add<W>(xe_above);
-        for (int k = 0; k < W; k++) s.above += above[k];
-      }
+      if constexpr (kAbove) s.rest_above += reduce_add<W>(e_above), s.sum_xexp_above += reduce_add<W>(xe_above);
     }
   };
 
@@ -121,9 +116,8 @@ struct RowPass {
     const double d = (double(max) - double(to)) * inv_temperature, k = std::exp(d);
     if (k == 0) {  // out of sight; keeps a NaN
       const double nan_or_zero = s.rest * 0;
-      const int64_t above = s.above;
       s = Sums{};
-      s.rest = nan_or_zero, s.above = above;
+      s.rest = nan_or_zero;
       return;
     }
     const double total = 1 + s.rest, total2 = 1 + s.rest2;

@@ -9,7 +9,7 @@ from entcov.plan.memory import Settings, engine_sequences, memory
 
 # Bytes that a rank sends of one token: row statistics, and what a clamp adds to them. docs/ops.md has the protocol.
 STATISTICS, STATISTICS_WITH_MOMENTS = 16, 28
-CLAMP_SKETCH, CLAMP_PART = 256, 668
+CLAMP_SKETCH, CLAMP_PART = 256, 664
 
 # Assumptions, all to be replaced by measurements on the machine.
 COMPUTE_EFFICIENCY = 0.45  # share of the GPU's dense bfloat16 peak that matrix products reach

@@ -89,7 +89,7 @@ def linear_token_stats(
     Memory beyond arguments and gradients: one chunk of logits; and in backward, where there are several chunks and
     weight is not fp32 and has no main_grad, 4 V_local D bytes for the fp32 sum.
 
-    Collectives: forward as `token_stats`, whatever the number of chunks: one all-gather, a second with a clamp.
+    Collectives: forward as `token_stats`, whatever the number of chunks: one all-gather; with a clamp two or more.
     Backward: one all-reduce of 4 D bytes a token (fp32) if hidden has a gradient and reduce_hidden_grad is set, else
     none. Every rank of the group must enter them; whether hidden requires a gradient must be the same on all.
 

@@ -2,8 +2,8 @@
 
 The matrix products are the library's. What is ours is when the logits exist: all at once where memory allows it, and
 then they are overwritten by their gradient in backward (three products in all); else one chunk, in one buffer that
-every chunk reuses, computed again for each pass (four products; five with a clamp over a group, whose threshold is not
-known before the ranks have talked).
+every chunk reuses, computed again for each pass (four products; with a clamp over a group, whose threshold is not known
+before the ranks have talked, five, and one for each further round).
 
 The gradient of the weight adds up in fp32 over the chunks, whatever the dtype: sums in bf16 lose what is small beside
 the sum so far, always to the same side, and a policy trained on them loses entropy. On a GPU the product itself adds

@@ -87,13 +87,11 @@ def token_stats(
     NaN, where a target's logit has changed. `torch.compiler.disable(token_stats)` in such a function sees every change.
 
     Collectives, in forward, which every rank of the group must enter: one all-gather of 16 bytes a token and rank (28
-    with moments) plus about 40 bytes. A clamp adds 512 bytes a token and rank to it, and a second all-gather of 28 +
-    4 C bytes, where C bounds how many logits any rank has between the bounds of the threshold that the first one
-    yields: two or three times V_local / 127, at most (R + 1) times unless logits tie. With a clamp on CUDA it is one
-    all-gather of 256 bytes and one of 684 (696 with moments), and one more of 684 for each further round that a row
-    needs: none for most rows of bf16, one for many whose threshold is near 0 or among the few hundred largest or
-    smallest logits, one for fp32 with all its bits, at most 5. The host waits for the GPU once a round, for the number
-    of such rows; while a CUDA graph is captured it does not, and all 7 rounds run. Backward: none.
+    with moments) plus 16 bytes. With a clamp it is one all-gather of 256 bytes and one of 680 (692 with moments), and
+    one more of 680 for each further round that a row needs: none for most rows of bf16, one for many whose threshold is
+    near 0 or among the few hundred largest or smallest logits, one for fp32 with all its bits, at most 5. On CUDA the
+    host waits for the GPU once a round, for the number of such rows; while a CUDA graph is captured it does not, and all
+    7 rounds run. Backward: none.
 
     Error against float64 on the same rounded logits: 1e-5 absolute for logprob and entropies at V = 151,936; for peaked
     rows 1e-5 relative as well (entropies down to 1e-6). -inf is a probability of 0; a NaN or +inf makes its row NaN.

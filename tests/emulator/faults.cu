@@ -92,7 +92,7 @@ __global__ void uninitialised_shared(FaultArgs a) {
 #define FAULT(name)                                                                                            \
   extern "C" __attribute__((visibility("default"))) int name##_fault(const uint16_t* in, float* out, int count, \
                                                                      int faulty) {                             \
-    return launch(#name, name, 1, nullptr, FaultArgs{in, out, count, faulty != 0});                            \
+    return launch(#name, name, 1, nullptr, FaultArgs{in, out, count, faulty != 0}) ? cudaErrorLaunchFailure : 0; \
   }
 FAULT(out_of_bounds)
 FAULT(misaligned_load)

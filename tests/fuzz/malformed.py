@@ -43,69 +43,50 @@ THREADS = (1, 2, 100_000, 2**31 - 1, 0, -5)
 ALLOWED = (ValueError, TypeError, RuntimeError)
 
 
-def valid_calls(draw, on_cuda: bool) -> dict[str, tuple]:
+def valid_calls(draw) -> dict[str, tuple]:
     """{name: (op, arguments)} of one small sharded call of each kind."""
-    from entcov import clamp_ops, clamp_rounds, ops, shard_ops
-    from entcov.stats.token_stats import _sketch_ranks
+    from entcov.ops.core import RowSpec
+    from entcov.ops.message import message
     from tests.fuzz import draws
+    from tests.support import local_ops
 
+    ops = torch.ops.entcov
     T, V, dtype = draw.randint(1, 5), draw.choice((draw.size(60), draw.size(1500), 4500)), draw.choice(draws.DTYPES)
     z, new = (draws.spread_out(draw, draws.logits(draw, T, V, dtype), 0) for _ in range(2))
     new = torch.where(z == -torch.inf, z, new).nan_to_num(neginf=0.0)
-    target, ignore, temperature = draws.target(draw, z), -100, draw.temperature()
-    kept, place = draw.randint(1, V), (0, V)
+    target, temperature = draws.target(draw, z), draw.temperature()
+    kept, spec = draw.randint(1, V), RowSpec(0, V, temperature, -100)
     mask = torch.rand(T, generator=draw.torch) < 0.8
-    stats = ops.row_stats(z, target, *place, temperature, draw.chance(0.5), ignore)
-    whole = ops.merge_row_stats(stats[None], target, temperature, ignore)
-    pair = ops.covariance_stats(z, new, *place, temperature, mask)
+    moments = draw.chance(0.5)
+    whole = ops.row_stats(z, target, *spec, moments, True)[0]
+    pair = ops.covariance_stats(z, new, mask, *spec[:3], False)[0]
     gradients = [draw.normal(T) for _ in range(3)]
     clamp = torch.cat((z[:, :1].float(), torch.rand(T, 3, generator=draw.torch)), dim=1)
-    payload, words = draw.normal(T, draw.choice((1, 4, 7))), [0, 5, 0, V, 3, 4]
-    hash = shard_ops.checksum(target)
-    message = shard_ops.shard_message(payload, words, hash)
-    grad_arguments = (z, target, whole, *gradients, clamp, *place, temperature, ignore)
+    grad_arguments = (z, target, whole, clamp, gradients, *spec)
+
+    def sent(payload):
+        """By two ranks, one of which has no columns."""
+        return torch.stack((message(payload, target, 5, 0, V), message(payload, target, 5, 0, 0)))
+
+    sketches = sent(ops.clamp_sketch(z, target, *spec))
+    bracket = ops.clamp_bracket(sketches, target, kept, V // 10, *spec)
+    partials = sent(ops.clamp_partial(z, target, bracket, *spec))
     calls = {
-        "row_stats": (z, target, *place, temperature, True, ignore),
-        "merge_row_stats": (torch.stack((stats, stats)), target, temperature, ignore),
+        "row_stats": (z, target, *spec, True, True),
+        "message": (whole, target, 5, 0, V),
+        "merge_row_stats": (sent(whole), target, *spec, moments),
         "logits_grad": grad_arguments,
         "logits_grad_": (z.clone(), *grad_arguments[1:]),
-        "covariance_stats": (z, new, *place, temperature, mask),
-        "merge_covariance_stats": (torch.stack((pair, pair)), mask, temperature),
-        "logit_covariance_grad": (z, new, pair, *gradients, mask, *place, temperature),
-        "clamped_stats": (z, target, kept, V, temperature, True, ignore),
-        "checksum": (target,),
-        "shard_message": (payload, words, hash),
-        "accept_shards": (torch.stack((message, message)), 7, 4, 10),
+        "covariance_stats": (z, new, mask, *spec[:3], True),
+        "merge_covariance_stats": (local_ops.messages_of(pair[None]), mask, T, *spec[:3]),
+        "logit_covariance_grad": (z, new, mask, pair, gradients, *spec[:3]),
+        "clamped_stats": (z, target, kept, *spec),
+        "clamp_sketch": (z, target, *spec),
+        "clamp_bracket": (sketches, target, kept, V // 10, *spec),
+        "clamp_partial": (z, target, bracket, *spec),
+        "clamp_refine": (partials, target, whole, bracket, clamp, kept, *spec),
     }
-    if on_cuda:
-        columns = torch.tensor([V, 0])
-        sketch = clamp_rounds.clamp_sketch(z, target, *place, ignore)
-        sketches = torch.stack((sketch, torch.full_like(sketch, -torch.inf)))
-        guess = (sketches, columns, target, V, kept, V // 10, ignore)
-        bracket = clamp_rounds.clamp_guess(*guess)
-        part = clamp_rounds.clamp_part(z, target, bracket, *place, temperature, ignore)
-        calls |= {
-            "clamp_sketch": (z, target, *place, ignore),
-            "clamp_guess": guess,
-            "clamp_part": (z, target, bracket, *place, temperature, ignore),
-            "clamp_narrow": (part[None, :, 4:], target, whole, bracket, clamp, kept, temperature, ignore),
-        }
-    else:
-        ranks = _sketch_ranks(torch.tensor([V, 0]))
-        sketch = clamp_ops.order_statistics(z, target, ranks[0], *place, ignore)
-        sketches = torch.stack((sketch, torch.full_like(sketch, -torch.inf)))
-        bracket = clamp_ops.clamp_bracket(sketches, ranks, target, whole, kept, ignore)
-        capacity = int(bracket[:, 2].max())
-        collect = (z, target, whole, bracket, capacity, *place, temperature, ignore)
-        part = clamp_ops.clamp_collect(*collect)
-        calls |= {
-            "order_statistics": (z, target, ranks[0], *place, ignore),
-            "clamp_bracket": (sketches, ranks, target, whole, kept, ignore),
-            "clamp_collect": collect,
-            "clamp_finish": (torch.stack((part, part)), target, whole, bracket, kept, temperature, ignore),
-        }
-    modules = (ops, clamp_ops, clamp_rounds, shard_ops)
-    return {name: (next(getattr(m, name) for m in modules if hasattr(m, name)), a) for name, a in calls.items()}
+    return {name: (getattr(ops, name), arguments) for name, arguments in calls.items()}
 
 
 def spoiled(draw, value, typed: bool):
@@ -118,8 +99,10 @@ def spoiled(draw, value, typed: bool):
         return draw.choice((*INTEGERS, value - 1, value + 1))
     if isinstance(value, float):
         return draw.choice((*FLOATS, 1e-30, 1e-31, 1e300, 5e-324))
-    if isinstance(value, list):
-        return [draw.choice(INTEGERS) for _ in range(draw.choice((0, 1, 6, 23, 24, 25, 200)))]
+    if isinstance(value, list):  # of gradients
+        place = draw.randrange(len(value))
+        other = draw.choice((None, spoiled(draw, value[place], False)))
+        return draw.choice((value[:place], [*value, other], [*value[:place], other, *value[place + 1 :]]))
     return draw.choice((_values, _values, _values, _shape, _strides, _dtype))(draw, value)
 
 
@@ -179,7 +162,7 @@ def run(seed: int, on_cuda: bool) -> None:
     from tests.fuzz.draws import Draw
 
     draw = Draw(seed)
-    calls = valid_calls(draw, on_cuda)
+    calls = valid_calls(draw)
     for _ in range(6):
         name = draw.choice(list(calls))
         op, arguments = calls[name]

@@ -42,7 +42,14 @@ def test_as_many_threads_as_no_machine_starts():
     """OpenMP ends the process if it cannot start what it is asked for; every kernel asks for the processors at most."""
     code = """
 import torch
-from entcov import _cpu, clamp_ops, ops
+from entcov.ops.clamp_bracket import clamp_bracket
+from entcov.ops.clamp_partial import clamp_partial
+from entcov.ops.clamp_refine import clamp_refine
+from entcov.ops.clamp_sketch import clamp_sketch
+from entcov.ops.clamped_stats import clamped_stats
+from entcov.ops.core import RowSpec
+from entcov.ops.message import message
+from tests.support import local_ops as ops
 torch.manual_seed(0)
 z, target = torch.randn(64, 2000), torch.zeros(64, dtype=torch.int64)
 def results():
@@ -50,14 +57,16 @@ def results():
     pair = ops.covariance_stats(z, z.flip(0), 0, 2000, 1.0, None)
     merged = ops.merge_row_stats(torch.stack([stats] * 99), target, 1.0, -100)
     pairs = ops.merge_covariance_stats(torch.stack([pair] * 99), None, 1.0)
-    whole, clamp = clamp_ops.clamped_stats(z, target, 700, 2000, 1.0, True, -100)
-    ranks = torch.tensor([[1, 700, 2000]])
-    sketch = clamp_ops.order_statistics(z, target, ranks[0], 0, 2000, -100)
-    bracket = clamp_ops.clamp_bracket(sketch[None], ranks, target, whole, 300, -100)
+    spec = RowSpec(0, 2000)
+    whole, clamp, *values = clamped_stats(z, target, 700, spec, True)
+    sketch = message(clamp_sketch(z, target, spec), target, 1, 0, 2000)
+    bracket = clamp_bracket(sketch[None], target, 300, 100, spec)
+    partial = message(clamp_partial(z, target, bracket, spec), target, 1, 0, 2000)
+    found = clamp_refine(partial[None], target, whole, bracket, clamp, 300, spec)
     ones = torch.ones(64)
     grad = ops.logits_grad(z, target, whole, ones, ones, ones, clamp, 0, 2000, 1.0, -100)
     change = ops.logit_covariance_grad(z, z.flip(0), pair, ones, ones, ones, None, 0, 2000, 1.0)
-    return stats, pair, merged, pairs, whole, clamp, sketch, bracket, grad, change
+    return stats, pair, merged, pairs, whole, clamp, *values, sketch, bracket, partial, *found, grad, change
 torch.get_num_threads = lambda: 1
 one = results()
 for threads in (100_000, 2**31 - 1, 0, -1):
@@ -78,4 +87,4 @@ def test_none_in_place_of_a_tensor_is_named():
     z, target = torch.randn(2, 5), torch.zeros(2, dtype=torch.int64)
     for arguments, name in (((None, target), "logits"), ((z, None), "target")):
         with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
-            torch.ops.entcov.row_stats(*arguments, 0, 5, 1.0, False, -100)
+            torch.ops.entcov.row_stats(*arguments, 0, 5, 1.0, -100, False, False)

@@ -294,17 +294,17 @@ def test_tensor_parallel_traffic_by_hand():
     # 20 tokens of 8 values, both ways.
     reduced = sent["activations, all-reduce"]
     assert (reduced.count, reduced.bytes_each) == (4 * 2 * 24 + 24, 20 * 8 * 2)
-    # A rank passes on half of what two ranks hold: 16 bytes a token, 28 with moments, 668 more with a clamp, and the
-    # clamp's sketches of 256 bytes: 940 bytes in 2 collectives, and 684 more in a third one for float32 logits.
+    # A rank passes on half of what two ranks hold: 16 bytes a token, 28 with moments, 664 more with a clamp, and the
+    # clamp's sketches of 256 bytes: 936 bytes in 2 collectives, and 680 more in a third one for float32 logits.
     statistics, scored = sent["row statistics, all-gather"], sent["row statistics with moments, all-gather"]
     sketches = sent["clamp sketches, all-gather"]
-    assert (statistics.count, statistics.bytes_each) == (8, 20 * 684)
-    assert (scored.count, scored.bytes_each) == (8, 20 * 696)
+    assert (statistics.count, statistics.bytes_each) == (8, 20 * 680)
+    assert (scored.count, scored.bytes_each) == (8, 20 * 692)
     assert (sketches.count, sketches.bytes_each) == (16, 20 * 256)
-    assert sketches.bytes_each + statistics.bytes_each == 20 * 940
+    assert sketches.bytes_each + statistics.bytes_each == 20 * 936
     fp32 = {t.name: t for t in traffic(dataclasses.replace(s, bf16=False))}
     again = fp32["row statistics, all-gather"]
-    assert (again.count, again.bytes_each, fp32["clamp sketches, all-gather"].count) == (16, 20 * 684, 16)
+    assert (again.count, again.bytes_each, fp32["clamp sketches, all-gather"].count) == (16, 20 * 680, 16)
     free = {t.name: t for t in traffic(dataclasses.replace(s, clamped_entropy=False))}
     assert free["row statistics, all-gather"].bytes_each == 20 * 16 and "clamp sketches, all-gather" not in free
     sp = {t.name: t for t in traffic(dataclasses.replace(s, sequence_parallel=True))}

@@ -6,11 +6,13 @@ STATS, SHARDS, PLAN, SHAPE, TIME = (
     f"entcov/{name}.py"
     for name in ("stats/token_stats", "stats/shards", "plan/memory", "plan/model_shapes", "plan/traffic")
 )
-LOGIT_COVARIANCE = "entcov/stats/logit_covariance.py"
-T_STATS, T_COVARIANCE, T_RANKS, T_BAD_INPUT, T_PLAN = (
+LOGIT_COVARIANCE, ROUNDS = "entcov/stats/logit_covariance.py", "entcov/clamp_rounds.py"
+T_STATS, T_CLAMP, T_ROUNDS, T_COVARIANCE, T_RANKS, T_BAD_INPUT, T_PLAN = (
     f"tests/{name}.py::test_"
     for name in (
         "stats/test_token_stats",
+        "stats/test_clamped_entropy",
+        "stats/test_clamp_rounds",
         "stats/test_logit_covariance",
         "stats/test_vocab_parallel",
         "test_bad_input",
@@ -127,6 +129,13 @@ FAULTS = (
     Fault(
         "only_the_own_shard_is_merged",
         STATS,
+        "ops.merge_row_stats(parts.contiguous(), rows",
+        "ops.merge_row_stats(parts[:1].contiguous(), rows",
+        [T_ROUNDS + "moments_beside_the_clamp_are_those_without_it[baseline]"],
+    ),
+    Fault(
+        "only_the_own_shard_is_merged_beside_a_clamp",
+        ROUNDS,
         "ops.merge_row_stats(parts[..., :fields].contiguous()",
         "ops.merge_row_stats(parts[:1, ..., :fields].contiguous()",
         [T_RANKS + "ranks_in_threads_get_the_values_of_whole_rows"],
@@ -144,6 +153,45 @@ FAULTS = (
         "header[3:] != seen[0][3:] or header[3] == 0",
         "header[3] == 0",
         [T_BAD_INPUT + "ranks_that_call_differently"],
+    ),
+    # ---- the clamp over ranks (faults of csrc/clamp.h: tests/stats/test_clamp_faults.py) -----------------------------
+    Fault(
+        "bracket_without_a_margin",
+        ROUNDS,
+        "return math.ceil(4.5 * deviation) + 1",
+        "return 0",
+        [T_ROUNDS + "two_collectives_one_kilobyte_and_one_read[baseline]"],
+    ),
+    Fault(
+        "rows_that_want_another_round_do_not_get_it",
+        ROUNDS,
+        "int(unfinished) == 0",
+        "int(unfinished) >= 0",
+        [
+            T_ROUNDS + "fp32_with_all_its_bits_takes_three_collectives[baseline]",
+            T_CLAMP + "random_small_rows[baseline]",
+        ],
+    ),
+    Fault(
+        "partials_do_not_say_how_their_rank_was_called",
+        ROUNDS,
+        "per_row=(bracket,)), shard, *alike)",
+        "per_row=(bracket,)), shard, {}, {})",
+        [T_ROUNDS + "ranks_that_disagree_get_nan_and_one_that_fails_holds_nobody_up[baseline]"],
+    ),
+    Fault(
+        "clamp_of_a_bad_target_on_the_cpu",
+        ROUNDS,
+        "    ops.check_target(target, vocab_size, ignore_index)\n",
+        "",
+        [T_CLAMP + "rows_without_a_finite_logit_and_bad_targets[baseline]"],
+    ),
+    Fault(
+        "whole_clamped_rows_may_have_no_finite_logit",
+        "entcov/clamp_ops.py",
+        "return ops.merge_row_stats(stats[None], target, temperature, ignore_index), clamp",
+        "return stats, clamp",
+        [T_CLAMP + "rows_without_a_finite_logit_and_bad_targets[baseline]"],
     ),
     # ---- what ranks must agree on ------------------------------------------------------------------------------------
     Fault(
@@ -339,7 +387,7 @@ FAULTS = (
     Fault(
         "row_statistics_without_the_clamp",
         TIME,
-        "CLAMP_SKETCH, CLAMP_PART = 256, 668",
+        "CLAMP_SKETCH, CLAMP_PART = 256, 664",
         "CLAMP_SKETCH, CLAMP_PART = 256, 0",
         [T_PLAN + "tensor_parallel_traffic_by_hand"],
     ),

@@ -168,8 +168,8 @@ def test_rows_without_a_finite_logit_and_bad_targets(core, monkeypatch):  # noqa
             columns, start = logits[:, V // 2 * rank : V // 2 * (rank + 1)], V // 2 * rank
             try:
                 return token_stats(columns, target, group=ranks, vocab_start=start, **settings)
-            except ValueError as error:
-                return error
+            except ValueError as raised:
+                return raised
 
         if core != EMULATED:
             with pytest.raises(ValueError, match=message):
