@@ -76,14 +76,10 @@ def define(name: str, schema: str, prepare: Callable, fill: Callable) -> Callabl
         fill(out, *args)
         return out
 
-    def fake(*args):
-        _refuse_derivative(name, args)
-        return prepare(*args)
-
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, device)
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"entcov::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"entcov::{name}", prepare, lib=LIBRARY)
     dispatched = getattr(torch.ops.entcov, name).default
 
     def call(*args):

@@ -80,21 +80,21 @@ def test_messages_carry_the_payload_bit_by_bit(width, tokens):
 
 # ---- merges ---------------------------------------------------------------------------------------------------------
 
-TARGET = torch.tensor([0, -100, 3])
+TARGET = torch.tensor([0, -100, 0, 0])
 
 
 def merged(layout, size, calls=None, values=None):
     """Of shards (start, columns) with one logit each, which is the same everywhere; (row statistics, covariances)."""
     calls, values = calls or [9] * len(layout), values or [TARGET] * len(layout)
-    rows = torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(3, 1)
-    pairs = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]).repeat(3, 1)
+    rows = torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(4, 1)
+    pairs = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]).repeat(4, 1)
     sent = [
         torch.stack([message(payload, x, call, *place) for place, call, x in zip(layout, calls, values, strict=True)])
         for payload in (rows, pairs)
     ]
     spec = RowSpec(0, size)
     return torch.stack(merge_row_stats(sent[0], TARGET, spec)[1:]), torch.stack(
-        merge_covariance_stats(sent[1], TARGET >= 0, 3, spec)[1:]
+        merge_covariance_stats(sent[1], TARGET >= 0, 4, spec)[1:]
     )
 
 
