@@ -23,8 +23,8 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 INSTALL = "pip install -c constraints.txt -e '.[dev,cuda-static]'"
 
 # Floating point is the same in all modes (no contraction), so their results must agree bit for bit.
-COMMON = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native -DENTCOV_CUDA".split()
-COMMON += "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-attributes".split()
+COMMON = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native".split()
+COMMON += "-DENTCOV_CUDA -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-attributes".split()
 # AddressSanitizer itself catches null pointers; its checks as calls, and none for those, compile in half of the time.
 CHECKS = "-fsanitize=address,undefined -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=undefined"
 MODES = {
@@ -151,7 +151,8 @@ MUTANTS = {
         "2049 fp16", "AddressSanitizer: use-after-poison",
     ),
     "vector loads of unaligned rows": Mutant(
-        "plain", "row_stats.cu", "device/vectors.cuh", "return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&",
+        "plain", "row_stats.cu", "device/vectors.cuh",
+        "return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&",
         "return reinterpret_cast<uintptr_t>(logits.data) % 2 == 0 ||", "1000 bf16, unaligned", "misaligned 16-byte load",
     ),
     "a sum past its place in shared memory": Mutant(
