@@ -125,7 +125,7 @@ FAULTS = (
         LOGIT_COVARIANCE,
         "        if grad_predicted is not None:",
         "        if False:",
-        [T_COVARIANCE + "values_and_gradients_against_float64"],
+        [T_COVARIANCE + "the_predicted_change_has_the_gradient_of_the_covariance_negated"],
     ),
     Fault(
         "moments_require_a_gradient",
@@ -187,13 +187,6 @@ FAULTS = (
         "per_row=(bracket,)), shard, *alike)",
         "per_row=(bracket,)), shard, {}, {})",
         [T_ROUNDS + "ranks_that_disagree_get_nan_and_one_that_fails_holds_nobody_up[baseline]"],
-    ),
-    Fault(
-        "clamp_of_a_bad_target_on_the_cpu",
-        "entcov/ops/clamp_sketch.py",
-        "        check_target(target, RowSpec(*spec))\n",
-        "        pass\n",
-        [T_CLAMP + "rows_without_a_finite_logit_and_bad_targets[baseline]"],
     ),
     Fault(
         "whole_clamped_rows_may_have_no_finite_logit",
