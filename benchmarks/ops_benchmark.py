@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.measure import DTYPES, interleaved_seconds, peak_allocated_bytes, peak_resident_bytes, print_table
-from entcov import ops
+from entcov.ops.core import isa
 from entcov.stats.token_stats import token_stats
 from entcov.verify import reference
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     logits, target = make_input(args)
     report = {
-        "machine": {**measure.machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
+        "machine": {**measure.machine(), "isa": isa(), "threads": torch.get_num_threads()},
         "shape": {"tokens": args.tokens, "vocab": args.vocab, "dtype": args.dtype},
         "times": _time_all(args, logits, target),
     }
