@@ -1,5 +1,7 @@
 """token_stats against the formula written the usual way in torch, eager and compiled: time, bytes, memory, error.
 
+And the host time of every public op (host_time.py).
+
 All run in one process on the same logits, in turn, repetition by repetition. Memory is measured in processes of their
 own.
 """
@@ -13,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import host_time, measure
 from benchmarks.measure import DTYPES, interleaved_seconds, peak_allocated_bytes, peak_resident_bytes, print_table
 from entcov.ops.core import isa
 from entcov.stats.token_stats import token_stats
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     report["errors"] = _errors(args, logits, target)
     del logits, target
     report["memory"] = {name: _memory_in_process(args, name) for name in ("entcov", "eager")}
+    report["host_us"] = host_time.measure()
     _print(report)
     measure.keep(report, args.json)
     return 0
@@ -207,3 +210,5 @@ def _print(report: dict) -> None:
         ["", f"torch's allocator, {shape['tokens']} x {shape['vocab']}", f"resident (VmHWM), {T} x {V}"],
         [[name, f"{m['allocated']:,.1f}", f"{m['resident']:,.1f}"] for name, m in report["memory"].items()],
     )
+    print(f"\nhost time of one call on [{host_time.TOKENS}, {host_time.COLUMNS}], 1 thread, microseconds (10th percentile)")
+    print_table(*host_time.table(report["host_us"]))
