@@ -76,14 +76,10 @@ def define(name: str, schema: str, prepare: Callable, fill: Callable) -> Callabl
         fill(out, *args)
         return out
 
-    def fake(*args):
-        _refuse_derivative(name, args)
-        return prepare(*args)
-
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, device)
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"entcov::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"entcov::{name}", prepare, lib=LIBRARY)
     dispatched = getattr(torch.ops.entcov, name).default
 
     def call(*args):
@@ -128,10 +124,11 @@ def launch(name: str, device: torch.device, *args) -> bool:
     if device.type == "cpu":
         return getattr(KERNELS["cpu"], name)(*args, torch.get_num_threads())
     with torch.cuda.device(device):
-        return getattr(_kernels(device), name)(*args, torch.cuda.current_stream(device).cuda_stream)
+        return getattr(kernels_of(device), name)(*args, torch.cuda.current_stream(device).cuda_stream)
 
 
-def _kernels(device: torch.device):
+def kernels_of(device: torch.device):
+    """The module of the kernels for this device."""
     if device.type not in KERNELS:
         raise RuntimeError(f"entcov: the tensors are on {device}, but {_why_no_cuda}; rebuild entcov with ENTCOV_CUDA=1")
     return KERNELS[device.type]
@@ -158,7 +155,7 @@ def messages_view(messages: Tensor, T: int) -> tuple[int, int, int, int]:
 
 def workspace(columns: int, like: Tensor) -> Tensor | None:
     """Room for the statistics of the segments that CUDA cuts long rows into."""
-    segments = _kernels(like.device).segments(columns)
+    segments = kernels_of(like.device).segments(columns)
     return like.new_empty((segments, *like.shape)) if segments > 1 else None
 
 

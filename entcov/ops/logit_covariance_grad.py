@@ -19,13 +19,13 @@ def _prepare(logits_old, logits_new, row_mask, stats, grads, *spec):
         raise ValueError(f"grads must be {len(_NAMES)} ({', '.join(_NAMES)}), got {len(grads)}")
     for name, grad in zip(_NAMES, grads, strict=True):
         check_rows(grad, name, torch.float32, (T,), logits_new, optional=True)
-    return with_huge_pages(logits_new.new_empty(logits_new.shape))
+    return logits_new.new_empty(logits_new.shape)
 
 
 def _fill(out, logits_old, logits_new, row_mask, stats, grads, *spec):
     launch(
         "logit_covariance_grad", logits_new.device, logits_view(logits_old), logits_view(logits_new), row_mask,
-        RowSpec(*spec), stats, addresses(grads, len(_NAMES)), out, out.stride(0),
+        RowSpec(*spec), stats, addresses(grads, len(_NAMES)), with_huge_pages(out), out.stride(0),
     )  # fmt: skip
 
 

@@ -36,10 +36,14 @@ def _check(logits, target, stats, clamp, grads, spec):
 
 def _prepare(logits, target, stats, clamp, grads, *spec):
     _check(logits, target, stats, clamp, grads, RowSpec(*spec))
-    return with_huge_pages(logits.new_empty(logits.shape))
+    return logits.new_empty(logits.shape)
 
 
-def _fill(out, logits, target, stats, clamp, grads, *spec):
+def _fill(out, *args):
+    _write(with_huge_pages(out), *args)
+
+
+def _write(out, logits, target, stats, clamp, grads, *spec):
     launch(
         "logits_grad", logits.device, logits_view(logits), target, RowSpec(*spec), stats, stats.shape[1],
         addresses(grads, len(_NAMES)), clamp, out, out.stride(0),
@@ -53,7 +57,7 @@ def _prepare_in_place(logits, target, stats, clamp, grads, *spec):
 
 
 def _fill_in_place(_, logits, *args):
-    _fill(logits, logits, *args)
+    _write(logits, logits, *args)
     if not logits.is_inference():  # so that autograd notices if it had saved these logits
         torch.autograd.graph.increment_version(logits)
 

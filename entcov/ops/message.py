@@ -41,7 +41,8 @@ def message(payload: Tensor, values: Tensor | None, call: int, start: int, colum
 
 def signatures(messages: Tensor) -> Tensor:
     """[R, 2] int64 of messages [R, n]: the hash of the call and the values, and start + columns * 2^32."""
-    return messages[:, -SIGNATURE:].contiguous().view(torch.int64)
+    ends = messages[:, -SIGNATURE:].clone(memory_format=torch.contiguous_format)  # on a boundary of 8 bytes
+    return ends.view(torch.int64)
 
 
 def hash_values(values: Tensor, call: int = 1) -> Tensor:

@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from entcov.ops.core import DTYPES
 from entcov.ops.logits_grad import logits_grad_
 from entcov.ops.row_stats import check_values, row_stats
+from entcov.stats import derivative
 from entcov.stats.lm_head import HeadRows, add_product, fresh, product_into
 from entcov.stats.ranks import eager
 from entcov.stats.token_stats import (
@@ -138,7 +138,7 @@ def _linear_token_stats(
         return rows, settings, {"reduction of hidden's gradient (0: none)": int(reduces)}
 
     clamped = clamp_p is not None or top_k is not None
-    with torch.no_grad(), _without_autocast(hidden.device.type):
+    with _without_autocast(hidden.device.type):
         if group is None:
             rows, settings, _ = resolve()
             found = _unsharded(rows, settings)
@@ -153,6 +153,7 @@ def _linear_token_stats(
     return named_outputs(outputs, target.shape, clamped)
 
 
+@torch.no_grad()
 def _unsharded(rows: HeadRows, settings: Settings) -> list[Tensor]:
     """`row_statistics` of all rows."""
     try:
@@ -235,7 +236,7 @@ class _LinearTokenStats(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @derivative.first_only("linear_token_stats")
     def backward(ctx, *grads):
         hidden, weight, bias, target, index, stats, clamp = ctx.saved_tensors
         rows = HeadRows(hidden, weight, bias, target, *ctx.head)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from entcov.ops.core import RowSpec, constant_temperature
 from entcov.ops.covariance_stats import FIELDS, covariance_stats
 from entcov.ops.logit_covariance_grad import logit_covariance_grad
 from entcov.ops.merge_covariance_stats import merge_covariance_stats
+from entcov.stats import derivative
 from entcov.stats.ranks import eager
 from entcov.stats.shards import Partial, Shard, gather, resolve_shard
 from entcov.stats.token_stats import check_leading_shape
@@ -131,7 +131,7 @@ class _LogitCovariance(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @derivative.first_only("logit_covariance")
     def backward(ctx, grad_covariance, grad_predicted, grad_entropy_change, grad_kl):
         old, new, mask, stats = ctx.saved_tensors
         if grad_predicted is not None:  # it is -covariance

@@ -7,7 +7,6 @@ the bracket that the sketches yield, the first with the row statistics; most row
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from entcov.ops.clamp_bracket import clamp_bracket
@@ -59,7 +58,7 @@ def sharded_clamped_stats(op, group, T, device, moments, resolve) -> list[Tensor
         raise
     shard, spec, kept, _ = settings
     target = rows.target
-    margin = _margin(spec.vocab_size, kept, dist.get_world_size(group))
+    margin = _margin(spec.vocab_size, kept, len(sketches))
     bracket = clamp_bracket(sketches, target, kept, margin, spec)
     clamp = torch.full((len(target), 4), torch.nan, dtype=torch.float32, device=target.device)
     found = None

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from entcov.ops.clamped_stats import clamped_stats
 from entcov.ops.core import RowSpec, constant_temperature
 from entcov.ops.logits_grad import logits_grad
 from entcov.ops.merge_row_stats import merge_row_stats
 from entcov.ops.row_stats import row_stats
+from entcov.stats import derivative
 from entcov.stats.ranks import eager
 from entcov.stats.sharded_clamp import sharded_clamped_stats
 from entcov.stats.shards import Partial, Shard, gather, resolve_shard
@@ -295,7 +295,7 @@ class _TokenStats(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @derivative.first_only("token_stats")
     def backward(ctx, *grads):
         logits, target, stats, clamp = ctx.saved_tensors
         grad = logits_grad(logits, target, stats, clamp, three_gradients(grads, ctx.clamped), ctx.spec)

@@ -13,11 +13,12 @@ import sys
 import pytest
 import torch
 
-from tests.support import local_ops as ops
+from entcov.ops import core
 from entcov.stats.logit_covariance import logit_covariance
 from entcov.stats.token_stats import token_stats
 from entcov.verify.check import check_rows
 from tests.emulator import build, emulated
+from tests.support import local_ops as ops
 from tests.support.repeated import cases_of, module_of
 from tests.support.row_kinds import rows, targets
 
@@ -51,9 +52,11 @@ CPU_TESTS = {
         a_row_depends_on_itself_alone gradient_matches_float64 half_gradients_are_the_fp32_gradient_rounded
         changes_beyond_fp32_are_those_of_float64
     """,
-    "ops/test_shard_ops": """
-        checksum_in_integers_of_python checksum_sees_every_value_and_the_order bad_arguments_are_named
-        messages_carry_words_and_payload_bit_by_bit shards_are_accepted_if_their_headers_agree
+    "ops/test_message": """
+        hash_in_integers_of_python hash_sees_every_value_and_the_order bad_arguments_are_named
+        a_rank_that_failed_is_marked_and_no_other_is messages_carry_the_payload_bit_by_bit
+        merges_accept_shards_exactly_when_they_cover_the_vocabulary_once
+        merges_refuse_ranks_that_were_called_differently_or_failed
     """,
     "stats/test_sharded_without_waiting": """
         ranks_that_agree_get_the_bits_of_the_checked_way ranks_that_disagree_all_get_nan
@@ -168,14 +171,13 @@ def test_a_row_without_a_finite_logit_is_nan():
 
 def test_a_failed_launch_says_what_was_launched(kernels):
     with pytest.raises(RuntimeError, match="merge_row_stats: the launch of 4294967296 blocks of 256 threads failed"):
-        kernels.merge_row_stats(0, 0, 1, 2**40, 4, 0, IGNORE, 1.0, 0, 0)
+        kernels.merge_row_stats((0, 1, 2**40, 4), 0, (0, 8, 1.0, IGNORE), 4, 0, (0,) * 5, 0)
 
 
 def test_tensors_on_a_gpu_without_kernels_are_a_clear_error(monkeypatch):
-    monkeypatch.setattr(cuda_ops, "_cuda", None)
-    logits = rows("gaussian", 1, 8)
-    with pytest.raises(RuntimeError, match="entcov::row_stats: the tensors are on cpu, but it was built without CUDA"):
-        ops.row_stats(logits, targets(logits), 0, 8, 1.0, False, IGNORE)
+    monkeypatch.delitem(core.KERNELS, "cuda", raising=False)
+    with pytest.raises(RuntimeError, match="entcov: the tensors are on cuda:0, but it was built without CUDA kernels"):
+        core.kernels_of(torch.device("cuda:0"))
 
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
