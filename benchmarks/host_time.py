@@ -45,7 +45,7 @@ def _calls() -> dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], tuple[Tenso
 
 
 def measure() -> list[dict]:
-    """One row an op: its name, and microseconds of `forward` and `forward+backward`, the 10th percentile of 1,000 calls."""
+    """One row an op: its name, and the microseconds of "forward" and "forward+backward", a 10th percentile each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ones = (torch.ones(TOKENS), torch.ones(TOKENS))

@@ -210,5 +210,6 @@ def _print(report: dict) -> None:
         ["", f"torch's allocator, {shape['tokens']} x {shape['vocab']}", f"resident (VmHWM), {T} x {V}"],
         [[name, f"{m['allocated']:,.1f}", f"{m['resident']:,.1f}"] for name, m in report["memory"].items()],
     )
-    print(f"\nhost time of one call on [{host_time.TOKENS}, {host_time.COLUMNS}], 1 thread, microseconds (10th percentile)")
+    shape = f"[{host_time.TOKENS}, {host_time.COLUMNS}]"
+    print(f"\nhost time of one call on {shape}, one thread, microseconds (10th percentile)")
     print_table(*host_time.table(report["host_us"]))

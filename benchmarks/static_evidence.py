@@ -129,9 +129,8 @@ def logit_bytes(mangled: str) -> int | None:
 
 
 def reads_twice(mangled: str) -> bool:
-    """Whether this kernel is the variant for rows that are not on 16-byte boundaries. It loads the two words that each
-    vector lies in, and finds the second one in the cache. The last flag among a kernel's arguments says which variant it
-    is."""
+    """Whether this kernel is the variant for rows that are not on 16-byte boundaries: the last flag among its arguments
+    is false. It loads the two words that each vector lies in, and finds the second one in the cache."""
     flags = [argument for argument in template_arguments(mangled) if argument.startswith("Lb")]
     return flags[-1:] == ["Lb0E"]
 
