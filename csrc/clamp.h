@@ -2,8 +2,8 @@
 //
 //   threshold   the K-th largest logit. need = K - (logits above it) of the `equal` logits that equal it are kept: each
 //               has the weight need / equal, so no order of ties and no sharding shows in a result
-//   log_sum     L_K = log1p(rest),  rest = sum' w e^y  over the kept logits, y = (x - max) / temperature
-//   entropy     H_K = L_K - (sum w y e^y) / (1 + rest)                                    docs/math.md (10) to (12)
+//   log_sum     L_K = log1p(sum_exp_m1),  sum_exp_m1 = sum' w e^y  over the kept logits, y = (x - max) / temperature
+//   entropy     H_K = L_K - (sum w y e^y) / (1 + sum_exp_m1)                                    docs/math.md (10) to (12)
 //
 // A sampled bracket, one pass over the row with exact counts, and a selection among what lies in the bracket:
 //
@@ -158,23 +158,23 @@ ENTCOV_HD RowBrackets row_brackets(const SampleRanks& ranks, const Upper* upper,
   return b;
 }
 
-// clamp: threshold, weight of the logits that equal it, L_K, H_K. rest and sum_xexp are over the logits above the
+// clamp: threshold, weight of the logits that equal it, L_K, H_K. sum_exp_m1 and sum_xexp are over the logits above the
 // threshold, one occurrence of max left out; they do not count where the threshold is max.
-ENTCOV_HD void finish_clamp(float threshold, uint32_t need, uint32_t equal, float max, float rest, float sum_xexp,
+ENTCOV_HD void finish_clamp(float threshold, uint32_t need, uint32_t equal, float max, float sum_exp_m1, float sum_xexp,
                             float inv_temperature, float* clamp) {
   const float copies = static_cast<float>(need);
   if (threshold < max) {
     const float y = (threshold - max) * inv_temperature, e = expf(y);
-    rest += copies * e;
+    sum_exp_m1 += copies * e;
     if (e > 0.0f) sum_xexp += copies * y * e;
   } else {
-    rest = copies - 1.0f, sum_xexp = 0.0f;
+    sum_exp_m1 = copies - 1.0f, sum_xexp = 0.0f;
   }
-  const float log_sum = log1pf(rest);
+  const float log_sum = log1pf(sum_exp_m1);
   clamp[0] = threshold;
   clamp[1] = copies / static_cast<float>(equal);
   clamp[2] = log_sum;
-  clamp[3] = log_sum - sum_xexp / (1.0f + rest);
+  clamp[3] = log_sum - sum_xexp / (1.0f + sum_exp_m1);
 }
 
 // ---- rows that are split over ranks: brackets and partials ----------------------------------------------------------
@@ -185,7 +185,7 @@ constexpr int kPartialFields = 6;
 constexpr int kPartial = kPartialFields + kCells;  // floats a row, behind the shard's RowStats
 enum PartialField : int {
   kPartialMax,     // largest logit of the shard; -inf: none is finite
-  kPartialRest,    // sum' e^y over x > hi, y = (x - max) / temperature, of the shard's own max; 0 if that is in no sum
+  kPartialSumExpM1,    // sum' e^y over x > hi, y = (x - max) / temperature, of the shard's own max; 0 if that is in no sum
   kPartialXExp,    // sum y e^y over the same
   kPartialAbove,   // logits above hi
   kPartialInside,  // logits in the bracket
@@ -236,11 +236,11 @@ ENTCOV_HD uint32_t first_of_cell(const Bracket& b, uint32_t cell) {
 }
 
 // The fields of a partial but its cells. used: all bits, of x + 0, that logits in the bracket use.
-ENTCOV_HD void write_partial(float* partial, float max, float rest, float sum_xexp, uint32_t above, uint32_t inside,
+ENTCOV_HD void write_partial(float* partial, float max, float sum_exp_m1, float sum_xexp, uint32_t above, uint32_t inside,
                              uint32_t used) {
   int unused = 0;
   while (unused < 32 && !(used >> unused & 1u)) unused++;
-  partial[kPartialMax] = max, partial[kPartialRest] = rest, partial[kPartialXExp] = sum_xexp;
+  partial[kPartialMax] = max, partial[kPartialSumExpM1] = sum_exp_m1, partial[kPartialXExp] = sum_xexp;
   partial[kPartialAbove] = static_cast<float>(above), partial[kPartialInside] = static_cast<float>(inside);
   partial[kPartialUnused] = static_cast<float>(unused);
 }
@@ -363,14 +363,14 @@ ENTCOV_HD uint32_t counted(float value, uint32_t most = 1u << 24) {
 
 // Sums over kept logits in the bracket, of a lane. Those that equal max are counted.
 struct KeptSums {
-  float rest = 0.0f, sum_xexp = 0.0f, at_max = 0.0f;
+  float sum_exp_m1 = 0.0f, sum_xexp = 0.0f, at_max = 0.0f;
 
   ENTCOV_HD void add(float copies, float x, float max, float inv_temperature) {
     const float y = (x - max) * inv_temperature;
     if (x >= max) at_max += copies;
     if (x >= max || !(y > kExpFloor)) return;
     const float w = copies * expf(y);
-    rest += w, sum_xexp += y * w;
+    sum_exp_m1 += w, sum_xexp += y * w;
   }
 };
 
@@ -484,11 +484,11 @@ ENTCOV_UNROLL
       const Shift s = shift_between(p[kPartialMax], max, inv_temperature);
       const float left_out = p[kPartialMax] > hi ? 1.0f : 0.0f;
       if (p[kPartialMax] == max) sums.at_max += left_out;
-      const float rest = p[kPartialRest] + (p[kPartialMax] == max ? 0.0f : left_out);
-      sums.rest += rest * s.factor, sums.sum_xexp += (p[kPartialXExp] + s.distance * rest) * s.factor;
+      const float sum_exp_m1 = p[kPartialSumExpM1] + (p[kPartialMax] == max ? 0.0f : left_out);
+      sums.sum_exp_m1 += sum_exp_m1 * s.factor, sums.sum_xexp += (p[kPartialXExp] + s.distance * sum_exp_m1) * s.factor;
     }
-    const float rest = (team.sum(sums.at_max) - 1.0f) + team.sum(sums.rest);
-    finish_clamp(found.threshold, found.need, found.equal, max, rest, team.sum(sums.sum_xexp), inv_temperature, clamp);
+    const float sum_exp_m1 = (team.sum(sums.at_max) - 1.0f) + team.sum(sums.sum_exp_m1);
+    finish_clamp(found.threshold, found.need, found.equal, max, sum_exp_m1, team.sum(sums.sum_xexp), inv_temperature, clamp);
     return {b.lo, b.hi, kDone, 0};
   }
 };

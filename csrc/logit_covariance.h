@@ -4,13 +4,13 @@
 // the tempered logit up to a constant of the row), sums' leaving out one occurrence of their maximum as in row_stats.h,
 // and U = kChangeUnit / temperature:
 //
-//   max_old, rest_old, sum_xexp_old     as RowStats of logits_old:  sum' e^x, sum x e^x
-//   max_new, rest_new, sum_xexp_new     as RowStats of logits_new:  sum' e^z, sum z e^z
-//   sum_d                               sum e^x d / U               E_old[d]   = U sum_d  / (1 + rest_old)
-//   sum_xd                              sum e^x x d / U             E_old[x d] = U sum_xd / (1 + rest_old)
+//   max_old, sum_exp_m1_old, sum_xexp_old     as RowStats of logits_old:  sum' e^x, sum x e^x
+//   max_new, sum_exp_m1_new, sum_xexp_new     as RowStats of logits_new:  sum' e^z, sum z e^z
+//   sum_d                               sum e^x d / U               E_old[d]   = U sum_d  / (1 + sum_exp_m1_old)
+//   sum_xd                              sum e^x x d / U             E_old[x d] = U sum_xd / (1 + sum_exp_m1_old)
 //
 //   covariance  Cov_{a~old}(log p_old(a), dz_a) = E[x d] - E[x] E[d]; the entropy change to first order, negated
-//   KL(old || new) = L_new - L_old - E_old[d];  take |L_new - L_old| as log1p(|rest_new - rest_old| / (1 + the smaller rest)):
+//   KL(old || new) = L_new - L_old - E_old[d];  take |L_new - L_old| as log1p(|sum_exp_m1_new - sum_exp_m1_old| / (1 + the smaller sum_exp_m1)):
 //                    neither a small step cancels, nor the collapse of a flat row
 //   entropy change = H_new - H_old
 //
@@ -19,7 +19,7 @@
 // the sums give is finite wherever it fits fp32. What this loses below is 1e-37 of a logit.
 // A column with probability 0 before (-inf, or e^x = 0) is left out of sum_d and sum_xd, whatever it is afterwards. One
 // that only the new logits exclude makes sum_d = -inf, so the KL is +inf and the covariance need not be finite.
-// NaN or +inf on either side: rest is NaN on that side, sum_d and sum_xd are NaN.
+// NaN or +inf on either side: sum_exp_m1 is NaN on that side, sum_d and sum_xd are NaN.
 #pragma once
 
 #include "row_stats.h"
@@ -28,10 +28,10 @@ namespace entcov {
 
 struct CovarianceStats {
   float max_old = -INFINITY;
-  float rest_old = 0.0f;
+  float sum_exp_m1_old = 0.0f;
   float sum_xexp_old = 0.0f;
   float max_new = -INFINITY;
-  float rest_new = 0.0f;
+  float sum_exp_m1_new = 0.0f;
   float sum_xexp_new = 0.0f;
   float sum_d = 0.0f;
   float sum_xd = 0.0f;
@@ -42,14 +42,14 @@ constexpr float kChangeUnit = 67108864.0f;  // 2^26
 
 // Joins two parts of a row. Associative and commutative up to rounding.
 ENTCOV_HD CovarianceStats merge(const CovarianceStats& a, const CovarianceStats& b, float inv_temperature) {
-  const RowStats before = merge(RowStats{a.max_old, a.rest_old, a.sum_xexp_old},
-                                RowStats{b.max_old, b.rest_old, b.sum_xexp_old}, inv_temperature);
-  const RowStats after = merge(RowStats{a.max_new, a.rest_new, a.sum_xexp_new},
-                               RowStats{b.max_new, b.rest_new, b.sum_xexp_new}, inv_temperature);
+  const RowStats before = merge(RowStats{a.max_old, a.sum_exp_m1_old, a.sum_xexp_old},
+                                RowStats{b.max_old, b.sum_exp_m1_old, b.sum_xexp_old}, inv_temperature);
+  const RowStats after = merge(RowStats{a.max_new, a.sum_exp_m1_new, a.sum_xexp_new},
+                               RowStats{b.max_new, b.sum_exp_m1_new, b.sum_xexp_new}, inv_temperature);
   CovarianceStats r;
-  r.max_old = before.max, r.rest_old = before.rest, r.sum_xexp_old = before.sum_xexp;
-  r.max_new = after.max, r.rest_new = after.rest, r.sum_xexp_new = after.sum_xexp;
-  r.sum_d = r.sum_xd = 0.0f * (before.rest + after.rest);  // 0, or NaN where a side holds one
+  r.max_old = before.max, r.sum_exp_m1_old = before.sum_exp_m1, r.sum_xexp_old = before.sum_xexp;
+  r.max_new = after.max, r.sum_exp_m1_new = after.sum_exp_m1, r.sum_xexp_new = after.sum_xexp;
+  r.sum_d = r.sum_xd = 0.0f * (before.sum_exp_m1 + after.sum_exp_m1);  // 0, or NaN where a side holds one
   const CovarianceStats* parts[2] = {&a, &b};
   for (const CovarianceStats* p : parts) {
     const Shift s = shift_between(p->max_old, r.max_old, inv_temperature);
@@ -58,7 +58,7 @@ ENTCOV_HD CovarianceStats merge(const CovarianceStats& a, const CovarianceStats&
     constexpr float kUnits = 1.0f / kChangeUnit;
     const float moved = (p->max_new == r.max_new ? 0.0f : p->max_new * kUnits - r.max_new * kUnits) -
                         (p->max_old * kUnits - r.max_old * kUnits);
-    const float total = 1.0f + p->rest_old;
+    const float total = 1.0f + p->sum_exp_m1_old;
     r.sum_d += (p->sum_d + moved * total) * s.factor;
     r.sum_xd +=
         (p->sum_xd + s.distance * p->sum_d + moved * p->sum_xexp_old + s.distance * moved * total) * s.factor;
@@ -79,11 +79,11 @@ struct CovarianceOutputs {
 ENTCOV_HD bool store_covariance_row(CovarianceStats s, int64_t t, float inv_temperature, float* stats,
                                     const CovarianceOutputs& out) {
   if (out.covariance) {
-    if (s.max_old == -INFINITY) s.rest_old = s.sum_d = s.sum_xd = NAN;
-    if (s.max_new == -INFINITY) s.rest_new = s.sum_d = s.sum_xd = NAN;
-    const float unit = kChangeUnit * inv_temperature, total_old = 1.0f + s.rest_old, total_new = 1.0f + s.rest_new;
+    if (s.max_old == -INFINITY) s.sum_exp_m1_old = s.sum_d = s.sum_xd = NAN;
+    if (s.max_new == -INFINITY) s.sum_exp_m1_new = s.sum_d = s.sum_xd = NAN;
+    const float unit = kChangeUnit * inv_temperature, total_old = 1.0f + s.sum_exp_m1_old, total_new = 1.0f + s.sum_exp_m1_new;
     const float mean_x = s.sum_xexp_old / total_old, mean_d = s.sum_d / total_old;
-    const float grown = s.rest_new - s.rest_old;
+    const float grown = s.sum_exp_m1_new - s.sum_exp_m1_old;
     const float log_ratio = copysignf(log1pf(fabsf(grown) / fminf(total_old, total_new)), grown);  // L_new - L_old
     const float covariance = (s.sum_xd / total_old - mean_x * mean_d) * unit;
     out.covariance[t] = covariance;
@@ -92,9 +92,9 @@ ENTCOV_HD bool store_covariance_row(CovarianceStats s, int64_t t, float inv_temp
     out.kl[t] = log_ratio - mean_d * unit;
   }
   float* p = stats + t * kCovarianceFields;
-  p[0] = s.max_old, p[1] = s.rest_old, p[2] = s.sum_xexp_old, p[3] = s.max_new;
-  p[4] = s.rest_new, p[5] = s.sum_xexp_new, p[6] = s.sum_d, p[7] = s.sum_xd;
-  return s.rest_old != s.rest_old || s.rest_new != s.rest_new;
+  p[0] = s.max_old, p[1] = s.sum_exp_m1_old, p[2] = s.sum_xexp_old, p[3] = s.max_new;
+  p[4] = s.sum_exp_m1_new, p[5] = s.sum_xexp_new, p[6] = s.sum_d, p[7] = s.sum_xd;
+  return s.sum_exp_m1_old != s.sum_exp_m1_old || s.sum_exp_m1_new != s.sum_exp_m1_new;
 }
 
 ENTCOV_HD void store_masked_row(int64_t t, float* stats, const CovarianceOutputs& out) {

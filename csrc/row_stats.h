@@ -4,20 +4,20 @@
 // whose own term is known (e^0 = 1, y = 0):
 //
 //   max         largest raw logit; -inf: nothing finite seen
-//   rest        sum' e^y          L = log1p(rest), lse = max / temperature + L
-//   sum_xexp    sum  y e^y        H = L - sum_xexp / (1 + rest)
+//   sum_exp_m1        sum' e^y          L = log1p(sum_exp_m1), lse = max / temperature + L
+//   sum_xexp    sum  y e^y        H = L - sum_xexp / (1 + sum_exp_m1)
 //   target      raw logit of the target; -inf: it is not in this part.   logprob = (target - max) / temperature - L
-//   rest2       sum' e^{2y}       sum_j p_j^2 = (1 + rest2) / (1 + rest)^2
+//   sum_exp2_m1       sum' e^{2y}       sum_j p_j^2 = (1 + sum_exp2_m1) / (1 + sum_exp_m1)^2
 //   sum_xexp2   sum  y e^{2y}     with the above: what a policy-gradient step on the target does to the entropy
 //   sum_x2exp   sum  y^2 e^y      Var_p(log p) = E[y^2] - E[y]^2
 //
 // Numerics. Both terms of H are >= 0, so nothing cancels. Leaving the maximum out keeps the digits of a peaked row:
-// there 1 + rest rounds to 1, but rest itself (1e-7, say) still has 24 bits, and so have L and H. `max` and `target`
+// there 1 + sum_exp_m1 rounds to 1, but sum_exp_m1 itself (1e-7, say) still has 24 bits, and so have L and H. `max` and `target`
 // stay raw, so the subtraction comes before the division by the temperature and an offset of 1e4 costs nothing. Where a
 // difference of logits overflows fp32, y is beyond -3e38 / 1e30 and e^y = 0 all the same; who wants y itself, as logprob
 // does, has to subtract halves.
 //
-// A row that holds a NaN or a +inf has rest = NaN, and merge passes it on. A part without a finite logit is the default
+// A row that holds a NaN or a +inf has sum_exp_m1 = NaN, and merge passes it on. A part without a finite logit is the default
 // RowStats; merging it changes nothing.
 //
 // Host and device share this file: C++17, no torch, no Python.
@@ -36,11 +36,11 @@ namespace entcov {
 
 struct RowStats {
   float max = -INFINITY;
-  float rest = 0.0f;
+  float sum_exp_m1 = 0.0f;
   float sum_xexp = 0.0f;
   float target = -INFINITY;
   // Only filled when moments are asked for; zero otherwise.
-  float rest2 = 0.0f;
+  float sum_exp2_m1 = 0.0f;
   float sum_xexp2 = 0.0f;
   float sum_x2exp = 0.0f;
 };
@@ -87,12 +87,12 @@ ENTCOV_HD RowStats merge(const RowStats& a, const RowStats& b, float inv_tempera
   const RowStats& lo = a_high ? b : a;
   const Shift s = shift_between(lo.max, hi.max, inv_temperature);
   const float d = s.distance, k = s.factor, k2 = k * k;
-  const float total = 1.0f + lo.rest, total2 = 1.0f + lo.rest2;  // lo's maximum is no longer left out
+  const float total = 1.0f + lo.sum_exp_m1, total2 = 1.0f + lo.sum_exp2_m1;  // lo's maximum is no longer left out
   RowStats r;
   r.max = hi.max;
-  r.rest = hi.rest + total * k;
+  r.sum_exp_m1 = hi.sum_exp_m1 + total * k;
   r.sum_xexp = hi.sum_xexp + (lo.sum_xexp + d * total) * k;
-  r.rest2 = hi.rest2 + total2 * k2;
+  r.sum_exp2_m1 = hi.sum_exp2_m1 + total2 * k2;
   r.sum_xexp2 = hi.sum_xexp2 + (lo.sum_xexp2 + d * total2) * k2;
   r.sum_x2exp = hi.sum_x2exp + (lo.sum_x2exp + 2.0f * d * lo.sum_xexp + d * d * total) * k;
   r.target = a.target > b.target ? a.target : b.target;
@@ -101,8 +101,8 @@ ENTCOV_HD RowStats merge(const RowStats& a, const RowStats& b, float inv_tempera
 
 ENTCOV_HD RowStats load_stats(const float* p, int fields) {
   RowStats s;
-  s.max = p[0], s.rest = p[1], s.sum_xexp = p[2], s.target = p[3];
-  if (fields == kRowStatsMomentsFields) s.rest2 = p[4], s.sum_xexp2 = p[5], s.sum_x2exp = p[6];
+  s.max = p[0], s.sum_exp_m1 = p[1], s.sum_xexp = p[2], s.target = p[3];
+  if (fields == kRowStatsMomentsFields) s.sum_exp2_m1 = p[4], s.sum_xexp2 = p[5], s.sum_x2exp = p[6];
   return s;
 }
 
@@ -118,16 +118,16 @@ struct RowOutputs {
 ENTCOV_HD bool store_row(RowStats s, int64_t t, int fields, float inv_temperature, float* stats,
                          const RowOutputs& out) {
   if (out.logprob) {
-    if (s.max == -INFINITY) s.rest = NAN;
-    const float total = 1.0f + s.rest, log_total = log1pf(s.rest), mean = s.sum_xexp / total;
+    if (s.max == -INFINITY) s.sum_exp_m1 = NAN;
+    const float total = 1.0f + s.sum_exp_m1, log_total = log1pf(s.sum_exp_m1), mean = s.sum_xexp / total;
     const float logprob = (0.5f * s.target - 0.5f * s.max) * (2.0f * inv_temperature) - log_total;
     const float entropy = log_total - mean;
     out.logprob[t] = logprob;
     out.entropy[t] = entropy;
     if (out.collision) {
-      const float collision = (1.0f + s.rest2) / (total * total);
+      const float collision = (1.0f + s.sum_exp2_m1) / (total * total);
       // E_p[S] = H sum p^2 + sum p^2 log p;  S_target = p_target (H + log p_target), 0 where logprob is -inf
-      const float mean_s = entropy * collision + (s.sum_xexp2 - log_total * (1.0f + s.rest2)) / (total * total);
+      const float mean_s = entropy * collision + (s.sum_xexp2 - log_total * (1.0f + s.sum_exp2_m1)) / (total * total);
       const float p = expf(logprob);
       out.collision[t] = collision;
       out.varentropy[t] = s.sum_x2exp / total - mean * mean;
@@ -135,9 +135,9 @@ ENTCOV_HD bool store_row(RowStats s, int64_t t, int fields, float inv_temperatur
     }
   }
   float* p = stats + t * fields;
-  p[0] = s.max, p[1] = s.rest, p[2] = s.sum_xexp, p[3] = s.target;
-  if (fields == kRowStatsMomentsFields) p[4] = s.rest2, p[5] = s.sum_xexp2, p[6] = s.sum_x2exp;
-  return s.rest != s.rest;
+  p[0] = s.max, p[1] = s.sum_exp_m1, p[2] = s.sum_xexp, p[3] = s.target;
+  if (fields == kRowStatsMomentsFields) p[4] = s.sum_exp2_m1, p[5] = s.sum_xexp2, p[6] = s.sum_x2exp;
+  return s.sum_exp_m1 != s.sum_exp_m1;
 }
 
 ENTCOV_HD void store_ignored_row(int64_t t, int fields, float* stats, const RowOutputs& out) {

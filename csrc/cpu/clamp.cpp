@@ -294,7 +294,7 @@ struct ClampedStatsOp {
     for (int passes = 1;; passes++) {
       const BracketPass<D, W> p(x, a.num_columns, inv_temperature, b, list);
       const RowStats stats = p.stats(x, a.num_columns, a.target[t], a.spec);
-      const bool dead = std::isnan(stats.rest) || p.max == -INFINITY;
+      const bool dead = std::isnan(stats.sum_exp_m1) || p.max == -INFINITY;
       const int64_t rank = a.kept - p.counts.above;  // of the threshold in the bracket, from its largest
       if (!dead && (rank < 1 || rank > p.counts.inside)) {
         b = passes > 1 ? KeyRange{kLowestKey, kHighestKey} : rank < 1 ? brackets.above : brackets.below;
@@ -315,7 +315,7 @@ struct ClampedStatsOp {
         const int n = p.counts.inside - i < kChunk ? static_cast<int>(p.counts.inside - i) : kChunk;
         of_list.template sweep<true>(list + i, n, p.max, sums, at_max);
       }
-      finish_clamp(of_list.threshold, at.rank, at.equal, p.max, float(p.total.rest_above + sums.rest_above + at_max),
+      finish_clamp(of_list.threshold, at.rank, at.equal, p.max, float(p.total.sum_exp_m1_above + sums.sum_exp_m1_above + at_max),
                    float(p.total.sum_xexp_above + sums.sum_xexp_above), inv_temperature, clamp);
       a.clamped_entropy[t] = clamp[3];
       return;
@@ -371,7 +371,7 @@ struct PartialOp {
         cells[i++] = v + 0.0f;
     });
     store_row(p.stats(x, a.num_columns, a.target[t], a.spec), 0, kRowStatsFields, a.spec.inv_temperature, out, {});
-    write_partial(partial, p.max, float(p.total.rest_above), float(p.total.sum_xexp_above),
+    write_partial(partial, p.max, float(p.total.sum_exp_m1_above), float(p.total.sum_xexp_above),
                   static_cast<uint32_t>(p.counts.above), static_cast<uint32_t>(p.counts.inside), used);
   }
 };

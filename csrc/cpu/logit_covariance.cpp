@@ -12,7 +12,7 @@ constexpr int kLaneAdditions = 16;
 constexpr float kUnits = 1 / kChangeUnit;  // of the sums of d in a logit
 
 struct Sums {
-  double rest_old = 0, sum_xexp_old = 0, rest_new = 0, sum_xexp_new = 0, sum_d = 0, sum_xd = 0;
+  double sum_exp_m1_old = 0, sum_xexp_old = 0, sum_exp_m1_new = 0, sum_xexp_new = 0, sum_d = 0, sum_xd = 0;
 };
 
 // One side of a row: its running maximum, and the finite shift that stands for it.
@@ -31,7 +31,7 @@ inline void rescale(Sums& s, float old_from, float old_to, float new_from, float
   };
   double d_old, d_new;
   const double k_old = factor(old_from, old_to, d_old), k_new = factor(new_from, new_to, d_new);
-  const double total_old = 1 + s.rest_old, total_new = 1 + s.rest_new;
+  const double total_old = 1 + s.sum_exp_m1_old, total_new = 1 + s.sum_exp_m1_new;
   if (k_old > 0) {
     // d gains by the new maxima what it loses by the old ones. Both new ones may be -inf: they have not moved.
     const double moved = ((new_from == new_to ? 0 : double(new_from) - double(new_to)) -
@@ -42,8 +42,8 @@ inline void rescale(Sums& s, float old_from, float old_to, float new_from, float
   } else {
     s.sum_xd = s.sum_d = 0;
   }
-  if (old_from != old_to) s.sum_xexp_old = (s.sum_xexp_old + d_old * total_old) * k_old, s.rest_old = total_old * k_old;
-  if (new_from != new_to) s.sum_xexp_new = (s.sum_xexp_new + d_new * total_new) * k_new, s.rest_new = total_new * k_new;
+  if (old_from != old_to) s.sum_xexp_old = (s.sum_xexp_old + d_old * total_old) * k_old, s.sum_exp_m1_old = total_old * k_old;
+  if (new_from != new_to) s.sum_xexp_new = (s.sum_xexp_new + d_new * total_new) * k_new, s.sum_exp_m1_new = total_new * k_new;
 }
 
 template <class D>
@@ -89,10 +89,10 @@ struct CovarianceStatsOp {
     }
 
     ENTCOV_INLINE void add_to(Sums& s) const {
-      s.rest_old += reduce_add<W>(e_old), s.sum_xexp_old += reduce_add<W>(xe_old);
-      s.rest_new += reduce_add<W>(e_new), s.sum_xexp_new += reduce_add<W>(ze_new);
+      s.sum_exp_m1_old += reduce_add<W>(e_old), s.sum_xexp_old += reduce_add<W>(xe_old);
+      s.sum_exp_m1_new += reduce_add<W>(e_new), s.sum_xexp_new += reduce_add<W>(ze_new);
       s.sum_d += reduce_add<W>(ed), s.sum_xd += reduce_add<W>(xed);
-      for (int k = 0; k < W; k++) s.rest_old += at_max_old[k], s.rest_new += at_max_new[k];
+      for (int k = 0; k < W; k++) s.sum_exp_m1_old += at_max_old[k], s.sum_exp_m1_new += at_max_new[k];
     }
   };
 
@@ -145,14 +145,14 @@ struct CovarianceStatsOp {
       float ignore_old, ignore_new;
       sweep<W, true>(old_row + at, new_row + at, n, before.shift(), after.shift(), a.inv_temperature, total, ignore_old,
                      ignore_new);
-      if (old_rises) total.rest_old -= 1;
-      if (new_rises) total.rest_new -= 1;
+      if (old_rises) total.sum_exp_m1_old -= 1;
+      if (new_rises) total.sum_exp_m1_new -= 1;
     }
-    if (before.max == INFINITY) total.rest_old = NAN;
-    if (after.max == INFINITY) total.rest_new = NAN;
-    const double poison = 0 * (total.rest_old + total.rest_new);
-    const CovarianceStats out{before.max, float(total.rest_old), float(total.sum_xexp_old),
-                              after.max,  float(total.rest_new), float(total.sum_xexp_new),
+    if (before.max == INFINITY) total.sum_exp_m1_old = NAN;
+    if (after.max == INFINITY) total.sum_exp_m1_new = NAN;
+    const double poison = 0 * (total.sum_exp_m1_old + total.sum_exp_m1_new);
+    const CovarianceStats out{before.max, float(total.sum_exp_m1_old), float(total.sum_xexp_old),
+                              after.max,  float(total.sum_exp_m1_new), float(total.sum_xexp_new),
                               float(total.sum_d + poison), float(total.sum_xd + poison)};
     a.nan->note(store_covariance_row(out, t, a.inv_temperature, a.stats, a.outputs));
   }

@@ -1,5 +1,5 @@
 // The gradient of covariance, entropy change and KL (../logit_covariance.h) with respect to the new logits: one read of
-// both tensors, one write. With p, q the old and new policy, S = 1 + rest, Ex and Ez the means of x and z under them:
+// both tensors, one write. With p, q the old and new policy, S = 1 + sum_exp_m1, Ex and Ez the means of x and z under them:
 //
 //   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_kl (q - p) } = e^x (a + b x) + e^z (a' + b' z)
 //

@@ -1,5 +1,5 @@
 // The gradient of logprob, entropy and clamped entropy with respect to the logits: one read, one write, one exponential
-// a logit. With y = (x - max) / T, S = 1 + rest, Ey = sum_xexp / S (the mean of y under p, so log p + H = y - Ey):
+// a logit. With y = (x - max) / T, S = 1 + sum_exp_m1, Ey = sum_xexp / S (the mean of y under p, so log p + H = y - Ey):
 //
 //   dz = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_k + H_k) },   p = e^y / S,  p_k = e^{y - L_k}
 //      = e^y { (a + b y) + w (a_k + b_k y) }  + the target's own 1/T g_lp

@@ -40,7 +40,7 @@ Error merge_row_stats(const Messages& messages, const int64_t* target, const Row
     RowStats s;
     for (int64_t r = 0; r < messages.R; r++)
       s = merge(s, load_stats(messages.row(r, t), fields), spec.inv_temperature);
-    if (!agree) s.rest = NAN;
+    if (!agree) s.sum_exp_m1 = NAN;
     nan.note(store_row(s, t, fields, spec.inv_temperature, stats, outputs));
   });
   return nan.error();
@@ -55,7 +55,7 @@ Error merge_covariance_stats(const Messages& messages, const uint8_t* row_mask, 
     CovarianceStats s;
     for (int64_t r = 0; r < messages.R; r++)
       s = merge(s, load_covariance_stats(messages.row(r, t)), spec.inv_temperature);
-    if (!agree) s.rest_old = s.rest_new = s.sum_d = s.sum_xd = NAN;
+    if (!agree) s.sum_exp_m1_old = s.sum_exp_m1_new = s.sum_d = s.sum_xd = NAN;
     nan.note(store_covariance_row(s, t, spec.inv_temperature, stats, outputs));
   });
   return nan.error();

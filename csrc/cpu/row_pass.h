@@ -20,8 +20,8 @@ constexpr int kLaneAdditions = 16;
 
 // Relative to a maximum, one occurrence of which is left out.
 struct Sums {
-  double rest = 0, sum_xexp = 0, rest2 = 0, sum_xexp2 = 0, sum_x2exp = 0;
-  double rest_above = 0, sum_xexp_above = 0;  // over the logits above the threshold
+  double sum_exp_m1 = 0, sum_xexp = 0, sum_exp2_m1 = 0, sum_xexp2 = 0, sum_x2exp = 0;
+  double sum_exp_m1_above = 0, sum_xexp_above = 0;  // over the logits above the threshold
 };
 
 template <class D, int W, bool kMoments, bool kAbove>
@@ -68,10 +68,10 @@ struct RowPass {
     }
 
     ENTCOV_INLINE void add_to(Sums& s) const {
-      s.rest += reduce_add<W>(e), s.sum_xexp += reduce_add<W>(xe);
+      s.sum_exp_m1 += reduce_add<W>(e), s.sum_xexp += reduce_add<W>(xe);
       if constexpr (kMoments)
-        s.rest2 += reduce_add<W>(e2), s.sum_xexp2 += reduce_add<W>(xe2), s.sum_x2exp += reduce_add<W>(x2e);
-      if constexpr (kAbove) s.rest_above += reduce_add<W>(e_above), s.sum_xexp_above += reduce_add<W>(xe_above);
+        s.sum_exp2_m1 += reduce_add<W>(e2), s.sum_xexp2 += reduce_add<W>(xe2), s.sum_x2exp += reduce_add<W>(x2e);
+      if constexpr (kAbove) s.sum_exp_m1_above += reduce_add<W>(e_above), s.sum_xexp_above += reduce_add<W>(xe_above);
     }
   };
 
@@ -115,21 +115,21 @@ struct RowPass {
     Sums& s = total;
     const double d = (double(max) - double(to)) * inv_temperature, k = std::exp(d);
     if (k == 0) {  // out of sight; keeps a NaN
-      const double nan_or_zero = s.rest * 0;
+      const double nan_or_zero = s.sum_exp_m1 * 0;
       s = Sums{};
-      s.rest = nan_or_zero;
+      s.sum_exp_m1 = nan_or_zero;
       return;
     }
-    const double total = 1 + s.rest, total2 = 1 + s.rest2;
+    const double total = 1 + s.sum_exp_m1, total2 = 1 + s.sum_exp2_m1;
     s.sum_x2exp = (s.sum_x2exp + 2 * d * s.sum_xexp + d * d * total) * k;
     s.sum_xexp = (s.sum_xexp + d * total) * k;
-    s.rest = total * k;
+    s.sum_exp_m1 = total * k;
     s.sum_xexp2 = (s.sum_xexp2 + d * total2) * k * k;
-    s.rest2 = total2 * k * k;
+    s.sum_exp2_m1 = total2 * k * k;
     if (kAbove && max > threshold) {
-      const double total_above = 1 + s.rest_above;
+      const double total_above = 1 + s.sum_exp_m1_above;
       s.sum_xexp_above = (s.sum_xexp_above + d * total_above) * k;
-      s.rest_above = total_above * k;
+      s.sum_exp_m1_above = total_above * k;
     }
   }
 
@@ -153,9 +153,9 @@ struct RowPass {
     const float shift = max == -INFINITY ? 0.0f : max;
     sweep<true>(x, n, shift, total, at_max);
     if (max != -INFINITY) at_max -= 1;
-    total.rest += at_max;
-    if constexpr (kMoments) total.rest2 += at_max;
-    if (kAbove && max > threshold) total.rest_above += at_max;
+    total.sum_exp_m1 += at_max;
+    if constexpr (kMoments) total.sum_exp2_m1 += at_max;
+    if (kAbove && max > threshold) total.sum_exp_m1_above += at_max;
   }
 
   // Adds all of a row; calls each(first, n) for every chunk while it is in the cache.
@@ -166,7 +166,7 @@ struct RowPass {
       add_chunk(x + at, n);
       each(at, n);
     }
-    if (max == INFINITY) total.rest = total.sum_xexp = NAN;
+    if (max == INFINITY) total.sum_exp_m1 = total.sum_xexp = NAN;
   }
 
   // RowStats of the row.
@@ -174,11 +174,11 @@ struct RowPass {
     const int64_t column = spec.column_of(target);
     RowStats s;
     s.max = max;
-    s.rest = spec.is_token(target) ? float(total.rest) : NAN;
+    s.sum_exp_m1 = spec.is_token(target) ? float(total.sum_exp_m1) : NAN;
     s.sum_xexp = float(total.sum_xexp);
     if (column >= 0 && column < columns) s.target = widen_one<D>(x + column);
     if constexpr (kMoments) {
-      s.rest2 = float(total.rest2);
+      s.sum_exp2_m1 = float(total.sum_exp2_m1);
       s.sum_xexp2 = float(total.sum_xexp2);
       s.sum_x2exp = float(total.sum_x2exp);
     }

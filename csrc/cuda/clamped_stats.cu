@@ -8,7 +8,7 @@
 //
 //   1. A sample of 1 in 20 sectors gives a bracket, about three standard deviations of the sample on either side of the
 //      threshold's rank.
-//   2. One pass (clamp.cuh) with that bracket. It misses the threshold in about one row of a thousand: then once more,
+//   2. One pass (device/bracket_pass.cuh) with that bracket. It misses the threshold in about one row of a thousand: then once more,
 //      with the next part of the sample on the side where the threshold must be.
 //   3. The threshold is found among the listed logits by radix selection, 11, 11 and 10 bits of their keys, and the sums
 //      of those above it are added to the sums above the bracket.
@@ -18,7 +18,7 @@
 // value or fits a list; and a last pass. That is six reads in the worst case, for any data whatever.
 //
 // Bits: every sum has a fixed order, and nothing depends on which thread comes first.
-#include "clamp.cuh"
+#include "device/bracket_pass.cuh"
 
 namespace entcov::cuda {
 namespace {

@@ -9,8 +9,8 @@
 //
 // Memory: 2 sizeof(T) bytes a column in, 32 bytes a row out (as much per segment where rows are cut).
 #include "merge.cuh"
-#include "sums.cuh"
-#include "team.cuh"
+#include "device/sums.cuh"
+#include "device/block_reduction.cuh"
 
 namespace entcov::cuda {
 namespace {
@@ -206,11 +206,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stat
   const bool first = team.rank == 0;
   float d = v[6] * (1.0f / kChangeUnit), td = v[7] * (kLn2 / kChangeUnit), poison = 0.0f;
   if (first) {
-    const float rest_old = old_max == INFINITY ? NAN : v[1] + (old_max == -INFINITY ? 0.0f : v[0] - 1.0f);
-    const float rest_new = new_max == INFINITY ? NAN : v[4] + (new_max == -INFINITY ? 0.0f : v[3] - 1.0f);
-    poison = 0.0f * (rest_old + rest_new);
-    out[0] = old_max, out[1] = rest_old, out[2] = v[2] * kLn2;
-    out[3] = new_max, out[4] = rest_new, out[5] = v[5] * kLn2;
+    const float sum_exp_m1_old = old_max == INFINITY ? NAN : v[1] + (old_max == -INFINITY ? 0.0f : v[0] - 1.0f);
+    const float sum_exp_m1_new = new_max == INFINITY ? NAN : v[4] + (new_max == -INFINITY ? 0.0f : v[3] - 1.0f);
+    poison = 0.0f * (sum_exp_m1_old + sum_exp_m1_new);
+    out[0] = old_max, out[1] = sum_exp_m1_old, out[2] = v[2] * kLn2;
+    out[3] = new_max, out[4] = sum_exp_m1_new, out[5] = v[5] * kLn2;
   }
   const bool overflow = first && !(fabsf(d) < INFINITY && fabsf(td) < INFINITY);
   const Team<kTeamWarps, 2> again{team.rank};

@@ -6,7 +6,7 @@
 // with t = x log2(e), s = z log2(e) and four coefficients a row. A logit of -inf has 2^t = 0 and a finite t.
 //
 // Memory: 2 sizeof(T) bytes a column in, sizeof(T) out. Rows without a gradient are not read.
-#include "elementwise.cuh"
+#include "device/columns.cuh"
 
 namespace entcov::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // The gradient of logprob, entropy and clamped entropy with respect to the logits: one read, one write, one exponential
-// a logit, in the logits' dtype. With y = (x - max) / T, S = 1 + rest, Ey = sum_xexp / S (so log p + H = y - Ey):
+// a logit, in the logits' dtype. With y = (x - max) / T, S = 1 + sum_exp_m1, Ey = sum_xexp / S (so log p + H = y - Ey):
 //
 //   dz = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_k + H_k) },   p = e^y / S,  p_k = e^{y - L_k}
 //      = 2^t { (a + b t) + w (a_k + b_k t) }  + the target's own 1/T g_lp,            t = y log2(e)
@@ -14,7 +14,7 @@
 // The target's column is done once more: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1. If its logit is
 // not the one in the statistics, the logits were written since the forward pass, and the target's gradient is NaN. That is
 // not looked for in place, where nothing was saved from a forward pass.
-#include "elementwise.cuh"
+#include "device/columns.cuh"
 
 namespace entcov::cuda {
 namespace {
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
   }
 
   const float* s = a.stats + t * a.fields;
-  const float inv_t = a.spec.inv_temperature, max = s[0], rest = s[1], sum_xexp = s[2];
-  const float mean_y = sum_xexp / (1.0f + rest), per_p = inv_t / (1.0f + rest);
+  const float inv_t = a.spec.inv_temperature, max = s[0], sum_exp_m1 = s[1], sum_xexp = s[2];
+  const float mean_y = sum_xexp / (1.0f + sum_exp_m1), per_p = inv_t / (1.0f + sum_exp_m1);
   Coefficients<kClamped> c;
   c.max = max, c.scale = inv_t * kLog2E;
   c.a = (g_h * mean_y - g_lp) * per_p, c.b = -g_h * per_p * kLn2;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
   float at_target = 0.0f;
   if (mine) {  // read before this thread writes over it
     const float xt = Element<T>::widen(x[local]);
-    const float y = (xt - max) * inv_t, log_p = y - log1pf(rest), p = expf(log_p);
+    const float y = (xt - max) * inv_t, log_p = y - log1pf(sum_exp_m1), p = expf(log_p);
     at_target = -g_lp * expm1f(log_p) * inv_t;
     if (p > 0.0f) {
       at_target -= g_h * p * (y - mean_y) * inv_t;

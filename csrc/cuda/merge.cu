@@ -4,7 +4,7 @@
 // The statistics of R shards, or of the segments of a row, are merged in the fixed order of R, so every rank that holds
 // the same messages gets the same bits. One thread a row; one exponential a shard.
 #include "merge.cuh"
-#include "team.cuh"
+#include "device/block_reduction.cuh"
 
 namespace entcov::cuda {
 namespace {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) merge_row_stats_kernel(const MergeRo
   RowStats s;
   for (int64_t r = 0; r < a.partials.messages.R; r++)
     s = merge(s, load_stats(a.partials.row(r, t), a.fields), a.spec.inv_temperature);
-  if (!agree) s.rest = NAN;
+  if (!agree) s.sum_exp_m1 = NAN;
   store_row(s, t, a.fields, a.spec.inv_temperature, a.stats, a.outputs);
 }
 
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) merge_covariance_stats_kernel(const 
   CovarianceStats s;
   for (int64_t r = 0; r < a.partials.messages.R; r++)
     s = merge(s, load_covariance_stats(a.partials.row(r, t)), a.spec.inv_temperature);
-  if (!agree) s.rest_old = s.rest_new = s.sum_d = s.sum_xd = NAN;
+  if (!agree) s.sum_exp_m1_old = s.sum_exp_m1_new = s.sum_d = s.sum_xd = NAN;
   store_covariance_row(s, t, a.spec.inv_temperature, a.stats, a.outputs);
 }
 

@@ -6,7 +6,7 @@
 // thread loads kVectors 16-byte vectors before it looks at any of them. Four blocks a multiprocessor, half of the threads
 // that it can hold, then ask for 64 KB at once; 3 TB/s need about 16.
 //
-// Numerics. Sums relative to a reference, as told in sums.cuh. The team starts from the largest element of its first
+// Numerics. Sums relative to a reference, as told in device/sums.cuh. The team starts from the largest element of its first
 // tile. A group of vectors below that (nearly all are) is added by one FFMA, one EX2, one FADD and one FFMA an element;
 // only a group that reaches the reference or exceeds it takes the slow path, which moves the reference and compares
 // elements. On random rows that is about one group of one thread in a tile.
@@ -14,8 +14,8 @@
 // Sums of many equal terms round the same way every time, so fp32 additions are kept few: 4 or 8 in a group of two
 // vectors, then at most 80 groups in a thread, then pairs.
 #include "merge.cuh"
-#include "sums.cuh"
-#include "team.cuh"
+#include "device/sums.cuh"
+#include "device/block_reduction.cuh"
 
 namespace entcov::cuda {
 namespace {
@@ -177,11 +177,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   const bool poisoned = max == INFINITY || target_logit != target_logit;
   RowStats out;
   out.max = max;
-  out.rest = poisoned ? NAN : v[1] + others;
+  out.sum_exp_m1 = poisoned ? NAN : v[1] + others;
   out.sum_xexp = poisoned ? NAN : v[2] * kLn2;
   out.target = target_logit;
   if constexpr (kMoments) {
-    out.rest2 = v[3] + others;
+    out.sum_exp2_m1 = v[3] + others;
     out.sum_xexp2 = v[4] * kLn2;
     out.sum_x2exp = v[5] * (kLn2 * kLn2);
   }

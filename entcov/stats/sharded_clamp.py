@@ -36,12 +36,12 @@ def sharded_clamped_stats(op, group, T, device, moments, resolve) -> list[Tensor
     """
     rows = settings = alike = failure = None
 
-    @torch.no_grad()
     def sketch():
         nonlocal rows, settings, alike, failure
         try:
             rows, settings, *alike = resolve()
-            return Partial(rows.apply(clamp_sketch, settings.spec), settings.shard, *alike)
+            with torch.no_grad():
+                return Partial(rows.apply(clamp_sketch, settings.spec), settings.shard, *alike)
         except Exception as error:
             failure = error
             raise

@@ -23,8 +23,8 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 INSTALL = "pip install -c constraints.txt -e '.[dev,cuda-static]'"
 
 # Floating point is the same in all modes (no contraction), so their results must agree bit for bit.
-COMMON = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native -DENTCOV_CUDA".split()
-COMMON += "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-attributes".split()
+COMMON = "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -march=native".split()
+COMMON += "-DENTCOV_CUDA -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -Wno-attributes".split()
 # AddressSanitizer itself catches null pointers; its checks as calls, and none for those, compile in half of the time.
 CHECKS = "-fsanitize=address,undefined -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=undefined"
 MODES = {
@@ -138,24 +138,25 @@ class Mutant:
 
 MUTANTS = {
     "no barrier before the sum of the warps": Mutant(
-        "tsan", "row_stats.cu", "team.cuh",
+        "tsan", "row_stats.cu", "device/block_reduction.cuh",
         "    __syncthreads();\n    if (rank != 0) return;", "    if (rank != 0) return;",
         "5008 bf16", "ThreadSanitizer: data race",
     ),
     "a word past the end of the row": Mutant(
-        "asan", "logits_grad.cu", "vec.cuh", "words - 1 < whole", "words < whole",
+        "asan", "logits_grad.cu", "device/vectors.cuh", "words - 1 < whole", "words < whole",
         "1000 bf16, unaligned", "AddressSanitizer: heap-buffer-overflow",
     ),
     "a word before the row": Mutant(
-        "asan", "logits_grad.cu", "vec.cuh", ">= shift_ ? 0 : 1", ">= shift_ ? 0 : 0",
+        "asan", "logits_grad.cu", "device/vectors.cuh", ">= shift_ ? 0 : 1", ">= shift_ ? 0 : 0",
         "2049 fp16", "AddressSanitizer: use-after-poison",
     ),
     "vector loads of unaligned rows": Mutant(
-        "plain", "row_stats.cu", "vec.cuh", "return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&",
+        "plain", "row_stats.cu", "device/vectors.cuh",
+        "return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&",
         "return reinterpret_cast<uintptr_t>(logits.data) % 2 == 0 ||", "1000 bf16, unaligned", "misaligned 16-byte load",
     ),
     "a sum past its place in shared memory": Mutant(
-        "asan", "row_stats.cu", "team.cuh", "shared.sum[i][rank / kWarp] = v[i];",
+        "asan", "row_stats.cu", "device/block_reduction.cuh", "shared.sum[i][rank / kWarp] = v[i];",
         "shared.sum[i][rank / kWarp + 1] = v[i];", "5008 bf16", "index 8 out of bounds",
     ),
 }  # fmt: skip

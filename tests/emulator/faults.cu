@@ -1,7 +1,7 @@
 // Kernels with one fault each, and their correct twins: what the emulator and the sanitizers must tell apart. They are
 // built from the pieces of the real kernels where those have such pieces.
-#include "team.cuh"
-#include "vec.cuh"
+#include "device/block_reduction.cuh"
+#include "device/vectors.cuh"
 
 namespace {
 

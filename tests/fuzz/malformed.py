@@ -171,7 +171,8 @@ def run(seed: int, on_cuda: bool) -> None:
             arguments[i] = spoiled(draw, arguments[i], typed=not on_cuda)  # on CUDA too the schema sees to types
         if name == "logits_grad_" and isinstance(arguments[0], Tensor):
             arguments[0] = arguments[0].clone() if draw.chance(0.7) else arguments[0]
-        torch.get_num_threads = lambda: draw.choice(THREADS)
+        if not on_cuda:  # there it is the stream, which is PyTorch's
+            torch.get_num_threads = lambda: draw.choice(THREADS)
         try:
             op(*arguments)
         except ALLOWED:

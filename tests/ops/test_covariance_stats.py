@@ -1,4 +1,4 @@
-"""covariance_stats, its merge and its gradient against float64 (csrc/covariance_stats.h has the formulas)."""
+"""covariance_stats, its merge and its gradient against float64 (csrc/logit_covariance.h has the formulas)."""
 
 import math
 import random

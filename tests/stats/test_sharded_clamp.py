@@ -85,6 +85,26 @@ def test_the_cpu_gives_the_statistics_of_row_stats(core):  # noqa: F811
         assert torch.equal(stats, row_stats(logits, target, RowSpec(0, 9001, 0.7)))
 
 
+def test_logits_of_any_leading_shape_get_their_gradient(monkeypatch):
+    V, shape = 600, (2, 3)
+    logits = real_looking(6, V, torch.float32, 0.0)
+    target = torch.tensor([0, 7, -100, 599, 150, 3])
+
+    def gradients(leading):
+        ranks = ThreadRanks(2, monkeypatch)
+
+        def call(rank):
+            own = logits[:, 300 * rank : 300 * rank + 300].reshape(*leading, 300).requires_grad_()
+            stats = token_stats(own, target.view(leading), group=ranks, clamp_p=0.4, moments=True)
+            assert stats.clamped_entropy.shape == leading and not stats.collision.requires_grad
+            return torch.autograd.grad(stats.clamped_entropy.sum() - stats.logprob.sum(), own)[0].view(6, 300)
+
+        return ranks.run(call)
+
+    for one, other in zip(gradients(shape), gradients((6,)), strict=True):
+        assert torch.equal(one, other) and one.any()
+
+
 def test_a_captured_graph_runs_all_rounds_and_reads_nothing(monkeypatch):
     V = 9001
     rows = torch.cat([rows[:1] for rows in adversarial(V).values()])

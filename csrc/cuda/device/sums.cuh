@@ -10,7 +10,7 @@
 // slow path, which then subtracts before it multiplies.
 #pragma once
 
-#include "vec.cuh"
+#include "vectors.cuh"
 
 namespace entcov::cuda {
 

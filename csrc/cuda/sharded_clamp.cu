@@ -5,7 +5,7 @@
 // (thousands of equal logits in the bracket) the row is read once more and its cells are counted. clamp_sketch reads one
 // sector in 20. A block does a row in these two, a warp in the others. Rows that are done are not read again, and their
 // partials are zeros.
-#include "clamp.cuh"
+#include "device/bracket_pass.cuh"
 
 namespace entcov::cuda {
 namespace {

@@ -5,8 +5,8 @@
 // thread that writes it, and before, so the output may be the input.
 #pragma once
 
-#include "team.cuh"
-#include "vec.cuh"
+#include "block_reduction.cuh"
+#include "vectors.cuh"
 
 namespace entcov::cuda {
 

@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../kernels.h"
+#include "../../kernels.h"
 
 namespace entcov::cuda {
 

@@ -11,9 +11,9 @@
 // fixed order.
 #pragma once
 
-#include "../clamp.h"
+#include "../../clamp.h"
 #include "sums.cuh"
-#include "team.cuh"
+#include "block_reduction.cuh"
 
 namespace entcov::cuda {
 

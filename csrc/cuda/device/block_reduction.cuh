@@ -3,7 +3,7 @@
 // Sums go pairwise over the lanes of a warp and then, one warp after the other, over the warps; always in that order.
 #pragma once
 
-#include "launch.h"
+#include "../launch.h"
 
 namespace entcov::cuda {
 
