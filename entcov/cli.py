@@ -17,7 +17,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from entcov import _checks as check
+from entcov import arguments as check
 
 if TYPE_CHECKING:
     from entcov.rl.config import Config

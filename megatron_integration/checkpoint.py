@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.record.checkpoint import CheckpointError
 from megatron_integration.actor import MegatronActor
 from megatron_integration.bridge import unwrapped

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLAT = {  # files of entcov/ itself, and the room that they are taken for
-    "_checks": "shared", "intervals": "shared", "_cpu": "ops", "_cuda": "ops", "ops": "ops", "op_registry": "ops",
+    "arguments": "shared", "intervals": "shared", "_cpu": "ops", "_cuda": "ops", "ops": "ops", "op_registry": "ops",
     "clamp_ops": "ops", "shard_ops": "ops", "cuda_ops": "ops", "clamp_rounds": "stats", "cli": "cli",
     "__main__": "cli",
 }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.adaptive_bonus import AdaptiveBonus
 from entcov.controls.aent import AEnt
 from entcov.controls.base import Control, Effect

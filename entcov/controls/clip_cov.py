@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control, Effect
 from entcov.objective.selection import select_clip_cov
 from entcov.objective.token_covariance import token_covariance

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control, Effect
 from entcov.objective.tokens import Tokens
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control, Effect
 from entcov.controls.clip_cov import SCOPES, SEMANTICS
 from entcov.objective.selection import select_kl_cov

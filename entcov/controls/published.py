@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from entcov import _checks as check
+from entcov import arguments as check
 
 _CUI = "Cui et al., arXiv 2505.22617, section"
 _SHEN = "Shen, arXiv 2509.03493, copy of the scripts (recipe/aent):"

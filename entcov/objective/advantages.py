@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 
 STD_EPS = 1e-6
 VARIANCE_EPS = 1e-8

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control
 from entcov.objective.tokens import KL_ESTIMATORS, LOG_RATIO_BOUND, PolicyLossConfig, Tokens, Totals
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.objective.radix_select import float_key, key_to_float, radix_select
 from entcov.objective.token_covariance import TokenCovariance, check_covariance, device_of, means_of, no_covariance
 from entcov.stats.ranks import AllReduces, attempt

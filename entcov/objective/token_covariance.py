@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.objective.radix_select import float_key, key_to_float, radix_select
 from entcov.stats.ranks import AllReduces, attempt
 

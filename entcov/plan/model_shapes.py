@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entcov import _checks as check
+from entcov import arguments as check
 
 _KNOWN_TYPES = ("qwen2", "qwen3", "llama")
 

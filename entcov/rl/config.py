@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls import CONTROLS, Control, make_control
 from entcov.objective.advantages import ADVANTAGES
 from entcov.objective.tokens import PolicyLossConfig

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls import clamp_arguments
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.data.stream import PromptStream

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.published import preset
 
 MOST_LEVELS = 20  # of nesting. A recipe has five; libyaml calls itself for each, and 100,000 would end the process

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.config import RENAMED, Config, as_written, resolve_config, save_config
 from entcov.rl.recipe import ConfigError, interpolations, read_recipe, texts, value_at
 from entcov.rl.record.durable import atomic_write

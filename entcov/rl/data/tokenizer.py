@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.tasks.base import ALPHABET
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.batch import IGNORE_INDEX, Batch
 from entcov.rl.config import ConfigError, ModelConfig
 from entcov.rl.hf.model_config import model_settings, model_tokenizer

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.config import ConfigError, ModelConfig
 from entcov.rl.data.tokenizer import load_tokenizer
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.record.durable import atomic_write, clear_leftovers, fsync_path, locked, make_folder
 from entcov.rl.record.sealed import CheckpointError, damage, write_sealed
 

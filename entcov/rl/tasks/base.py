@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.types import Example
 
 SPLITS = ("train", "held_out")
