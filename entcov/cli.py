@@ -154,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--controls",
         default="none,clip_cov,kl_cov,aent",
-        help="comma-separated; default %(default)s; each is held against its zero-strength twin. kl_cov:ppo_kl_coef=2 "
-        "is kl_cov with a knob set otherwise than in the recipe",
+        help="comma-separated; default %(default)s; each is compared with its baseline of strength 0. "
+        "kl_cov:ppo_kl_coef=2 is kl_cov with a knob set otherwise than in the recipe",
     )
     compare.add_argument("--seeds", default="0,1,2", help="comma-separated; default %(default)s")
     compare.add_argument("--out", default="runs/compare", help="directory; default %(default)s")
@@ -283,15 +283,15 @@ def _compare(args: argparse.Namespace) -> int:
         raise ValueError(f"actor.backend: must be transformers for compare, got {first.actor.backend}")
     check_recipe(first)  # the model and the data are the same for all
 
-    twins = {}
+    baselines = {}
     for label, config in configs.items():
         (control,) = config.build_controls()
-        if control.twin_knobs is not None:
-            twins[label] = f"{control.name}@0"
-            zero = [f"controls.{control.name}.{knob}={value}" for knob, value in control.twin_knobs.items()]
-            arms[twins[label]] = [f"control=[{control.name}]", *zero]
+        if control.baseline_knobs is not None:
+            baselines[label] = f"{control.name}@0"
+            zero = [f"controls.{control.name}.{knob}={value}" for knob, value in control.baseline_knobs.items()]
+            arms[baselines[label]] = [f"control=[{control.name}]", *zero]
         elif label != "none" and "none" in arms:
-            twins[label] = "none"
+            baselines[label] = "none"
 
     def arguments(arm: str, seed: int, run_dir: Path) -> list[str]:
         """The command line of one run; runs of the same seed share their warm start."""
@@ -301,8 +301,8 @@ def _compare(args: argparse.Namespace) -> int:
         ]  # fmt: skip
 
     return compare(
-        arguments, controls=list(arms), seeds=seeds, out_dir=out, jobs=args.jobs, twins=twins,
-        total_steps=first.steps, command="python -m entcov " + shlex.join(sys.argv[1:]),
+        arguments, controls=list(arms), seeds=seeds, out_dir=out, jobs=args.jobs,
+        baselines=baselines, total_steps=first.steps, command="python -m entcov " + shlex.join(sys.argv[1:]),
     )  # fmt: skip
 
 

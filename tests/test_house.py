@@ -9,9 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLAT = {  # files of entcov/ itself, and the room that they are taken for
-    "arguments": "shared", "intervals": "shared", "_cpu": "ops", "_cuda": "ops", "ops": "ops", "op_registry": "ops",
-    "clamp_ops": "ops", "shard_ops": "ops", "cuda_ops": "ops", "clamp_rounds": "stats", "cli": "cli",
-    "__main__": "cli",
+    "arguments": "shared", "intervals": "shared", "_cpu": "ops", "_cuda": "ops", "__main__": "cli",
 }  # fmt: skip
 MAY_IMPORT = {
     "shared": "",

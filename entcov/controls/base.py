@@ -42,8 +42,8 @@ class Control:
     scope: str = "global"  # what `select` is shown: "global" mini-batch, or each "micro_batch" alone
 
     @property
-    def twin_knobs(self) -> dict[str, Any] | None:
-        """Knobs of the zero-strength twin, where that is not the plain loss; a comparison's honest baseline."""
+    def baseline_knobs(self) -> dict[str, Any] | None:
+        """Knobs of strength 0, where that is not the plain loss: what a comparison measures the control against."""
         return None
 
     @property

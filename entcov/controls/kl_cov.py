@@ -56,7 +56,7 @@ class KLCov(Control):
         check.integer("seed", self.seed, 0)
 
     @property
-    def twin_knobs(self) -> dict[str, Any] | None:
+    def baseline_knobs(self) -> dict[str, Any] | None:
         """Without its penalty, the reference form still drops the PPO clip."""
         return {"ppo_kl_coef": 0.0} if self.semantics == "reference" else None
 

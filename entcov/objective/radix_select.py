@@ -1,7 +1,7 @@
 """The n-th largest key of all ranks, by a radix search.
 
-A histogram of 16 bits of the key, summed over ranks, picks the next 16 bits. These are integers, so the answer is
-bit-identical for every split; the number of collectives depends on the key's width alone, not on the data.
+Each round finds 16 bits of the answer from a histogram over those bits, summed over the ranks. Counts are integers, so
+the answer is bit-identical for every split. The number of collectives depends on the key's width, not on the data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Token covariance, exact over the optimizer's mini-batch.
+"""Covariance over tokens of log-probability and advantage, exact over the optimizer's mini-batch.
+
+Not the covariance over the vocabulary that entcov/stats/logit_covariance.py computes for each token.
 
 Cov_i = (logprob_i - mean logprob) (advantage_i - mean advantage), means over all unmasked tokens of the mini-batch,
 wherever they are: the tokens given to one call and those that the other ranks of `group` give to theirs.
