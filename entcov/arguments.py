@@ -78,7 +78,7 @@ def vector(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], like: Ten
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the host can read the values at no cost. On an accelerator it would have to wait, so they go unchecked."""
+    """Whether the host can read the values at no cost. On an accelerator it would wait for them."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

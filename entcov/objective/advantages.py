@@ -1,6 +1,6 @@
 """Advantages of responses from their rewards: one number a response, computed over the whole rollout batch.
 
-All take the same three arguments and return a float32 tensor [B], so that `ADVANTAGES[name]` is called alike for every name:
+Every function in `ADVANTAGES` takes the same three arguments and returns a float32 tensor [B]:
 
     reward           [B] float, one outcome reward a response
     group_id         [B] int64, responses to the same prompt share it; any values, any order

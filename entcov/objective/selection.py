@@ -208,10 +208,8 @@ def _int64(x: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64 (torch's own copies the sign), defined for 64 bits too."""
-    if bits == 0:
-        return x
-    return (x >> bits) & (2 ** (64 - bits) - 1) if bits < 64 else torch.zeros_like(x)
+    """Logical shift of int64 by 1 to 63 bits (torch's own copies the sign)."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _count(covariance: TokenCovariance, ratio: float, at_least: int) -> Tensor:

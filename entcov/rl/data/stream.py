@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entcov import arguments as check
 from entcov.rl.data.tokenizer import encode
 from entcov.rl.recipe import naming
 from entcov.rl.record.durable import atomic_write
@@ -72,8 +73,7 @@ def from_row(row: Any) -> Example:
 
 
 def _kind(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {check.shown(value)}"
 
 
 def _field(row: dict, key: str, kind: type, rule: str) -> Any:

@@ -85,9 +85,5 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens:
         # Some tokenizers reuse their unknown token as padding or end: only a character that maps to it is unknown.
         unknown = sorted(c for c in set(text) if unk in tokenizer.encode(c, add_special_tokens=False))
         if unknown:
-            raise ValueError(f"the tokenizer does not know {', '.join(map(repr, unknown))} in {_short(text)}")
+            raise ValueError(f"the tokenizer does not know {', '.join(map(repr, unknown))} in {check.shown(text)}")
     return ids
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")

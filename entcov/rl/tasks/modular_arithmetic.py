@@ -16,10 +16,6 @@ class Question(NamedTuple):
     modulus: int
 
 
-def _plus(value: int, c: int) -> str:
-    return f"{value}{c:+d}"
-
-
 @register
 @dataclass(frozen=True, kw_only=True)
 class ModularArithmetic(GeneratedTask[Question]):
@@ -65,7 +61,7 @@ class ModularArithmetic(GeneratedTask[Question]):
         a, b, c, modulus = question
         left, right = rng.sample((a, b), 2)
         value = a * b + c
-        return [f"{left}*{right}={a * b}", f"{_plus(a * b, c)}={value}", f"{value} mod {modulus}={value % modulus}"]
+        return [f"{left}*{right}={a * b}", f"{a * b}{c:+d}={value}", f"{value} mod {modulus}={value % modulus}"]
 
     def _reduce_always(self, question: Question, rng: random.Random) -> list[str]:
         a, b, c, modulus = question
@@ -77,7 +73,7 @@ class ModularArithmetic(GeneratedTask[Question]):
             steps.append(f"{product} mod {modulus}={product % modulus}")
         product %= modulus
         value = product + c
-        steps.append(f"{_plus(product, c)}={value}")
+        steps.append(f"{product}{c:+d}={value}")
         if not 0 <= value < modulus:
             steps.append(f"{value} mod {modulus}={value % modulus}")
         return steps
