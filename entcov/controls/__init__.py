@@ -49,7 +49,7 @@ def needs(controls: Sequence[Control]) -> frozenset[str]:
 
 
 def clamp_arguments(controls: Sequence[Control]) -> dict[str, Any]:
-    """Arguments of `token_stats` for the clamped entropy. Controls that want different ones cannot go together."""
+    """Arguments of `token_stats` for the clamped entropy. Two controls that need different ones are an error."""
     wanted = [(control.name, control.clamp) for control in controls if control.clamp]
     if any(clamp != wanted[0][1] for _, clamp in wanted):
         raise ValueError(f"controls must agree on the clamped entropy, got {wanted}")
@@ -99,7 +99,7 @@ def select(
         return everything
 
     everything, failure = attempt(prepared, group)
-    if failure is not None:  # the other ranks go on, perhaps to the end: this one does so too, without tokens
+    if failure is not None:  # the other ranks enter the collectives: so does this one, without tokens
         everything = _no_tokens(micro_batches)
         micro_batches, step = [everything], 0
     call = {"step": step, "config": config, "controls": [_knobs(control) for control in controls]}
@@ -123,7 +123,7 @@ def select(
 
 
 def _knobs(control: Control) -> tuple[str, dict[str, Any]]:
-    """What every rank must have alike of a control."""
+    """A control's name and the knobs that must be equal on every rank."""
     values = {name: value for name, value in vars(control).items() if isinstance(value, bool | int | float | str)}
     return control.name, values
 

@@ -93,7 +93,7 @@ class Control:
 
 
 def step_mean(control: str, totals: dict[str, float], name: str) -> float:
-    """totals[name] as a finite float; adapting to anything else would spoil the state for good."""
+    """totals[name] as a finite float: a coefficient that adapted to NaN would stay NaN."""
     if name not in totals:
         raise ValueError(f"totals must hold {name!r} for control {control}, got {sorted(totals)}")
     value = float(totals[name])

@@ -1,4 +1,4 @@
-"""Clip-Cov: a random few of the tokens with high covariance take no part in the policy gradient."""
+"""Clip-Cov: some random tokens of those with high covariance take no part in the policy gradient."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ClipCov(Control):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Published values are about 1e-4; more than half of all tokens can only be a slip.
+        # Published values are about 1e-4; more than half of all tokens is a mistake.
         check.fraction("clip_cov_ratio", self.clip_cov_ratio, 0.5)
         check.number("clip_cov_lb", self.clip_cov_lb, -math.inf, math.inf)
         check.number("clip_cov_ub", self.clip_cov_ub, self.clip_cov_lb, hint="the lower end is clip_cov_lb")

@@ -1,4 +1,4 @@
-"""KL-Cov: the tokens with the highest covariance pay for moving away from the old policy."""
+"""KL-Cov: a KL penalty, towards the old policy, on the tokens with the highest covariance."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The published settings of the methods, by name: the one place that holds their numbers.
 
-`preset=NAME` on a command line, or `preset: NAME` in a recipe, puts the keys of a setting in force; entcov/rl/recipe.py
-reads it. To add a setting, add an entry to PUBLISHED, and its line to the table in docs/methods.md: a test compares the
+`preset=NAME` on a command line, or `preset: NAME` in a recipe, applies the keys of a setting; entcov/rl/recipe.py reads
+it. To add a setting, add an entry to PUBLISHED, and its line to the table in docs/methods.md: a test compares the
 two.
 """
 

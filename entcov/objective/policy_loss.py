@@ -199,7 +199,7 @@ def _weights(tokens: Tokens, config: PolicyLossConfig, totals: Totals) -> Tensor
 
 
 def _pairs(tokens: Tokens, controls: Sequence[Control], selections: Sequence[Tensor | None] | None):
-    """(control, its selection) of every control, once the fields that the control needs are seen to be there."""
+    """Yields (control, its selection), after a check that the fields which the control needs are given."""
     if selections is None:
         selections = [None] * len(controls)
     if len(selections) != len(controls):

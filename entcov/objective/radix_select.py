@@ -38,7 +38,7 @@ def radix_select(
     Collectives: bits / 16 all-reduces of m * 512 KiB.
     """
     m, T = len(rank), len(key)
-    digits = key.contiguous().view(torch.uint16).view(T, 64 // DIGIT_BITS)  # no pass over memory to cut them out
+    digits = key.contiguous().view(torch.uint16).view(T, 64 // DIGIT_BITS)  # a view, no copy
     digits = digits if sys.byteorder == "little" else digits.flip(1)
     member = valid.expand(m, T)
     prefix = torch.zeros_like(rank)

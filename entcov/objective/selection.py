@@ -1,21 +1,15 @@
 """The selections of Clip-Cov and KL-Cov, exact over the optimizer's mini-batch.
 
-The chosen set is bit-identical for every split of the batch, every order of the tokens and every number of ranks: the
-covariance is (entcov/objective/token_covariance.py), thresholds are found by a radix search over integers
-(entcov/objective/radix_select.py), and draws and ties go by a 64-bit hash of (seed, step, token_id) that is one-to-one
-in token_id. The number of collectives does not depend on the data.
+The chosen set is bit-identical for every split of the batch, every order of the tokens and every number of ranks. The
+covariance is so (entcov/objective/token_covariance.py), a radix search over integers finds the thresholds
+(entcov/objective/radix_select.py), and a 64-bit hash of (seed, step, token_id), one-to-one in token_id, decides draws
+and ties. The number of collectives does not depend on the data.
 
-No two tokens may have one id. Each sets the bit of its id in a map of 2^22 bits, and the maps are added up over ranks:
-numbers with a bit in common have a sum with fewer bits. Ids are looked at as they are where they lie within 4,194,303
-of one another; of ids that lie further apart, within s times that, every s-th is.
+No two tokens may have the same id. To check it, each rank sets a bit for every id in a map of 2^22 bits, and the maps
+are added up over the ranks: where two ids set the same bit, the sum has fewer bits than there are ids. All ids are
+checked if they differ by at most 4,194,303, every s-th one if they differ by up to s times that.
 
-Calls can be captured in a CUDA graph with `step` as a tensor: a number would be part of the capture.
-
-What an accelerator does for T tokens (tests/objective/test_token_covariance.py counts it; reads plus writes of the
-T-sized operations):
-  select_clip_cov 169 launches, 1184 bytes a token      select_kl_cov     222 launches, 1399 bytes a token
-For KL-Cov on a million tokens that is 0.6 ms at 3 TB/s, and launches of about a millisecond, once in an optimizer step
-that takes seconds. A kernel of our own would save most of it, and is not worth its code.
+Calls can be captured in a CUDA graph if `step` is a tensor. docs/methods.md has the cost on an accelerator.
 
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617.
 """
@@ -74,7 +68,7 @@ def select_clip_cov(
         exclude: [T] bool, tokens that are no candidates.
     Collectives: 5 all-reduces of at most 512 KiB and some words; every rank must call.
     Raises: TypeError, ValueError for arguments. ValueError on every rank if token ids repeat, on one rank or over
-        ranks, among those that are looked at (head of this file). RuntimeError where another rank failed or was called
+        ranks, among those that are checked (head of this file). RuntimeError where another rank failed or was called
         differently. On an accelerator the last two show instead as a count of -1, a threshold of NaN, and a mask of all
         unmasked tokens, on every rank.
     """
@@ -130,10 +124,10 @@ def select_kl_cov(
 
 
 def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, check_own, choose) -> Selection:
-    """What the selections have in common.
+    """Checks the arguments, lets `choose` select, checks the token ids.
 
     Args:
-        own: what else every rank must be called with, and `check_own` its check.
+        own: further arguments that must be equal on every rank; `check_own` checks them.
         choose: (ranks, covariance, number to choose, draw) -> (chosen tokens [T] bool, how many are due over all ranks,
             threshold), where draw(candidates [T] bool, n) -> (n of them by the hash, number of candidates).
     """
@@ -228,7 +222,7 @@ def _draw(
 
 
 def _ends(token_id: Tensor, mask: Tensor) -> Tensor:
-    """The smallest and the largest id under the mask [2]; the extremes of int64, crossed, where there is none."""
+    """The smallest and the largest id under the mask [2]; (largest, smallest int64) if no token is under it."""
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     if len(token_id) == 0:
         return torch.stack([token_id.new_full((), high), token_id.new_full((), low)])
@@ -236,15 +230,15 @@ def _ends(token_id: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bits_of_ids(token_id: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
-    """[1 + MAP_WORDS]: how many ids are looked at, and the map of their bits. `ends` [ranks, 2]: of the ids."""
+    """[1 + MAP_WORDS]: how many ids are checked, and the map of their bits. `ends` [ranks, 2]: of all ranks."""
     span = (ends[:, 1].amax().double() - ends[:, 0].amin()).clamp(min=0)
     stride = (span / (64 * MAP_WORDS - 2)).long() + 1
     place = token_id.div(stride, rounding_mode="floor")
-    looked_at = mask & (place * stride == token_id)
+    checked = mask & (place * stride == token_id)
     bit = torch.bitwise_left_shift(torch.ones_like(place), place & 63)
     bits = torch.zeros(MAP_WORDS, dtype=torch.int64, device=token_id.device)
-    bits.scatter_add_(0, (place >> 6) & (MAP_WORDS - 1), torch.where(looked_at, bit, 0))
-    return torch.cat([looked_at.sum()[None], bits])
+    bits.scatter_add_(0, (place >> 6) & (MAP_WORDS - 1), torch.where(checked, bit, 0))
+    return torch.cat([checked.sum()[None], bits])
 
 
 def _num_bits(x: Tensor) -> Tensor:
@@ -269,7 +263,7 @@ def _finish(
                 f"{int(due)} were due"
             )
         return Selection(chosen, count, threshold)
-    spoilt = repeated > 0 if ranks.refused is None else (repeated > 0) | ranks.refused
+    invalid = repeated > 0 if ranks.refused is None else (repeated > 0) | ranks.refused
     if threshold is not None:
-        threshold = torch.where(spoilt, torch.nan, threshold)
-    return Selection((chosen | spoilt) & mask, torch.where(spoilt, -1, count), threshold)
+        threshold = torch.where(invalid, torch.nan, threshold)
+    return Selection((chosen | invalid) & mask, torch.where(invalid, -1, count), threshold)

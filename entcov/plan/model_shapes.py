@@ -4,8 +4,7 @@ Parameters of one layer, with h hidden, f intermediate, a heads, k key-value hea
     divided by T    (a + 2k) d h  queries, keys, values (+ (a + 2k) d bias)     a d h  projection     3 f h  gated MLP
     on every rank   2 h  norms    (+ 2 d  norms of queries and keys)
 The vocabulary is padded to a multiple of 128 and of T. The first pipeline stage has the embedding, the last one the
-output
-matrix (the embedding again where they are tied) and the last norm.
+output matrix (the embedding again where they are tied) and the last norm.
 """
 
 from __future__ import annotations
@@ -135,8 +134,7 @@ def _published(kind: str, layers: int, h: int, f: int, heads: int, kv: int, voca
     }  # fmt: skip
 
 
-# From the config.json of each published model, so that a plan needs no network. To add a model, add a line: the plan
-# knows it then. Training reads the config.json itself and needs no line here.
+# From the config.json of each published model, so that a plan needs no network. Training reads that file itself.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-1.5B": _published("qwen2", 28, 1536, 8960, 12, 2, 151936, tied=True),
     "Qwen/Qwen2.5-1.5B-Instruct": _published("qwen2", 28, 1536, 8960, 12, 2, 151936, tied=True),

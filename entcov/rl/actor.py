@@ -1,4 +1,4 @@
-"""What the actors of all backends have in common: the statistics of the policy, and one optimizer step.
+"""The base of the actors of all backends: the statistics of the policy, and one optimizer step.
 
 A backend's actor adds the passes through its model: `_forward`, `_micro_batches`, `_backward`, `_take_step`.
 """

@@ -20,7 +20,7 @@ _SAME_INTERRUPT = 1.0  # seconds
 class Interrupts:
     """A context manager that handles the two signals, unless the program has a handler of its own for them.
 
-    tells: whether this process says on stderr that it waits; of several, one is enough.
+    tells: whether this process prints on stderr that it waits; one of several does.
     received: the first signal that was remembered, 0 while there is none.
     at_once: whether a second Ctrl-C has asked not to wait for the step's end. A second SIGTERM changes nothing: several
         senders may pass the same one on, and there is SIGKILL.

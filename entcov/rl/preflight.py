@@ -1,4 +1,4 @@
-"""Checks a recipe before a run writes anything: what it names must exist and fit together."""
+"""Checks before a run writes anything that what the recipe names exists and fits together."""
 
 from __future__ import annotations
 

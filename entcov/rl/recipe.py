@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Errors about what `key` of the recipe names begin with the key."""
+    """Puts the recipe's `key` before the message of an error that is raised inside."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -62,7 +62,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(f"recipe {path}: must be a mapping of keys, got {check.shown(plain)}")
     if "preset" in tree:
         with _told(f"recipe {path}"):
-            name = OmegaConf.to_container(tree, resolve=False)["preset"]  # unresolved: it may name a secret
+            name = OmegaConf.to_container(tree, resolve=False)["preset"]  # unresolved: its value may be a secret
             del tree["preset"]
             tree = OmegaConf.merge(preset(name), tree)
     for item in overrides:
@@ -81,7 +81,7 @@ def resolved(tree: DictConfig, origin: str) -> dict[str, Any]:
 
 
 def interpolations(raw: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path of keys, what stands there) for each value that is interpolated, or is a list with such a value."""
+    """(path of keys, the text there) for each value that is interpolated, or is a list with such a value."""
     for key, value in raw.items():
         if isinstance(value, dict):
             yield from interpolations(value, (*above, key))

@@ -1,9 +1,9 @@
-"""The recipe in a run's folder: RUN/config.yaml stored, compared with the recipe that goes on, and read by `eval`.
+"""The recipe in a run's folder: stores RUN/config.yaml, compares it with that of a resumed run, reads it for `eval`.
 
-Two things must hold of config.yaml. It holds no secret: an interpolation such as ${oc.env:HF_TOKEN} is stored as it is
-written. Where its value decides what is computed, config.digests.json holds a salted scrypt hash of the value, so that
-a run does not go on silently with another one. And it may come from a stranger: `load_run` lets it neither import
-anything nor read the environment nor name a server, unless it is told to trust it.
+config.yaml holds no secret: an interpolation such as ${oc.env:HF_TOKEN} is stored as it is written. Where its value
+decides what is computed, config.digests.json holds a salted scrypt hash of the value, and resuming with another value
+is an error. The file may come from somebody else: unless it is trusted, `load_run` refuses one that imports modules,
+reads the environment or names a server.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
     if trusted:
         return resolve_config(tree, str(path))
     given = [item.partition("=")[0] for item in overrides]
-    # A resolver is the only way to the environment, and its call has a colon. Without one nothing but keys is read.
+    # Only a resolver reads the environment, and its call has a colon. Without a colon, ${a.b} is another key.
     wants = []
     for keys, said in interpolations(OmegaConf.to_container(tree, resolve=False)):
         if not any("${" in text and ":" in text for text in texts(said)):
             continue
-        if keys[0] == "logging" and len(keys) > 1:  # where a recipe has its tokens; an evaluation does not log
+        if keys[0] == "logging" and len(keys) > 1:  # tokens of loggers are here, and an evaluation does not log
             functools.reduce(lambda node, key: node[key], keys[:-1], tree)[keys[-1]] = None
         else:
             wants.append((".".join(keys), said, "reads more than other keys"))

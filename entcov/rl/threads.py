@@ -1,7 +1,7 @@
-"""Runs work in threads of its own, or in the calling thread where the machine gives no further thread.
+"""Runs work in threads, or in the calling thread where the machine allows no more threads.
 
-A limit on processes (ulimit -u, a container's pids limit) makes Python's "can't start new thread". Nothing that threads
-only make faster or nicer may end a run for that.
+A limit on processes (ulimit -u, a container's pids limit) makes Python's "can't start new thread", which must not end a
+run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def submit(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments) -> Futu
         if not no_thread(error):
             raise
         say(f"{error}: work is done one after the other that would be done side by side")
-        run()  # the pool may have kept it, for a thread that it has: then whoever comes first does it
+        run()  # the pool may have queued it for a thread that it has: the first of the two runs it
     return future
 
 
@@ -66,7 +66,7 @@ def _once(future: Future[T], work: Callable[[], T]) -> Callable[[], None]:
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
-            if not isinstance(error, Exception):  # an interrupt is for the thread that it has struck
+            if not isinstance(error, Exception):  # an interrupt is also raised in the thread that it struck
                 raise
 
     return run

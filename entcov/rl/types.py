@@ -1,4 +1,4 @@
-"""What flows through the trainer's loop: `Example -> Prompt -> Rollout`, plain data without behaviour."""
+"""The data of the trainer's loop, without behaviour: `Example -> Prompt -> Rollout`."""
 
 from __future__ import annotations
 

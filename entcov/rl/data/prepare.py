@@ -219,9 +219,7 @@ def _download(repo: str, pattern: str, revision: str | None) -> tuple[list[Path]
     return files, f"{repo}@{folder.name[:12]}"
 
 
-def _prepare_split(
-    spec: Source, split: str, files: list[Path], origin: str, path: Path, template: str
-) -> Prepared:
+def _prepare_split(spec: Source, split: str, files: list[Path], origin: str, path: Path, template: str) -> Prepared:
     found: dict[str, tuple[Example, int]] = {}  # by question -> first row, number of rows
     contradicted: set[str] = set()
     read = unanswered = 0

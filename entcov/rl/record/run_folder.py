@@ -53,11 +53,11 @@ def check_resume(run_dir: Path, resume: str) -> None:
         raise ValueError(f"resume: must be one of this run's checkpoints {checkpoints}/step_N, got {resume}")
 
 
-def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
-    """Stores the recipe in the folder, whose lock this process holds; returns the checkpoint to resume from.
+def prepare_folder(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
+    """Checks and stores the recipe in the folder, whose lock this process holds; returns the checkpoint to resume from.
 
     Raises:
-        ConfigError: it is another recipe's, or `resume` is "never" and something is there.
+        ConfigError: the folder has a run of another recipe, or `resume` is "never" and it has a run.
         CheckpointError, ValueError: there is no such checkpoint, or it is damaged. The folder is as it was.
     """
     checkpoints = run_dir / "checkpoints"

@@ -34,7 +34,7 @@ MATH_SOURCES = (
     "math_dapo_reasoning",
 )
 _TIME_LIMIT = 5.0  # seconds for one comparison by math-verify; a longer one scores 0
-_MAX_ANSWER = 1000  # characters of an answer that is looked at
+_MAX_ANSWER = 1000  # characters; a longer answer is wrong
 _NUMBER = re.compile(r"-?\$?\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
 _ANSWER_LINE = re.compile(r"answer\s*:([^\n]+)", re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""Running a program that a model wrote."""
+"""Runs a program that a model wrote, in a sandbox."""
 
 from __future__ import annotations
 

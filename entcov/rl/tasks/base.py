@@ -20,7 +20,7 @@ from entcov.rl.types import Example
 
 SPLITS = ("train", "held_out")
 MARK = "#"  # what follows the last mark is the answer
-ALPHABET = "\n #()*+,-./0123456789:=?abcdefghijklmnopqrstuvwxyz"  # every built-in prompt and solution keeps to it
+ALPHABET = "\n #()*+,-./0123456789:=?abcdefghijklmnopqrstuvwxyz"  # the characters of every built-in prompt and solution
 
 _MAX_DRAWS = 10_000  # rejection sampling gives up after this many; a checked setting needs about 1 / held_out_fraction
 _PROBE_DRAWS = 2_000

@@ -1,8 +1,8 @@
 """Addition with written-out steps: "47+85=" -> "7+5=12,1+8+4=13#132".
 
-One sum has many right responses: six styles of working, free operand order, free separators. A policy warm-started on
-them has real entropy, part of which is free (order, separators) and part of which decides the reward (a small model
-errs more in some styles than in others). That makes this the task on which entropy collapse is watched.
+One sum has many right responses: six styles of working, any order of operands, any separators. A policy warm-started on
+them has entropy. Part of it does not change the reward (order, separators), part does: a small model makes more errors
+in some styles than in others. So entropy collapse shows in this task.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     """Value of an arithmetic expression, exactly, and the numbers it uses in order of appearance.
 
     Grammar: digits, the binary operators + - * / with the usual precedence (left to right), brackets, spaces. None for
-    anything else, a division by zero included. Python's parser reads it, and nothing is handed to `eval`.
+    anything else, a division by zero included. Python's parser reads it, and `eval` is not called.
     """
     compact = expression.replace(" ", "")
     tokens = _TOKEN.findall(compact)

@@ -1,4 +1,4 @@
-"""Rollouts by vLLM: the sampler that the loop sees, over an engine in this process or a server's."""
+"""The sampler on vLLM: an engine in this process, or a server."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class VllmSampler:
     by the trainer's tokenizer.
 
     Args:
-        engine: where requests go.
-        sync: keeps its weights at the trainer's.
+        engine: answers requests.
+        sync: sends it the trainer's weights.
         tokenizer: decodes responses; its end-of-sequence token ends them.
         max_model_len: tokens of prompt and response together, which the engine was started for.
     """
