@@ -1,7 +1,7 @@
 """entcov's statistics and losses in a plain Megatron-LM training script, without entcov's trainer.
 
-The statistics come from the vocabulary-parallel logits as the output layer gives them, one all-gather of some bytes a
-token, never of the vocabulary:
+The statistics are computed from the vocabulary-parallel logits of the output layer, with one all-gather of some bytes a
+token; the vocabulary is never gathered:
 
     def forward_step(data_iterator, model):
         batch = next(data_iterator)                      # your tokens, and an entcov.Tokens without logprob
@@ -77,7 +77,7 @@ def per_token_loss(
 
 
 class Handle(ExitStack):
-    """Undoes a change by `remove()`, or at the end of a `with` block. Removing it again does nothing."""
+    """Undoes a change by `remove()`, or at the end of a `with` block. A second `remove()` does nothing."""
 
     remove = ExitStack.close
 

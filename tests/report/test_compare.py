@@ -184,8 +184,8 @@ def test_a_run_killed_by_a_signal_is_a_failure(tmp_path):
         (dict(seeds=[]), "seeds must hold at least one entry, got none"),
         (dict(seeds=[1, 1]), r"seeds must not repeat an entry, got \[1, 1\]"),
         (dict(jobs=0), "jobs must be >= 1, got 0"),
-        (dict(controls=["clip_cov"]), "baselines: 'none' .* must be among the controls"),
-        (dict(baselines={"clip_cov": "kl_cov"}), "baselines: 'kl_cov' .* must be among the controls"),
+        (dict(controls=["clip_cov"]), "baselines: 'none' must be among the controls"),
+        (dict(baselines={"clip_cov": "kl_cov"}), "baselines: 'kl_cov' must be among the controls"),
         (dict(controls=["../x"]), "no plain folder name cannot be compared, got '../x'"),
     ],
 )
