@@ -15,11 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mbridge.core import LLMBridge
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -216,11 +212,7 @@ class MegatronActor(PolicyActor):
     def _stats(self, micro: MicroBatch, logits: Tensor, **options: Any) -> TokenStats:
         """Statistics of this rank's loss tokens, [k] each, in the logits' order."""
         stats = logits_stats(
-            logits,
-            micro.target,
-            vocab_size=self.bridge.hf_config.vocab_size,
-            temperature=self.temperature,
-            **options,
+            logits, micro.target, vocab_size=self.bridge.hf_config.vocab_size, temperature=self.temperature, **options
         )
         at = micro.target != IGNORE_INDEX
         return TokenStats(*(None if value is None else value[at] for value in stats))

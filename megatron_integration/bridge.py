@@ -118,11 +118,7 @@ def named_weights(bridge: LLMBridge, model: MegatronModule, groups: ProcessGroup
 
 
 def save_hf(
-    bridge: LLMBridge,
-    model: MegatronModule,
-    groups: ProcessGroups,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    bridge: LLMBridge, model: MegatronModule, groups: ProcessGroups, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Writes a folder that `from_pretrained` loads: safetensors of at most 5 GiB, configuration, tokenizer.
 

@@ -33,10 +33,7 @@ from megatron_integration.bridge import unwrapped
 from megatron_integration.process_groups import PeerError
 
 # gloo gathers optimizer state in the CPU memory of one data-parallel rank; else every GPU would need room for it.
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 _COMMON = "entcov"
 
 
@@ -104,10 +101,7 @@ def load_sharded(actor: MegatronActor, folder: Path) -> None:
 
 def _tree(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
     model = unwrapped(actor.model).sharded_state_dict()
-    tree: dict[str, Any] = {
-        "model": model,
-        _COMMON: {"weight_version": actor.weight_version, "kind": _kind(actor)},
-    }
+    tree: dict[str, Any] = {"model": model, _COMMON: {"weight_version": actor.weight_version, "kind": _kind(actor)}}
     if actor.weight_version:  # before its first step an optimizer has no state
         tree["optimizer"] = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
     return tree

@@ -129,11 +129,17 @@ def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, c
     Args:
         own: further arguments that must be equal on every rank; `check_own` checks them.
         choose: (ranks, covariance, number to choose, draw) -> (chosen tokens [T] bool, how many are due over all ranks,
-            threshold), where draw(candidates [T] bool, n) -> (n of them by the hash, number of candidates).
+            threshold), where draw(candidates [T] bool, n) -> (the n with the largest hash, or all if fewer: [T]
+            bool; number of candidates).
     """
 
     def checked() -> None:
-        _check_selection(covariance, token_id, ratio, at_least, seed, step)
+        check_covariance(covariance)
+        check.vector("token_id", token_id, (torch.int64,), covariance.value)
+        check.fraction("ratio", ratio)
+        check.integer("at_least", at_least, 0)
+        check_counter("seed", seed)
+        check_counter("step", step)
         if check_own is not None:
             check_own()
 
@@ -148,21 +154,17 @@ def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, c
     ranks = AllReduces(op, group, token_id.device, call, ends, failure)
 
     def draw(candidate: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        return _draw(token_id, candidate, n, seed, step, ranks)
+        key = token_hash(token_id, seed, step)
+        threshold, _, total = radix_select(key, candidate, n[None], 64, ranks)
+        reached = (key ^ SIGN) >= (threshold ^ SIGN)  # unsigned comparison
+        return candidate & reached & (n > 0), total
 
-    chosen, due, threshold = choose(ranks, covariance, _count(covariance, ratio, at_least), draw)
+    # floor(ratio * N) in float64, as Python's int(ratio * N)
+    n = (covariance.num_tokens.double() * ratio).long().clamp(min=at_least)
+    chosen, due, threshold = choose(ranks, covariance, n, draw)
     selection = _finish(chosen, due, token_id, covariance.mask, threshold, ranks)
     ranks.finish()
     return selection
-
-
-def _check_selection(covariance, token_id, ratio, at_least, seed, step) -> None:
-    check_covariance(covariance)
-    check.vector("token_id", token_id, (torch.int64,), covariance.value)
-    check.fraction("ratio", ratio)
-    check.integer("at_least", at_least, 0)
-    check_counter("seed", seed)
-    check_counter("step", step)
 
 
 def check_counter(name: str, value: object) -> None:
@@ -204,21 +206,6 @@ def _int64(x: int) -> int:
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift of int64 by 1 to 63 bits (torch's own copies the sign)."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _count(covariance: TokenCovariance, ratio: float, at_least: int) -> Tensor:
-    """floor(ratio * N) in float64, as Python's int(ratio * N)."""
-    return (covariance.num_tokens.double() * ratio).long().clamp(min=at_least)
-
-
-def _draw(
-    token_id: Tensor, candidate: Tensor, n: Tensor, seed: int | Tensor, step: int | Tensor, ranks: AllReduces
-) -> tuple[Tensor, Tensor]:
-    """The n candidates of all ranks with the largest hash (all, if fewer): mask [T], number of candidates."""
-    key = token_hash(token_id, seed, step)
-    threshold, _, total = radix_select(key, candidate, n[None], 64, ranks)
-    reached = (key ^ SIGN) >= (threshold ^ SIGN)  # unsigned comparison
-    return candidate & reached & (n > 0), total
 
 
 def _ends(token_id: Tensor, mask: Tensor) -> Tensor:

@@ -101,10 +101,7 @@ def covariance_over(
     values = torch.where(mask, torch.stack([logprob, advantage]).double(), 0.0)
     bad = ~(values.abs() <= LARGEST)  # NaN too
     sums = torch.cat(
-        [
-            _fixed_point(torch.where(bad, 0.0, values)).sum(-1).flatten(),
-            torch.stack([mask.sum(), bad.sum()]),
-        ]
+        [_fixed_point(torch.where(bad, 0.0, values)).sum(-1).flatten(), torch.stack([mask.sum(), bad.sum()])]
     )
     sums = ranks.sum(sums)
     num_tokens, num_bad = sums[4], sums[5]

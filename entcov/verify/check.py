@@ -119,11 +119,7 @@ def _check_logit_covariance(logits: Tensor, seed: int) -> Iterable[tuple[str, Te
     for name, value in expected.items():
         yield name, getattr(got, name).detach(), value.detach(), value_bound(name, value.detach())
     old, after = (reference.log_probs(z, TEMPERATURE) for z in (logits, new))
-    terms = {
-        "covariance": entropy_terms(old),
-        "entropy_change": entropy_terms(after),
-        "kl": old.exp() + after.exp(),
-    }
+    terms = {"covariance": entropy_terms(old), "entropy_change": entropy_terms(after), "kl": old.exp() + after.exp()}
     yield from _check_gradients(got, expected, got_leaf, expected_leaf, terms, rng)
 
 

@@ -116,12 +116,7 @@ class LocalEngine:
     leads = True
 
     def __init__(
-        self,
-        model: PretrainedConfig,
-        settings: VllmConfig,
-        *,
-        max_model_len: int,
-        dtype: torch.dtype,
+        self, model: PretrainedConfig, settings: VllmConfig, *, max_model_len: int, dtype: torch.dtype
     ) -> None:
         cpu = not torch.cuda.is_available()
         _check(settings, cpu)
