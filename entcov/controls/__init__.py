@@ -102,7 +102,10 @@ def select(
     if failure is not None:  # the other ranks enter the collectives: so does this one, without tokens
         everything = _no_tokens(micro_batches)
         micro_batches, step = [everything], 0
-    call = {"step": step, "config": config, "controls": [_knobs(control) for control in controls]}
+    call = {"step": step, "config": config, "controls": []}
+    for control in controls:  # their knobs too must be equal on every rank
+        knobs = {name: v for name, v in vars(control).items() if isinstance(v, bool | int | float | str)}
+        call["controls"].append((control.name, knobs))
     ranks = AllReduces("select", group, everything.logprob.device, call, failure=failure)
     parts = everything.logprob, everything.advantage, everything.loss_mask
     covariance = covariance_over(ranks, *parts, 0.0, failure is not None)
@@ -120,12 +123,6 @@ def select(
             columns.append(mask.split(sizes))
     ranks.finish()
     return [[column[i] for column in columns] for i in range(len(micro_batches))], metrics
-
-
-def _knobs(control: Control) -> tuple[str, dict[str, Any]]:
-    """A control's name and the knobs that must be equal on every rank."""
-    values = {name: value for name, value in vars(control).items() if isinstance(value, bool | int | float | str)}
-    return control.name, values
 
 
 def _no_tokens(micro_batches: Sequence[Tokens]) -> Tokens:

@@ -53,12 +53,8 @@ class Interrupts:
         if not self.received:
             self.received, self._since = number, now
             if self.tells:
-                _tell("stopping when this step is done and stored; Ctrl-C again stops at once")
+                with contextlib.suppress(OSError):  # past Python's buffers: a handler may interrupt a print
+                    os.write(2, b"\nstopping when this step is done and stored; Ctrl-C again stops at once\n")
         elif number == signal.SIGINT and now - self._since > _SAME_INTERRUPT:
             self.at_once = True
             raise KeyboardInterrupt(number)
-
-
-def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # past Python's buffers: a handler may interrupt a print
-        os.write(2, f"\n{text}\n".encode())

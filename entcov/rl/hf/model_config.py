@@ -79,7 +79,10 @@ def model_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
             f"{key}: the model's vocabulary must hold the tokenizer's {len(tokenizer)} tokens, got "
             f"{settings.get_text_config().vocab_size}"
         )
-    return _without_dropout(settings)
+    for name, value in settings.to_dict().items():
+        if _is_dropout(name) and isinstance(value, float):
+            setattr(settings, name, 0.0)
+    return settings
 
 
 def check_context(settings: PretrainedConfig, prompt: int, response: int) -> None:
@@ -243,10 +246,3 @@ def _rope_warnings() -> Iterator[list[str]]:
 
 def _is_dropout(name: str) -> bool:
     return "dropout" in name or "pdrop" in name
-
-
-def _without_dropout(settings: PretrainedConfig) -> PretrainedConfig:
-    for name, value in settings.to_dict().items():
-        if _is_dropout(name) and isinstance(value, float):
-            setattr(settings, name, 0.0)
-    return settings

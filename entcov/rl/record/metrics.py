@@ -180,7 +180,9 @@ def _cut(path: Path, resume_step: int | None) -> tuple[int, int]:
     kept = [(line, row["step"]) for line, row in lines if isinstance(row, dict) and row["step"] <= resume_step]
     missing = sorted(set(range(1, resume_step + 1)) - {step for _, step in kept})
     if damaged and resume_step >= 0:
-        _set_aside(path.with_name(DAMAGED), [line for _, line in damaged])
+        aside = path.with_name(DAMAGED)  # after a kill it may hold some lines twice
+        before = aside.read_bytes() if aside.exists() else b""
+        atomic_write(aside, before + b"".join(line for _, line in damaged))
         _warn(f"{path}: damaged lines ({_ranges([number for number, _ in damaged])}) were moved to {DAMAGED}")
     if missing:
         _warn(
@@ -191,12 +193,6 @@ def _cut(path: Path, resume_step: int | None) -> tuple[int, int]:
     if path.exists() and len(content) != path.stat().st_size:
         atomic_write(path, content)
     return (kept[-1][1] if kept else -1), len(missing)
-
-
-def _set_aside(path: Path, lines: list[bytes]) -> None:
-    """Adds lines to the file of damaged ones; after a kill it may hold some of them twice."""
-    before = path.read_bytes() if path.exists() else b""
-    atomic_write(path, before + b"".join(lines))
 
 
 def _ranges(numbers: list[int]) -> str:

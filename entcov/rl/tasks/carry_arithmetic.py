@@ -123,11 +123,8 @@ class CarryArithmetic(GeneratedTask[Terms]):
         super().__post_init__()
 
     def draw(self, rng: random.Random) -> Terms:
-        return tuple(self._number(rng) for _ in range(self.terms))
-
-    def _number(self, rng: random.Random) -> int:
-        digits = rng.randint(self.min_digits, self.max_digits)
-        return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
+        digits = (rng.randint(self.min_digits, self.max_digits) for _ in range(self.terms))
+        return tuple(rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in digits)
 
     def key(self, question: Terms) -> str:
         return "+".join(map(str, sorted(question)))

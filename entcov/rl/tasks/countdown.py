@@ -156,7 +156,7 @@ class Countdown(GeneratedTask[Question]):
     def score(example: Example, response: str) -> float:
         numbers_text, separator, target_text = example.ground_truth.partition(" make ")
         numbers = numbers_text.split()
-        if not separator or not all(map(_is_integer, [*numbers, target_text])):
+        if not separator or not all(re.fullmatch(r"[0-9]{1,9}", text) for text in [*numbers, target_text]):
             raise ValueError(f"countdown ground_truth must read 'N N N make TARGET', got {example.ground_truth!r}")
         expression = answer_after_mark(response)
         result = evaluate(expression) if expression is not None else None
@@ -164,7 +164,3 @@ class Countdown(GeneratedTask[Question]):
             return 0.0
         value, used = result
         return 1.0 if sorted(used) == sorted(map(int, numbers)) and value == int(target_text) else 0.0
-
-
-def _is_integer(text: str) -> bool:
-    return re.fullmatch(r"[0-9]{1,9}", text) is not None
