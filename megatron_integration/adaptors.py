@@ -64,7 +64,7 @@ def per_token_loss(
 
     With `calculate_per_token_loss=True` Megatron adds gradients up over micro-batches, data and context parallel ranks
     and divides them once by the sum of all second entries. That sum is `totals.num_tokens`, so the loss is multiplied
-    by it here, and what remains is the gradient of `loss`, whatever its aggregation.
+    by it here, and the result is the gradient of `loss`, for every aggregation.
 
     Args:
         loss: 0-d, from `policy_loss(tokens, totals=totals, ...)`.

@@ -187,7 +187,7 @@ def _overrides(base: type, hf_config: PretrainedConfig, local: bool) -> dict[str
     }
     if hf_config.tie_word_embeddings:
         members["_DIRECT_MAPPING"]["output_layer.weight"] = "model.embed_tokens.weight"
-    if local:  # without Transformer Engine a norm is a module of its own, not the first half of a linear layer
+    if local:  # without Transformer Engine a norm is a separate module, not a part of the next linear layer
 
         def split(mapping: dict[str, list[str]]) -> dict[str, list[str]]:
             return {name: hf for name, hf in mapping.items() if "layer_norm_weight" not in name}

@@ -108,7 +108,7 @@ class SharedRollouts:
 
 
 class CopySampler(InProcessSampler):
-    """The in-process sampler on a model of its own, which takes the trainer's weights by name at each `sync`."""
+    """The in-process sampler on a copy of the model, which gets the trainer's weights by name at each `sync`."""
 
     def __init__(self, model: nn.Module, tokenizer, *, batch_size: int):
         super().__init__(model.requires_grad_(False), tokenizer, batch_size=batch_size)

@@ -80,7 +80,7 @@ def select(
         whole mini-batch, are equal on all ranks and must not be added up: actor/cov_mean, actor/cov_max,
         actor/cov_p999 (with no control too), actor/cov_threshold.
     Collectives: 4 all-reduces for the metrics and 6 (Clip-Cov) or 8 (KL-Cov) more for each control with a selection
-        and global scope, 2 MiB and 2.5 or 3.5 MiB more, whatever the batch; every rank must call with the same
+        and global scope, 2 MiB and 2.5 or 3.5 MiB more, for every batch; every rank must call with the same
         controls.
     Raises: ValueError where a field is missing, a value is bad or the whole mini-batch has no token under the mask.
         RuntimeError where another rank failed, or was called with another step, config or controls. On an accelerator

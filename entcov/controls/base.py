@@ -4,7 +4,7 @@ A training step with controls, in the trainer's order:
     1. `entcov.controls.select(...)`, once per optimizer mini-batch, before its backward passes
     2. `policy_loss(..., controls=, selections=)`, once per micro-batch; it calls `apply`
     3. `after_step(totals)`, once per training step (one rollout and all its optimizer updates), with means over all
-       tokens of the step, micro-batches and ranks, so that every rank reaches the same state whatever the split
+       tokens of the step, micro-batches and ranks, so that every rank reaches the same state for every split
 """
 
 from __future__ import annotations

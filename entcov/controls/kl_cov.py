@@ -45,7 +45,7 @@ class KLCov(Control):
     ppo_kl_coef: float = 1.0
     semantics: str = "reference"
     scope: str = "global"
-    seed: int = 0  # settles ties
+    seed: int = 0  # of the hash that decides ties
 
     def __post_init__(self) -> None:
         # 0.2 is legal here and is the percent that the authors' scripts pass: the message says so only above 0.5.

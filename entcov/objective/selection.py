@@ -104,7 +104,7 @@ def select_kl_cov(
     at_least: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
-    """The floor(ratio * N) tokens with the largest covariance; a tie at the threshold is settled by the hash.
+    """The floor(ratio * N) tokens with the largest covariance; the hash decides ties at the threshold.
 
     Args: as `select_clip_cov`.
     Collectives: 7 all-reduces of at most 512 KiB and some words; every rank must call.
@@ -128,7 +128,7 @@ def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, c
 
     Args:
         own: further arguments that must be equal on every rank; `check_own` checks them.
-        choose: (ranks, covariance, number to choose, draw) -> (chosen tokens [T] bool, how many are due over all ranks,
+        choose: (ranks, covariance, number to choose, draw) -> (chosen tokens [T] bool, their number over all ranks,
             threshold), where draw(candidates [T] bool, n) -> (the n with the largest hash, or all if fewer: [T]
             bool; number of candidates).
     """
@@ -161,8 +161,8 @@ def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, c
 
     # floor(ratio * N) in float64, as Python's int(ratio * N)
     n = (covariance.num_tokens.double() * ratio).long().clamp(min=at_least)
-    chosen, due, threshold = choose(ranks, covariance, n, draw)
-    selection = _finish(chosen, due, token_id, covariance.mask, threshold, ranks)
+    chosen, expected, threshold = choose(ranks, covariance, n, draw)
+    selection = _finish(chosen, expected, token_id, covariance.mask, threshold, ranks)
     ranks.finish()
     return selection
 
@@ -237,17 +237,17 @@ def _num_bits(x: Tensor) -> Tensor:
 
 
 def _finish(
-    chosen: Tensor, due: Tensor, token_id: Tensor, mask: Tensor, threshold: Tensor | None, ranks: AllReduces
+    chosen: Tensor, expected: Tensor, token_id: Tensor, mask: Tensor, threshold: Tensor | None, ranks: AllReduces
 ) -> Selection:
     sums = ranks.sum(torch.cat([chosen.sum()[None], _bits_of_ids(token_id, mask, ranks.own)]))
     count = sums[0]
     repeated = sums[1] - _num_bits(sums[2:]).sum()  # at least so many
     if check.readable(sums):
-        if repeated > 0 or count != due:
+        if repeated > 0 or count != expected:
             raise ValueError(
                 "token_id must be different for every unmasked token of the mini-batch, on all ranks: at least "
                 f"{max(int(repeated), 1)} tokens have the id of another one; {int(count)} tokens were chosen where "
-                f"{int(due)} were due"
+                f"{int(expected)} were due"
             )
         return Selection(chosen, count, threshold)
     invalid = repeated > 0 if ranks.refused is None else (repeated > 0) | ranks.refused

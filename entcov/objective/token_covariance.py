@@ -2,8 +2,8 @@
 
 Not the covariance over the vocabulary that entcov/stats/logit_covariance.py computes for each token.
 
-Cov_i = (logprob_i - mean logprob) (advantage_i - mean advantage), means over all unmasked tokens of the mini-batch,
-wherever they are: the tokens given to one call and those that the other ranks of `group` give to theirs.
+Cov_i = (logprob_i - mean logprob) (advantage_i - mean advantage), means over all unmasked tokens of the mini-batch:
+those given to this call and those that the other ranks of `group` give to theirs.
 
 It is bit-identical for every split of the batch, every order of the tokens and every number of ranks:
   - Sums are integers. Each value is written in fixed point as coarse * 2^-10 + fine * 2^-41, and the two integers are

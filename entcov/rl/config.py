@@ -133,7 +133,7 @@ class RolloutConfig:
     batch_size: Count = 256  # sequences that sampler in_process generates at once
     # Steps that rollouts may lag behind. 1: the next step's are sampled while the policy is being updated (vllm only).
     max_staleness: Annotated[Whole, Field(le=1)] = 0
-    # Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing; draw until the step is full of others.
+    # Dynamic sampling (DAPO): groups of equal rewards have no gradient; draw until the step has enough others.
     filter_zero_variance: bool = False
     max_draws: Count = 3
 

@@ -36,7 +36,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:  # a signal that is ignored, or has another handler, is left alone
+            for number in _SIGNALS:  # a signal that is ignored, or has another handler, stays as it is
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._on_signal)
         return self

@@ -59,8 +59,8 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
             override says may do so in any case.
 
     Raises:
-        ConfigError: `run` holds no run; an override is of a key that an evaluation does not depend on (what the policy
-            is, and how it was trained, is settled); or the recipe is not trusted and wants such a thing.
+        ConfigError: `run` holds no run; an override is of a key that an evaluation does not depend on (those of
+            the policy and its training cannot change); or the recipe needs trust and has none.
     """
     path = Path(run) / _CONFIG
     if not path.is_file():
@@ -181,7 +181,7 @@ class _Digests:
         return stored is not None and secrets.compare_digest(stored, self.digest(value))
 
     def digest(self, value: Any) -> str:
-        """Slow on purpose: a value that can be guessed should not be guessed fast."""
+        """Slow, so that it takes long to find a value by guessing."""
         text = json.dumps(value, sort_keys=True).encode()
         return hashlib.scrypt(text, salt=self.salt.encode(), n=1 << 14, r=8, p=1, dklen=32).hex()
 

@@ -31,7 +31,7 @@ def submit(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments) -> Futu
 
 
 def in_background(work: Callable[[], T], name: str) -> Future[T]:
-    """`work()` in a thread of its own, which does not keep the process alive."""
+    """Runs `work()` in a new daemon thread."""
     future: Future[T] = Future()
     run = _once(future, work)
     try:

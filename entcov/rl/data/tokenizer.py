@@ -21,7 +21,7 @@ def char_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     """A fast tokenizer with one id per character of `alphabet`, in its order, after <pad>, <eos> and <unk>.
 
     `decode(encode(text)) == text` for every text over the alphabet, white space included. It adds no special token by
-    itself and splits the special tokens' own spellings into characters, so no text can forge them. A character outside
+    itself and splits the special tokens' own spellings into characters, so no text contains them. A character outside
     the alphabet becomes <unk>, which `encode` refuses. Saves and loads like every Hugging Face tokenizer, offline.
 
     Raises:

@@ -56,7 +56,7 @@ def model_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     """The configuration that the policy is built from. No dropout: what is trained must be what was sampled and scored.
 
     Raises:
-        ConfigError: transformers knows no such model, or a key of `model.config` is unknown to it, is settled elsewhere
+        ConfigError: transformers knows no such model, or a key of `model.config` is unknown to it, is set elsewhere
             (the tokenizer's special tokens, precision, attention, dropout), or has a value that no model can be built
             and run with.
     """
@@ -65,7 +65,7 @@ def model_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     else:
         try:
             settings = AutoConfig.from_pretrained(config.path)
-        except Exception as error:  # whatever a damaged or foreign config.json makes of the library
+        except Exception as error:  # of any type, for a damaged or foreign config.json
             raise ConfigError(
                 f"model.path: transformers cannot read the configuration of {config.path!r} ({_said(error)})"
             ) from error

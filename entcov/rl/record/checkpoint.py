@@ -69,7 +69,7 @@ def save_checkpoint(
     """Store a checkpoint, make it the latest, and remove the oldest ones.
 
     Args:
-        directory: where the checkpoints of the run live; created if absent.
+        directory: of the checkpoints of the run; created if absent.
         step: >= 0. A stored checkpoint of the same step is replaced.
         writers: entry name -> function that writes a file, or a directory of files, at the path it is given.
         state: what else is needed to continue: tensors, numbers, strings, bytes and containers of them.
@@ -199,7 +199,7 @@ def _load(directory: Path, step: int) -> Checkpoint:
 
 
 def _clear_leftovers(directory: Path) -> None:
-    """Remove or undo unfinished work of killed processes. Only under the lock: then nobody is at work here."""
+    """Remove or undo unfinished work of killed processes. Only under the lock: then no other process writes here."""
     for path in list(directory.iterdir()):
         if match := _OLD.fullmatch(path.name):
             if (directory / match[1]).exists():

@@ -52,14 +52,14 @@ def make_folder(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process prepares the content of `path`: in the same folder, under a name of its own."""
+    """Where this process prepares the content of `path`: in the same folder, under a name with its number."""
     return path.with_name(f".tmp_{path.name}.{os.getpid()}")
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what killed processes have left in `folder` under temporary names, but for the folders in it.
 
-    Only where nobody else can be writing there, so under the lock of the run or of the folder.
+    Call it under the lock of the run or of the folder, so that no other process is writing there.
     """
     if not folder.is_dir():
         return

@@ -33,7 +33,7 @@ class RunLogger:
     """Appends the metrics of every step to the run directory's records. Use as a context manager, or call `close`.
 
     Args:
-        run_dir: created if absent. `metrics.jsonl` and `tensorboard/` live in it. No other process may log there: a run
+        run_dir: created if absent. `metrics.jsonl` and `tensorboard/` are in it. No other process may log there: a run
             holds the folder (`run_folder.held`).
         tensorboard: also write TensorBoard events to `run_dir/tensorboard`.
         wandb: arguments for `wandb.init`; None writes nothing there. The run's id is kept in `run_dir/wandb_id`, so

@@ -127,7 +127,7 @@ def _explain(error: BaseException, folder: Path, current: Path, what: str) -> No
     if not isinstance(error, Exception):
         return
     name = Path(getattr(error, "filename", None) or current).name
-    # torch and safetensors turn ENOSPC into errors of their own, so the file system is asked as well.
+    # torch and safetensors turn ENOSPC into errors of their own, so the file system is tested as well.
     if is_disk_full(error) or _no_space_left(folder):
         raise CheckpointError(
             f"disk full: cannot write {name} of {what} in {folder.parent}; what was written of it is removed, earlier "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 class Budget:
     """Seconds that answers may take, all sandboxes together. Safe to share between threads.
 
-    What is scored inside `with budget.charged() as charge:` is paid from it. When nothing is left, further answers are
+    Scoring inside `with budget.charged() as charge:` is charged to it. When nothing is left, further answers are
     not scored: they get 0 and count as timed out.
     """
 

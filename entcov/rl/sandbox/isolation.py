@@ -212,7 +212,7 @@ def die_with(parent: int) -> None:
 
 
 def limit(name: str, value: int) -> None:
-    """Lowers a resource limit for good; what is lower already stays."""
+    """Lowers a resource limit, which cannot be undone; a lower one stays."""
     kind = getattr(resource, name)
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -74,12 +74,12 @@ class SandboxPool:
         return 0.0 if reply is None else float(reply["score"])
 
     def ask(self, **request: Any) -> dict[str, Any] | None:
-        """The reply to one request; None where there is none. A `Budget` of the caller's context pays for it.
+        """The reply to one request; None where there is none. The caller's `Budget` is charged for it.
 
         Raises:
             ImportError: the library is not installed.
             RuntimeError: the process does not start.
-            ValueError: the request itself is wrong, whatever the response in it.
+            ValueError: the request is wrong, independently of the response in it.
         """
         charge = Charge.current()
         if not charge.covered:
@@ -174,7 +174,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env=environment,
             cwd="/",
-            start_new_session=True,  # a process group of its own, to be ended as a whole
+            start_new_session=True,  # a new process group, which is ended as a whole
         )
         os.set_blocking(self.process.stdin.fileno(), False)
         try:
@@ -214,7 +214,7 @@ class _Worker:
         return reply
 
     def is_quiet(self) -> bool:
-        """Whether the process lives and has sent nothing since its last reply."""
+        """Whether the process runs and has sent nothing since its last reply."""
         poll = select.poll()
         poll.register(self.process.stdout, select.POLLIN)
         return not poll.poll(0) and self.process.poll() is None

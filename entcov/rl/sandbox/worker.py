@@ -10,7 +10,7 @@ which its reply repeats, and a "limit" in seconds; a reply says "timed_out" wher
     reasoning_gym   {"names": true}                                       -> {"names": [...], "version": ...}
     program         {"source": ..., "stdin": ..., "most_output": ...}     -> {"status", "stdout", "ended_by", "seconds"}
 
-A request that is wrong whatever the response is answered by {"error": ...}.
+A request that is wrong for every response is answered by {"error": ...}.
 
 math-verify evaluates no code (`guard` restricts it), so its process confines itself once and scores one answer after
 another; the trainer ends it when one takes too long. In the other kinds the process itself never handles an answer: it

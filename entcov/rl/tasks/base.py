@@ -145,7 +145,7 @@ def check_fraction(task: object, name: str) -> None:
 def join_steps(rng: random.Random, steps: Sequence[str], answer: str) -> str:
     """Steps parted by freely drawn separators, then the mark and the answer.
 
-    Each separator is a choice of its own that changes no answer: entropy that a policy may keep or lose at no cost.
+    Each separator is drawn separately and changes no answer: this entropy has no effect on the reward.
     """
     text = "".join(step + rng.choice(" ,\n") for step in steps[:-1]) + (steps[-1] if steps else "")
     return text + MARK + answer

@@ -13,7 +13,7 @@ class Question(NamedTuple):
     a: int  # coefficient of x, >= 2
     b: int  # constant beside it, not 0
     x: int
-    form: str  # how the equation is written down; the same equation whatever the form
+    form: str  # how the equation is written; questions that differ in it alone are the same
 
     @property
     def total(self) -> int:

@@ -24,7 +24,7 @@ class GeneratingEngine(Engine, Protocol):
 class VllmSampler:
     """Samples responses from vLLM, with each token's log-probability under the policy softmax(logits / temperature).
 
-    Every response has a request and a seed of its own, made of (seed, prompt, sample): it does not depend on the other
+    Every response has its own request, with a seed made of (seed, prompt, sample): it does not depend on the other
     requests but for rounding, which in vLLM changes with the batch. Token ids go in and come out; the text is decoded
     by the trainer's tokenizer.
 

@@ -119,7 +119,7 @@ class ExpectedWeights:
             )
 
     def without_tied(self, weights: Stream) -> Stream:
-        """The weights but for those that vLLM takes from another one, whatever their own values.
+        """The weights without those that vLLM takes from another one.
 
         Raises:
             ValueError: such a weight differs from the other one, or comes before it.
