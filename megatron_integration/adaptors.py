@@ -1,18 +1,7 @@
 """entcov's statistics and losses in a plain Megatron-LM training script, without entcov's trainer.
 
 The statistics are computed from the vocabulary-parallel logits of the output layer, with one all-gather of some bytes a
-token; the vocabulary is never gathered:
-
-    def forward_step(data_iterator, model):
-        batch = next(data_iterator)                      # your tokens, and an entcov.Tokens without logprob
-        logits = model(batch.ids, batch.position_ids, None, labels=None)
-        return logits, partial(loss_func, batch)
-
-    def loss_func(batch, logits):                        # config.calculate_per_token_loss=True
-        stats = logits_stats(logits, batch.labels, vocab_size=151_936)
-        tokens = dataclasses.replace(batch.tokens, logprob=stats.logprob[at], entropy=stats.entropy[at])
-        loss, metrics = policy_loss(tokens, config, totals=totals, controls=controls, selections=selections)
-        return per_token_loss(loss, tokens, totals, metrics)
+token; the vocabulary is never gathered. README.md has an example.
 """
 
 from __future__ import annotations

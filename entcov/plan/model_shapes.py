@@ -1,10 +1,7 @@
-"""Shapes of decoder-only models and what one rank of a Megatron layout holds of them. Arithmetic alone, no torch.
+"""Shapes of decoder-only models and what one rank of a Megatron layout holds of them, by arithmetic alone.
 
-Parameters of one layer, with h hidden, f intermediate, a heads, k key-value heads of d, T tensor-parallel ranks:
-    divided by T    (a + 2k) d h  queries, keys, values (+ (a + 2k) d bias)     a d h  projection     3 f h  gated MLP
-    on every rank   2 h  norms    (+ 2 d  norms of queries and keys)
-The vocabulary is padded to a multiple of 128 and of T. The first pipeline stage has the embedding, the last one the
-output matrix (the embedding again where they are tied) and the last norm.
+docs/large_models.md has the formulas. The first pipeline stage has the embedding, the last one the output matrix (the
+embedding again where they are tied) and the last norm.
 """
 
 from __future__ import annotations

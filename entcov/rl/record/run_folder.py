@@ -60,15 +60,12 @@ def prepare_folder(run_dir: Path, config: Config, resume: str) -> Checkpoint | N
         ConfigError: the folder has a run of another recipe, or `resume` is "never" and it has a run.
         CheckpointError, ValueError: there is no such checkpoint, or it is damaged. The folder is as it was.
     """
-    checkpoints = run_dir / "checkpoints"
     if has_begun(run_dir):
         if resume == "never":
             raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
         check_same_recipe(run_dir, config)
-    if resume in ("auto", "never"):
-        checkpoint = load_latest(checkpoints)
-    else:
-        checkpoint = load_checkpoint(resume)
+    latest = resume in ("auto", "never")
+    checkpoint = load_latest(run_dir / "checkpoints") if latest else load_checkpoint(resume)
     store_recipe(run_dir, config)
     return checkpoint
 

@@ -1,15 +1,7 @@
 """Scoring a response: `score(example, response) -> 0.0 or 1.0`, by the example's style and data source.
 
-    style   data_source                      rule
-    rule    entcov/TASK                      the task's own `score`
-    rule    reasoning_gym/DATASET            full score of reasoning-gym for the last <answer>...</answer>
-    rule    openai/gsm8k                     as style gsm8k
-    rule    MATH_SOURCES, aime*, amc*        as style math
-    exact   any                              the text after the last "#" equals the ground truth
-    gsm8k   any                              the number after the last "####", else in the last \\boxed{}, is equal
-    math    any                              the last \\boxed{}, else the last "Answer:" line, is equal by math-verify
-
-No response makes `score` raise; an example that cannot be scored at all (unknown source, unusable ground truth) does.
+docs/tasks.md has the table of styles and data sources. No response makes `score` raise; an example that cannot be
+scored (unknown source, unusable ground truth) does.
 """
 
 from __future__ import annotations
