@@ -1,7 +1,5 @@
 """Checks of arguments, and the pieces of their messages: each names the argument, the rule and the value."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Iterable

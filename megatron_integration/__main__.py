@@ -3,8 +3,6 @@
 `... eval RUN key=value ...` evaluates a run's policy on as many processes, for models that one device cannot hold.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -4,8 +4,6 @@ Every rank of the job makes every call with the same arguments; each computes it
 and the updates are those of the transformers backend, to rounding.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence

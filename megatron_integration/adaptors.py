@@ -4,8 +4,6 @@ The statistics are computed from the vocabulary-parallel logits of the output la
 token; the vocabulary is never gathered. README.md has an example.
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from functools import partial
 from typing import Any

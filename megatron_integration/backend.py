@@ -1,7 +1,5 @@
 """The Megatron backend: Megatron-Core in the processes that torchrun started."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

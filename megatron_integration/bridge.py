@@ -5,8 +5,6 @@ Qwen2, Qwen2.5, Qwen3 and Llama, dense. Changes to mbridge: RoPE is read from tr
 Engine (cpu.py), and the padded vocabulary has one size for every tensor-parallel degree up to 128.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

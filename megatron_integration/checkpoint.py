@@ -9,8 +9,6 @@ all parameters one step tensor, which each of them then counts up. `_torch_adam_
 step counts are checked after any load: a wrong one means a wrong bias correction, which no error would show.
 """
 
-from __future__ import annotations
-
 import errno
 import queue
 import re

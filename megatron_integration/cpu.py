@@ -8,8 +8,6 @@ Engine, and keeps random states on the GPU. This file has
 so that any layout runs on a laptop, with gloo, in float32: slowly, and exactly enough to compare with one process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -3,8 +3,6 @@
 Every rank holds the whole mini-batch and computes the same division, so nothing is communicated.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any

@@ -1,7 +1,5 @@
 """Process groups for tensor, pipeline, context and data parallelism, and the device of this process."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """Rollouts over several processes: each sampler generates and scores a share, and every rank gets all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Entropy controls: one method a file, one registry, and the selection step that the trainer calls."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any

@@ -1,7 +1,5 @@
 """Entropy bonus whose coefficient steps up while entropy is below a target and down while it is above."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

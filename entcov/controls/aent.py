@@ -1,7 +1,5 @@
 """AEnt: bonus on the clamped entropy, with a coefficient that keeps it inside a band."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

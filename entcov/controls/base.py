@@ -7,8 +7,6 @@ A training step with controls, in the trainer's order:
        tokens of the step, micro-batches and ranks, so that every rank reaches the same state for every split
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

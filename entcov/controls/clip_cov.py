@@ -1,7 +1,5 @@
 """Clip-Cov: some random tokens of those with high covariance take no part in the policy gradient."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

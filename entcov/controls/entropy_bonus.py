@@ -1,7 +1,5 @@
 """Entropy bonus with a fixed coefficient."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

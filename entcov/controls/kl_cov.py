@@ -1,7 +1,5 @@
 """KL-Cov: a KL penalty, towards the old policy, on the tokens with the highest covariance."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -5,8 +5,6 @@ it. To add a setting, add an entry to PUBLISHED, and its line to the table in do
 two.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -12,8 +12,6 @@ collectives. Raises TypeError or ValueError for dtypes, shapes, an empty batch, 
 Source: verl's trainer/ppo/core_algos.py for constants and conventions, the papers below for the methods.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

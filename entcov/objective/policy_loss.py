@@ -4,8 +4,6 @@ A loss here is a SUM over the tokens of one call, each weighted by a denominator
 of micro-batches and of data-parallel ranks add up to the loss of the mini-batch, and no split changes a gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

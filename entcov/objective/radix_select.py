@@ -4,8 +4,6 @@ Each round finds 16 bits of the answer from a histogram over those bits, summed 
 the answer is bit-identical for every split. The number of collectives depends on the key's width, not on the data.
 """
 
-from __future__ import annotations
-
 import sys
 
 import torch

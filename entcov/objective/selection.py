@@ -14,8 +14,6 @@ Calls can be captured in a CUDA graph if `step` is a tensor. docs/methods.md has
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -22,8 +22,6 @@ graph. The bits are the same on every device. docs/methods.md has the cost.
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617, eq. 10.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -3,8 +3,6 @@
 docs/large_models.md has every formula and its source. Sizes are in bytes unless a name says otherwise.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

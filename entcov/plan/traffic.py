@@ -1,7 +1,5 @@
 """What a step sends, and an estimate of its time with the assumptions. memory.py has the settings."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

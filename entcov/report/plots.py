@@ -1,7 +1,5 @@
 """PNG plots of one run or of several, with intervals across seeds."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

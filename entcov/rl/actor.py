@@ -3,8 +3,6 @@
 A backend's actor adds the passes through its model: `_forward`, `_micro_batches`, `_backward`, `_take_step`.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ weights that step k began with; at the end of step k they are complete, and only
 weights. They are part of the checkpoint, since the weights that sampled them are gone.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections import defaultdict, deque

@@ -1,7 +1,5 @@
 """Checks before a run writes anything that what the recipe names exists and fits together."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A recipe's text: YAML, presets and `key=value` overrides, as a plain mapping. entcov/rl/config.py has the keys."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Sequence

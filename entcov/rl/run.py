@@ -1,7 +1,5 @@
 """Trains a recipe, resumes it where it stopped, and evaluates the policy of a run."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable

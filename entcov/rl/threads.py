@@ -4,8 +4,6 @@ A limit on processes (ulimit -u, a container's pids limit) makes Python's "can't
 run.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The data of the trainer's loop, without behaviour: `Example -> Prompt -> Rollout`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -3,8 +3,6 @@
 Ray chooses the nodes and reserves their GPUs; torchrun starts the processes, as without Ray. `ray_job.sh` submits this.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -4,8 +4,6 @@
 stand after "####".
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

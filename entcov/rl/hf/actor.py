@@ -1,7 +1,5 @@
 """The actor of the transformers backend: one process, any transformers causal language model."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any

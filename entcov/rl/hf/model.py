@@ -1,7 +1,5 @@
 """The policy: any transformers causal language model, from a path or from a configuration with random weights."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

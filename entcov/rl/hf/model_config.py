@@ -4,8 +4,6 @@ transformers accepts an unknown key and uses the default of the one that was mea
 its first use. Here both become one line that names the key.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import warnings

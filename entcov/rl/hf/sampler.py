@@ -1,7 +1,5 @@
 """The sampler in this process: batched generation from the model that is being trained."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

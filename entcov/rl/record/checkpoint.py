@@ -12,8 +12,6 @@ the name into `latest`. A `step_N` that already exists is first renamed to `.old
 between the two renames, the next reader renames it back. So `latest` always names a complete checkpoint.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import pickle

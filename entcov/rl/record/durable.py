@@ -4,8 +4,6 @@ Unfinished files have a temporary name, `.tmp_NAME.PID`. The next process that h
 of a killed one.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """The display of a run: a live panel on a terminal, a plain line every ten seconds or more elsewhere."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

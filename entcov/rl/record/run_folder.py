@@ -1,7 +1,5 @@
 """A run's folder. One process at a time runs in it, and all runs in it have the same recipe."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Checkpoints, the reference policy and warm starts are sealed. A sealed folder is
 its name, and a flipped bit in it is found when it is read.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

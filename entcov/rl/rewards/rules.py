@@ -4,8 +4,6 @@ docs/tasks.md has the table of styles and data sources. No response makes `score
 scored (unknown source, unusable ground truth) does.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable

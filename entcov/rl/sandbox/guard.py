@@ -13,8 +13,6 @@ instead of an antiderivative, expand(...) instead of the product.
 The process that scores imports this file without the rest of entcov, so it imports the standard library alone.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 import functools

@@ -16,8 +16,6 @@ them, so they are not used. seccomp alone rules out the network and second proce
 The process that scores imports this file without the rest of entcov, so it imports the standard library alone.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -1,7 +1,5 @@
 """Runs a program that a model wrote, in a sandbox."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

@@ -19,8 +19,6 @@ neither the trainer's pipe nor the next answer. The child is confined although `
 misses something.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import gc

@@ -4,8 +4,6 @@ A task turns `(split, index)` into an `Example` and a response into a reward; bo
 position is one integer. The registry maps the names that recipes use to task classes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib

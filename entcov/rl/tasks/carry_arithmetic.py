@@ -5,8 +5,6 @@ them has entropy. Part of it does not change the reward (order, separators), par
 in some styles than in others. So entropy collapse shows in this task.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A question has many right answers, which makes the policy's diversity visible: solutions are drawn from all of them.
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 import random

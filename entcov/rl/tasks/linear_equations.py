@@ -1,7 +1,5 @@
 """Linear equations: "3x+5=20, x=" -> "3x=15,x=15/3#5"."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple

@@ -1,7 +1,5 @@
 """Modular arithmetic: "(13*7+5) mod 11=" -> "13*7=91 91+5=96 96 mod 11=8#8"."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple

@@ -1,7 +1,5 @@
 """Any dataset of the reasoning-gym package as a task: over a hundred procedural generators with their own scorers."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Short word problems: "tom has 7 pens. ann has 2 more than tom. how many pens have they together?" -> "...#16"."""
 
-from __future__ import annotations
-
 import operator
 import random
 from collections.abc import Callable

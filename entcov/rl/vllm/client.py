@@ -6,8 +6,6 @@ The weights themselves go by NCCL or CUDA IPC between GPUs, by a file on CPU. Ev
 token (entcov/rl/vllm/token.py); a route that is called here must be among the guard's (entcov/rl/vllm/guard.py).
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import json

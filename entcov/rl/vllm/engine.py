@@ -4,8 +4,6 @@ vLLM changes its process: random generators, torch.set_num_threads, environment 
 docs/vllm.md lists the changes and what entcov does about each. A trainer's own default group must be made before.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib.util

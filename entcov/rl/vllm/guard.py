@@ -9,8 +9,6 @@ is not in `ROUTES`, so that routes which a later vLLM adds are closed too.
 `entcov.rl.vllm.server` sets, because every user of the machine can read a command line.
 """
 
-from __future__ import annotations
-
 import hmac
 import json
 import os

@@ -1,7 +1,5 @@
 """The sampler on vLLM: an engine in this process, or a server."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 

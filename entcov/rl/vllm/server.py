@@ -6,8 +6,6 @@ It is vLLM's own server, with arguments from the recipe, behind a token (entcov/
 list of routes (entcov/rl/vllm/guard.py); it replaces this process. It listens on 127.0.0.1 unless --host is given.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -9,8 +9,6 @@ on. So the token in a file is sent to no machine but the one that made it, and a
 none. Where trainer and server share no home directory, both get the same token in ENTCOV_VLLM_TOKEN.
 """
 
-from __future__ import annotations
-
 import errno
 import ipaddress
 import os

@@ -4,8 +4,6 @@ Importing it registers the receiver as weight-transfer backend "entcov". A serve
 `--worker-extension-cls entcov.rl.vllm.transfer.WorkerExtension`, which makes its workers import this module.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
