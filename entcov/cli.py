@@ -1,6 +1,7 @@
 """`python -m entcov train | eval | compare | plot | data | plan | check`.
 
-Parsing and printing, and how failures are told. The work is done elsewhere, and imported when a command needs it.
+Parses arguments, prints results, and turns a failure into a message and an exit code. Imports are made by the command
+that needs them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from entcov import _checks as check
+from entcov import arguments as check
 
 if TYPE_CHECKING:
     from entcov.rl.config import Config
@@ -32,7 +33,7 @@ _EPILOG = (
     "%(prog)s COMMAND --help has more."
 )
 _OVERRIDES = "keys of the recipe to change, such as actor.lr=1e-4 or preset=clip_cov (docs/methods.md)"
-# What a comparison decides itself, and which option says it.
+# Keys that compare sets itself, and the option that decides each.
 _SET_BY_COMPARE = {
     "control": "--controls", "seed": "--seeds", "threads": "--jobs", "run_dir": "--out",
     "warm_start.cache_dir": "--out",
@@ -50,7 +51,7 @@ def run_command(
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 143 SIGTERM.
 
     Args:
-        tell: called with a failure and what a user is told of it.
+        tell: prints a failure; called with the exception and the message about it.
     """
     args = parse(parser, argv)
     try:
@@ -68,7 +69,7 @@ def run_command(
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The parsed command line. argparse alone takes overrides on one side of the options, here they stand anywhere."""
+    """The parsed command line. Overrides may stand before, between and after the options, which argparse refuses."""
     args, rest = parser.parse_known_args(argv)
     if any(item.startswith("-") for item in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {check.one_line(' '.join(rest))}")
@@ -78,7 +79,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """What a user is told of a failure, and the process's exit code."""
+    """The message about a failure, and the process's exit code."""
     from entcov.rl.record.checkpoint import CheckpointError
 
     if isinstance(error, ModuleNotFoundError) and error.name in _extra("train"):
@@ -93,7 +94,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 
 def _extra(name: str) -> set[str]:
-    """Modules that the packages of an extra bring."""
+    """Names of the modules that the extra `name` installs."""
     wanted = {r.partition(";")[0].strip() for r in metadata.requires("entcov") or () if f'extra == "{name}"' in r}
     return {re.split(r"[^\w-]", one)[0].replace("-", "_") for one in wanted} | {"yaml"}
 
@@ -105,8 +106,8 @@ def add_train_and_eval(
 
     Args:
         commands: the result of `ArgumentParser.add_subparsers`.
-        make_backend: what trains, or runs the policy.
-        always: overrides of a recipe before those of the command line.
+        make_backend: builds the backend that trains or evaluates.
+        always: overrides that come before those of the command line.
     """
     train = commands.add_parser("train", help="run a recipe, or go on with it where it stopped")
     train.add_argument("recipe")
@@ -154,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--controls",
         default="none,clip_cov,kl_cov,aent",
-        help="comma-separated; default %(default)s; each is held against its zero-strength twin. kl_cov:ppo_kl_coef=2 "
-        "is kl_cov with a knob set otherwise than in the recipe",
+        help="comma-separated; default %(default)s; each is compared with its baseline of strength 0. "
+        "kl_cov:ppo_kl_coef=2 is kl_cov with one knob changed",
     )
     compare.add_argument("--seeds", default="0,1,2", help="comma-separated; default %(default)s")
     compare.add_argument("--out", default="runs/compare", help="directory; default %(default)s")
@@ -283,15 +284,15 @@ def _compare(args: argparse.Namespace) -> int:
         raise ValueError(f"actor.backend: must be transformers for compare, got {first.actor.backend}")
     check_recipe(first)  # the model and the data are the same for all
 
-    twins = {}
+    baselines = {}
     for label, config in configs.items():
         (control,) = config.build_controls()
-        if control.twin_knobs is not None:
-            twins[label] = f"{control.name}@0"
-            zero = [f"controls.{control.name}.{knob}={value}" for knob, value in control.twin_knobs.items()]
-            arms[twins[label]] = [f"control=[{control.name}]", *zero]
+        if control.baseline_knobs is not None:
+            baselines[label] = f"{control.name}@0"
+            zero = [f"controls.{control.name}.{knob}={value}" for knob, value in control.baseline_knobs.items()]
+            arms[baselines[label]] = [f"control=[{control.name}]", *zero]
         elif label != "none" and "none" in arms:
-            twins[label] = "none"
+            baselines[label] = "none"
 
     def arguments(arm: str, seed: int, run_dir: Path) -> list[str]:
         """The command line of one run; runs of the same seed share their warm start."""
@@ -301,8 +302,8 @@ def _compare(args: argparse.Namespace) -> int:
         ]  # fmt: skip
 
     return compare(
-        arguments, controls=list(arms), seeds=seeds, out_dir=out, jobs=args.jobs, twins=twins,
-        total_steps=first.steps, command="python -m entcov " + shlex.join(sys.argv[1:]),
+        arguments, controls=list(arms), seeds=seeds, out_dir=out, jobs=args.jobs,
+        baselines=baselines, total_steps=first.steps, command="python -m entcov " + shlex.join(sys.argv[1:]),
     )  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """Confidence intervals of a mean from few runs: Student's t, exact for every whole number of degrees of freedom."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import cache

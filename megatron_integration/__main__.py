@@ -3,8 +3,6 @@
 `... eval RUN key=value ...` evaluates a run's policy on as many processes, for models that one device cannot hold.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -24,7 +22,7 @@ _DESCRIPTION = (
     "megatron.tensor_parallel, megatron.pipeline_parallel and megatron.context_parallel of the recipe. Evaluate only "
     "runs that you trust: Megatron's checkpoints are pickles, and RUN/config.yaml may import modules."
 )
-# How long a rank that has lost another waits for torchrun to end it, so that the report names the one that died.
+# A rank that has lost another waits so long for torchrun to end it: the report then names the one that died first.
 _SECONDS_TO_BE_ENDED = 60
 
 
@@ -67,12 +65,12 @@ def _megatron(config: Config) -> Backend:
 
 
 def _tell(error: Exception, text: str) -> None:
-    """Prints the failure on the rank where it happened, and nowhere else."""
+    """Prints the failure on the rank where it happened; one of the recipe on the first rank of each node."""
     from megatron_integration.process_groups import PeerError
 
-    everyones = isinstance(error, ConfigError) or not dist.is_initialized()
-    if everyones and os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # the recipe's fault, on every rank alike: the first process of each node says so
+    on_every_rank = isinstance(error, ConfigError) or not dist.is_initialized()
+    if on_every_rank and os.environ.get("LOCAL_RANK", "0") != "0":
+        return
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if _lost_a_peer(error):
         print(

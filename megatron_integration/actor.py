@@ -4,8 +4,6 @@ Every rank of the job makes every call with the same arguments; each computes it
 and the updates are those of the transformers backend, to rounding.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mbridge.core import LLMBridge
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -53,7 +47,7 @@ class MegatronActor(PolicyActor):
         model: this rank's shard, from `build_model`, with its weights loaded.
         bridge: its converter.
         reference: a frozen model of the same layout, where `loss.kl_coef` > 0.
-        adam_eps: Adam's epsilon. Rounding moves weights by up to lr where gradients are as small as it is.
+        adam_eps: Adam's epsilon. Where gradients are not larger than it, their rounding may move a weight by up to lr.
     """
 
     def __init__(
@@ -78,7 +72,7 @@ class MegatronActor(PolicyActor):
             )
         self.bridge, self.groups, self.megatron = bridge, groups, megatron
         self.selects_by_old_logprob = megatron.selection_logprob == "old"
-        # What splits a sequence must divide its length: context parallelism takes 2 C chunks, sequence parallelism TP.
+        # A sequence is padded to a multiple of its parts: 2 C chunks (context parallelism), TP (sequence).
         size = megatron.context_parallel
         self._unit = 2 * size if size > 1 else 1
         if megatron.sequence_parallel:
@@ -128,13 +122,13 @@ class MegatronActor(PolicyActor):
         return named_weights(self.bridge, self.model, self.groups)
 
     def gather_parameters(self) -> None:
-        """Waits for the parameters of the last step, which overlap would fetch during the next forward pass."""
+        """Gathers the parameters of the last step, which overlap would gather during the next forward pass."""
         if self.megatron.overlap:
             with self.groups.running():
                 self.model.start_param_sync(force_sync=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What all ranks share. `megatron_integration.checkpoint` stores the shards of weights and optimizer."""
+        """What is equal on all ranks. `megatron_integration.checkpoint` stores the shards of weights and optimizer."""
         return {"weight_version": self.weight_version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -216,11 +210,7 @@ class MegatronActor(PolicyActor):
     def _stats(self, micro: MicroBatch, logits: Tensor, **options: Any) -> TokenStats:
         """Statistics of this rank's loss tokens, [k] each, in the logits' order."""
         stats = logits_stats(
-            logits,
-            micro.target,
-            vocab_size=self.bridge.hf_config.vocab_size,
-            temperature=self.temperature,
-            **options,
+            logits, micro.target, vocab_size=self.bridge.hf_config.vocab_size, temperature=self.temperature, **options
         )
         at = micro.target != IGNORE_INDEX
         return TokenStats(*(None if value is None else value[at] for value in stats))
@@ -228,7 +218,7 @@ class MegatronActor(PolicyActor):
     def _run(
         self, model: MegatronModule, work: list[tuple[MicroBatch, Any]], use: Callable, *, forward_only: bool
     ) -> list:
-        """Megatron's schedule over the micro-batches; what `use(micro, extra, logits)` reports, on the last stage."""
+        """Runs Megatron's schedule over the micro-batches. Last stage: what `use(micro, extra, logits)` reports."""
         half = isinstance(model.module if model is self.model else model, Float16Module)
         keep = {"fp32_output": False} if half else {}
 
@@ -250,7 +240,7 @@ class MegatronActor(PolicyActor):
     # ---- across ranks -----------------------------------------------------------------------------------------------
 
     def _add_up(self, metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sums over micro-batches, data and context parallel ranks, known on every rank."""
+        """The sums over micro-batches, data and context parallel ranks, on every rank."""
         sums: dict[str, Any] = defaultdict(float)
         for item in metrics:
             for name, value in item.items():

@@ -1,21 +1,8 @@
 """entcov's statistics and losses in a plain Megatron-LM training script, without entcov's trainer.
 
-The statistics come from the vocabulary-parallel logits as the output layer gives them, one all-gather of some bytes a
-token, never of the vocabulary:
-
-    def forward_step(data_iterator, model):
-        batch = next(data_iterator)                      # your tokens, and an entcov.Tokens without logprob
-        logits = model(batch.ids, batch.position_ids, None, labels=None)
-        return logits, partial(loss_func, batch)
-
-    def loss_func(batch, logits):                        # config.calculate_per_token_loss=True
-        stats = logits_stats(logits, batch.labels, vocab_size=151_936)
-        tokens = dataclasses.replace(batch.tokens, logprob=stats.logprob[at], entropy=stats.entropy[at])
-        loss, metrics = policy_loss(tokens, config, totals=totals, controls=controls, selections=selections)
-        return per_token_loss(loss, tokens, totals, metrics)
+The statistics are computed from the vocabulary-parallel logits of the output layer, with one all-gather of some bytes a
+token; the vocabulary is never gathered. README.md has an example.
 """
-
-from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
@@ -64,7 +51,7 @@ def per_token_loss(
 
     With `calculate_per_token_loss=True` Megatron adds gradients up over micro-batches, data and context parallel ranks
     and divides them once by the sum of all second entries. That sum is `totals.num_tokens`, so the loss is multiplied
-    by it here, and what remains is the gradient of `loss`, whatever its aggregation.
+    by it here, and the result is the gradient of `loss`, for every aggregation.
 
     Args:
         loss: 0-d, from `policy_loss(tokens, totals=totals, ...)`.
@@ -77,7 +64,7 @@ def per_token_loss(
 
 
 class Handle(ExitStack):
-    """Undoes a change by `remove()`, or at the end of a `with` block. Removing it again does nothing."""
+    """Undoes a change by `remove()`, or at the end of a `with` block. A second `remove()` does nothing."""
 
     remove = ExitStack.close
 

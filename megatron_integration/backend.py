@@ -1,7 +1,5 @@
 """The Megatron backend: Megatron-Core in the processes that torchrun started."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +33,7 @@ from megatron_integration.checkpoint import load_sharded, save_sharded
 from megatron_integration.process_groups import make_process_groups, start_processes
 from megatron_integration.rollouts import CopySampler, SharedRollouts, sampler_ranks
 
-INITIAL_MODEL = "initial_model"  # in the run directory: what reinforcement starts from, unless that is model.path
+INITIAL_MODEL = "initial_model"  # in the run directory: the initial weights, unless they are those of model.path
 
 
 class MegatronBackend:
@@ -55,9 +53,9 @@ class MegatronBackend:
         self._vllm_in_process = False
 
     def max_over_ranks(self, value: int) -> int:
-        everyones = torch.tensor(value)
-        dist.all_reduce(everyones, op=dist.ReduceOp.MAX, group=self.groups.control)
-        return int(everyones)
+        most = torch.tensor(value)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.groups.control)
+        return int(most)
 
     def check(self, config: Config) -> None:
         refuse_unsupported(self.broadcast_from_rank0(lambda: check_recipe(config)), self.config)
@@ -132,10 +130,10 @@ class MegatronBackend:
         else:
             for write in writers.values():
                 on_every_rank(write)
-        dist.barrier(group=self.groups.control)  # nobody trains on before the checkpoint is the latest
+        dist.barrier(group=self.groups.control)  # no rank trains on before `latest` names the checkpoint
 
     def close(self) -> None:
-        """Where vLLM runs in these processes it has groups of its own, and takes all down as the process ends."""
+        """Ends the process groups, unless vLLM runs in these processes: it ends all groups itself."""
         if not self._vllm_in_process:
             self.groups.destroy()
             dist.destroy_process_group()

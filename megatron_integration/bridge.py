@@ -1,11 +1,9 @@
-"""Megatron-Core models with the weights of Hugging Face ones, and back, through mbridge.
+"""Converts Hugging Face models to Megatron-Core and back, through mbridge.
 
-Qwen2, Qwen2.5, Qwen3 and Llama, dense. What differs from mbridge as it is: RoPE is read from transformers 5's
-`rope_parameters`, a scaling that Megatron-Core would compute differently is refused, layers exist without Transformer
+Qwen2, Qwen2.5, Qwen3 and Llama, dense. Changes to mbridge: RoPE is read from transformers 5's
+`rope_parameters`, a scaling that Megatron-Core would compute differently is refused, layers work without Transformer
 Engine (cpu.py), and the padded vocabulary has one size for every tensor-parallel degree up to 128.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -39,7 +37,7 @@ _SHARD_BYTES = 5 << 30  # of one file of a Hugging Face checkpoint
 
 
 def local_folder(name: str) -> str:
-    """The folder of a model: `name` itself, or the cache of what the hub has under that name, downloaded if need be."""
+    """The folder of a model: `name` itself, or the cache of the hub's model of that name, downloaded if absent."""
     if Path(name).is_dir():
         return name
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -118,15 +116,11 @@ def named_weights(bridge: LLMBridge, model: MegatronModule, groups: ProcessGroup
 
 
 def save_hf(
-    bridge: LLMBridge,
-    model: MegatronModule,
-    groups: ProcessGroups,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    bridge: LLMBridge, model: MegatronModule, groups: ProcessGroups, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Writes a folder that `from_pretrained` loads: safetensors of at most 5 GiB, configuration, tokenizer.
 
-    The generation_config.json of the folder that the model came from goes along. Collective; rank 0 writes, and holds
+    The generation_config.json of the folder that the model came from is copied. Collective; rank 0 writes, and holds
     at most one file's tensors at a time.
     """
     weights = named_weights(bridge, model, groups)
@@ -191,7 +185,7 @@ def _overrides(base: type, hf_config: PretrainedConfig, local: bool) -> dict[str
     }
     if hf_config.tie_word_embeddings:
         members["_DIRECT_MAPPING"]["output_layer.weight"] = "model.embed_tokens.weight"
-    if local:  # without Transformer Engine a norm is a module of its own, not the first half of a linear layer
+    if local:  # without Transformer Engine a norm is a separate module, not a part of the next linear layer
 
         def split(mapping: dict[str, list[str]]) -> dict[str, list[str]]:
             return {name: hf for name, hf in mapping.items() if "layer_norm_weight" not in name}

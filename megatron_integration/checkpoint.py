@@ -1,15 +1,13 @@
 """Weights and optimizer state in Megatron's distributed checkpoint format, loadable at any other parallel layout.
 
-Every rank writes its own shard. Loading at the layout of the save is bit-exact; at another one too, and training then
-goes on to rounding, because sums are split differently.
+Every rank writes its own shard. Loading is bit-exact at any layout. At another layout than that of the save, training
+then differs by rounding, because sums are split differently.
 
 Megatron-Core 0.16's distributed optimizer, where Adam is torch's (no Transformer Engine, no Apex), loads wrongly in
 three ways: it asserts that a step was taken, it looks for each parameter's step where none was stored, and it gives
-all parameters one step tensor, which each of them then counts up. `_torch_adam_loads_rightly` deals with all three.
-What is loaded is checked in any case: a wrong number of steps means a wrong bias correction, which no error would show.
+all parameters one step tensor, which each of them then counts up. `_torch_adam_loads_rightly` corrects all three. The
+step counts are checked after any load: a wrong one means a wrong bias correction, which no error would show.
 """
-
-from __future__ import annotations
 
 import errno
 import queue
@@ -26,17 +24,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.record.checkpoint import CheckpointError
 from megatron_integration.actor import MegatronActor
 from megatron_integration.bridge import unwrapped
 from megatron_integration.process_groups import PeerError
 
-# Optimizer state is gathered by gloo on one data-parallel rank's CPU memory; the other way needs room on every GPU.
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
+# gloo gathers optimizer state in the CPU memory of one data-parallel rank; else every GPU would need room for it.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 _COMMON = "entcov"
 
 
@@ -49,7 +44,7 @@ def save_sharded(actor: MegatronActor, folder: Path) -> None:
     with actor.groups.running(), _results_in_this_process():
         try:
             dist_checkpointing.save(_tree(actor, is_loading=False), str(folder))
-        except CheckpointException as failure:  # no Exception, so that it would pass by everything that reports one
+        except CheckpointException as failure:  # it is no Exception, so nothing would report it
             raise _write_failure(failure, folder) from failure
     dist.barrier(group=actor.groups.control)
 
@@ -65,8 +60,8 @@ def _write_failure(failure: CheckpointException, folder: Path) -> Exception:
 
 @contextmanager
 def _results_in_this_process() -> Iterator[None]:
-    """A save that is waited for collects its results in this process. Megatron-Core would start a manager process for
-    them, which takes seconds, needs a main module that can be imported again, and outlives a rank that is killed."""
+    """Collects the results of a save in this process. Megatron-Core would start a manager process for them, which takes
+    seconds, needs a main module that can be imported again, and outlives a rank that is killed."""
     before = filesystem_async._results_queue
     filesystem_async._results_queue = queue.Queue()
     try:
@@ -104,10 +99,7 @@ def load_sharded(actor: MegatronActor, folder: Path) -> None:
 
 def _tree(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
     model = unwrapped(actor.model).sharded_state_dict()
-    tree: dict[str, Any] = {
-        "model": model,
-        _COMMON: {"weight_version": actor.weight_version, "kind": _kind(actor)},
-    }
+    tree: dict[str, Any] = {"model": model, _COMMON: {"weight_version": actor.weight_version, "kind": _kind(actor)}}
     if actor.weight_version:  # before its first step an optimizer has no state
         tree["optimizer"] = actor.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
     return tree
@@ -124,7 +116,7 @@ def _inner(actor: MegatronActor) -> list[Any]:
 
 @contextmanager
 def _torch_adam_loads_rightly(actor: MegatronActor) -> Iterator[None]:
-    """Inside, the actor's distributed optimizers over torch's Adam load rightly. No other optimizer is changed."""
+    """Corrects how the actor's distributed optimizers over torch's Adam load. No other optimizer is changed."""
     optimizers = [
         o for o in _inner(actor)
         if isinstance(o, DistributedOptimizer) and isinstance(o.optimizer, torch.optim.Adam | torch.optim.AdamW)
@@ -155,7 +147,7 @@ def _take_an_empty_step(actor: MegatronActor) -> None:
 
 
 def _tolerating_no_step(optimizer: DistributedOptimizer):
-    """The step is restored with the parameter groups; what was not stored for a parameter stays as it is."""
+    """Loads a parameter's state although its step is not stored: the step is restored with the parameter groups."""
     inner = type(optimizer)._set_main_param_and_optimizer_states
 
     def set_states(model_param, tensors):

@@ -1,15 +1,12 @@
 """Lets Megatron-Core run without CUDA, and on a GPU without Transformer Engine (the last two).
 
 Megatron-Core names the CUDA device literally in a few dozen places, takes its attention and norms from Transformer
-Engine, and keeps random states on the GPU. Here are
-    `on_cpu()`          a context in which those literals mean the CPU; it leaves nothing changed behind
-    `layer_specs()`     the local layers with a norm and an attention that know packed sequences, context and sequence
-                        parallelism
+Engine, and keeps random states on the GPU. This file has
+    `on_cpu()`          a context in which those literals mean the CPU; at its end all changes are undone
+    `layer_specs()`     local layers whose norm and attention support packed sequences, context and sequence parallelism
     `CONFIG`            the TransformerConfig fields that switch CUDA kernels off
-so that any layout runs on a laptop, with gloo, in float32. Slow, and exact enough to compare with one process.
+so that any layout runs on a laptop, with gloo, in float32: slowly, and exactly enough to compare with one process.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,7 +98,7 @@ def layer_specs(config: TransformerConfig, vp_stage: int | None = None) -> Trans
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm whose weight says that it is replicated under sequence parallelism: its gradient is summed over TP."""
+    """RMSNorm whose weight is marked as replicated under sequence parallelism: its gradient is summed over TP."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused):
         super().__init__()
@@ -114,7 +111,7 @@ class RMSNorm(nn.Module):
 
 
 class CausalAttention(MegatronModule):
-    """Causal attention by torch's kernel, for rows of equal length and for packed sequences, split by context or not.
+    """Causal attention by torch's kernel, for rows of equal length or packed sequences, also under context parallelism.
 
     Under context parallelism rank r holds chunks r and 2 C - 1 - r of the 2 C chunks of each sequence, as Transformer
     Engine does; keys and values of all chunks are gathered, queries stay.

@@ -1,9 +1,7 @@
-"""The division of a mini-batch over replicas, micro-batches and context-parallel ranks, and the model's inputs.
+"""Divides a mini-batch over replicas, micro-batches and context-parallel ranks, and builds the model's inputs.
 
-Every rank holds the whole mini-batch and works out the same division, so nothing about it is communicated.
+Every rank holds the whole mini-batch and computes the same division, so nothing is communicated.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -57,8 +55,8 @@ def assign_to_replicas(lengths: tuple[int, ...], replicas: int, max_tokens: int,
         loads[lightest] += lengths[s]
         members[lightest].append(s)
     return [
-        [[mine[i] for i in group] for group in micro_batches([lengths[s] for s in mine], max_tokens, padded)]
-        for mine in members
+        [[own[i] for i in group] for group in micro_batches([lengths[s] for s in own], max_tokens, padded)]
+        for own in members
     ]
 
 

@@ -1,6 +1,4 @@
-"""Process groups for tensor, pipeline, context and data parallelism, the device, and what all ranks do together."""
-
-from __future__ import annotations
+"""Process groups for tensor, pipeline, context and data parallelism, and the device of this process."""
 
 import os
 from collections.abc import Callable
@@ -51,7 +49,7 @@ def start_processes(device: str = "auto") -> torch.device:
 class ProcessGroups:
     """The groups of this process. A replica is the tensor x pipeline x context parallel ranks that share a model copy.
 
-    `control` is a gloo group of all ranks for what is not training: it waits for hours where NCCL would give up.
+    `control` is a gloo group of all ranks for everything but training; it waits for hours, where NCCL would time out.
     """
 
     device: torch.device
@@ -139,4 +137,4 @@ def make_process_groups(config: MegatronConfig, device: torch.device, *, seed: i
 
 
 class PeerError(RuntimeError):
-    """Another rank has failed, and says why."""
+    """Another rank has failed; the message has its error."""

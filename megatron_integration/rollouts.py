@@ -1,6 +1,4 @@
-"""Rollouts of a job of several processes: each sampler generates and scores a share, and every rank gets them all."""
-
-from __future__ import annotations
+"""Rollouts over several processes: each sampler generates and scores a share, and every rank gets all of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,9 +49,8 @@ def sampler_ranks(groups: ProcessGroups, rollout: RolloutConfig) -> SamplerRanks
 class SharedRollouts:
     """The `entcov.rl.interfaces.Sampler` of every rank, around the samplers that some of them have.
 
-    The prompts of a call are divided over the samplers in order. Rewards are computed where a response was generated,
-    while others are being generated, so that no two ranks can disagree about one. The rollouts that come back are the
-    same on every rank, rewards included.
+    The prompts of a call are divided over the samplers in order. The rank that generated a response computes
+    its reward, so that ranks cannot disagree about it. All rollouts are returned on every rank, with rewards.
 
     Args:
         sampler: this rank's; None on a rank that belongs to no sampler and takes no part in weight syncs.
@@ -84,11 +81,11 @@ class SharedRollouts:
         """As `Sampler.generate`, with rewards. With one sampler, and with vLLM, the draws are a single process's."""
         count, own = len(self.ranks.members), self.ranks.own
         bounds = [round(i * len(prompts) / count) for i in range(count + 1)]
-        mine: list[Rollout] = []
+        own_rollouts: list[Rollout] = []
         if own is not None and bounds[own + 1] > bounds[own]:
             reports = self.ranks.members[own][0] == dist.get_rank()
             with Scorer(self.reward_fn) as scorer:
-                mine = self.sampler.generate(
+                own_rollouts = self.sampler.generate(
                     prompts[bounds[own] : bounds[own + 1]],
                     group_size=group_size,
                     temperature=temperature,
@@ -98,18 +95,18 @@ class SharedRollouts:
                     on_done=scorer.take if reports else None,
                 )
                 if reports:
-                    scorer.finish(mine)
+                    scorer.finish(own_rollouts)
         by_uid = {prompt.uid: prompt for prompt in prompts}
         everything: list[Rollout] = []
-        for ranks in self.ranks.members:  # one after the other: a rank holds one sampler's payload at a time
-            payload = [pack_rollouts(mine) if ranks[0] == dist.get_rank() else None]
+        for ranks in self.ranks.members:  # one by one: a rank holds one sampler's payload at a time
+            payload = [pack_rollouts(own_rollouts) if ranks[0] == dist.get_rank() else None]
             dist.broadcast_object_list(payload, src=ranks[0], group=self.groups.control)
             everything += unpack_rollouts(payload[0], by_uid)
         return everything
 
 
 class CopySampler(InProcessSampler):
-    """The in-process sampler on a model of its own, which takes the trainer's weights by name at each `sync`."""
+    """The in-process sampler on a copy of the model, which gets the trainer's weights by name at each `sync`."""
 
     def __init__(self, model: nn.Module, tokenizer, *, batch_size: int):
         super().__init__(model.requires_grad_(False), tokenizer, batch_size=batch_size)

@@ -89,12 +89,12 @@ def test_a_missing_package_of_the_trainer_names_the_extra():
     assert "extra" not in explain(ModuleNotFoundError("No module named 'mine'", name="mine"))[0]
 
 
-def test_compare_holds_each_control_against_its_twin(recipe_file, tmp_path, capsys):
+def test_compare_measures_each_control_against_its_baseline(recipe_file, tmp_path, capsys):
     out = tmp_path / "comparison"
     arms = "none,kl_cov:kl_cov_ratio=0.2"
     assert main(["compare", recipe_file, "--controls", arms, "--seeds", "0", "--out", str(out), "--jobs", "2"]) == 0
     comparison = json.loads((out / "comparison.json").read_text())
-    assert comparison["twins"] == {"kl_cov:kl_cov_ratio=0.2": "kl_cov@0"}
+    assert comparison["baselines"] == {"kl_cov:kl_cov_ratio=0.2": "kl_cov@0"}
     assert set(comparison["estimates"]) == {"none", "kl_cov:kl_cov_ratio=0.2", "kl_cov@0"}
     first = {
         arm: json.loads((out / arm / "seed_0" / "metrics.jsonl").read_text().splitlines()[0])

@@ -1,7 +1,5 @@
 """Entropy controls: one method a file, one registry, and the selection step that the trainer calls."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.adaptive_bonus import AdaptiveBonus
 from entcov.controls.aent import AEnt
 from entcov.controls.base import Control, Effect
@@ -49,7 +47,7 @@ def needs(controls: Sequence[Control]) -> frozenset[str]:
 
 
 def clamp_arguments(controls: Sequence[Control]) -> dict[str, Any]:
-    """Arguments of `token_stats` for the clamped entropy. Controls that want different ones cannot go together."""
+    """Arguments of `token_stats` for the clamped entropy. Two controls that need different ones are an error."""
     wanted = [(control.name, control.clamp) for control in controls if control.clamp]
     if any(clamp != wanted[0][1] for _, clamp in wanted):
         raise ValueError(f"controls must agree on the clamped entropy, got {wanted}")
@@ -80,7 +78,7 @@ def select(
         whole mini-batch, are equal on all ranks and must not be added up: actor/cov_mean, actor/cov_max,
         actor/cov_p999 (with no control too), actor/cov_threshold.
     Collectives: 4 all-reduces for the metrics and 6 (Clip-Cov) or 8 (KL-Cov) more for each control with a selection
-        and global scope, 2 MiB and 2.5 or 3.5 MiB more, whatever the batch; every rank must call with the same
+        and global scope, 2 MiB and 2.5 or 3.5 MiB more, for every batch; every rank must call with the same
         controls.
     Raises: ValueError where a field is missing, a value is bad or the whole mini-batch has no token under the mask.
         RuntimeError where another rank failed, or was called with another step, config or controls. On an accelerator
@@ -99,10 +97,13 @@ def select(
         return everything
 
     everything, failure = attempt(prepared, group)
-    if failure is not None:  # the other ranks go on, perhaps to the end: this one does so too, without tokens
+    if failure is not None:  # the other ranks enter the collectives: so does this one, without tokens
         everything = _no_tokens(micro_batches)
         micro_batches, step = [everything], 0
-    call = {"step": step, "config": config, "controls": [_knobs(control) for control in controls]}
+    call = {"step": step, "config": config, "controls": []}
+    for control in controls:  # their knobs too must be equal on every rank
+        knobs = {name: v for name, v in vars(control).items() if isinstance(v, bool | int | float | str)}
+        call["controls"].append((control.name, knobs))
     ranks = AllReduces("select", group, everything.logprob.device, call, failure=failure)
     parts = everything.logprob, everything.advantage, everything.loss_mask
     covariance = covariance_over(ranks, *parts, 0.0, failure is not None)
@@ -120,12 +121,6 @@ def select(
             columns.append(mask.split(sizes))
     ranks.finish()
     return [[column[i] for column in columns] for i in range(len(micro_batches))], metrics
-
-
-def _knobs(control: Control) -> tuple[str, dict[str, Any]]:
-    """What every rank must have alike of a control."""
-    values = {name: value for name, value in vars(control).items() if isinstance(value, bool | int | float | str)}
-    return control.name, values
 
 
 def _no_tokens(micro_batches: Sequence[Tokens]) -> Tokens:

@@ -1,17 +1,15 @@
 """Entropy bonus whose coefficient steps up while entropy is below a target and down while it is above."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control, Effect, step_mean
 from entcov.objective.tokens import Tokens
 
-#          entropy it watches, on target counts as below, delta, coef_max
+# rule: (entropy it reads, whether an entropy on the target counts as below it, delta, coef_max)
 RULES = {"skywork": ("sampled_entropy", False, 1e-4, 5e-3), "trl": ("entropy", True, 5e-3, 1.0)}
 
 
@@ -23,7 +21,7 @@ class AdaptiveBonus(Control):
     coef  = clip(coef + delta if below else coef - delta, coef_min, coef_max)
     The bonus is applied in the next step only if `below` held after this one; in the first step it is applied.
 
-    rule "skywork" watches the sampled estimate of entropy, the mean of -old_logprob; "trl" the analytic one. `delta`
+    rule "skywork" reads the sampled estimate of entropy, the mean of -old_logprob; "trl" the analytic one. `delta`
     and `coef_max` default to the rule's own: 1e-4 and 5e-3, or 5e-3 and 1.0. TRL adapts after each optimizer update,
     this control after each training step: the same with one update per rollout.
     Source: Skywork-OR1, arXiv 2505.22312 (its EntController); TRL 1.16 GRPOConfig.use_adaptive_entropy.
@@ -63,8 +61,8 @@ class AdaptiveBonus(Control):
 
     def after_step(self, totals: dict[str, float]) -> dict[str, float]:
         used = self.applied
-        watched, on_target_is_below, _, _ = RULES[self.rule]
-        entropy = step_mean(self.name, totals, watched)
+        name, on_target_is_below, _, _ = RULES[self.rule]
+        entropy = step_mean(self.name, totals, name)
         self.enabled = entropy < self.target or (on_target_is_below and entropy == self.target)
         moved = self.coef + (self.delta if self.enabled else -self.delta)
         self.coef = float(min(max(moved, self.coef_min), self.coef_max))

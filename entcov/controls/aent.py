@@ -1,13 +1,11 @@
 """AEnt: bonus on the clamped entropy, with a coefficient that keeps it inside a band."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control, Effect, step_mean
 from entcov.objective.tokens import Tokens
 

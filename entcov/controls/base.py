@@ -4,10 +4,8 @@ A training step with controls, in the trainer's order:
     1. `entcov.controls.select(...)`, once per optimizer mini-batch, before its backward passes
     2. `policy_loss(..., controls=, selections=)`, once per micro-batch; it calls `apply`
     3. `after_step(totals)`, once per training step (one rollout and all its optimizer updates), with means over all
-       tokens of the step, micro-batches and ranks, so that every rank reaches the same state whatever the split
+       tokens of the step, micro-batches and ranks, so that every rank reaches the same state for every split
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
@@ -42,8 +40,8 @@ class Control:
     scope: str = "global"  # what `select` is shown: "global" mini-batch, or each "micro_batch" alone
 
     @property
-    def twin_knobs(self) -> dict[str, Any] | None:
-        """Knobs of the zero-strength twin, where that is not the plain loss; a comparison's honest baseline."""
+    def baseline_knobs(self) -> dict[str, Any] | None:
+        """Knobs of strength 0, where that is not the plain loss: what a comparison measures the control against."""
         return None
 
     @property
@@ -93,7 +91,7 @@ class Control:
 
 
 def step_mean(control: str, totals: dict[str, float], name: str) -> float:
-    """totals[name] as a finite float; adapting to anything else would spoil the state for good."""
+    """totals[name] as a finite float: a coefficient that adapted to NaN would stay NaN."""
     if name not in totals:
         raise ValueError(f"totals must hold {name!r} for control {control}, got {sorted(totals)}")
     value = float(totals[name])

@@ -1,6 +1,4 @@
-"""Clip-Cov: a random few of the tokens with high covariance take no part in the policy gradient."""
-
-from __future__ import annotations
+"""Clip-Cov: some random tokens of those with high covariance take no part in the policy gradient."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control, Effect
 from entcov.objective.selection import select_clip_cov
 from entcov.objective.token_covariance import token_covariance
@@ -49,7 +47,7 @@ class ClipCov(Control):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Published values are about 1e-4; more than half of all tokens can only be a slip.
+        # Published values are about 1e-4; more than half of all tokens is a mistake.
         check.fraction("clip_cov_ratio", self.clip_cov_ratio, 0.5)
         check.number("clip_cov_lb", self.clip_cov_lb, -math.inf, math.inf)
         check.number("clip_cov_ub", self.clip_cov_ub, self.clip_cov_lb, hint="the lower end is clip_cov_lb")

@@ -1,13 +1,11 @@
 """Entropy bonus with a fixed coefficient."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control, Effect
 from entcov.objective.tokens import Tokens
 

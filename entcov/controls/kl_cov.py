@@ -1,6 +1,4 @@
-"""KL-Cov: the tokens with the highest covariance pay for moving away from the old policy."""
-
-from __future__ import annotations
+"""KL-Cov: a KL penalty, towards the old policy, on the tokens with the highest covariance."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control, Effect
 from entcov.controls.clip_cov import SCOPES, SEMANTICS
 from entcov.objective.selection import select_kl_cov
@@ -45,7 +43,7 @@ class KLCov(Control):
     ppo_kl_coef: float = 1.0
     semantics: str = "reference"
     scope: str = "global"
-    seed: int = 0  # settles ties
+    seed: int = 0  # of the hash that decides ties
 
     def __post_init__(self) -> None:
         # 0.2 is legal here and is the percent that the authors' scripts pass: the message says so only above 0.5.
@@ -56,7 +54,7 @@ class KLCov(Control):
         check.integer("seed", self.seed, 0)
 
     @property
-    def twin_knobs(self) -> dict[str, Any] | None:
+    def baseline_knobs(self) -> dict[str, Any] | None:
         """Without its penalty, the reference form still drops the PPO clip."""
         return {"ppo_kl_coef": 0.0} if self.semantics == "reference" else None
 

@@ -1,7 +1,5 @@
 """No entropy control: the plain policy gradient, as a named choice for comparisons."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

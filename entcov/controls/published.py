@@ -1,16 +1,14 @@
 """The published settings of the methods, by name: the one place that holds their numbers.
 
-`preset=NAME` on a command line, or `preset: NAME` in a recipe, puts the keys of a setting in force; entcov/rl/recipe.py
-reads it. To add a setting, add an entry to PUBLISHED, and its line to the table in docs/methods.md: a test compares the
+`preset=NAME` on a command line, or `preset: NAME` in a recipe, applies the keys of a setting; entcov/rl/recipe.py reads
+it. To add a setting, add an entry to PUBLISHED, and its line to the table in docs/methods.md: a test compares the
 two.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from entcov import _checks as check
+from entcov import arguments as check
 
 _CUI = "Cui et al., arXiv 2505.22617, section"
 _SHEN = "Shen, arXiv 2509.03493, copy of the scripts (recipe/aent):"

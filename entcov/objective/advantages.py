@@ -1,6 +1,6 @@
 """Advantages of responses from their rewards: one number a response, computed over the whole rollout batch.
 
-All take the same three arguments and return a float32 tensor [B], so that `ADVANTAGES[name]` can be called blindly:
+Every function in `ADVANTAGES` takes the same three arguments and returns a float32 tensor [B]:
 
     reward           [B] float, one outcome reward a response
     group_id         [B] int64, responses to the same prompt share it; any values, any order
@@ -12,14 +12,12 @@ collectives. Raises TypeError or ValueError for dtypes, shapes, an empty batch, 
 Source: verl's trainer/ppo/core_algos.py for constants and conventions, the papers below for the methods.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 
 STD_EPS = 1e-6
 VARIANCE_EPS = 1e-8

@@ -1,17 +1,15 @@
 """The policy loss: clipped policy gradient, four aggregations, reference KL, mismatch weights, entropy controls.
 
-A loss here is a SUM over the tokens at hand, each weighted by a denominator of the whole mini-batch. So the losses of
-micro-batches and of data-parallel ranks add up to the loss of the mini-batch, and no split changes a gradient.
+A loss here is a SUM over the tokens of one call, each weighted by a denominator of the whole mini-batch. So the losses
+of micro-batches and of data-parallel ranks add up to the loss of the mini-batch, and no split changes a gradient.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.base import Control
 from entcov.objective.tokens import KL_ESTIMATORS, LOG_RATIO_BOUND, PolicyLossConfig, Tokens, Totals
 
@@ -83,7 +81,7 @@ def policy_loss(
         metrics are 0-d float64 tensors that add up in the same way: actor/loss, actor/pg_loss, actor/pg_clipfrac,
         actor/pg_clipfrac_lower, actor/ppo_kl, actor/sampled_entropy (-old_logprob), and where the fields are there
         actor/entropy, actor/clamped_entropy, actor/kl_loss, actor/mismatch, actor/tis_weight, actor/tis_capfrac, and
-        the controls' own. Those of the last line and all entropies are means over tokens, whatever the aggregation.
+        the controls' own. Those of the last line and all entropies are means over tokens, for every aggregation.
     Differentiable in tokens.logprob, and through penalties in entropy and clamped_entropy. Nothing is mutated.
     Collectives: none. Host synchronisation: none on an accelerator; on the CPU values are checked.
     Raises: ValueError for a missing field (named), no token under the mask without totals, a value under the mask
@@ -199,7 +197,7 @@ def _weights(tokens: Tokens, config: PolicyLossConfig, totals: Totals) -> Tensor
 
 
 def _pairs(tokens: Tokens, controls: Sequence[Control], selections: Sequence[Tensor | None] | None):
-    """(control, its selection) of every control, once the fields that the control needs are seen to be there."""
+    """Yields (control, its selection), after a check that the fields which the control needs are given."""
     if selections is None:
         selections = [None] * len(controls)
     if len(selections) != len(controls):

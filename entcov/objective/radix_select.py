@@ -1,10 +1,8 @@
 """The n-th largest key of all ranks, by a radix search.
 
-A histogram of 16 bits of the key, summed over ranks, picks the next 16 bits. These are integers, so the answer is
-bit-identical for every split; the number of collectives depends on the key's width alone, not on the data.
+Each round finds 16 bits of the answer from a histogram over those bits, summed over the ranks. Counts are integers, so
+the answer is bit-identical for every split. The number of collectives depends on the key's width, not on the data.
 """
-
-from __future__ import annotations
 
 import sys
 
@@ -38,7 +36,7 @@ def radix_select(
     Collectives: bits / 16 all-reduces of m * 512 KiB.
     """
     m, T = len(rank), len(key)
-    digits = key.contiguous().view(torch.uint16).view(T, 64 // DIGIT_BITS)  # no pass over memory to cut them out
+    digits = key.contiguous().view(torch.uint16).view(T, 64 // DIGIT_BITS)  # a view, no copy
     digits = digits if sys.byteorder == "little" else digits.flip(1)
     member = valid.expand(m, T)
     prefix = torch.zeros_like(rank)

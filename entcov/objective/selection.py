@@ -1,26 +1,18 @@
 """The selections of Clip-Cov and KL-Cov, exact over the optimizer's mini-batch.
 
-The chosen set is bit-identical for every split of the batch, every order of the tokens and every number of ranks: the
-covariance is (entcov/objective/token_covariance.py), thresholds are found by a radix search over integers
-(entcov/objective/radix_select.py), and draws and ties go by a 64-bit hash of (seed, step, token_id) that is one-to-one
-in token_id. The number of collectives does not depend on the data.
+The chosen set is bit-identical for every split of the batch, every order of the tokens and every number of ranks. The
+covariance is so (entcov/objective/token_covariance.py), a radix search over integers finds the thresholds
+(entcov/objective/radix_select.py), and a 64-bit hash of (seed, step, token_id), one-to-one in token_id, decides draws
+and ties. The number of collectives does not depend on the data.
 
-No two tokens may have one id. Each sets the bit of its id in a map of 2^22 bits, and the maps are added up over ranks:
-numbers with a bit in common have a sum with fewer bits. Ids are looked at as they are where they lie within 4,194,303
-of one another; of ids that lie further apart, within s times that, every s-th is.
+No two tokens may have the same id. To check it, each rank sets a bit for every id in a map of 2^22 bits, and the maps
+are added up over the ranks: where two ids set the same bit, the sum has fewer bits than there are ids. All ids are
+checked if they differ by at most 4,194,303, every s-th one if they differ by up to s times that.
 
-Calls can be captured in a CUDA graph with `step` as a tensor: a number would be part of the capture.
-
-What an accelerator does for T tokens (tests/objective/test_token_covariance.py counts it; reads plus writes of the
-T-sized operations):
-  select_clip_cov 169 launches, 1184 bytes a token      select_kl_cov     222 launches, 1399 bytes a token
-For KL-Cov on a million tokens that is 0.6 ms at 3 TB/s, and launches of about a millisecond, once in an optimizer step
-that takes seconds. A kernel of our own would save most of it, and is not worth its code.
+Calls can be captured in a CUDA graph if `step` is a tensor. docs/methods.md has the cost on an accelerator.
 
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.objective.radix_select import float_key, key_to_float, radix_select
 from entcov.objective.token_covariance import TokenCovariance, check_covariance, device_of, means_of, no_covariance
 from entcov.stats.ranks import AllReduces, attempt
@@ -74,7 +66,7 @@ def select_clip_cov(
         exclude: [T] bool, tokens that are no candidates.
     Collectives: 5 all-reduces of at most 512 KiB and some words; every rank must call.
     Raises: TypeError, ValueError for arguments. ValueError on every rank if token ids repeat, on one rank or over
-        ranks, among those that are looked at (head of this file). RuntimeError where another rank failed or was called
+        ranks, among those that are checked (head of this file). RuntimeError where another rank failed or was called
         differently. On an accelerator the last two show instead as a count of -1, a threshold of NaN, and a mask of all
         unmasked tokens, on every rank.
     """
@@ -110,7 +102,7 @@ def select_kl_cov(
     at_least: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
-    """The floor(ratio * N) tokens with the largest covariance; a tie at the threshold is settled by the hash.
+    """The floor(ratio * N) tokens with the largest covariance; the hash decides ties at the threshold.
 
     Args: as `select_clip_cov`.
     Collectives: 7 all-reduces of at most 512 KiB and some words; every rank must call.
@@ -130,16 +122,22 @@ def select_kl_cov(
 
 
 def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, check_own, choose) -> Selection:
-    """What the selections have in common.
+    """Checks the arguments, lets `choose` select, checks the token ids.
 
     Args:
-        own: what else every rank must be called with, and `check_own` its check.
-        choose: (ranks, covariance, number to choose, draw) -> (chosen tokens [T] bool, how many are due over all ranks,
-            threshold), where draw(candidates [T] bool, n) -> (n of them by the hash, number of candidates).
+        own: further arguments that must be equal on every rank; `check_own` checks them.
+        choose: (ranks, covariance, number to choose, draw) -> (chosen tokens [T] bool, their number over all ranks,
+            threshold), where draw(candidates [T] bool, n) -> (the n with the largest hash, or all if fewer: [T]
+            bool; number of candidates).
     """
 
     def checked() -> None:
-        _check_selection(covariance, token_id, ratio, at_least, seed, step)
+        check_covariance(covariance)
+        check.vector("token_id", token_id, (torch.int64,), covariance.value)
+        check.fraction("ratio", ratio)
+        check.integer("at_least", at_least, 0)
+        check_counter("seed", seed)
+        check_counter("step", step)
         if check_own is not None:
             check_own()
 
@@ -154,21 +152,17 @@ def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, c
     ranks = AllReduces(op, group, token_id.device, call, ends, failure)
 
     def draw(candidate: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        return _draw(token_id, candidate, n, seed, step, ranks)
+        key = token_hash(token_id, seed, step)
+        threshold, _, total = radix_select(key, candidate, n[None], 64, ranks)
+        reached = (key ^ SIGN) >= (threshold ^ SIGN)  # unsigned comparison
+        return candidate & reached & (n > 0), total
 
-    chosen, due, threshold = choose(ranks, covariance, _count(covariance, ratio, at_least), draw)
-    selection = _finish(chosen, due, token_id, covariance.mask, threshold, ranks)
+    # floor(ratio * N) in float64, as Python's int(ratio * N)
+    n = (covariance.num_tokens.double() * ratio).long().clamp(min=at_least)
+    chosen, expected, threshold = choose(ranks, covariance, n, draw)
+    selection = _finish(chosen, expected, token_id, covariance.mask, threshold, ranks)
     ranks.finish()
     return selection
-
-
-def _check_selection(covariance, token_id, ratio, at_least, seed, step) -> None:
-    check_covariance(covariance)
-    check.vector("token_id", token_id, (torch.int64,), covariance.value)
-    check.fraction("ratio", ratio)
-    check.integer("at_least", at_least, 0)
-    check_counter("seed", seed)
-    check_counter("step", step)
 
 
 def check_counter(name: str, value: object) -> None:
@@ -208,29 +202,12 @@ def _int64(x: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64 (torch's own copies the sign), defined for 64 bits too."""
-    if bits == 0:
-        return x
-    return (x >> bits) & (2 ** (64 - bits) - 1) if bits < 64 else torch.zeros_like(x)
-
-
-def _count(covariance: TokenCovariance, ratio: float, at_least: int) -> Tensor:
-    """floor(ratio * N) in float64, as Python's int(ratio * N)."""
-    return (covariance.num_tokens.double() * ratio).long().clamp(min=at_least)
-
-
-def _draw(
-    token_id: Tensor, candidate: Tensor, n: Tensor, seed: int | Tensor, step: int | Tensor, ranks: AllReduces
-) -> tuple[Tensor, Tensor]:
-    """The n candidates of all ranks with the largest hash (all, if fewer): mask [T], number of candidates."""
-    key = token_hash(token_id, seed, step)
-    threshold, _, total = radix_select(key, candidate, n[None], 64, ranks)
-    reached = (key ^ SIGN) >= (threshold ^ SIGN)  # unsigned comparison
-    return candidate & reached & (n > 0), total
+    """Logical shift of int64 by 1 to 63 bits (torch's own copies the sign)."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _ends(token_id: Tensor, mask: Tensor) -> Tensor:
-    """The smallest and the largest id under the mask [2]; the extremes of int64, crossed, where there is none."""
+    """The smallest and the largest id under the mask [2]; (largest, smallest int64) if no token is under it."""
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     if len(token_id) == 0:
         return torch.stack([token_id.new_full((), high), token_id.new_full((), low)])
@@ -238,15 +215,15 @@ def _ends(token_id: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bits_of_ids(token_id: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
-    """[1 + MAP_WORDS]: how many ids are looked at, and the map of their bits. `ends` [ranks, 2]: of the ids."""
+    """[1 + MAP_WORDS]: how many ids are checked, and the map of their bits. `ends` [ranks, 2]: of all ranks."""
     span = (ends[:, 1].amax().double() - ends[:, 0].amin()).clamp(min=0)
     stride = (span / (64 * MAP_WORDS - 2)).long() + 1
     place = token_id.div(stride, rounding_mode="floor")
-    looked_at = mask & (place * stride == token_id)
+    checked = mask & (place * stride == token_id)
     bit = torch.bitwise_left_shift(torch.ones_like(place), place & 63)
     bits = torch.zeros(MAP_WORDS, dtype=torch.int64, device=token_id.device)
-    bits.scatter_add_(0, (place >> 6) & (MAP_WORDS - 1), torch.where(looked_at, bit, 0))
-    return torch.cat([looked_at.sum()[None], bits])
+    bits.scatter_add_(0, (place >> 6) & (MAP_WORDS - 1), torch.where(checked, bit, 0))
+    return torch.cat([checked.sum()[None], bits])
 
 
 def _num_bits(x: Tensor) -> Tensor:
@@ -258,20 +235,20 @@ def _num_bits(x: Tensor) -> Tensor:
 
 
 def _finish(
-    chosen: Tensor, due: Tensor, token_id: Tensor, mask: Tensor, threshold: Tensor | None, ranks: AllReduces
+    chosen: Tensor, expected: Tensor, token_id: Tensor, mask: Tensor, threshold: Tensor | None, ranks: AllReduces
 ) -> Selection:
     sums = ranks.sum(torch.cat([chosen.sum()[None], _bits_of_ids(token_id, mask, ranks.own)]))
     count = sums[0]
     repeated = sums[1] - _num_bits(sums[2:]).sum()  # at least so many
     if check.readable(sums):
-        if repeated > 0 or count != due:
+        if repeated > 0 or count != expected:
             raise ValueError(
                 "token_id must be different for every unmasked token of the mini-batch, on all ranks: at least "
                 f"{max(int(repeated), 1)} tokens have the id of another one; {int(count)} tokens were chosen where "
-                f"{int(due)} were due"
+                f"{int(expected)} were due"
             )
         return Selection(chosen, count, threshold)
-    spoilt = repeated > 0 if ranks.refused is None else (repeated > 0) | ranks.refused
+    invalid = repeated > 0 if ranks.refused is None else (repeated > 0) | ranks.refused
     if threshold is not None:
-        threshold = torch.where(spoilt, torch.nan, threshold)
-    return Selection((chosen | spoilt) & mask, torch.where(spoilt, -1, count), threshold)
+        threshold = torch.where(invalid, torch.nan, threshold)
+    return Selection((chosen | invalid) & mask, torch.where(invalid, -1, count), threshold)

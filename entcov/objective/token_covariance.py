@@ -1,30 +1,26 @@
-"""Token covariance, exact over the optimizer's mini-batch.
+"""Covariance over tokens of log-probability and advantage, exact over the optimizer's mini-batch.
 
-Cov_i = (logprob_i - mean logprob) (advantage_i - mean advantage), means over all unmasked tokens of the mini-batch,
-wherever they are: the tokens given to one call and those that the other ranks of `group` give to theirs.
+Not the covariance over the vocabulary that entcov/stats/logit_covariance.py computes for each token.
+
+Cov_i = (logprob_i - mean logprob) (advantage_i - mean advantage), means over all unmasked tokens of the mini-batch:
+those given to this call and those that the other ranks of `group` give to theirs.
 
 It is bit-identical for every split of the batch, every order of the tokens and every number of ranks:
   - Sums are integers. Each value is written in fixed point as coarse * 2^-10 + fine * 2^-41, and the two integers are
-    added in int64, where addition is associative. Floating sums in another order differ in the last bit, and that
-    bit moves borderline tokens in and out. A value is off by at most 2^-42; 2^32 tokens of |value| <= 2^20 fit.
+    added in int64, where addition is associative. A floating sum depends on its order in the last bit, which would
+    decide about tokens at a threshold. A value is off by at most 2^-42; 2^32 tokens of |value| <= 2^20 fit.
   - A token's covariance is computed in float64 from its own values and these means and rounded once to float32, so
     it is a function of the token and the global sums alone. All comparisons are between those float32 values.
-Ranks may hold different numbers of tokens, none included. What they must agree on, and whether one of them has an error
-to raise, travels in the first all-reduce of each call (entcov/stats/ranks.py): where they do not agree, all of them
-raise, or on an accelerator get results that cannot be taken for good ones.
+Ranks may hold different numbers of tokens, also none. The first all-reduce of each call also carries a hash of the
+arguments and whether a rank has failed (entcov/stats/ranks.py). If ranks disagree or one has failed, all of them raise;
+on an accelerator all results are NaN instead.
 
-Nothing makes the host wait on an accelerator: values are checked on the CPU only, and elsewhere bad values show as NaN
-in the covariance and its summary. Shapes depend on T and the number of ranks alone, so calls can be captured in a CUDA
-graph. The bits are the same on every device.
-
-What an accelerator does for T tokens (tests/objective/test_token_covariance.py counts it; reads plus writes of the
-T-sized operations):
-  token_covariance 37 launches, 609 bytes a token       covariance_summary 72 launches, 474 bytes a token
+Nothing makes the host wait on an accelerator: values are checked on the CPU only, and elsewhere bad ones become NaN in
+the covariance and its summary. Shapes depend on T and the number of ranks alone, so calls can be captured in a CUDA
+graph. The bits are the same on every device. docs/methods.md has the cost.
 
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617, eq. 10.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -32,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.objective.radix_select import float_key, key_to_float, radix_select
 from entcov.stats.ranks import AllReduces, attempt
 
@@ -99,14 +95,11 @@ def token_covariance(
 def covariance_over(
     ranks: AllReduces, logprob: Tensor, advantage: Tensor, mask: Tensor, denominator_eps: float, empty_ok: bool
 ) -> TokenCovariance:
-    """`token_covariance` with its one all-reduce."""
+    """`token_covariance` of checked arguments, by the all-reduce of a call that `ranks` has opened."""
     values = torch.where(mask, torch.stack([logprob, advantage]).double(), 0.0)
     bad = ~(values.abs() <= LARGEST)  # NaN too
     sums = torch.cat(
-        [
-            _fixed_point(torch.where(bad, 0.0, values)).sum(-1).flatten(),
-            torch.stack([mask.sum(), bad.sum()]),
-        ]
+        [_fixed_point(torch.where(bad, 0.0, values)).sum(-1).flatten(), torch.stack([mask.sum(), bad.sum()])]
     )
     sums = ranks.sum(sums)
     num_tokens, num_bad = sums[4], sums[5]
@@ -181,7 +174,7 @@ def check_covariance(covariance: object) -> None:
 
 
 def means_of(covariance: TokenCovariance) -> dict[str, Tensor]:
-    """What the covariances of all ranks have alike if they are those of one mini-batch."""
+    """The fields that are equal on all ranks if their covariances are of one mini-batch."""
     names = ("num_tokens", "mean_logprob", "mean_advantage")
     return {f"covariance.{name}": getattr(covariance, name) for name in names}
 

@@ -3,8 +3,6 @@
 docs/large_models.md has every formula and its source. Sizes are in bytes unless a name says otherwise.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -72,8 +70,8 @@ class Settings:
     recompute: str = "none"
     optimizer_offload: float = 0.0
     reference: bool = False  # a frozen copy of the policy, where loss.kl_coef > 0
-    selection: bool = False  # a covariance control is in force
-    select_on_first_update: bool = False  # the selection needs a pass on the first update too
+    selection: bool = False  # a control selects tokens by covariance
+    select_on_first_update: bool = False  # a forward pass for it on the first update too
     clamped_entropy: bool = False
     micro_batch_tokens: int = 16384
     prompts_per_step: int = 256
@@ -300,7 +298,7 @@ def stages(s: Settings) -> list[Memory]:
 
 
 def problems(s: Settings) -> list[str]:
-    """Why this plan cannot run, one line each with the key to turn; empty if it fits."""
+    """Why this plan cannot run, one line for each reason, with the key to change; empty if it fits."""
     out = s.shape.layout_errors(s.tensor_parallel, s.pipeline_parallel)
     if s.gpus % s.replica:
         out.append(f"--gpus={s.gpus} is no multiple of tensor x pipeline x context parallel = {s.replica}")
@@ -337,7 +335,7 @@ def problems(s: Settings) -> list[str]:
 
 
 def _changes(s: Settings) -> Iterator[dict[str, Any]]:
-    """Changes of one knob. First those that cost no speed, then those that cost some, last more hardware."""
+    """Changes of one key: first those that cost no speed, then those that cost some, last more GPUs."""
     if s.engine == "colocated" and not s.sleep:
         yield {"sleep": True}
     if s.engine == "colocated" and s.kv_cache_memory_bytes is None:

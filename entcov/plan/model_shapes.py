@@ -1,11 +1,7 @@
-"""Shapes of decoder-only models and what one rank of a Megatron layout holds of them. Arithmetic alone, no torch.
+"""Shapes of decoder-only models and what one rank of a Megatron layout holds of them, by arithmetic alone.
 
-Parameters of one layer, with h hidden, f intermediate, a heads, k key-value heads of d, T tensor-parallel ranks:
-    divided by T    (a + 2k) d h  queries, keys, values (+ (a + 2k) d bias)     a d h  projection     3 f h  gated MLP
-    on every rank   2 h  norms    (+ 2 d  norms of queries and keys)
-The vocabulary is padded to a multiple of 128 and of T. The first pipeline stage has the embedding, the last one the
-output
-matrix (the embedding again where they are tied) and the last norm.
+docs/large_models.md has the formulas. The first pipeline stage has the embedding, the last one the output matrix (the
+embedding again where they are tied) and the last norm.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entcov import _checks as check
+from entcov import arguments as check
 
 _KNOWN_TYPES = ("qwen2", "qwen3", "llama")
 
@@ -135,8 +131,7 @@ def _published(kind: str, layers: int, h: int, f: int, heads: int, kv: int, voca
     }  # fmt: skip
 
 
-# From the config.json of each published model, so that a plan needs no network. To add a model, add a line: the plan
-# knows it then. Training reads the config.json itself and needs no line here.
+# From the config.json of each published model, so that a plan needs no network. Training reads that file itself.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-1.5B": _published("qwen2", 28, 1536, 8960, 12, 2, 151936, tied=True),
     "Qwen/Qwen2.5-1.5B-Instruct": _published("qwen2", 28, 1536, 8960, 12, 2, 151936, tied=True),

@@ -1,7 +1,5 @@
 """`python -m entcov plan`: the plan of a recipe as tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """What a step sends, and an estimate of its time with the assumptions. memory.py has the settings."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -48,7 +46,6 @@ class Passes:
 
 
 def passes(s: Settings) -> Passes:
-    """The passes of one replica in a step of the loop."""
     updates = s.epochs * s.updates * s.micro_batches
     scoring = math.ceil(s.step_tokens / s.data_parallel / s.micro_batch_tokens) * (2 if s.reference else 1)
     selecting = updates if s.select_on_first_update else updates - s.micro_batches
@@ -168,14 +165,14 @@ def estimate(s: Settings) -> Time:
 def _generation(s: Settings) -> float:
     """Seconds of decoding. Each decoding step reads the weights once, and the cache of every running sequence."""
     engines = max(1, s.gpus // s.engine_tensor_parallel)
-    mine = s.prompts_per_step * s.group_size / engines
-    running = max(1.0, min(mine, engine_sequences(s)))
+    sequences = s.prompts_per_step * s.group_size / engines
+    running = max(1.0, min(sequences, engine_sequences(s)))
     length = s.mean_prompt + s.mean_response / 2
     read = s.shape.parameters * s.value_bytes / s.engine_tensor_parallel
     read += running * length * s.shape.kv_bytes_per_token(s.engine_tensor_parallel, s.value_bytes)
     compute = s.shape.forward_flops(running, length) / s.engine_tensor_parallel / (s.gpu.flops * COMPUTE_EFFICIENCY)
     # Two all-reduces a layer. Their messages are small: 10 microseconds of latency each.
-    talk = 2e-5 * s.shape.num_hidden_layers if s.engine_tensor_parallel > 1 else 0.0
-    token = max(read / (s.gpu.bandwidth * MEMORY_EFFICIENCY), compute) + talk + DECODE_OVERHEAD
+    latency = 2e-5 * s.shape.num_hidden_layers if s.engine_tensor_parallel > 1 else 0.0
+    token = max(read / (s.gpu.bandwidth * MEMORY_EFFICIENCY), compute) + latency + DECODE_OVERHEAD
     # Enough decoding steps for all tokens, and at least as many as the longest sequence has tokens.
-    return token * max(mine * s.mean_response / running, float(s.max_response))
+    return token * max(sequences * s.mean_response / running, float(s.max_response))

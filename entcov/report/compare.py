@@ -1,4 +1,7 @@
-"""Matched runs of several entropy controls: final values of each, and differences to its zero-strength twin."""
+"""Matched runs of several entropy controls: the final values of each, and the differences to its baseline.
+
+The baseline of a control is the same run with the control's strength at 0.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -67,16 +71,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of every control and measure the estimate, and the paired difference to the control's twin."""
+    """The estimate of every measure for every control, and its difference to the control's baseline, paired by seed."""
 
     command: str
     environment: str
     steps: int
     seeds: tuple[int, ...]
-    twins: dict[str, str]
+    baselines: dict[str, str]
     estimates: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
-    entropy_ratio: dict[str, tuple[float, float, float]]  # geometric mean over seeds of entropy / twin's; interval
+    entropy_ratio: dict[str, tuple[float, float, float]]  # entropy / baseline's: geometric mean, interval
     failures: list[Failure]
 
 
@@ -88,7 +92,7 @@ def compare(
     out_dir: str | Path,
     jobs: int = 1,
     command: str,
-    twins: Mapping[str, str],
+    baselines: Mapping[str, str],
     total_steps: int | None = None,
     display: bool | str = "auto",
     program: Sequence[str] = (sys.executable, "-m", "entcov"),
@@ -102,8 +106,8 @@ def compare(
         arguments: (control, seed, run_dir) -> the arguments of the process `program ...` that makes the run.
         jobs: runs at a time, each with one CPU thread.
         command: what the user typed, for the record.
-        twins: control -> its zero-strength twin, which is among the controls too. `arguments` must make the two differ
-            in the control's strength alone.
+        baselines: control -> its baseline, which is among the controls too. `arguments` must make the two differ in the
+            control's strength alone.
         total_steps, display: for the display of the running matrix.
         program: the command that `arguments` are given to.
 
@@ -112,10 +116,10 @@ def compare(
         runs are compared.
 
     Raises:
-        ValueError: controls or seeds are empty or repeated, jobs < 1, or a twin is not among the controls.
+        ValueError: controls or seeds are empty or repeated, jobs < 1, or a baseline is not among the controls.
     """
     out_dir = Path(out_dir)
-    _check(controls, seeds, twins)
+    _check(controls, seeds, baselines)
     places = {(c, s): out_dir / c / f"seed_{s}" for c in controls for s in seeds}
     # Seed by seed, so that an interrupted comparison has complete pairs.
     matrix = [
@@ -124,7 +128,7 @@ def compare(
     failures = run_matrix(matrix, jobs, total_steps=total_steps, display=display)
     failed = {failure.label for failure in failures}
     rows = {c: {s: read_metrics(places[c, s]) for s in seeds if f"{c} seed {s}" not in failed} for c in controls}
-    comparison = summarize(rows, twins, command=command, failures=failures)
+    comparison = summarize(rows, baselines, command=command, failures=failures)
     out_dir.mkdir(parents=True, exist_ok=True)
     if plotted := {control: list(by_seed.values()) for control, by_seed in rows.items() if by_seed}:
         plot_runs(plotted, out_dir / "plots")
@@ -143,7 +147,7 @@ def compare(
 
 def summarize(
     rows: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]],
-    twins: Mapping[str, str],
+    baselines: Mapping[str, str],
     *,
     command: str,
     failures: Sequence[Failure] = (),
@@ -152,8 +156,9 @@ def summarize(
     final = {c: {s: final_values(run) for s, run in by_seed.items()} for c, by_seed in rows.items()}
     names = [measure.name for measure in MEASURES]
     differences, ratio = {}, {}
-    for control, twin in twins.items():
-        pairs = [(seed, values, final[twin][seed]) for seed, values in final[control].items() if seed in final[twin]]
+    for control, baseline in baselines.items():
+        base = final[baseline]
+        pairs = [(seed, values, base[seed]) for seed, values in final[control].items() if seed in base]
         differences[control] = {
             name: Estimate.of({s: a[name] - b[name] for s, a, b in pairs if name in a and name in b}) for name in names
         }
@@ -165,7 +170,7 @@ def summarize(
         environment=_environment(),
         steps=max((int(run[-1]["step"]) for by_seed in rows.values() for run in by_seed.values()), default=0),
         seeds=tuple(sorted({seed for by_seed in rows.values() for seed in by_seed})),
-        twins=dict(twins),
+        baselines=dict(baselines),
         estimates={
             c: {name: Estimate.of({s: v[name] for s, v in by_seed.items() if name in v}) for name in names}
             for c, by_seed in final.items()
@@ -187,14 +192,14 @@ def final_values(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
         ]
         logged = [row for row in logged if len(row) > 1]
         logged = logged[-1:] if measure.last_only else [row for row in logged if row["step"] > first_final]
-        means = [_mean([value for key, value in row.items() if key != "step"]) for row in logged]
+        means = [fmean(value for key, value in row.items() if key != "step") for row in logged]
         if means:
-            values[measure.name] = _mean(means)
+            values[measure.name] = fmean(means)
     return values
 
 
 def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows of text): the estimates, and the differences to the twins."""
+    """(title, header, rows of text): the estimates, and the differences to the baselines."""
     measures = [m for m in MEASURES if any(e[m.name].by_seed for e in comparison.estimates.values())]
     first = [
         [control, str(max((len(e.by_seed) for e in estimates.values()), default=0))]
@@ -203,7 +208,7 @@ def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]
     ]
     found = [("Where the runs end", ["control", "seeds", *(m.title for m in measures)], first)]
     second = []
-    for control, twin in comparison.twins.items():
+    for control, baseline in comparison.baselines.items():
         cells = []
         for measure in measures:
             difference = comparison.differences[control][measure.name]
@@ -211,10 +216,10 @@ def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]
             cells.append(f"{text} *" if difference.excludes_zero else text)
         mean, low, high = comparison.entropy_ratio[control]
         times = "—" if math.isnan(mean) else f"{mean:.2f}" + ("" if math.isnan(low) else f" ({low:.2f} to {high:.2f})")
-        second.append([control, twin, times, *cells])
+        second.append([control, baseline, times, *cells])
     if second:
-        header = ["control", "twin", "entropy / twin's", *(m.title for m in measures)]
-        found.append(("Difference to the zero-strength twin, paired by seed", header, second))
+        header = ["control", "baseline", "entropy / baseline's", *(m.title for m in measures)]
+        found.append(("Difference to the baseline of strength 0, paired by seed", header, second))
     return found
 
 
@@ -230,8 +235,8 @@ def markdown(comparison: Comparison, plots: bool) -> str:
         "",
         "Cells: mean ± half width of the 95 % interval over seeds (Student t). Final, and response length: mean over "
         f"the last {FINAL_FRACTION:.0%} of steps. Held-out numbers: the last evaluation, averaged over data sources. A "
-        "difference is the mean over seeds of (control − twin with the same seed); * marks an interval that does not "
-        "contain 0. The ratio is the geometric mean over the same pairs, with its interval.",
+        "difference is the mean over seeds of (control − baseline with the same seed); * marks an interval that does "
+        "not contain 0. The ratio is the geometric mean over the same pairs, with its interval.",
     ]
     for title, header, rows in tables(comparison):
         lines += ["", f"## {title}", "", _row(header), _row(["---"] * len(header)), *map(_row, rows)]
@@ -244,7 +249,7 @@ def markdown(comparison: Comparison, plots: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check(controls: Sequence[str], seeds: Sequence[int], twins: Mapping[str, str]) -> None:
+def _check(controls: Sequence[str], seeds: Sequence[int], baselines: Mapping[str, str]) -> None:
     for name, values in (("controls", controls), ("seeds", seeds)):
         if not values:
             raise ValueError(f"{name} must hold at least one entry, got none")
@@ -253,11 +258,11 @@ def _check(controls: Sequence[str], seeds: Sequence[int], twins: Mapping[str, st
     for control in controls:
         if Path(control).name != control:
             raise ValueError(f"controls: a name that is no plain folder name cannot be compared, got {control!r}")
-    for control, twin in twins.items():
-        for name in (control, twin):
+    for control, baseline in baselines.items():
+        for name in (control, baseline):
             if name not in controls:
                 raise ValueError(
-                    f"twins: {name!r} (twin of {control!r}: {twin!r}) must be among the controls {list(controls)}"
+                    f"baselines: {name!r} must be among the controls {list(controls)}, got {control!r}: {baseline!r}"
                 )
 
 
@@ -307,7 +312,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

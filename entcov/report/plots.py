@@ -1,7 +1,5 @@
 """PNG plots of one run or of several, with intervals across seeds."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -207,20 +205,16 @@ def _styled(seeds: Mapping[str, list[Rows]]) -> list[tuple[str, str, str]]:
 
 
 def _legend(seeds: Mapping[str, list[Rows]], panels: Sequence[_Panel]) -> list[Line2D]:
-    handles = [
-        Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=_with_seeds(label, len(seeds[label])))
-        for label, colour, style in _styled(seeds)
-    ]
+    handles = []
+    for label, colour, style in _styled(seeds):
+        name = label if len(seeds[label]) == 1 else f"{label} ({len(seeds[label])} seeds)"
+        handles.append(Line2D([], [], color=colour, linestyle=style, linewidth=1.8, label=name))
     if any(panel.evaluations for panel in panels):
         for name in sorted({name for per_seed in seeds.values() for name in _evaluations(per_seed)}, reverse=True):
             face = "#555555" if name.startswith("mean") else "white"
             look = {"marker": "o", "linestyle": "", "color": "#555555", "markerfacecolor": face, "markersize": 5}
             handles.append(Line2D([], [], **look, label=f"held-out accuracy, {name}"))
     return handles
-
-
-def _with_seeds(label: str, count: int) -> str:
-    return label if count == 1 else f"{label} ({count} seeds)"
 
 
 def _new_figure(width: float, height: float) -> Figure:

@@ -1,7 +1,5 @@
 """Runs a set of trainings as processes, some at a time. Finished runs are not repeated; a failed run stops no other."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

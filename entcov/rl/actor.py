@@ -1,9 +1,7 @@
-"""What the actors of all backends have in common: the statistics of the policy, and one optimizer step.
+"""The base of the actors of all backends: the statistics of the policy, and one optimizer step.
 
 A backend's actor adds the passes through its model: `_forward`, `_micro_batches`, `_backward`, `_take_step`.
 """
-
-from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """The transformers backend: one process that trains a transformers model; and the reference policy of a run."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -108,7 +108,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, padded: bool) -> list
     """Sequence indices grouped so that no group costs more than `max_tokens`.
 
     A group's cost is its number of tokens, or with `padded` its size times its longest sequence. Sequences are taken
-    longest first, so that padded groups hold similar lengths; a sequence that is too long by itself is an error.
+    longest first, so that padded groups hold similar lengths; a sequence longer than `max_tokens` is an error.
     """
     order = sorted(range(len(lengths)), key=lambda s: -lengths[s])
     if order and lengths[order[0]] > max_tokens:

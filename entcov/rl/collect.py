@@ -80,7 +80,7 @@ def unpack_rollouts(packed: dict[str, Any], prompts: Mapping[int, Prompt]) -> li
 
 @dataclass
 class Collector:
-    """Draws a step's rollouts. It changes nothing but the sampler, so it may work beside the actor's update."""
+    """Samples a step's rollouts. It changes no state but the sampler's, so it may run while the actor updates."""
 
     config: RolloutConfig
     seed: int  # the run's
@@ -91,11 +91,11 @@ class Collector:
     def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
         """The rollouts of `step`, from the prompts at `position` and after it.
 
-        With dynamic sampling (`filter_zero_variance`) groups without a difference in reward are dropped and further
-        prompts drawn, up to `max_draws` times.
+        With dynamic sampling (`filter_zero_variance`) groups whose rewards are all equal are dropped and more prompts
+        are drawn, up to `max_draws` times.
 
         Args:
-            phase: told what is going on.
+            phase: called with the name of each phase.
 
         Raises:
             RuntimeError: dynamic sampling has left nothing.

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls import CONTROLS, Control, make_control
 from entcov.objective.advantages import ADVANTAGES
 from entcov.objective.tokens import PolicyLossConfig
@@ -21,8 +21,8 @@ from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolved,
 from entcov.rl.record.durable import atomic_write
 
 _STRICT = ConfigDict(extra="forbid")
-# Strict: a number is a number, where pydantic would take true for 1 and "3" for 3.
-_MOST = 2**31 - 1  # what every library below takes for a size
+_MOST = 2**31 - 1  # the largest size that all libraries below accept
+# Strict: otherwise pydantic would accept true as 1 and "3" as 3.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -133,7 +133,7 @@ class RolloutConfig:
     batch_size: Count = 256  # sequences that sampler in_process generates at once
     # Steps that rollouts may lag behind. 1: the next step's are sampled while the policy is being updated (vllm only).
     max_staleness: Annotated[Whole, Field(le=1)] = 0
-    # Dynamic sampling (DAPO): groups whose rewards are all equal teach nothing; draw until the step is full of others.
+    # Dynamic sampling (DAPO): groups of equal rewards have no gradient; draw until the step has enough others.
     filter_zero_variance: bool = False
     max_draws: Count = 3
 
@@ -246,7 +246,7 @@ class Config:
     """A whole run. `python -m entcov train RECIPE key=value ...` overrides single keys.
 
     interpolated: path of keys -> what the recipe says there, such as ${oc.env:HF_TOKEN}, and the value that it had. Set
-        by `load_config`. The value may be a secret, so it is what the recipe says that is stored and shown.
+        by `load_config`. The value may be a secret, so the recipe's text is stored and shown instead.
     """
 
     interpolated: ClassVar[dict[tuple[str, ...], tuple[Any, Any]]] = {}
@@ -264,8 +264,8 @@ class Config:
     megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
     loss: _LossConfig = dataclasses.field(default_factory=_LossConfig)  # type: ignore[valid-type]
     advantage: str = "grpo"
-    control: list[Text] = dataclasses.field(default_factory=list)  # entropy controls in force, in order
-    controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, in force or not
+    control: list[Text] = dataclasses.field(default_factory=list)  # names of the entropy controls to use, in order
+    controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
@@ -273,7 +273,7 @@ class Config:
     @pydantic.field_validator("loss", mode="before")
     @classmethod
     def _no_flags(cls, loss: Any) -> Any:
-        """The objective's own types are not strict, and no knob of the loss is a yes or no."""
+        """Refuses true and false: PolicyLossConfig's types are not strict, and none of its knobs is a bool."""
         for key, value in loss.items() if isinstance(loss, dict) else ():
             if isinstance(value, bool):
                 raise ValueError(f"{key} must not be true or false, got {value}")
@@ -320,7 +320,7 @@ class Config:
             )
 
     def build_controls(self) -> list[Control]:
-        """Fresh controls in force, in order."""
+        """The controls that `control` names, in order, in their initial state."""
         return [_build_control(name, self.controls.get(name, {})) for name in self.control]
 
 
@@ -344,7 +344,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
         ("megatron.", "actor.backend", "megatron", config.actor.backend),
         ("rollout.vllm.", "rollout.sampler", "vllm", config.rollout.sampler),
     ):
-        # A recipe may hold settings of a choice that is not in force, and another choice leaves them behind.
+        # A recipe may hold settings of a backend or sampler that it does not use; an override of one is a mistake.
         for key in changed:
             if key.startswith(section) and chosen != wanted and choice not in changed:
                 raise ConfigError(f"{key}: has no effect with {choice}={chosen}; it needs {choice}={wanted}")
@@ -368,7 +368,7 @@ def resolve_config(tree: DictConfig, origin: str) -> Config:
 
 
 def _without(message: str, value: str, said: str) -> str:
-    """The message with `said` in place of `value`, and of the first characters of a value that was cut (8 or more)."""
+    """The message with `said` in place of `value`, also where it shows only the value's first 8 or more characters."""
     for length in range(len(value), 7, -1):
         message = message.replace(value[:length], said)
     return message
@@ -426,7 +426,7 @@ def as_written(config: Config) -> dict[str, Any]:
     """The config as a plain tree with its interpolations unresolved: what may be stored and shown."""
     tree = dataclasses.asdict(config)
     for path, (said, value) in config.interpolated.items():
-        if value_at(tree, path) == value:  # a key that the program has changed since is as the program says
+        if value_at(tree, path) == value:  # else the program has changed the key
             value_at(tree, path[:-1])[path[-1]] = said
     return tree
 

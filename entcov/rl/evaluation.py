@@ -1,7 +1,5 @@
 """Held-out accuracy: mean@k and best@k under verl's metric names, with k and temperature of each data source."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

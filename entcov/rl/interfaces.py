@@ -1,4 +1,4 @@
-"""What the parts of the trainer ask of each other: an actor, a sampler, and the backend that builds both.
+"""The interfaces of the trainer's parts: an actor, a sampler, and the backend that builds both.
 
 The loop (entcov/rl/loop.py) drives an `Actor` and a `Sampler`; a run (entcov/rl/run.py) is built and stored by a
 `Backend`. With several processes every one of them runs the same code: a method that is called collective must be

@@ -20,7 +20,7 @@ _SAME_INTERRUPT = 1.0  # seconds
 class Interrupts:
     """A context manager that handles the two signals, unless the program has a handler of its own for them.
 
-    tells: whether this process says on stderr that it waits; of several, one is enough.
+    tells: whether this process prints on stderr that it waits; one of several does.
     received: the first signal that was remembered, 0 while there is none.
     at_once: whether a second Ctrl-C has asked not to wait for the step's end. A second SIGTERM changes nothing: several
         senders may pass the same one on, and there is SIGKILL.
@@ -36,7 +36,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:  # a signal that is ignored, or has another handler, is left alone
+            for number in _SIGNALS:  # a signal that is ignored, or has another handler, stays as it is
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     self._before[number] = signal.signal(number, self._on_signal)
         return self
@@ -53,12 +53,8 @@ class Interrupts:
         if not self.received:
             self.received, self._since = number, now
             if self.tells:
-                _tell("stopping when this step is done and stored; Ctrl-C again stops at once")
+                with contextlib.suppress(OSError):  # past Python's buffers: a handler may interrupt a print
+                    os.write(2, b"\nstopping when this step is done and stored; Ctrl-C again stops at once\n")
         elif number == signal.SIGINT and now - self._since > _SAME_INTERRUPT:
             self.at_once = True
             raise KeyboardInterrupt(number)
-
-
-def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # past Python's buffers: a handler may interrupt a print
-        os.write(2, f"\n{text}\n".encode())

@@ -9,8 +9,6 @@ weights that step k began with; at the end of step k they are complete, and only
 weights. They are part of the checkpoint, since the weights that sampled them are gone.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections import defaultdict, deque
@@ -37,7 +35,7 @@ from entcov.rl.types import Rollout
 
 @dataclass
 class Loop:
-    """What a run changes as it goes on: the policy, the controls, the position in the data. `step()` is one step.
+    """The state of a run: the policy, the controls, the position in the data. `step()` is one step.
 
     unstorable: why the state cannot be stored, "" where it can. A step that fails before its first update has changed
         nothing but the position, which is remembered; one that fails later leaves the weights between two steps.
@@ -49,7 +47,7 @@ class Loop:
     stream: PromptStream
     controls: Sequence[Control]
     reward_fn: RewardFunction
-    phase: Callable[[str], None] = lambda name: None  # told what is going on, for the display
+    phase: Callable[[str], None] = lambda name: None  # called with the name of each phase, for the display
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
     unstorable: str = ""

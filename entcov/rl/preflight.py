@@ -1,6 +1,4 @@
-"""Checks a recipe before a run writes anything: what it names must exist and fit together."""
-
-from __future__ import annotations
+"""Checks before a run writes anything that what the recipe names exists and fits together."""
 
 import importlib.util
 from collections.abc import Iterable
@@ -10,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls import clamp_arguments
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.data.stream import PromptStream

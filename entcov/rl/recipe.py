@@ -1,7 +1,5 @@
 """A recipe's text: YAML, presets and `key=value` overrides, as a plain mapping. entcov/rl/config.py has the keys."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.controls.published import preset
 
 MOST_LEVELS = 20  # of nesting. A recipe has five; libyaml calls itself for each, and 100,000 would end the process
@@ -26,7 +24,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Errors about what `key` of the recipe names begin with the key."""
+    """Puts the recipe's `key` before the message of an error that is raised inside."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -62,7 +60,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(f"recipe {path}: must be a mapping of keys, got {check.shown(plain)}")
     if "preset" in tree:
         with _told(f"recipe {path}"):
-            name = OmegaConf.to_container(tree, resolve=False)["preset"]  # unresolved: it may name a secret
+            name = OmegaConf.to_container(tree, resolve=False)["preset"]  # unresolved: its value may be a secret
             del tree["preset"]
             tree = OmegaConf.merge(preset(name), tree)
     for item in overrides:
@@ -81,7 +79,7 @@ def resolved(tree: DictConfig, origin: str) -> dict[str, Any]:
 
 
 def interpolations(raw: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path of keys, what stands there) for each value that is interpolated, or is a list with such a value."""
+    """(path of keys, the text there) for each value that is interpolated, or is a list with such a value."""
     for key, value in raw.items():
         if isinstance(value, dict):
             yield from interpolations(value, (*above, key))

@@ -1,6 +1,4 @@
-"""Trains a recipe, or goes on with it where it stopped; and evaluates the policy of a run."""
-
-from __future__ import annotations
+"""Trains a recipe, resumes it where it stopped, and evaluates the policy of a run."""
 
 import dataclasses
 import sys
@@ -25,7 +23,15 @@ from entcov.rl.loop import Loop
 from entcov.rl.record.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
 from entcov.rl.record.metrics import RunLogger
 from entcov.rl.record.progress import Progress
-from entcov.rl.record.run_folder import SAMPLES, check_resume, has_begun, held, keep_evaluation, take_up, write_samples
+from entcov.rl.record.run_folder import (
+    SAMPLES,
+    check_resume,
+    has_begun,
+    held,
+    keep_evaluation,
+    prepare_folder,
+    write_samples,
+)
 from entcov.rl.rewards.rules import load_reward
 from entcov.rl.types import Rollout
 
@@ -47,7 +53,7 @@ def build(
     """Builds the actor, the sampler and the data of a run, fresh or with the weights of `checkpoint`. Collective.
 
     Args:
-        phase: told what is going on, now and by the loop.
+        phase: called with the name of each phase, here and in the loop.
         on_warm_start: called with (steps done, loss in nats).
     """
     if checkpoint is None and config.warm_start.steps:
@@ -70,11 +76,11 @@ def build(
 def train(
     config: Config, *, resume: str = "auto", display: bool | str = "auto", backend: Backend | None = None
 ) -> dict[str, float]:
-    """Runs the recipe in `config.run_dir` to its last step, going on from the latest checkpoint if there is one.
+    """Runs the recipe in `config.run_dir` to its last step, from the latest checkpoint if there is one.
 
     Args:
-        resume: "auto" goes on where the run stopped; a checkpoint's path goes back to it; "never" refuses a folder that
-            holds a run already.
+        resume: "auto" resumes from the latest checkpoint, a checkpoint's path from that one; "never" refuses a folder
+            that holds a run already.
         display: passed to `Progress`.
         backend: what trains; default: transformers in this process. Every process of a larger backend calls `train`
             with the same arguments.
@@ -106,7 +112,7 @@ def train(
         def take() -> Checkpoint | None:
             check_resume(run_dir, resume)
             stack.enter_context(held(run_dir))
-            return take_up(run_dir, config, resume)
+            return prepare_folder(run_dir, config, resume)
 
         checkpoint = backend.broadcast_from_rank0(take)
         logger = None
@@ -145,7 +151,7 @@ def evaluate_run(
         progress: passed to `evaluate`, on rank 0.
         backend: what the policy runs on; default: transformers in this process, whatever backend trained it. Another
             must be the one that trained, and every process of it makes the call.
-        on_unkept: told why the results could not be written, which are returned all the same; default: that is raised.
+        on_unkept: called with the error if the results cannot be written; they are still returned. None: raise it.
 
     Returns:
         The checkpoint's step, the metrics of `evaluate`, and the results by data source. The metrics and all responses

@@ -1,9 +1,9 @@
-"""The recipe in a run's folder: RUN/config.yaml stored, compared with the recipe that goes on, and read by `eval`.
+"""The recipe in a run's folder: stores RUN/config.yaml, compares it with that of a resumed run, reads it for `eval`.
 
-Two things must hold of config.yaml. It holds no secret: an interpolation such as ${oc.env:HF_TOKEN} is stored as it is
-written. Where its value decides what is computed, config.digests.json holds a salted scrypt hash of the value, so that
-a run does not go on silently with another one. And it may come from a stranger: `load_run` lets it neither import
-anything nor read the environment nor name a server, unless it is told to trust it.
+config.yaml holds no secret: an interpolation such as ${oc.env:HF_TOKEN} is stored as it is written. Where its value
+decides what is computed, config.digests.json holds a salted scrypt hash of the value, and resuming with another value
+is an error. The file may come from somebody else: unless it is trusted, `load_run` refuses one that imports modules,
+reads the environment or names a server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.config import RENAMED, Config, as_written, resolve_config, save_config
 from entcov.rl.recipe import ConfigError, interpolations, read_recipe, texts, value_at
 from entcov.rl.record.durable import atomic_write
@@ -59,8 +59,8 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
             override says may do so in any case.
 
     Raises:
-        ConfigError: `run` holds no run; an override is of a key that an evaluation does not depend on (what the policy
-            is, and how it was trained, is settled); or the recipe is not trusted and wants such a thing.
+        ConfigError: `run` holds no run; an override is of a key that an evaluation does not depend on (those of
+            the policy and its training cannot change); or the recipe needs trust and has none.
     """
     path = Path(run) / _CONFIG
     if not path.is_file():
@@ -76,12 +76,12 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
     if trusted:
         return resolve_config(tree, str(path))
     given = [item.partition("=")[0] for item in overrides]
-    # A resolver is the only way to the environment, and its call has a colon. Without one nothing but keys is read.
+    # Only a resolver reads the environment, and its call has a colon. Without a colon, ${a.b} is another key.
     wants = []
     for keys, said in interpolations(OmegaConf.to_container(tree, resolve=False)):
         if not any("${" in text and ":" in text for text in texts(said)):
             continue
-        if keys[0] == "logging" and len(keys) > 1:  # where a recipe has its tokens; an evaluation does not log
+        if keys[0] == "logging" and len(keys) > 1:  # tokens of loggers are here, and an evaluation does not log
             functools.reduce(lambda node, key: node[key], keys[:-1], tree)[keys[-1]] = None
         else:
             wants.append((".".join(keys), said, "reads more than other keys"))
@@ -181,7 +181,7 @@ class _Digests:
         return stored is not None and secrets.compare_digest(stored, self.digest(value))
 
     def digest(self, value: Any) -> str:
-        """Slow on purpose: a value that can be guessed should not be guessed fast."""
+        """Slow, so that it takes long to find a value by guessing."""
         text = json.dumps(value, sort_keys=True).encode()
         return hashlib.scrypt(text, salt=self.salt.encode(), n=1 << 14, r=8, p=1, dklen=32).hex()
 

@@ -1,10 +1,8 @@
-"""Runs work in threads of its own, or in the calling thread where the machine gives no further thread.
+"""Runs work in threads, or in the calling thread where the machine allows no more threads.
 
-A limit on processes (ulimit -u, a container's pids limit) makes Python's "can't start new thread". Nothing that threads
-only make faster or nicer may end a run for that.
+A limit on processes (ulimit -u, a container's pids limit) makes Python's "can't start new thread", which must not end a
+run.
 """
-
-from __future__ import annotations
 
 import functools
 import sys
@@ -26,12 +24,12 @@ def submit(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments) -> Futu
         if not no_thread(error):
             raise
         say(f"{error}: work is done one after the other that would be done side by side")
-        run()  # the pool may have kept it, for a thread that it has: then whoever comes first does it
+        run()  # the pool may have queued it for a thread that it has: the first of the two runs it
     return future
 
 
 def in_background(work: Callable[[], T], name: str) -> Future[T]:
-    """`work()` in a thread of its own, which does not keep the process alive."""
+    """Runs `work()` in a new daemon thread."""
     future: Future[T] = Future()
     run = _once(future, work)
     try:
@@ -66,7 +64,7 @@ def _once(future: Future[T], work: Callable[[], T]) -> Callable[[], None]:
             future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
-            if not isinstance(error, Exception):  # an interrupt is for the thread that it has struck
+            if not isinstance(error, Exception):  # an interrupt is also raised in the thread that it struck
                 raise
 
     return run

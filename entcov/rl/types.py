@@ -1,6 +1,4 @@
-"""What flows through the trainer's loop: `Example -> Prompt -> Rollout`, plain data without behaviour."""
-
-from __future__ import annotations
+"""The data of the trainer's loop, without behaviour: `Example -> Prompt -> Rollout`."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""`python -m entcov check`: every op against its float64 oracle on this machine, as a table with a verdict a line."""
+"""`python -m entcov check`: compares every public function with its float64 oracle on this machine; prints a table."""
 
 import platform
 import sys
@@ -84,8 +84,8 @@ def _check_token_stats(
 
 
 def _check_linear_token_stats(logits: Tensor, seed: int) -> Iterable[tuple[str, Tensor, Tensor, Tensor]]:
-    """As above, behind a head whose products are exact: the hidden states are the rows of the unit matrix, so the
-    logits are the columns of the weight. In two chunks. Rows with -inf are left out: 0 * -inf is NaN in any product."""
+    """As `_check_token_stats`, in two chunks. The hidden states are the rows of the unit matrix, so the products are
+    exact and the logits are the columns of the weight. Rows with -inf are left out: 0 * -inf is NaN."""
     if not logits.isfinite().all():
         return
     unit = torch.eye(len(logits), dtype=logits.dtype)
@@ -119,11 +119,7 @@ def _check_logit_covariance(logits: Tensor, seed: int) -> Iterable[tuple[str, Te
     for name, value in expected.items():
         yield name, getattr(got, name).detach(), value.detach(), value_bound(name, value.detach())
     old, after = (reference.log_probs(z, TEMPERATURE) for z in (logits, new))
-    terms = {
-        "covariance": entropy_terms(old),
-        "entropy_change": entropy_terms(after),
-        "kl": old.exp() + after.exp(),
-    }
+    terms = {"covariance": entropy_terms(old), "entropy_change": entropy_terms(after), "kl": old.exp() + after.exp()}
     yield from _check_gradients(got, expected, got_leaf, expected_leaf, terms, rng)
 
 

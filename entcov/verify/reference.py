@@ -17,7 +17,7 @@ def log_probs(logits: Tensor, temperature: float = 1.0, vocab_size: int | None =
 
 
 def where_possible(log_p: Tensor, values: Tensor) -> Tensor:
-    """`values`, with 0 for outcomes of probability 0, whatever stood there (their gradient is 0 too)."""
+    """`values`, with 0 for outcomes of probability 0 (their gradient is 0 too)."""
     return torch.where(log_p == -torch.inf, 0.0, values)
 
 

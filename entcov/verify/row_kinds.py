@@ -1,4 +1,4 @@
-"""Named kinds of logit rows, each one a way to get softmax statistics wrong; and the error each output may have.
+"""Named kinds of logit rows on which careless softmax code goes wrong, and the error that each output may have.
 
 Imported by tests, benchmarks and `python -m entcov check` only.
 """

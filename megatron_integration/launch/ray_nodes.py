@@ -1,9 +1,7 @@
 """Runs a launch script on every node of a Ray cluster: `python ray_nodes.py --nodes N SCRIPT PRESET key=value ...`.
 
-Ray finds the nodes and holds their GPUs; torchrun makes the processes, as without Ray. `ray_job.sh` submits this.
+Ray chooses the nodes and reserves their GPUs; torchrun starts the processes, as without Ray. `ray_job.sh` submits this.
 """
-
-from __future__ import annotations
 
 import argparse
 import os

@@ -4,8 +4,6 @@ The test makes two short steps with random weights. The model has all widths of 
 config.json, and LAYERS layers. The tokenizer is the recipe's; the weights are not needed.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 

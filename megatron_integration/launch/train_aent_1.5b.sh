@@ -3,7 +3,7 @@
 #
 #   megatron_integration/launch/train_aent_1.5b.sh math|openr1 [key=value ...]
 #
-# The twin without entropy control: ... math control=[] run_dir=runs/aent_math_1.5b_twin. `openr1` needs
+# Without entropy control: ... math control=[] run_dir=runs/aent_math_1.5b_baseline. `openr1` needs
 # data.train_files=[...] of your own (examples/aent_openr1_1.5b.yaml). common.sh says how to start a dry run, a plan or a
 # smoke test.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

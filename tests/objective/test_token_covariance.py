@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from entcov import _checks
+from entcov import arguments
 from entcov.controls import ClipCov, KLCov, select
 from entcov.objective.radix_select import float_key, key_to_float, radix_select
 from entcov.objective.selection import _mix, select_clip_cov, select_kl_cov, token_hash
@@ -360,7 +360,7 @@ def test_the_device_path_has_the_bits_and_the_traffic_that_are_promised(monkeypa
 
     of_cpu = token_covariance(logprob, advantage, mask)
     expected = {name: call(of_cpu) for name, call in calls.items()}
-    monkeypatch.setattr(_checks, "readable", lambda tensor: False)
+    monkeypatch.setattr(arguments, "readable", lambda tensor: False)
     with Traffic(T) as found:
         of_device = token_covariance(logprob, advantage, mask)
     counted = {"covariance": found}

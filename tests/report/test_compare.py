@@ -58,8 +58,8 @@ def run_compare(tmp_path, trainer, wishes=(), **changes):
         controls=list(ENTROPY), seeds=[0, 1, 2], out_dir=tmp_path / "out", jobs=2, command="entcov compare r.yaml",
         display=False, program=trainer,
     ) | changes  # fmt: skip
-    twins = {control: "none" for control in settings["controls"] if control != "none"}
-    return compare(arguments(recipe, wishes), **{"twins": twins} | settings)
+    baselines = {control: "none" for control in settings["controls"] if control != "none"}
+    return compare(arguments(recipe, wishes), **{"baselines": baselines} | settings)
 
 
 def starts(tmp_path, control, seed):
@@ -82,7 +82,7 @@ def test_table_plots_and_numbers(tmp_path, trainer, capsys):
     ratio = [math.log(a / b) for a, b in zip(ENTROPY["clip_cov"], ENTROPY["none"], strict=True)]
     assert result["entropy_ratio"]["clip_cov"][0] == pytest.approx(math.exp(sum(ratio) / 3))
     assert result["command"] == "entcov compare r.yaml" and result["steps"] == 20
-    assert result["twins"] == {"clip_cov": "none", "aent": "none"}
+    assert result["baselines"] == {"clip_cov": "none", "aent": "none"}
 
     page = (out / "comparison.md").read_text()
     assert "```\nentcov compare r.yaml\n```" in page and "20 steps; finished seeds: 0, 1, 2" in page
@@ -132,8 +132,8 @@ def test_one_seed_has_no_interval(tmp_path, trainer):
     assert "| none | 1 | 0.1000 | 0.500 |" in page and "| clip_cov | none | 3.00 | +0.2000 |" in page
 
 
-def test_twins_can_be_named(tmp_path, trainer):
-    run_compare(tmp_path, trainer, seeds=[0], twins={"none": "aent"})
+def test_baselines_can_be_named(tmp_path, trainer):
+    run_compare(tmp_path, trainer, seeds=[0], baselines={"none": "aent"})
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert result["differences"].keys() == {"none"}
     assert result["differences"]["none"]["entropy"]["mean"] == pytest.approx(-0.01)
@@ -184,8 +184,8 @@ def test_a_run_killed_by_a_signal_is_a_failure(tmp_path):
         (dict(seeds=[]), "seeds must hold at least one entry, got none"),
         (dict(seeds=[1, 1]), r"seeds must not repeat an entry, got \[1, 1\]"),
         (dict(jobs=0), "jobs must be >= 1, got 0"),
-        (dict(controls=["clip_cov"]), "twins: 'none' .* must be among the controls"),
-        (dict(twins={"clip_cov": "kl_cov"}), "twins: 'kl_cov' .* must be among the controls"),
+        (dict(controls=["clip_cov"]), "baselines: 'none' must be among the controls"),
+        (dict(baselines={"clip_cov": "kl_cov"}), "baselines: 'kl_cov' must be among the controls"),
         (dict(controls=["../x"]), "no plain folder name cannot be compared, got '../x'"),
     ],
 )

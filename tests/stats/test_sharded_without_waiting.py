@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entcov import _checks
+from entcov import arguments
 from entcov.objective.selection import Selection
 from entcov.objective.token_covariance import TokenCovariance
 from entcov.stats import shards
@@ -117,7 +117,7 @@ def test_a_rank_that_fails_raises_and_the_others_get_nan(ranks):
 
 @pytest.mark.parametrize("name", BLIND)
 def test_a_rank_that_fails_in_any_call_raises_and_the_others_get_nan(ranks, monkeypatch, name):
-    monkeypatch.setattr(_checks, "readable", lambda tensor: False)
+    monkeypatch.setattr(arguments, "readable", lambda tensor: False)
     call, message = disagreements.FAILURES[name]
     *others, failed = on_every_rank(ranks, call)
     assert isinstance(failed, ValueError | TypeError) and re.search(message, str(failed)), failed
@@ -131,7 +131,7 @@ SAME_SHAPES = [name for name in disagreements.DISAGREEMENTS if not re.search("to
 
 @pytest.mark.parametrize("name", [*SAME_SHAPES, *disagreements.REPEATED])
 def test_ranks_that_disagree_in_anything_all_get_nan(ranks, monkeypatch, name):
-    monkeypatch.setattr(_checks, "readable", lambda tensor: False)
+    monkeypatch.setattr(arguments, "readable", lambda tensor: False)
     call, _ = (disagreements.DISAGREEMENTS | disagreements.REPEATED)[name]
     results = on_every_rank(ranks, call)
     assert all(not isinstance(result, Exception) and spoilt(result) for result in results), results

@@ -1,1 +1,1 @@
-"""Prompts: data sets, their order over a run, and their tokens."""
+"""Data sets, the order of their prompts in a run, and their tokens."""

@@ -1,22 +1,8 @@
 """Public mathematics sets into verl's row format: read, extract the answer, apply the prompt, drop repeats, write.
 
-    name           repository on the Hugging Face hub   splits        answer
-    dapo_math_17k  BytedTsinghua-SIA/DAPO-Math-17k      train         reward_model.ground_truth (verl's rows)
-    math           DigitalLearningGmbH/MATH-lighteval   train, test   last \\boxed{} of the solution
-    gsm8k          openai/gsm8k                         train, test   after "####"
-    math500        HuggingFaceH4/MATH-500               test          answer
-    aime24         HuggingFaceH4/aime_2024              test          answer
-    aime25         math-ai/aime25                       test          answer
-    amc            AI-MO/aimo-validation-amc            test          answer (a float there)
-    olympiadbench  Hothan/OlympiadBench                 test          final_answer; English, text only, competitions
-    minerva        math-ai/minervamath                  test          answer
-    omni_math      KbsdJames/Omni-MATH                  test          answer
-
-`data_source` is what metrics and `eval.sources` call the set: the name above, for the training sets verl's names.
-The reward is `style: math` (math-verify) unless a set keeps GSM8K's own prompt, whose answers stand after "####".
+`SOURCES` has the sets. The reward is `style: math` (math-verify) unless a set keeps GSM8K's own prompt, whose answers
+stand after "####".
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -42,19 +28,6 @@ TEMPLATES = {
 }
 _BARE_BOX = re.compile(r"\\f?box(?:ed)?\s+([^\s$]+)")  # some of MATH's solutions: \boxed 2$
 _LEADING_ZEROS = re.compile(r"0+[0-9]+")  # AIME's answer sheets: 033
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a set is and how its rows are read. `files`: split -> pattern of file names in the repository."""
-
-    repo: str
-    files: dict[str, str]
-    data_source: str
-    question: Callable[[dict], str]
-    answer: Callable[[dict], str | None]  # None: the row has none
-    template: str = "dapo"
-    solution: Callable[[dict], str | None] | None = None  # a worked one that earns the reward
 
 
 def _column(row: dict, *names: str) -> Any:
@@ -121,78 +94,50 @@ def _dapo_question(row: dict) -> str:
     return _text("content")(messages[0]).removeprefix(before.strip()).removesuffix(after.strip()).strip()
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a set is and how its rows are read."""
+
+    repo: str  # on the Hugging Face hub
+    files: dict[str, str]  # split -> pattern of file names in the repository
+    data_source: str  # what metrics and `eval.sources` call the set
+    question: Callable[[dict], str] = _text("problem")
+    answer: Callable[[dict], str | None] = _answer("answer")  # None: the row has none
+    template: str = "dapo"
+    solution: Callable[[dict], str | None] | None = None  # a worked one that earns the reward
+
+
 SOURCES = {
     "dapo_math_17k": Source(
-        "BytedTsinghua-SIA/DAPO-Math-17k",
-        {"train": "data/dapo-math-17k.parquet"},
-        "math_dapo",
-        question=_dapo_question,
-        answer=lambda row: plain_answer(_column(_column(row, "reward_model"), "ground_truth")),
+        "BytedTsinghua-SIA/DAPO-Math-17k", {"train": "data/dapo-math-17k.parquet"}, "math_dapo",
+        question=_dapo_question, answer=lambda row: plain_answer(_column(_column(row, "reward_model"), "ground_truth")),
     ),
     "math": Source(
-        "DigitalLearningGmbH/MATH-lighteval",
-        {"train": "data/train-*.parquet", "test": "data/test-*.parquet"},
-        "DigitalLearningGmbH/MATH-lighteval",
-        question=_text("problem"),
-        answer=_boxed,
-        template="boxed",
-        solution=_boxed_solution,
+        "DigitalLearningGmbH/MATH-lighteval", {"train": "data/train-*.parquet", "test": "data/test-*.parquet"},
+        "DigitalLearningGmbH/MATH-lighteval", answer=_boxed, template="boxed", solution=_boxed_solution,
     ),
     "gsm8k": Source(
-        "openai/gsm8k",
-        {"train": "main/train-*.parquet", "test": "main/test-*.parquet"},
-        "openai/gsm8k",
-        question=_text("question"),
-        answer=_after_hashes,
-        template="gsm8k",
-        solution=_text("answer"),
+        "openai/gsm8k", {"train": "main/train-*.parquet", "test": "main/test-*.parquet"}, "openai/gsm8k",
+        question=_text("question"), answer=_after_hashes, template="gsm8k", solution=_text("answer"),
     ),
-    "math500": Source(
-        "HuggingFaceH4/MATH-500", {"test": "test.jsonl"}, "math500", question=_text("problem"), answer=_answer("answer")
-    ),
+    "math500": Source("HuggingFaceH4/MATH-500", {"test": "test.jsonl"}, "math500"),
     "aime24": Source(
-        "HuggingFaceH4/aime_2024",
-        {"test": "data/train-*.parquet"},
-        "aime24",
-        question=_text("problem", "Problem"),
-        answer=_answer("answer", "Answer"),
+        "HuggingFaceH4/aime_2024", {"test": "data/train-*.parquet"}, "aime24",
+        question=_text("problem", "Problem"), answer=_answer("answer", "Answer"),
     ),
-    "aime25": Source(
-        "math-ai/aime25",
-        {"test": "test.jsonl"},
-        "aime25",
-        question=_text("problem", "question"),
-        answer=_answer("answer"),
-    ),
+    "aime25": Source("math-ai/aime25", {"test": "test.jsonl"}, "aime25", question=_text("problem", "question")),
     "amc": Source(
-        "AI-MO/aimo-validation-amc",
-        {"test": "data/train-*.parquet"},
-        "amc",
-        question=_text("problem", "question"),
-        answer=_answer("answer"),
+        "AI-MO/aimo-validation-amc", {"test": "data/train-*.parquet"}, "amc", question=_text("problem", "question"),
     ),
-    "olympiadbench": Source(
-        "Hothan/OlympiadBench",
-        {"test": "OlympiadBench/OE_TO_maths_en_COMP/*.parquet"},
-        "olympiadbench",
-        question=_text("question"),
-        answer=_answer("final_answer"),
+    "olympiadbench": Source(  # in English, text only, of competitions
+        "Hothan/OlympiadBench", {"test": "OlympiadBench/OE_TO_maths_en_COMP/*.parquet"}, "olympiadbench",
+        question=_text("question"), answer=_answer("final_answer"),
     ),
     "minerva": Source(
-        "math-ai/minervamath",
-        {"test": "test.jsonl"},
-        "minerva",
-        question=_text("question", "problem"),
-        answer=_answer("answer"),
+        "math-ai/minervamath", {"test": "test.jsonl"}, "minerva", question=_text("question", "problem"),
     ),
-    "omni_math": Source(
-        "KbsdJames/Omni-MATH",
-        {"test": "test.jsonl"},
-        "omni_math",
-        question=_text("problem"),
-        answer=_answer("answer"),
-    ),
-}
+    "omni_math": Source("KbsdJames/Omni-MATH", {"test": "test.jsonl"}, "omni_math"),
+}  # fmt: skip
 EVAL_SETS = ("math500", "aime24", "aime25", "amc", "olympiadbench", "minerva", "omni_math")
 
 
@@ -272,9 +217,7 @@ def _download(repo: str, pattern: str, revision: str | None) -> tuple[list[Path]
     return files, f"{repo}@{folder.name[:12]}"
 
 
-def _prepare_split(
-    spec: Source, split: str, files: list[Path], origin: str, path: Path, template: str
-) -> Prepared:
+def _prepare_split(spec: Source, split: str, files: list[Path], origin: str, path: Path, template: str) -> Prepared:
     found: dict[str, tuple[Example, int]] = {}  # by question -> first row, number of rows
     contradicted: set[str] = set()
     read = unanswered = 0

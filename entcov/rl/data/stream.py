@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entcov import arguments as check
 from entcov.rl.data.tokenizer import encode
 from entcov.rl.recipe import naming
 from entcov.rl.record.durable import atomic_write
@@ -72,8 +73,7 @@ def from_row(row: Any) -> Example:
 
 
 def _kind(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {check.shown(value)}"
 
 
 def _field(row: dict, key: str, kind: type, rule: str) -> Any:
@@ -227,8 +227,8 @@ class PromptStream:
     """The endless sequence of training prompts, addressed by position, and the fixed list of held-out ones.
 
     `take(position, n)` is a pure function of its arguments, so a resumed run needs one integer to go on with the same
-    prompts. A generator's position is its index; a list of examples is gone through epoch by epoch, each in its own
-    order by (seed, epoch). Prompts are tokenised with the tokenizer's chat template (generation prompt added) where it
+    prompts. A generator's position is its index; a list of examples is read epoch by epoch, in an order by
+    (seed, epoch). Prompts are tokenised with the tokenizer's chat template (generation prompt added) where it
     has one, else as the messages' contents joined by newlines.
 
     Args:
@@ -301,7 +301,7 @@ class PromptStream:
         if self._held_out is None:
             if n is None:
                 raise ValueError("held_out: n must be given for a task, whose held-out split has no end")
-            known = self._drawn_held_out  # evaluations ask again and again, and some tasks take long to draw
+            known = self._drawn_held_out  # kept: some tasks take long to draw, and every evaluation asks
             known += [self._drawn("held_out", index) for index in range(len(known), n)]
             return known[:n]
         chosen, seen = [], Counter()

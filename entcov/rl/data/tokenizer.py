@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.tasks.base import ALPHABET
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def char_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     """A fast tokenizer with one id per character of `alphabet`, in its order, after <pad>, <eos> and <unk>.
 
     `decode(encode(text)) == text` for every text over the alphabet, white space included. It adds no special token by
-    itself and splits the special tokens' own spellings into characters, so no text can forge them. A character outside
+    itself and splits the special tokens' own spellings into characters, so no text contains them. A character outside
     the alphabet becomes <unk>, which `encode` refuses. Saves and loads like every Hugging Face tokenizer, offline.
 
     Raises:
@@ -85,9 +85,5 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens:
         # Some tokenizers reuse their unknown token as padding or end: only a character that maps to it is unknown.
         unknown = sorted(c for c in set(text) if unk in tokenizer.encode(c, add_special_tokens=False))
         if unknown:
-            raise ValueError(f"the tokenizer does not know {', '.join(map(repr, unknown))} in {_short(text)}")
+            raise ValueError(f"the tokenizer does not know {', '.join(map(repr, unknown))} in {check.shown(text)}")
     return ids
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -1,7 +1,5 @@
 """The actor of the transformers backend: one process, any transformers causal language model."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entcov.controls import Control
-from entcov.objective.tokens import PolicyLossConfig, Totals
+from entcov.objective.tokens import Totals
 from entcov.rl.actor import PolicyActor, Selection
 from entcov.rl.batch import Batch, micro_batches
 from entcov.rl.config import ActorConfig
@@ -22,17 +19,8 @@ from entcov.stats.token_stats import TokenStats
 class TransformersActor(PolicyActor):
     """Arguments as `PolicyActor`'s; `model` comes from `entcov.rl.hf.model.build_model`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: ActorConfig,
-        loss: PolicyLossConfig,
-        controls: Sequence[Control],
-        *,
-        temperature: float,
-        reference: nn.Module | None = None,
-    ):
-        super().__init__(model, config, loss, controls, temperature=temperature, reference=reference)
+    def __init__(self, model: nn.Module, config: ActorConfig, *arguments: Any, **options: Any):
+        super().__init__(model, config, *arguments, **options)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )

@@ -1,7 +1,5 @@
 """The policy: any transformers causal language model, from a path or from a configuration with random weights."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.batch import IGNORE_INDEX, Batch
 from entcov.rl.config import ConfigError, ModelConfig
 from entcov.rl.hf.model_config import model_settings, model_tokenizer

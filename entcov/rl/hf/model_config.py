@@ -1,10 +1,8 @@
 """The transformers configuration of the policy, with every key of `model.config` checked, and its tokenizer.
 
-transformers takes an unknown key and uses the default of the one that was meant, and says what is wrong with a value in
-a traceback from wherever it was used first. Here both become one line that names the key.
+transformers accepts an unknown key and uses the default of the one that was meant; a bad value ends in a traceback from
+its first use. Here both become one line that names the key.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import logging
@@ -20,17 +18,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.config import ConfigError, ModelConfig
 from entcov.rl.data.tokenizer import load_tokenizer
 
-# What every configuration may hold without declaring it. Most attention layers look for a head_dim of their own accord.
+# Keys that every configuration may hold without declaring them. Most attention layers read head_dim if there is one.
 _GENERIC = {"head_dim", "name_or_path", "_name_or_path", "num_labels", "output_attentions", "per_layer_config"}
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings",
 )  # fmt: skip
-# What the recipe says elsewhere, so that a value here would be replaced.
+# Keys that another key of the recipe sets.
 _ELSEWHERE = {
     "attn_implementation": "model.attn_implementation", "_attn_implementation": "model.attn_implementation",
     "dtype": "model.compute_dtype", "torch_dtype": "model.compute_dtype",
@@ -56,7 +54,7 @@ def model_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     """The configuration that the policy is built from. No dropout: what is trained must be what was sampled and scored.
 
     Raises:
-        ConfigError: transformers knows no such model, or a key of `model.config` is unknown to it, is settled elsewhere
+        ConfigError: transformers knows no such model, or a key of `model.config` is unknown to it, is set elsewhere
             (the tokenizer's special tokens, precision, attention, dropout), or has a value that no model can be built
             and run with.
     """
@@ -65,7 +63,7 @@ def model_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     else:
         try:
             settings = AutoConfig.from_pretrained(config.path)
-        except Exception as error:  # whatever a damaged or foreign config.json makes of the library
+        except Exception as error:  # of any type, for a damaged or foreign config.json
             raise ConfigError(
                 f"model.path: transformers cannot read the configuration of {config.path!r} ({_said(error)})"
             ) from error
@@ -79,7 +77,10 @@ def model_settings(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
             f"{key}: the model's vocabulary must hold the tokenizer's {len(tokenizer)} tokens, got "
             f"{settings.get_text_config().vocab_size}"
         )
-    return _without_dropout(settings)
+    for name, value in settings.to_dict().items():
+        if _is_dropout(name) and isinstance(value, float):
+            setattr(settings, name, 0.0)
+    return settings
 
 
 def check_context(settings: PretrainedConfig, prompt: int, response: int) -> None:
@@ -162,8 +163,8 @@ def _check_known(settings: PretrainedConfig, given: Mapping[str, Any], prefix: s
 def _failure(kind: str, arguments: Mapping[str, Any], attention: str) -> Exception | None:
     """What goes wrong when such a model is built and reads two tokens; None: nothing, or nothing that is certain.
 
-    It is tried without memory for weights. Some layers cannot run like that, whatever the sizes, so that a model which
-    could be built is judged by its forward pass in earnest, if it is small, and otherwise not.
+    The model is built and run on the meta device, without memory for weights. Some layers cannot run there,
+    whatever the sizes: a small model is then run on the CPU, and a larger one counts as right.
     """
     try:
         model = _model(kind, arguments, attention, "meta")
@@ -197,7 +198,7 @@ def _read(model: nn.Module) -> None:
 
 
 def _blamed(kind: str, arguments: Mapping[str, Any], given: Mapping[str, Any], attention: str, error: Exception) -> str:
-    """The message about `error`: it names the first key of the recipe without which there would be none."""
+    """The message about `error`. It names the first key of the recipe without which the model can be built."""
     if attention != "eager" and _failure(kind, arguments, "eager") is None:
         return f"model.attn_implementation: a {kind} model cannot have it ({_said(error)}), got {attention!r}"
     for key, value in given.items():
@@ -224,7 +225,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _rope_warnings() -> Iterator[list[str]]:
-    """Collects what transformers has against rope_parameters, and only warns about, instead of printing it."""
+    """Collects transformers' warnings about rope_parameters instead of printing them."""
     said: list[str] = []
     logger = logging.getLogger("transformers.modeling_rope_utils")
 
@@ -243,10 +244,3 @@ def _rope_warnings() -> Iterator[list[str]]:
 
 def _is_dropout(name: str) -> bool:
     return "dropout" in name or "pdrop" in name
-
-
-def _without_dropout(settings: PretrainedConfig) -> PretrainedConfig:
-    for name, value in settings.to_dict().items():
-        if _is_dropout(name) and isinstance(value, float):
-            setattr(settings, name, 0.0)
-    return settings

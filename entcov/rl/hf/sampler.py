@@ -1,6 +1,4 @@
-"""The sampler in this process: batched generation from the very model that is being trained."""
-
-from __future__ import annotations
+"""The sampler in this process: batched generation from the model that is being trained."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,9 +15,8 @@ from entcov.rl.types import Prompt, Rollout
 class InProcessSampler:
     """Samples responses and records each token's log-probability under the policy softmax(logits / temperature).
 
-    The model is the trainer's own, so weights never travel; `sync` only takes over the version number. One uniform
-    number per (sequence, position) is drawn before generation starts, so a response does not depend on which other
-    sequences share its batch, but for rounding in the forward pass.
+    The model is the trainer's own, so no weights are copied. One uniform number per (sequence, position) is drawn
+    before generation starts: a response does not depend on the other sequences of its batch, but for rounding.
     """
 
     def __init__(self, model: nn.Module, tokenizer, *, batch_size: int):
@@ -29,7 +26,7 @@ class InProcessSampler:
         self.weight_version = 0
 
     def sync(self, weight_version: int, named_weights: NamedWeights) -> None:
-        """Takes over the trainer's weights; they are shared here, so only the version changes."""
+        """Sets the version. The weights are the trainer's own."""
         self.weight_version = weight_version
 
     @torch.no_grad()
@@ -44,7 +41,7 @@ class InProcessSampler:
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """As `entcov.rl.interfaces.Sampler.generate`; `progress` is told after each generation batch."""
+        """As `entcov.rl.interfaces.Sampler.generate`; `progress` is called after each generation batch."""
         noise = torch.rand(
             (len(prompts) * group_size, max_response_length),
             dtype=torch.float64,

@@ -1,7 +1,5 @@
 """Supervised steps on worked solutions before reinforcement."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: checkpoints, metrics, its folder and its progress."""
+"""What a run writes and shows: its folder, checkpoints, metrics, and the display of its progress."""

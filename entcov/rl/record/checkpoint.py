@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any instant cannot break.
+"""Checkpoints that stay loadable whenever the process is killed.
 
 A checkpoint directory holds
 
@@ -7,12 +7,10 @@ A checkpoint directory holds
     latest           one line: step_300
     .lock            held while a checkpoint is written or leftovers are cleared away
 
-`save_checkpoint` writes everything into `.tmp_step_N.<pid>`, fsyncs it, renames it to `step_N`, and only then moves
-the pointer. A `step_N` that already exists is first renamed to `.old_step_N.<pid>`; if the process dies between the two
-renames, the next reader puts it back. So `latest` always leads to a complete checkpoint.
+`save_checkpoint` writes everything into `.tmp_step_N.<pid>`, fsyncs it, renames it to `step_N`, and only then writes
+the name into `latest`. A `step_N` that already exists is first renamed to `.old_step_N.<pid>`; if the process dies
+between the two renames, the next reader renames it back. So `latest` always names a complete checkpoint.
 """
-
-from __future__ import annotations
 
 import errno
 import os
@@ -28,7 +26,7 @@ from typing import Any
 
 import torch
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.record.durable import atomic_write, clear_leftovers, fsync_path, locked, make_folder
 from entcov.rl.record.sealed import CheckpointError, damage, write_sealed
 
@@ -69,7 +67,7 @@ def save_checkpoint(
     """Store a checkpoint, make it the latest, and remove the oldest ones.
 
     Args:
-        directory: where the checkpoints of the run live; created if absent.
+        directory: of the checkpoints of the run; created if absent.
         step: >= 0. A stored checkpoint of the same step is replaced.
         writers: entry name -> function that writes a file, or a directory of files, at the path it is given.
         state: what else is needed to continue: tensors, numbers, strings, bytes and containers of them.
@@ -116,8 +114,8 @@ def load_latest(directory: str | Path) -> Checkpoint | None:
     missing (killed before the very first one was written) means the highest step.
 
     Raises:
-        CheckpointError: the checkpoint is damaged. It is not replaced by an earlier one silently: the message names the
-            damaged file, the newest earlier step that is intact, and how to choose it.
+        CheckpointError: the checkpoint is damaged. An earlier one is not taken instead: the message names the damaged
+            file, the newest earlier step that is intact, and how to choose it.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -175,7 +173,7 @@ def load_plain(path: Path, *, map_location: str | torch.device) -> Any:
 
 
 def make_latest(checkpoint: Checkpoint) -> None:
-    """Let `latest` name this one: a run that goes back must not be taken up from a later step if it dies at once."""
+    """Let `latest` name this one, so that a run that went back is not resumed from a later step if it dies at once."""
     atomic_write(checkpoint.path.parent / "latest", f"{checkpoint.path.name}\n".encode())
 
 
@@ -199,7 +197,7 @@ def _load(directory: Path, step: int) -> Checkpoint:
 
 
 def _clear_leftovers(directory: Path) -> None:
-    """Undo what a killed process left half done. Only under the lock: nothing found is then work in progress."""
+    """Remove or undo unfinished work of killed processes. Only under the lock: then no other process writes here."""
     for path in list(directory.iterdir()):
         if match := _OLD.fullmatch(path.name):
             if (directory / match[1]).exists():

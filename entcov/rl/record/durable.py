@@ -1,10 +1,8 @@
 """Writing files that survive a kill, a power cut or a full disk: short writes, fsync, replacement by rename, locks.
 
-What is not complete yet has a temporary name, `.tmp_NAME.PID`. A process that is killed leaves it behind, and the next
-one that holds the folder's lock removes it.
+Unfinished files have a temporary name, `.tmp_NAME.PID`. The next process that holds the folder's lock removes those
+of a killed one.
 """
-
-from __future__ import annotations
 
 import errno
 import fcntl
@@ -17,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from entcov import _checks as check
+from entcov import arguments as check
 
 LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,14 +50,14 @@ def make_folder(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process prepares the content of `path`: in the same folder, under a name of its own."""
+    """Where this process prepares the content of `path`: in the same folder, under a name with its number."""
     return path.with_name(f".tmp_{path.name}.{os.getpid()}")
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what killed processes have left in `folder` under temporary names, but for the folders in it.
 
-    Only where nobody else can be writing there, so under the lock of the run or of the folder.
+    Call it under the lock of the run or of the folder, so that no other process is writing there.
     """
     if not folder.is_dir():
         return
@@ -97,7 +95,7 @@ def atomic_write(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Give `path` the content `data` in one step: a reader, or a kill, sees the old content or the new, never a part.
 
     Args:
-        mode: permissions of the new file, less what the umask takes; the content is never in a file with more.
+        mode: permissions of the new file, less the umask; also those of the temporary file.
 
     Raises:
         OSError: the new content could not be written; `path` is as it was.
@@ -120,7 +118,7 @@ def atomic_write(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 @contextmanager
 def as_os_error(path: Path) -> Iterator[None]:
-    """Makes an OSError of what safetensors raises where the disk refuses a write: it has an error of its own."""
+    """Raises OSError where safetensors raises its own error because the disk refuses a write."""
     try:
         yield
     except SafetensorError as error:
@@ -130,12 +128,12 @@ def as_os_error(path: Path) -> Iterator[None]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error` says that the disk, a quota or a file-size limit is used up."""
-    # torch makes a RuntimeError of it, whose message has the system's words.
+    # torch raises a RuntimeError with the system's message.
     return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
 def write_error(error: OSError, path: Path, consequence: str) -> OSError:
-    """The same error, same errno, in words that name the file and what the failure means for earlier data."""
+    """The same errno, with a message that names the file and says what the failure means for earlier data."""
     reason = {errno.EFBIG: "file size limit reached", errno.EDQUOT: "disk quota used up", errno.ENOSPC: "disk full"}
     why = reason.get(error.errno or 0, error.strerror or str(error))
     return OSError(error.errno, f"{why}: cannot write {path}; {consequence}")

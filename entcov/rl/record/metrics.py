@@ -1,12 +1,12 @@
-"""The record of a run: metrics.jsonl (the truth), TensorBoard events, and Weights & Biases when asked.
+"""The metrics of a run: metrics.jsonl (complete), TensorBoard events, and Weights & Biases when asked.
 
 One step, one line: `{"step": 12, "actor/entropy": 0.83, ...}`. A line is written whole and fsynced before `log`
 returns, so a killed run has every step it reported. A metric that is NaN or infinite is written as `null`, because JSON
 has no such numbers, and the line then carries their count as `training/nonfinite_metrics`; `read_metrics` gives NaN.
 
-A resumed run does not need the lines before its checkpoint. Where steps are missing there, or lines are damaged, it
-goes on, says so, and the next line carries the number of lost steps as `training/lost_steps`; damaged lines are moved
-to `metrics.damaged`.
+A resumed run does not need the lines before its checkpoint. Where some are missing or damaged, it says so and
+continues; the next line carries the number of missing steps as `training/lost_steps`, and damaged lines are moved to
+`metrics.damaged`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class RunLogger:
     """Appends the metrics of every step to the run directory's records. Use as a context manager, or call `close`.
 
     Args:
-        run_dir: created if absent. `metrics.jsonl` and `tensorboard/` live in it. No other process may log there: a run
+        run_dir: created if absent. `metrics.jsonl` and `tensorboard/` are in it. No other process may log there: a run
             holds the folder (`run_folder.held`).
         tensorboard: also write TensorBoard events to `run_dir/tensorboard`.
         wandb: arguments for `wandb.init`; None writes nothing there. The run's id is kept in `run_dir/wandb_id`, so
             that a resumed run continues its own page.
         resume_step: None for a new run. Otherwise the step of the checkpoint that is resumed: lines after it are
-            removed (-1 removes every line: a run that was killed before its first checkpoint and starts over). Steps
-            from 1 to it that are not there are told on stderr and recorded.
+            removed (-1 removes every line: a run that was killed before its first checkpoint and starts over). Missing
+            steps from 1 to it are reported on stderr and recorded.
 
     Raises:
         FileExistsError: a new run, and `run_dir` already holds metrics.
@@ -147,7 +147,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
 
 
 def has_rows(run_dir: str | Path) -> bool:
-    """Whether a step was logged there, be it damaged since."""
+    """Whether a step was logged there, also if its line is damaged now."""
     path = Path(run_dir) / FILE_NAME
     return path.exists() and b"\n" in path.read_bytes()
 
@@ -180,7 +180,9 @@ def _cut(path: Path, resume_step: int | None) -> tuple[int, int]:
     kept = [(line, row["step"]) for line, row in lines if isinstance(row, dict) and row["step"] <= resume_step]
     missing = sorted(set(range(1, resume_step + 1)) - {step for _, step in kept})
     if damaged and resume_step >= 0:
-        _set_aside(path.with_name(DAMAGED), [line for _, line in damaged])
+        aside = path.with_name(DAMAGED)  # after a kill it may hold some lines twice
+        before = aside.read_bytes() if aside.exists() else b""
+        atomic_write(aside, before + b"".join(line for _, line in damaged))
         _warn(f"{path}: damaged lines ({_ranges([number for number, _ in damaged])}) were moved to {DAMAGED}")
     if missing:
         _warn(
@@ -191,12 +193,6 @@ def _cut(path: Path, resume_step: int | None) -> tuple[int, int]:
     if path.exists() and len(content) != path.stat().st_size:
         atomic_write(path, content)
     return (kept[-1][1] if kept else -1), len(missing)
-
-
-def _set_aside(path: Path, lines: list[bytes]) -> None:
-    """Adds lines to a file that holds what could not be read; a kill may make it hold some of them twice."""
-    before = path.read_bytes() if path.exists() else b""
-    atomic_write(path, before + b"".join(lines))
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -1,6 +1,4 @@
-"""What a person sees while a run goes on: a live panel on a terminal, one plain line now and then elsewhere."""
-
-from __future__ import annotations
+"""The display of a run: a live panel on a terminal, a plain line every ten seconds or more elsewhere."""
 
 import math
 import time
@@ -84,7 +82,7 @@ class Progress(_Display):
         super().__exit__(*exc)
 
     def phase(self, name: str) -> None:
-        """Name what goes on now: "rollout", "update", "eval", ...; ends the sub-bar of the phase before."""
+        """Name the current phase: "rollout", "update", "eval", ...; ends the sub-bar of the phase before."""
         self._phase, self._phase_since, self._sub = name, self._clock(), None
 
     def sub_bar(self, done: int, total: int, text: str = "") -> None:
@@ -192,7 +190,7 @@ class Progress(_Display):
 
 
 class RunsProgress(_Display):
-    """Shows several runs at once: one bar each, its entropy and reward, and what became of it.
+    """Shows several runs at once: a bar, entropy, reward and state of each.
 
     Args:
         labels: the runs, in the order of display.

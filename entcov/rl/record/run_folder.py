@@ -1,7 +1,5 @@
 """A run's folder. One process at a time runs in it, and all runs in it have the same recipe."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,22 +51,19 @@ def check_resume(run_dir: Path, resume: str) -> None:
         raise ValueError(f"resume: must be one of this run's checkpoints {checkpoints}/step_N, got {resume}")
 
 
-def take_up(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
-    """Stores the recipe in the folder, whose lock this process holds; returns the checkpoint to resume from.
+def prepare_folder(run_dir: Path, config: Config, resume: str) -> Checkpoint | None:
+    """Checks and stores the recipe in the folder, whose lock this process holds; returns the checkpoint to resume from.
 
     Raises:
-        ConfigError: it is another recipe's, or `resume` is "never" and something is there.
+        ConfigError: the folder has a run of another recipe, or `resume` is "never" and it has a run.
         CheckpointError, ValueError: there is no such checkpoint, or it is damaged. The folder is as it was.
     """
-    checkpoints = run_dir / "checkpoints"
     if has_begun(run_dir):
         if resume == "never":
             raise ConfigError(f"run_dir: {run_dir} holds a run already; choose another folder, or drop --resume never")
         check_same_recipe(run_dir, config)
-    if resume in ("auto", "never"):
-        checkpoint = load_latest(checkpoints)
-    else:
-        checkpoint = load_checkpoint(resume)
+    latest = resume in ("auto", "never")
+    checkpoint = load_latest(run_dir / "checkpoints") if latest else load_checkpoint(resume)
     store_recipe(run_dir, config)
     return checkpoint
 

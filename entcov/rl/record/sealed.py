@@ -1,10 +1,8 @@
-"""Folders whose content can be trusted: `manifest.json` in them, written last, has the size and sha256 of every file.
+"""Sealed folders: `manifest.json` in them, written last, has the size and sha256 of every file.
 
-A checkpoint is one, and so are the weights that a run compares its policy with. A sealed folder is complete and on the
-disk before it gets its name, and one flipped bit in it is found when it is read.
+Checkpoints, the reference policy and warm starts are sealed. A sealed folder is complete and on the disk before it gets
+its name, and a flipped bit in it is found when it is read.
 """
-
-from __future__ import annotations
 
 import errno
 import hashlib
@@ -34,7 +32,7 @@ def write_sealed(folder: Path, writers: Writers, what: str, **about: Any) -> Non
     """Make `folder` and its entries, and seal it. If that fails, nothing of it is left.
 
     Args:
-        folder: does not exist yet, under a temporary name if it replaces another.
+        folder: must not exist; a temporary name if it replaces another.
         what: what it holds, for messages.
         about: further values of the manifest.
 
@@ -60,7 +58,7 @@ def write_sealed(folder: Path, writers: Writers, what: str, **about: Any) -> Non
 
 
 def replace_sealed(final: Path, writers: Writers, what: str) -> None:
-    """Give the sealed folder `final` new content. A kill on the way can leave neither the old nor the new one."""
+    """Replace the sealed folder `final`. After a kill on the way neither the old nor the new one may be there."""
     temporary = temporary_path(final)
     write_sealed(temporary, writers, what)
     if final.exists():
@@ -123,11 +121,11 @@ def _seal(folder: Path, about: dict[str, Any]) -> None:
 
 
 def _explain(error: BaseException, folder: Path, current: Path, what: str) -> None:
-    """Raises the failure in words for the user where it is the disk's. To be asked before anything is removed there."""
+    """Raises CheckpointError for a failure of the disk. Call it before files are removed: it tests if it is full."""
     if not isinstance(error, Exception):
         return
     name = Path(getattr(error, "filename", None) or current).name
-    # torch and safetensors turn ENOSPC into errors of their own, so the file system is asked as well.
+    # torch and safetensors turn ENOSPC into errors of their own, so the file system is tested as well.
     if is_disk_full(error) or _no_space_left(folder):
         raise CheckpointError(
             f"disk full: cannot write {name} of {what} in {folder.parent}; what was written of it is removed, earlier "

@@ -1,1 +1,1 @@
-"""What a response is worth: the rules of the data sets, and the threads that apply them."""
+"""Rewards of responses: the rules of the data sets, and the threads that apply them."""

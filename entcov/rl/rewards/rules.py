@@ -1,18 +1,8 @@
 """Scoring a response: `score(example, response) -> 0.0 or 1.0`, by the example's style and data source.
 
-    style   data_source                      rule
-    rule    entcov/TASK                      the task's own `score`
-    rule    reasoning_gym/DATASET            full score of reasoning-gym for the last <answer>...</answer>
-    rule    openai/gsm8k                     as style gsm8k
-    rule    MATH_SOURCES, aime*, amc*        as style math
-    exact   any                              the text after the last "#" equals the ground truth
-    gsm8k   any                              the number after the last "####", else in the last \\boxed{}, is equal
-    math    any                              the last \\boxed{}, else the last "Answer:" line, is equal by math-verify
-
-No response makes `score` raise; an example that cannot be scored at all (unknown source, unusable ground truth) does.
+docs/tasks.md has the table of styles and data sources. No response makes `score` raise; an example that cannot be
+scored (unknown source, unusable ground truth) does.
 """
-
-from __future__ import annotations
 
 import functools
 import re
@@ -34,7 +24,7 @@ MATH_SOURCES = (
     "math_dapo_reasoning",
 )
 _TIME_LIMIT = 5.0  # seconds for one comparison by math-verify; a longer one scores 0
-_MAX_ANSWER = 1000  # characters of an answer that is looked at
+_MAX_ANSWER = 1000  # characters; a longer answer is wrong
 _NUMBER = re.compile(r"-?\$?\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
 _ANSWER_LINE = re.compile(r"answer\s*:([^\n]+)", re.IGNORECASE)
 

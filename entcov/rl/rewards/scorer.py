@@ -17,13 +17,13 @@ STEP_LIMIT = 300.0  # seconds that the responses of one step may keep every sand
 class Scorer:
     """Threads that fill in `Rollout.reward`. A context manager; `take` is a sampler's `on_done`, `finish` comes after.
 
-    The built-in rewards work in child processes or for microseconds, so their threads leave the generation alone; they
-    get as many threads as there may be children. A reward function of your own gets one thread: it runs beside the
-    generation, and need not be safe to call twice at once. Where the system has no thread left, `take` scores.
+    The built-in rewards run in child processes or take microseconds, so they hardly slow the generation: they get one
+    thread for each sandbox. A reward function of your own gets one thread, so it need not be thread-safe. Where the
+    system has no thread left, `take` scores itself.
 
-    A reward depends on its own rollout alone, so neither the order nor the number of threads shows in the result. Time
-    is the exception: a response that is not scored within its limit, or for which nothing is left of the time that a
-    step's responses may take in sandboxes (300 s for each of them), gets reward 0 and `Rollout.timed_out`.
+    A reward depends on its rollout alone, not on the order or the number of threads. Time is the exception: a response
+    that is not scored within its limit, or after the step's responses have used up the time of the sandboxes (300 s
+    for each sandbox), gets reward 0 and `Rollout.timed_out`.
     """
 
     def __init__(self, reward_fn: rules.RewardFunction) -> None:
@@ -43,8 +43,8 @@ class Scorer:
     def finish(self, rollouts: Sequence[Rollout]) -> None:
         """Returns when all of `rollouts` have their rewards.
 
-        Those that never went through `take` are scored now, unless they came with a reward: a sampler may announce
-        its responses or not, and one that spans several processes brings them scored.
+        Those that `take` has not got are scored now, unless they have a reward already: a sampler need not call `take`,
+        and one over several processes returns scored rollouts.
 
         Raises:
             Whatever the reward function raised first.

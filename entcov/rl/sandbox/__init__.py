@@ -1,4 +1,4 @@
-"""Children that work on model output: what confines them, what they run, and the pool that the trainer asks."""
+"""Confined child processes that score answers and run programs, and the pool through which the trainer asks them."""
 
 from entcov.rl.sandbox.budget import Budget
 from entcov.rl.sandbox.cores import free_cores

@@ -1,4 +1,4 @@
-"""How long a step's answers may take in sandboxes, so that a policy that writes slow ones cannot stop a run."""
+"""A limit on the time that a step's answers take in sandboxes, so that slow answers cannot stop a run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 class Budget:
     """Seconds that answers may take, all sandboxes together. Safe to share between threads.
 
-    What is scored inside `with budget.charged() as charge:` is paid from it. When nothing is left, further answers are
-    not looked at: they score 0 and count as timed out.
+    Scoring inside `with budget.charged() as charge:` is charged to it. When nothing is left, further answers are
+    not scored: they get 0 and count as timed out.
     """
 
     seconds: float

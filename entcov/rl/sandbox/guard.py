@@ -1,19 +1,17 @@
-"""Libraries that score answers `eval` some of them. Here that is reduced to arithmetic, so that no answer can run code.
+"""Restricts the `eval` of libraries that score answers to arithmetic, so that no answer can run code.
 
-There are two such places, and both are guarded where the code is complete, just before it is evaluated:
+There are two such places. Both are checked just before the evaluation, when the code is complete:
 
     sympy's parse_expr    turns text into Python code ("x**2" becomes Symbol('x')**Integer(2)) and evaluates it with all
                           of sympy and Python's built-in functions in reach. The code must be numbers, symbols,
                           + - * / ** and elementary functions.
     eval in reasoning-gym the text must be literals and operators.
 
-Elementary functions only, because others would also be a way round the question: Integral(f, x) is no antiderivative
-that was found, and expand(...) no product that was multiplied out.
+Other functions are refused also because they would earn the reward without solving the question: Integral(f, x)
+instead of an antiderivative, expand(...) instead of the product.
 
 The process that scores imports this file without the rest of entcov, so it imports the standard library alone.
 """
-
-from __future__ import annotations
 
 import ast
 import builtins
@@ -154,7 +152,7 @@ def _no_exec(*arguments: Any) -> None:
 
 
 def _must_refuse(what: str, evaluate: Callable[[str], Any]) -> None:
-    """A library that has moved its `eval` elsewhere is noticed at the start, not by a policy."""
+    """Raises unless `evaluate` refuses code: another version of the library may call `eval` elsewhere."""
     try:
         evaluate("__import__('math').tau")
     except SyntaxError:

@@ -6,7 +6,7 @@ kernel enforces it from then on:
     resource limits     memory, processor time, open files, no byte into any file, no core dump
     capabilities        none, also for root, so the limits bind root too
     no_new_privs        nothing that is run later gains a right
-    Landlock            files below the given folders may be read; everything else, /proc included, is out of sight
+    Landlock            files below the given folders may be read; nothing else, /proc included, can be opened
     seccomp             only the system calls of `_ALLOWED`, all others fail: no socket, no second process, no signal to
                         anyone, no program start, no file opened for writing, no metadata changed, no limit raised
 
@@ -15,8 +15,6 @@ them, so they are not used. seccomp alone rules out the network and second proce
 
 The process that scores imports this file without the rest of entcov, so it imports the standard library alone.
 """
-
-from __future__ import annotations
 
 import ctypes
 import functools
@@ -31,7 +29,7 @@ from collections.abc import Iterable
 # ---- system calls --------------------------------------------------------------------------------------------------
 
 # Numbers on (x86-64, aarch64); None where the architecture has no such call. An interpreter that computes, reads its
-# own library and writes to a pipe needs these. Each has been looked at for what it can do to others: none can.
+# own library and writes to a pipe needs these. None of them can affect another process.
 _ALLOWED: dict[str, tuple[int | None, int | None]] = {
     # memory
     "brk": (12, 214), "mmap": (9, 222), "munmap": (11, 215), "mremap": (25, 216), "mprotect": (10, 226),
@@ -58,7 +56,7 @@ _ALLOWED: dict[str, tuple[int | None, int | None]] = {
 
 _WRITES = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC
 _CLONE_THREAD, _CLONE_NEW_ANYTHING = 0x10000, 0x7E020000
-# Allowed for some arguments only: the number as above, which argument, the bits that are looked at, and their values.
+# Allowed for some arguments only: the number as above, which argument, the bits that are tested, and their values.
 _OPEN_TO_READ = ((257, 56), 2, _WRITES, (os.O_RDONLY,))  # openat(folder, name, flags)
 # fcntl(file, command): F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC. F_SETOWN would send signals to others.
 _PLAIN_FCNTL = ((72, 25), 1, 0xFFFFFFFF, (0, 1, 2, 3, 1030))
@@ -91,7 +89,7 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-# ---- what there is -------------------------------------------------------------------------------------------------
+# ---- which layers the system has -----------------------------------------------------------------------------------
 
 
 def missing() -> dict[str, str]:
@@ -121,7 +119,7 @@ def missing() -> dict[str, str]:
 
 
 def escapes() -> list[str]:
-    """What works and must not, tried by the calling process, which `confine` has confined: proof, not a promise."""
+    """Forbidden actions that succeed in the calling process after `confine`; empty if the sandbox holds."""
     import socket
 
     tries = {
@@ -200,7 +198,7 @@ def install(program: bytes) -> None:
     _syscall(_ARCHITECTURES[platform.machine()][2], 1, 0, filter_)  # SECCOMP_SET_MODE_FILTER
 
 
-# ---- all of it -----------------------------------------------------------------------------------------------------
+# ---- confinement ---------------------------------------------------------------------------------------------------
 
 
 def die_with(parent: int) -> None:
@@ -212,7 +210,7 @@ def die_with(parent: int) -> None:
 
 
 def limit(name: str, value: int) -> None:
-    """Lowers a resource limit for good; what is lower already stays."""
+    """Lowers a resource limit, which cannot be undone; a lower one stays."""
     kind = getattr(resource, name)
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)

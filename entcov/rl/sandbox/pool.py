@@ -1,10 +1,9 @@
-"""The trainer's side of the sandbox: processes that score answers (`worker`), kept warm, and never trusted.
+"""The trainer's side of the sandbox: a pool of processes that score answers (`worker`), reused and not trusted.
 
-math-verify limits its time by a signal, which works in the main thread only, and no Python thread can interrupt sympy
-inside one long integer operation. A process can be ended whatever it does, and it is all that an answer can break.
-Processes are started when first needed, kept, and started anew when one has ended; a call costs one line each way
-through a pipe. Each line carries a fresh random number that its reply must repeat. A process that says anything else,
-says more, or says nothing in time is ended with its whole process group.
+Processes, because math-verify's time limit needs the main thread, and no Python thread can interrupt sympy inside one
+long integer operation; a process can be ended at any time. They are started when first needed and replaced when one has
+ended; a call is one line each way through a pipe. Each line carries a fresh random number that its reply must repeat. A
+process that sends anything else, sends more, or sends nothing in time is ended with its whole process group.
 """
 
 from __future__ import annotations
@@ -75,12 +74,12 @@ class SandboxPool:
         return 0.0 if reply is None else float(reply["score"])
 
     def ask(self, **request: Any) -> dict[str, Any] | None:
-        """The reply to one request; None where there is none. A `Budget` of the caller's context pays for it.
+        """The reply to one request; None where there is none. The caller's `Budget` is charged for it.
 
         Raises:
             ImportError: the library is not installed.
             RuntimeError: the process does not start.
-            ValueError: the request itself is wrong, whatever the response in it.
+            ValueError: the request is wrong, independently of the response in it.
         """
         charge = Charge.current()
         if not charge.covered:
@@ -88,7 +87,7 @@ class SandboxPool:
             return None
         request = {"limit": self.limit, **request}
         with self._slots:
-            # A process that ended by itself may have been ended by anyone: another one gets the request once.
+            # If the process ended, the answer need not be the cause: another process gets the request once.
             reply = self._exchange(request, charge, retry=True)
         if reply is not None and "error" in reply:
             raise ValueError(reply["error"])
@@ -125,7 +124,7 @@ class SandboxPool:
             worker = self._idle.pop() if self._idle else None
         if worker is not None and worker.is_quiet():
             return worker
-        if worker is not None:  # it has ended, or speaks out of turn
+        if worker is not None:  # it has ended, or has sent something unasked
             worker.end()
         worker = _Worker(self.kind, self.extra)
         self._lacking = worker.lacking
@@ -160,9 +159,9 @@ class _Worker:
     """
 
     def __init__(self, kind: str, extra: str) -> None:
-        # -P keeps the script's folder off sys.path. The environment is new: nothing in it is worth reading, and
-        # several of reasoning-gym's generators go through sets, so that without a fixed hash seed (seed, index) would
-        # name another question in every process.
+        # -P keeps the script's folder off sys.path. The environment is new, so that it holds no secret. Several of
+        # reasoning-gym's generators iterate over sets: without a fixed hash seed (seed, index) would name another
+        # question in every process.
         environment = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         if "LD_LIBRARY_PATH" in os.environ:  # without it some interpreters do not start
@@ -175,7 +174,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env=environment,
             cwd="/",
-            start_new_session=True,  # a process group of its own, to be ended as a whole
+            start_new_session=True,  # a new process group, which is ended as a whole
         )
         os.set_blocking(self.process.stdin.fileno(), False)
         try:
@@ -215,7 +214,7 @@ class _Worker:
         return reply
 
     def is_quiet(self) -> bool:
-        """Whether the process lives and has sent nothing since its last reply."""
+        """Whether the process runs and has sent nothing since its last reply."""
         poll = select.poll()
         poll.register(self.process.stdout, select.POLLIN)
         return not poll.poll(0) and self.process.poll() is None
@@ -253,7 +252,7 @@ class _Worker:
 
     def end(self) -> int:
         """Ends the process and its group. Returns its exit code."""
-        if self.process.returncode is None:  # else its number may be another process's by now
+        if self.process.returncode is None:  # else its number may belong to another process
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
         self.process.stdout.close()

@@ -1,6 +1,4 @@
-"""Running a program that a model wrote."""
-
-from __future__ import annotations
+"""Runs a program that a model wrote, in a sandbox."""
 
 import functools
 from dataclasses import dataclass

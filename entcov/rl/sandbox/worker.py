@@ -10,16 +10,14 @@ which its reply repeats, and a "limit" in seconds; a reply says "timed_out" wher
     reasoning_gym   {"names": true}                                       -> {"names": [...], "version": ...}
     program         {"source": ..., "stdin": ..., "most_output": ...}     -> {"status", "stdout", "ended_by", "seconds"}
 
-A request that no response could make right is answered by {"error": ...}.
+A request that is wrong for every response is answered by {"error": ...}.
 
-math-verify evaluates no code (`guard` sees to it), so its process confines itself once and scores one answer after the
-other; the trainer ends it when one takes too long. The other kinds keep a process that never works on an answer: it
-forks a child for each, which is confined, can write to one pipe only, and is ended with everything it did. So an answer
-has no way to the trainer's pipe, and none to the next answer. It is confined even where `guard` would do, because a
-scorer that evaluates text is one oversight away from running it.
+math-verify evaluates no code (`guard` restricts it), so its process confines itself once and scores one answer after
+another; the trainer ends it when one takes too long. In the other kinds the process itself never handles an answer: it
+forks a child for each, which is confined, can write to one pipe only, and is ended afterwards. So an answer can reach
+neither the trainer's pipe nor the next answer. The child is confined although `guard` restricts `eval`, in case `guard`
+misses something.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -92,7 +90,7 @@ def _math(lacking: dict[str, str]) -> Handler:
     parsed_gold = functools.lru_cache(maxsize=4096)(lambda gold: parse(_boxed(gold), parsing_timeout=None))
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
-        # The trainer ends this process at its limit. Where the trainer has gone, this timer does.
+        # The trainer ends this process at its limit. If the trainer is gone, this timer does.
         signal.setitimer(signal.ITIMER_REAL, request["limit"] + 5)
         try:
             # No time-out of math-verify's own: it needs the same timer.
@@ -311,7 +309,7 @@ def _watch(child: int, output: int, deadline: float, most: int, threads: bool) -
             return received, "time", 0
         if threads and _threads_of(child) > _MOST_THREADS:
             return received, "threads", 0
-        if at_end:  # nothing holds the pipe any more: the child is ending, or it has closed the pipe and goes on
+        if at_end:  # the pipe is closed: the child is ending, or it has closed the pipe and continues
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return received, "", status

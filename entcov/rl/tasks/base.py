@@ -4,8 +4,6 @@ A task turns `(split, index)` into an `Example` and a response into a reward; bo
 position is one integer. The registry maps the names that recipes use to task classes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib
@@ -15,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
-from entcov import _checks as check
+from entcov import arguments as check
 from entcov.rl.types import Example
 
 SPLITS = ("train", "held_out")
 MARK = "#"  # what follows the last mark is the answer
-ALPHABET = "\n #()*+,-./0123456789:=?abcdefghijklmnopqrstuvwxyz"  # every built-in prompt and solution keeps to it
+ALPHABET = "\n #()*+,-./0123456789:=?abcdefghijklmnopqrstuvwxyz"  # the characters of every built-in prompt and solution
 
 _MAX_DRAWS = 10_000  # rejection sampling gives up after this many; a checked setting needs about 1 / held_out_fraction
 _PROBE_DRAWS = 2_000
@@ -145,7 +143,7 @@ def check_fraction(task: object, name: str) -> None:
 def join_steps(rng: random.Random, steps: Sequence[str], answer: str) -> str:
     """Steps parted by freely drawn separators, then the mark and the answer.
 
-    Each separator is a choice of its own that changes no answer: entropy that a policy may keep or lose at no cost.
+    Each separator is drawn separately and changes no answer: this entropy has no effect on the reward.
     """
     text = "".join(step + rng.choice(" ,\n") for step in steps[:-1]) + (steps[-1] if steps else "")
     return text + MARK + answer

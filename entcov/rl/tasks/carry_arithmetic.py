@@ -1,11 +1,9 @@
 """Addition with written-out steps: "47+85=" -> "7+5=12,1+8+4=13#132".
 
-One sum has many right responses: six styles of working, free operand order, free separators. A policy warm-started on
-them has real entropy, part of which is free (order, separators) and part of which decides the reward (a small model
-errs more in some styles than in others). That makes this the task on which entropy collapse is watched.
+One sum has many right responses: six styles of working, any order of operands, any separators. A policy warm-started on
+them has entropy. Part of it does not change the reward (order, separators), part does: a small model makes more errors
+in some styles than in others. So entropy collapse shows in this task.
 """
-
-from __future__ import annotations
 
 import random
 from collections.abc import Callable
@@ -123,11 +121,8 @@ class CarryArithmetic(GeneratedTask[Terms]):
         super().__post_init__()
 
     def draw(self, rng: random.Random) -> Terms:
-        return tuple(self._number(rng) for _ in range(self.terms))
-
-    def _number(self, rng: random.Random) -> int:
-        digits = rng.randint(self.min_digits, self.max_digits)
-        return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
+        digits = (rng.randint(self.min_digits, self.max_digits) for _ in range(self.terms))
+        return tuple(rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n) for n in digits)
 
     def key(self, question: Terms) -> str:
         return "+".join(map(str, sorted(question)))

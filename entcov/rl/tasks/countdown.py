@@ -3,9 +3,8 @@
 A question has many right answers, which makes the policy's diversity visible: solutions are drawn from all of them.
 """
 
-from __future__ import annotations
-
 import ast
+import operator
 import random
 import re
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from entcov.rl.types import Example
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 _MAX_EXPRESSION = 200  # characters; far beyond any right answer, and it bounds the checker's work
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-_OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 class Question(NamedTuple):
@@ -36,7 +36,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]] | None:
     """Value of an arithmetic expression, exactly, and the numbers it uses in order of appearance.
 
     Grammar: digits, the binary operators + - * / with the usual precedence (left to right), brackets, spaces. None for
-    anything else, a division by zero included. Python's parser reads it, and nothing is handed to `eval`.
+    anything else, a division by zero included. Python's parser reads it, and `eval` is not called.
     """
     compact = expression.replace(" ", "")
     tokens = _TOKEN.findall(compact)
@@ -56,24 +56,16 @@ def _value(node: ast.expr) -> Fraction:
         return Fraction(node.value)
     if not isinstance(node, ast.BinOp):
         raise KeyError(type(node))
-    return _apply(_OPERATORS[type(node.op)], _value(node.left), _value(node.right))
+    return _APPLY[_SIGNS[type(node.op)]](_value(node.left), _value(node.right))
 
 
-def _apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
-    if operator == "+":
-        return left + right
-    if operator == "-":
-        return left - right
-    return left * right if operator == "*" else left / right
-
-
-def _combine(operator: str, left: _Term, right: _Term) -> _Term:
+def _combine(sign: str, left: _Term, right: _Term) -> _Term:
     """Joins two terms and writes only the brackets that the value needs."""
-    precedence = _PRECEDENCE[operator]
+    precedence = _PRECEDENCE[sign]
     left_text = left.text if left.precedence >= precedence else f"({left.text})"
-    keeps = right.precedence > precedence or (right.precedence == precedence and operator in "+*")
+    keeps = right.precedence > precedence or (right.precedence == precedence and sign in "+*")
     right_text = right.text if keeps else f"({right.text})"
-    return _Term(left_text + operator + right_text, precedence, _apply(operator, left.value, right.value))
+    return _Term(left_text + sign + right_text, precedence, _APPLY[sign](left.value, right.value))
 
 
 def all_solutions(numbers: tuple[int, ...], target: int) -> list[str]:
@@ -99,10 +91,10 @@ def all_solutions(numbers: tuple[int, ...], target: int) -> list[str]:
                 if i == j:
                     continue
                 rest = [term for k, term in enumerate(terms) if k != i and k != j]
-                for operator in "+-*/":
-                    if (operator == "/" and right.value == 0) or (operator == "-" and left.value < right.value):
+                for sign in "+-*/":
+                    if (sign == "/" and right.value == 0) or (sign == "-" and left.value < right.value):
                         continue
-                    search([*rest, _combine(operator, left, right)])
+                    search([*rest, _combine(sign, left, right)])
 
     search([_Term(str(number), 3, Fraction(number)) for number in numbers])
     return sorted(found)
@@ -136,12 +128,12 @@ class Countdown(GeneratedTask[Question]):
             terms = [_Term(str(number), 3, Fraction(number)) for number in numbers]
             while len(terms) > 1:
                 rng.shuffle(terms)
-                left, right, operator = terms.pop(), terms.pop(), rng.choice("+-*/")
-                if operator == "-" and left.value < right.value:
+                left, right, sign = terms.pop(), terms.pop(), rng.choice("+-*/")
+                if sign == "-" and left.value < right.value:
                     left, right = right, left
-                if operator == "/" and (right.value == 0 or (left.value / right.value).denominator != 1):
-                    operator = "*"  # fractions on the way are allowed in answers, but would make most targets odd
-                terms.append(_combine(operator, left, right))
+                if sign == "/" and (right.value == 0 or (left.value / right.value).denominator != 1):
+                    sign = "*"  # answers may have fractions in between; drawn questions have none
+                terms.append(_combine(sign, left, right))
             value = terms[0].value
             if 1 <= value <= self.max_target:
                 return Question(numbers, int(value))
@@ -162,7 +154,7 @@ class Countdown(GeneratedTask[Question]):
     def score(example: Example, response: str) -> float:
         numbers_text, separator, target_text = example.ground_truth.partition(" make ")
         numbers = numbers_text.split()
-        if not separator or not all(map(_is_integer, [*numbers, target_text])):
+        if not separator or not all(re.fullmatch(r"[0-9]{1,9}", text) for text in [*numbers, target_text]):
             raise ValueError(f"countdown ground_truth must read 'N N N make TARGET', got {example.ground_truth!r}")
         expression = answer_after_mark(response)
         result = evaluate(expression) if expression is not None else None
@@ -170,7 +162,3 @@ class Countdown(GeneratedTask[Question]):
             return 0.0
         value, used = result
         return 1.0 if sorted(used) == sorted(map(int, numbers)) and value == int(target_text) else 0.0
-
-
-def _is_integer(text: str) -> bool:
-    return re.fullmatch(r"[0-9]{1,9}", text) is not None

@@ -1,7 +1,5 @@
 """Linear equations: "3x+5=20, x=" -> "3x=15,x=15/3#5"."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -13,7 +11,7 @@ class Question(NamedTuple):
     a: int  # coefficient of x, >= 2
     b: int  # constant beside it, not 0
     x: int
-    form: str  # how the equation is written down; the same equation whatever the form
+    form: str  # how the equation is written; questions that differ in it alone are the same
 
     @property
     def total(self) -> int:

@@ -1,7 +1,5 @@
 """Modular arithmetic: "(13*7+5) mod 11=" -> "13*7=91 91+5=96 96 mod 11=8#8"."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -14,10 +12,6 @@ class Question(NamedTuple):
     b: int
     c: int  # negative: subtracted
     modulus: int
-
-
-def _plus(value: int, c: int) -> str:
-    return f"{value}{c:+d}"
 
 
 @register
@@ -65,7 +59,7 @@ class ModularArithmetic(GeneratedTask[Question]):
         a, b, c, modulus = question
         left, right = rng.sample((a, b), 2)
         value = a * b + c
-        return [f"{left}*{right}={a * b}", f"{_plus(a * b, c)}={value}", f"{value} mod {modulus}={value % modulus}"]
+        return [f"{left}*{right}={a * b}", f"{a * b}{c:+d}={value}", f"{value} mod {modulus}={value % modulus}"]
 
     def _reduce_always(self, question: Question, rng: random.Random) -> list[str]:
         a, b, c, modulus = question
@@ -77,7 +71,7 @@ class ModularArithmetic(GeneratedTask[Question]):
             steps.append(f"{product} mod {modulus}={product % modulus}")
         product %= modulus
         value = product + c
-        steps.append(f"{_plus(product, c)}={value}")
+        steps.append(f"{product}{c:+d}={value}")
         if not 0 <= value < modulus:
             steps.append(f"{value} mod {modulus}={value % modulus}")
         return steps

@@ -1,7 +1,5 @@
 """Any dataset of the reasoning-gym package as a task: over a hundred procedural generators with their own scorers."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -20,7 +18,7 @@ _REFUSED = {
     "game_of_life_halting": "its scorer gives every answer the full score",
     "puzzle24": "its scorer takes any four numbers that make 24, not only those of the question",
 }
-# Their scorers pass the answer to `eval`, or to sympy's parse_expr, which does. `sandbox/guard.py` leaves arithmetic.
+# Their scorers pass the answer to `eval`, or to sympy's parse_expr, which calls it. `sandbox/guard.py` restricts it.
 EVALUATED = frozenset(
     {
         *("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"),

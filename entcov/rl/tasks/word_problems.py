@@ -1,7 +1,6 @@
 """Short word problems: "tom has 7 pens. ann has 2 more than tom. how many pens have they together?" -> "...#16"."""
 
-from __future__ import annotations
-
+import operator
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,12 +26,7 @@ class Problem(NamedTuple):
     steps: tuple[tuple[int, str, int], ...]
 
 
-def _value(left: int, operator: str, right: int) -> int:
-    if operator == "+":
-        return left + right
-    if operator == "-":
-        return left - right
-    return left * right if operator == "*" else left // right
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
 def _buys(s: Scene, a: int, b: int, c: int) -> Problem:
@@ -112,13 +106,14 @@ class WordProblems(GeneratedTask[Problem]):
         return question.text + "\n"
 
     def answer(self, question: Problem) -> str:
-        return str(_value(*question.steps[-1]))
+        left, sign, right = question.steps[-1]
+        return str(_OPERATIONS[sign](left, right))
 
     def solve(self, question: Problem, rng: random.Random) -> str:
         """Each step as an equation, with the operands of + and * in free order; or one step within the next."""
         (a, first, b), (_, second, c) = question.steps
         inner = self._written(rng, str(a), first, str(b))
-        middle = _value(a, first, b)
+        middle = _OPERATIONS[first](a, b)
         if rng.random() < 0.5:
             outer = self._written(rng, str(middle), second, str(c))
             return join_steps(rng, [f"{inner}={middle}", f"{outer}={self.answer(question)}"], self.answer(question))
@@ -126,7 +121,7 @@ class WordProblems(GeneratedTask[Problem]):
         return join_steps(rng, [f"{outer}={self.answer(question)}"], self.answer(question))
 
     @staticmethod
-    def _written(rng: random.Random, left: str, operator: str, right: str) -> str:
-        if operator in "+*" and rng.random() < 0.5:
+    def _written(rng: random.Random, left: str, sign: str, right: str) -> str:
+        if sign in "+*" and rng.random() < 0.5:
             left, right = right, left
-        return f"{left}{operator}{right}"
+        return f"{left}{sign}{right}"

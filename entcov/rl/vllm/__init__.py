@@ -1,1 +1,1 @@
-"""Sampling with vLLM, in the trainer's processes or on a server, and the way of weights to it."""
+"""Sampling with vLLM, in the trainer's processes or on a server, and the transfer of weights to it."""

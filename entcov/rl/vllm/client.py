@@ -1,12 +1,10 @@
-"""vLLM's engine in a server of its own: requests, weights and their versions over vLLM's HTTP routes.
+"""The client of a vLLM server: requests and weight updates over vLLM's HTTP routes.
 
 The routes are those of a vLLM server with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out, which `entcov.rl.vllm.server`
 starts: /inference/v1/generate (token ids in and out), the weight-transfer routes, /reset_prefix_cache, /server_info.
-Weights take another way than HTTP: NCCL or CUDA IPC between GPUs, a file on CPU. Every request carries the server's
+The weights themselves go by NCCL or CUDA IPC between GPUs, by a file on CPU. Every request carries the server's
 token (entcov/rl/vllm/token.py); a route that is called here must be among the guard's (entcov/rl/vllm/guard.py).
 """
-
-from __future__ import annotations
 
 import base64
 import contextlib
@@ -41,12 +39,10 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedire
 
 
 class ServerEngine:
-    """A running server as an engine.
-
-    Where several of the trainer's processes make one for the same server, rank 0 commands it.
+    """A running server as an engine. Of several processes of the trainer that share it, rank 0 sends the commands.
 
     Args:
-        settings: `rollout.vllm`; `max_num_seqs` is how many requests are under way at once.
+        settings: `rollout.vllm`; `max_num_seqs` is the number of concurrent requests.
         expected: the weights that the trainer sends.
         max_model_len: tokens of the longest prompt and response together.
         dtype: of weights and computation.
@@ -72,7 +68,7 @@ class ServerEngine:
         self.backend: str = config["weight_transfer_config"]["backend"]
 
     def transport(self) -> Transport:
-        """The way for weights that the server was started with."""
+        """How weights are sent to the server, as it was started."""
         if self.backend == "entcov":
             if self.leads:
                 self.init_weight_transfer_engine({})
@@ -95,7 +91,7 @@ class ServerEngine:
             for future in waiting:
                 future.cancel()
             with contextlib.suppress(RuntimeError):  # the server may be what has failed
-                self._call("POST", "/abort_requests", {})  # what is under way; each then gets an answer
+                self._call("POST", "/abort_requests", {})  # each running request then gets an answer
             raise
         finally:
             pool.shutdown()
@@ -125,7 +121,7 @@ class ServerEngine:
     def reset_prefix_cache(self) -> bool:
         empty = self._call("POST", "/reset_prefix_cache")["success"] if self.leads else True
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # no other process may ask before the weights are there
+            torch.distributed.barrier()  # no process may send a request before the weights have arrived
         return empty
 
     def _call(self, method: str, route: str, body: dict[str, Any] | None = None) -> Any:
@@ -153,7 +149,7 @@ class ServerEngine:
 
 
 def _check(config: dict[str, Any], expected: ExpectedWeights, max_model_len: int, dtype: torch.dtype) -> None:
-    """What the server was started with."""
+    """Raises ValueError where the server was started with settings that do not fit."""
     model, transfer = config["model_config"], config["weight_transfer_config"]
     faults = []
     if transfer is None or transfer["backend"] not in ("entcov", "nccl", "ipc"):

@@ -1,17 +1,8 @@
-"""vLLM's engine inside the trainer's process: how it is started, asked for responses, and kept from disturbing.
+"""vLLM's engine inside the trainer's process: its start, its requests, and the undoing of what it changes there.
 
-vLLM changes its process. What that costs the trainer, and what is done about it here:
-
-- it seeds torch's, numpy's and Python's generators, and its CPU sampler draws from torch's: their states are put back;
-- on CPU it replaces torch.set_num_threads by a function that does nothing: the original is put back;
-- on CPU its helpers would be compiled with a C++ compiler at run time: TORCHDYNAMO_DISABLE=1 is set, which holds for
-  the whole process (the trainer compiles nothing);
-- it needs VLLM_ENABLE_V1_MULTIPROCESSING=0 to run here; VLLM_NO_USAGE_STATS=1 and VLLM_LOGGING_LEVEL=ERROR are set
-  where the environment does not say otherwise;
-- without torch.distributed it makes a default group of one process: a trainer's own group must be there before.
+vLLM changes its process: random generators, torch.set_num_threads, environment variables, torch.distributed groups.
+docs/vllm.md lists the changes and what entcov does about each. A trainer's own default group must be made before.
 """
-
-from __future__ import annotations
 
 import contextlib
 import gc
@@ -40,7 +31,7 @@ _OWN_ARGUMENTS = (
     "generation_config", "weight_transfer_config", "worker_extension_cls", "tensor_parallel_size",
     "distributed_executor_backend", "max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes",
     "enable_sleep_mode", "enforce_eager",
-    "host", "port", "uds", "root_path", "middleware", "api_key", "config",  # a server's: they would get round its guard
+    "host", "port", "uds", "root_path", "middleware", "api_key", "config",  # a server's: they would bypass its guard
 )  # fmt: skip
 
 
@@ -85,7 +76,7 @@ def import_vllm() -> Any:
     """
     cpu = not torch.cuda.is_available()
     try:
-        if importlib.util.find_spec("vllm") is None:  # nothing of the process is changed in vain
+        if importlib.util.find_spec("vllm") is None:  # before the environment is changed
             raise ImportError("No module named 'vllm'")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -123,17 +114,12 @@ class LocalEngine:
     leads = True
 
     def __init__(
-        self,
-        model: PretrainedConfig,
-        settings: VllmConfig,
-        *,
-        max_model_len: int,
-        dtype: torch.dtype,
+        self, model: PretrainedConfig, settings: VllmConfig, *, max_model_len: int, dtype: torch.dtype
     ) -> None:
         cpu = not torch.cuda.is_available()
         _check(settings, cpu)
         self._sleeps = settings.sleep
-        self._asleep: set[str] = set()  # what of the engine's memory is given back
+        self._asleep: set[str] = set()  # tags of the memory that the engine has freed
         self._max_num_seqs = settings.max_num_seqs
         vllm = import_vllm()
         from entcov.rl.vllm.transfer import BACKEND
@@ -262,7 +248,7 @@ def _cache_bytes(model: PretrainedConfig, settings: VllmConfig, max_model_len: i
 
 
 def save_configuration(model: PretrainedConfig, folder: Path) -> None:
-    """A folder that vLLM starts from: config.json and nothing else."""
+    """Writes config.json alone into the folder, which is all that vLLM needs to start."""
     text = model.to_dict() | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(model)].__name__]}
     type(model)(**text).save_pretrained(folder)
 

@@ -1,15 +1,13 @@
-"""What stands before vLLM's HTTP routes: a token, and a list of the routes that the trainer uses.
+"""Protects the HTTP routes of a vLLM server: a token, and a list of the routes that the trainer uses.
 
 vLLM's own --api-key guards /v1, /v2, /inference and /cohere alone: /collective_rpc, /update_weights, /server_info,
 /invocations, /metrics and the documentation stay open to everybody who reaches the port (vLLM 0.32). `Guard` is
 the outermost ASGI middleware instead. It answers 401 to every request without the token, and 404 to every route that
-is not in `ROUTES`, so that what a later vLLM adds is closed too.
+is not in `ROUTES`, so that routes which a later vLLM adds are closed too.
 
-`python -m entcov.rl.vllm.guard` is vLLM's server with the arguments that `entcov.rl.vllm.server` has left in the
-environment: a command line is shown to every user of the machine, an environment to its owner alone.
+`python -m entcov.rl.vllm.guard` is vLLM's server. It takes its arguments from an environment variable that
+`entcov.rl.vllm.server` sets, because every user of the machine can read a command line.
 """
-
-from __future__ import annotations
 
 import hmac
 import json

@@ -1,6 +1,4 @@
-"""Rollouts by vLLM: the sampler that the loop sees, over an engine in this process or a server's."""
-
-from __future__ import annotations
+"""The sampler on vLLM: an engine in this process, or a server."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -24,13 +22,13 @@ class GeneratingEngine(Engine, Protocol):
 class VllmSampler:
     """Samples responses from vLLM, with each token's log-probability under the policy softmax(logits / temperature).
 
-    Every response has a request and a seed of its own, made of (seed, prompt, sample): it does not depend on the other
+    Every response has its own request, with a seed made of (seed, prompt, sample): it does not depend on the other
     requests but for rounding, which in vLLM changes with the batch. Token ids go in and come out; the text is decoded
     by the trainer's tokenizer.
 
     Args:
-        engine: where requests go.
-        sync: keeps its weights at the trainer's.
+        engine: answers requests.
+        sync: sends it the trainer's weights.
         tokenizer: decodes responses; its end-of-sequence token ends them.
         max_model_len: tokens of prompt and response together, which the engine was started for.
     """

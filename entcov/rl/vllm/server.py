@@ -2,11 +2,9 @@
 
     python -m entcov.rl.vllm.server RECIPE [key=value ...] [--host HOST] [--port PORT] [--transfer nccl|ipc]
 
-It is vLLM's own server, with the arguments that the recipe asks for, behind a token (entcov/rl/vllm/token.py) and a
-list of routes (entcov/rl/vllm/guard.py); it replaces this process. It listens on 127.0.0.1 but for --host.
+It is vLLM's own server, with arguments from the recipe, behind a token (entcov/rl/vllm/token.py) and a
+list of routes (entcov/rl/vllm/guard.py); it replaces this process. It listens on 127.0.0.1 unless --host is given.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -96,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, environment = server_arguments(
             config, host=options.host, port=options.port, transfer=options.transfer, cpu=not torch.cuda.is_available()
         )
-        _check_free(options.host, options.port)  # a server that is there keeps its token
+        _check_free(options.host, options.port)  # before a new token replaces that of a running server
         token = server_token(options.port)
     except (ConfigError, ValueError, OSError) as error:
         print(f"vllm.server: {error}", file=sys.stderr)

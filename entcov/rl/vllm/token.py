@@ -1,15 +1,13 @@
-"""The secret that the trainer shows to a vLLM server: who has it may send weights and take samples.
+"""The secret that the trainer sends to a vLLM server: whoever has it may send weights and take samples.
 
 `entcov.rl.vllm.server` makes a new token at every start and keeps it in a file that only its user can read:
 
     $XDG_STATE_HOME/entcov/vllm/HOST_PORT.token        (XDG_STATE_HOME is ~/.local/state by default)
 
 The trainer takes the token of the host and port in `rollout.vllm.url`; 127.0.0.1 and localhost mean the machine it runs
-on. So a token leaves a file only for the machine that it was made on, and a recipe that names a foreign server gets
+on. So the token in a file is sent to no machine but the one that made it, and a recipe that names another server gets
 none. Where trainer and server share no home directory, both get the same token in ENTCOV_VLLM_TOKEN.
 """
-
-from __future__ import annotations
 
 import errno
 import ipaddress
@@ -31,7 +29,7 @@ _RULE = "must be 16 to 512 of the characters A-Z a-z 0-9 . _ ~ + / = -"
 
 @dataclass(frozen=True)
 class Token:
-    """A secret that is not printed, and the words that say where it came from."""
+    """A secret that is not printed, and where it came from."""
 
     value: str = field(repr=False)
     source: str
@@ -42,7 +40,7 @@ class Token:
 
 
 def server_token(port: int) -> Token:
-    """The token for a server on this machine: that of ENTCOV_VLLM_TOKEN, or a new one, left in its file.
+    """The token for a server on this machine: that of ENTCOV_VLLM_TOKEN, or a new one, written to its file.
 
     Raises:
         ValueError: the variable holds no token.
@@ -58,7 +56,7 @@ def server_token(port: int) -> Token:
 
 
 def client_token(url: str) -> Token:
-    """The token for the server at `url`: that of ENTCOV_VLLM_TOKEN, or of the file that the server has left.
+    """The token for the server at `url`: that of ENTCOV_VLLM_TOKEN, or of the file that the server has written.
 
     Raises:
         ValueError: `url` is no http address with a host, there is no token, or others can read its file. The message

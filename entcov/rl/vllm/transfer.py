@@ -1,10 +1,8 @@
-"""vLLM's side of `weight_sync`: the receiver for weights in this process or in a file, and the senders for GPUs.
+"""The parts of `weight_sync` that need vLLM: a receiver of weights from memory or a file, and senders between GPUs.
 
-Import it where vLLM is imported: it registers the receiver as weight-transfer backend "entcov". A server gets it by
+Importing it registers the receiver as weight-transfer backend "entcov". A server gets it by
 `--worker-extension-cls entcov.rl.vllm.transfer.WorkerExtension`, which makes its workers import this module.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +84,7 @@ def _repack_heads(model: nn.Module) -> None:
 
 
 class WorkerExtension:
-    """Mixed into a server's workers; that they import its module is all it is for."""
+    """Makes a server's workers import this module, which registers the receiver."""
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:  # a spawned worker may import this module twice
@@ -109,7 +107,7 @@ class _Source(WeightSource):
 
 
 class _Versioned:
-    """The engine as a VLLMWeightSyncClient whose updates end with a version: vLLM's own senders give none."""
+    """The engine as a VLLMWeightSyncClient that adds the version to each update: vLLM's own senders give none."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -125,7 +123,7 @@ class _Versioned:
 class Native:
     """vLLM's senders between GPUs: "nccl" to other GPUs, "ipc" to another process on the trainer's own GPU.
 
-    Rank 0 of the trainer sends; the other ranks only go through their weights along with it.
+    Rank 0 of the trainer sends; the other ranks only iterate over their weights.
 
     Args:
         backend: what the server was started with.

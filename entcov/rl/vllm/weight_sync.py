@@ -1,15 +1,15 @@
 """Sends the trainer's weights to a vLLM engine. An incomplete or changed set is an error.
 
-vLLM takes weights by start_weight_update -> update_weights (any number) -> finish_weight_update. Left to itself it also
-takes an incomplete set without a word: whatever did not arrive keeps its old value. And cached prefixes of the old
-weights stay valid for it. So everything goes through `WeightSync`, which
+vLLM takes weights by start_weight_update -> update_weights (any number) -> finish_weight_update. By itself it also
+accepts an incomplete set, in which the missing weights keep their old values, and goes on using cached prefixes of the
+old weights. So everything goes through `WeightSync`, which
 
 - compares names and shapes with the model that the engine was built for, before anything is sent;
-- holds every later set to the first one, tensor by tensor, while it is being sent;
+- compares every later set with the first one, tensor by tensor, while it is being sent;
 - empties the prefix cache, and checks that it was emptied;
-- refuses to let an engine generate that has no weights yet, or half of them.
+- has `version` None while the engine has no weights, or parts of two sets: the sampler then refuses to generate.
 
-This module knows nothing of vLLM; `entcov.rl.vllm.transfer` is its other end.
+This module does not import vLLM; `entcov.rl.vllm.transfer` is the receiving side.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _SHOWN = 8  # names that an error lists of each kind
 class Engine(Protocol):
     """What a sync needs of an engine: the four methods of vLLM's VLLMWeightSyncClient, and the prefix cache.
 
-    leads: whether this process commands the engine. Where several of the trainer's processes share one, rank 0 does;
-        the others only go through their weights along with it.
+    leads: whether this process sends commands to the engine. Where several of the trainer's processes share one, rank 0
+        does; the others only iterate over their weights.
     """
 
     leads: bool
@@ -73,7 +73,7 @@ class Transport(Protocol):
 
 
 class ExpectedWeights:
-    """The weights that a model of this configuration consists of.
+    """Names, shapes and ties of the weights of a model.
 
     Args:
         config: the transformers configuration that the engine was built with.
@@ -119,7 +119,7 @@ class ExpectedWeights:
             )
 
     def without_tied(self, weights: Stream) -> Stream:
-        """The weights but for those that vLLM takes from another one, whatever their own values.
+        """The weights without those that vLLM takes from another one.
 
         Raises:
             ValueError: such a weight differs from the other one, or comes before it.
@@ -145,10 +145,10 @@ class WeightSync:
     """Sends the trainer's weights to one engine.
 
     Args:
-        engine: where they go.
+        engine: receives them.
         expected: of the model that the engine was built for.
-        transport: how they go.
-        dtype: the engine's own type; weights are converted to it on the way.
+        transport: sends them.
+        dtype: the engine's own type; weights are converted to it.
     """
 
     def __init__(self, engine: Engine, expected: ExpectedWeights, transport: Transport, *, dtype: torch.dtype) -> None:
@@ -158,7 +158,7 @@ class WeightSync:
         self._broken = False
 
     def __call__(self, version: int, named_weights: NamedWeights) -> None:
-        """Sends all weights. On the first call they are gone through once before, to be checked alone.
+        """Sends all weights. On the first call they are iterated over once more before, to be checked.
 
         A tensor must stay as it is until this returns. Collective where `named_weights` is: every rank calls it.
 

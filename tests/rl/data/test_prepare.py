@@ -11,7 +11,6 @@ pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
 from entcov.cli import main  # noqa: E402
-from entcov.rl.data import prepare as data_prep  # noqa: E402
 from entcov.rl.data.prepare import EVAL_SETS, SOURCES, TEMPLATES, plain_answer, prepare  # noqa: E402
 from entcov.rl.data.stream import load_rows  # noqa: E402
 from entcov.rl.rewards.rules import score  # noqa: E402
@@ -220,9 +219,3 @@ def test_the_command(source, tmp_path, capsys):
     ):
         assert main(arguments) == 2, arguments
         assert message in capsys.readouterr().err
-
-
-def test_the_documented_table_is_the_one_in_force():
-    for name, spec in SOURCES.items():
-        line = next(line for line in data_prep.__doc__.splitlines() if line.split()[:1] == [name])
-        assert line.split()[1] == spec.repo and all(split in line for split in spec.files)

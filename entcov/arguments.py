@@ -1,6 +1,4 @@
-"""Checks shared by the objective: every message names the argument, the rule and the value."""
-
-from __future__ import annotations
+"""Checks of arguments, and the pieces of their messages: each names the argument, the rule and the value."""
 
 import difflib
 import math
@@ -78,7 +76,7 @@ def vector(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], like: Ten
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether looking at the values is free. On an accelerator it would make the host wait, so values go unchecked."""
+    """Whether the host can read the values at no cost. On an accelerator it would wait for them."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
