@@ -1,8 +1,8 @@
 // How a row is divided among threads, and how a kernel is launched.
 //
-// A row is cut into segments. A unit is one segment of one row; it is computed by a team, which is one warp or one block
-// of 256 threads. The number of segments and the size of the team depend on the number of columns alone. So the order of
-// additions within a row, and every bit of its result, is independent of the number of rows.
+// A row is cut into segments. A unit is one segment of one row; it is computed by a team, which is one warp or one
+// block of 256 threads. The number of segments and the size of the team depend on the number of columns alone. So the
+// order of additions within a row, and every bit of its result, is independent of the number of rows.
 //
 //   columns                team          segments per row    units per block
 //   <= 2,048               a warp        1                   8

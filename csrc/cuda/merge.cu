@@ -1,16 +1,16 @@
 // The kernels before and after the all-gather of a sharded call: message() assembles what a rank sends, and
-// merge_row_stats() and merge_covariance_stats() merge the gathered messages of all ranks into statistics and outputs of
-// whole rows. The same two merge kernels merge the segments of long rows (merge.cuh).
+// merge_row_stats() and merge_covariance_stats() merge the gathered messages of all ranks into statistics and outputs
+// of whole rows. The same two merge kernels merge the segments of long rows (merge.cuh).
 //
 // Memory. A merge reads 4 fields bytes per row and part (fields: 4, 7 or 8; a part is a rank or a segment), and writes
 // as much plus the outputs per row. Assembling a message reads and writes the payload once, and reads 8 bytes per value
 // to hash it.
 //
-// Parallelisation. Merge: one thread per row, one launch that also writes the outputs. Message: block 0 hashes the values
-// and writes the signature, the other blocks copy 2,048 floats of the payload each.
+// Parallelisation. Merge: one thread per row, one launch that also writes the outputs. Message: block 0 hashes the
+// values and writes the signature, the other blocks copy 2,048 floats of the payload each.
 //
-// Numerics. Parts are merged in order, with merge() of row_stats.h and logit_covariance.h: one exponential per part (two
-// for covariances). So every rank that holds the same messages computes the same bits.
+// Numerics. Parts are merged in order, with merge() of row_stats.h and logit_covariance.h: one exponential per part,
+// four for covariances. Every rank that holds the same messages computes the same bits.
 #include "merge.cuh"
 #include "device/block_reduction.cuh"
 

@@ -5,8 +5,8 @@
 
 namespace entcov::cuda {
 
-// segments_stats [segments, T, fields] -> stats [T, fields] and, unless outputs.logprob is null, the outputs [T]. Segments
-// are merged in their order. stats may be segments_stats if segments is 1.
+// segments_stats [segments, T, fields] -> stats [T, fields] and, unless outputs.logprob is null, the outputs [T].
+// Segments are merged in their order. stats may be segments_stats if segments is 1.
 Error merge_segments(const float* segments_stats, int64_t segments, int64_t T, const int64_t* target,
                      const RowSpec& spec, int fields, float* stats, const RowOutputs& outputs, Device stream);
 
