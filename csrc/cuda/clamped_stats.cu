@@ -3,8 +3,8 @@
 //
 //   1. A sample of 1 in 20 sectors gives a bracket: 3.2 standard deviations on either side of the threshold's expected
 //      rank in the sample.
-//   2. One pass over the row with the bracket (device/bracket_pass.cuh). In about one row of a thousand the bracket misses
-//      the threshold: then a second pass, with the next range of the sample on the side where the threshold lies.
+//   2. One pass over the row with the bracket (device/bracket_pass.cuh). In about one row of a thousand the bracket
+//      misses the threshold: then a second pass, with the sample's next range on the side where the threshold lies.
 //   3. Radix selection of the threshold among the listed logits, by 11, 11 and 10 bits of their keys. The sums over the
 //      listed logits above the threshold are added to the sums above the bracket.
 //
