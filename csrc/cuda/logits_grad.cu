@@ -1,6 +1,6 @@
 // The gradient of logprob, entropy and clamped entropy with respect to the logits, in their dtype: one pass, one
-// exponential per logit. With temperature T, y = (x - max) / T, S = 1 + sum_exp_m1, Ey = sum_xexp / S (so log p + H = y
-// - Ey):
+// exponential per logit. With temperature T, y = (x - max) / T, S = 1 + sum_exp_m1 and Ey = sum_xexp / S, so that
+// log p + H = y - Ey:
 //
 //   dz = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_k + H_k) },   p = e^y / S,  p_k = e^{y - L_k}
 //      = 2^t { (a + b t) + w (a_k + b_k t) }  + 1/T g_lp in the target's column,      t = y log2(e)
