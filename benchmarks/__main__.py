@@ -6,7 +6,7 @@ from importlib import import_module
 
 # Only the module of the chosen benchmark is imported: `gpu` has to start before entcov is built.
 BENCHMARKS = {
-    "ops": ("benchmarks.ops_benchmark", "token_stats against eager and compiled torch on this CPU"),
+    "ops": ("benchmarks.ops_benchmark", "token_stats against eager and compiled torch on this CPU; the ops' host time"),
     "linear": ("benchmarks.linear_benchmark", "linear_token_stats against materialised logits and chunked heads, CPU"),
     "selection": ("benchmarks.selection_benchmark", "the selections of Clip-Cov and KL-Cov against topk and randperm"),
     "static": ("benchmarks.static_evidence", "registers, spills and cost of the CUDA kernels' machine code; no GPU"),

@@ -75,7 +75,8 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def compile_cubin(source: Path, arch: str, cubin: Path) -> dict[str, Resources]:
     """Compiles one file for one architecture with the flags of setup.py, and returns ptxas's report by kernel."""
-    command = [nvcc(), "-cubin", f"-arch={arch}", "-std=c++17", "-O3", "-Xptxas", "-v", source, "-o", cubin]
+    flags = ["-DENTCOV_CUDA", f"-arch={arch}", "-std=c++17", "-O3", "-Xptxas", "-v"]
+    command = [nvcc(), "-cubin", *flags, source, "-o", cubin]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{source.name} does not compile for {arch}:\n{done.stderr}")

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import measure
 from benchmarks.measure import DTYPES, interleaved_seconds, peak_allocated_bytes, print_table
 from benchmarks.ops_benchmark import ENTROPY_COEF, usual
-from entcov import linear_token_stats, ops, token_stats
+from entcov import linear_token_stats, token_stats
+from entcov.ops.core import isa
 from entcov.verify import reference
 
 CHECKED_TOKENS = 64
@@ -125,7 +126,7 @@ def _measure(args, heads: dict[str, Head]) -> dict:
             **errors[name],
         })  # fmt: skip
     return {
-        "machine": {**measure.machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
+        "machine": {**measure.machine(), "isa": isa(), "threads": torch.get_num_threads()},
         "shape": {"tokens": args.tokens, "vocab": args.vocab, "width": args.width, "dtype": args.dtype},
         "clock": "processor time" if args.cpu_time else "time",
         "logits_bytes": args.tokens * args.vocab * dtype.itemsize,

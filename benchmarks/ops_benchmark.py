@@ -1,5 +1,7 @@
 """token_stats against the formula written the usual way in torch, eager and compiled: time, bytes, memory, error.
 
+And the host time of every public op (host_time.py).
+
 All run in one process on the same logits, in turn, repetition by repetition. Memory is measured in processes of their
 own.
 """
@@ -13,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import host_time, measure
 from benchmarks.measure import DTYPES, interleaved_seconds, peak_allocated_bytes, peak_resident_bytes, print_table
-from entcov import ops
+from entcov.ops.core import isa
 from entcov.stats.token_stats import token_stats
 from entcov.verify import reference
 
@@ -95,13 +97,14 @@ def run(args: argparse.Namespace) -> int:
         return 0
     logits, target = make_input(args)
     report = {
-        "machine": {**measure.machine(), "isa": ops.isa(), "threads": torch.get_num_threads()},
+        "machine": {**measure.machine(), "isa": isa(), "threads": torch.get_num_threads()},
         "shape": {"tokens": args.tokens, "vocab": args.vocab, "dtype": args.dtype},
         "times": _time_all(args, logits, target),
     }
     report["errors"] = _errors(args, logits, target)
     del logits, target
     report["memory"] = {name: _memory_in_process(args, name) for name in ("entcov", "eager")}
+    report["host_us"] = host_time.measure()
     _print(report)
     measure.keep(report, args.json)
     return 0
@@ -207,3 +210,6 @@ def _print(report: dict) -> None:
         ["", f"torch's allocator, {shape['tokens']} x {shape['vocab']}", f"resident (VmHWM), {T} x {V}"],
         [[name, f"{m['allocated']:,.1f}", f"{m['resident']:,.1f}"] for name, m in report["memory"].items()],
     )
+    shape = f"[{host_time.TOKENS}, {host_time.COLUMNS}]"
+    print(f"\nhost time of one call on {shape}, one thread, microseconds (10th percentile)")
+    print_table(*host_time.table(report["host_us"]))

@@ -129,11 +129,10 @@ def logit_bytes(mangled: str) -> int | None:
 
 
 def reads_twice(mangled: str) -> bool:
-    """Whether this kernel is the variant for rows that are not on 16-byte boundaries. It loads the two words that each
-    vector lies in, and finds the second one in the cache. The last arguments of such a kernel are (aligned, warps).
-    """
-    arguments = template_arguments(mangled)
-    return len(arguments) > 2 and arguments[-2] == "Lb0E"
+    """Whether this kernel is the variant for rows that are not on 16-byte boundaries: the last flag among its arguments
+    is false. It loads the two words that each vector lies in, and finds the second one in the cache."""
+    flags = [argument for argument in template_arguments(mangled) if argument.startswith("Lb")]
+    return flags[-1:] == ["Lb0E"]
 
 
 def readable(mangled: str) -> str:

@@ -33,8 +33,10 @@ struct Messages {
   ENTCOV_HD int64_t floats() const { return T * width + kSignatureFloats; }
   ENTCOV_HD const float* row(int64_t r, int64_t t) const { return data + r * floats() + t * width; }
   ENTCOV_HD Signature signature(int64_t r) const {
+    const float* at = data + r * floats() + T * width;
+    const float words[kSignatureFloats] = {at[0], at[1], at[2], at[3]};  // memcpy from `at` would load bytes
     Signature s;
-    memcpy(&s, data + r * floats() + T * width, sizeof s);
+    memcpy(&s, words, sizeof s);
     return s;
   }
 };

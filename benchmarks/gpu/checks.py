@@ -98,7 +98,7 @@ def build(context: Context, seconds: float) -> dict:
     )  # fmt: skip
     if done.code != 0:
         return {"status": FAILED, "reason": done.why(seconds)}
-    check = [sys.executable, "-c", "from entcov import _cuda, ops; print(_cuda.__file__)"]
+    check = [sys.executable, "-c", "from entcov.ops.core import KERNELS; print(KERNELS['cuda'].__file__)"]
     loaded = command(check, context.log("import"), 60)
     return {"status": loaded.verdict, **({} if loaded.code == 0 else {"reason": loaded.why(60)})}
 

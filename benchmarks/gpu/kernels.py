@@ -1,4 +1,4 @@
-"""entcov's kernels alone, without autograd and the [T] formulas around them, to compare with the ceilings."""
+"""entcov's kernels alone, without autograd, to compare with the ceilings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,13 @@ import torch
 
 from benchmarks.gpu.contenders import CHUNKS
 from benchmarks.gpu.workloads import Inputs
-from entcov import clamp_ops, linear_token_stats, ops
+from entcov import linear_token_stats
+from entcov.ops.clamped_stats import clamped_stats
+from entcov.ops.core import RowSpec
+from entcov.ops.covariance_stats import covariance_stats
+from entcov.ops.logit_covariance_grad import logit_covariance_grad
+from entcov.ops.logits_grad import logits_grad, logits_grad_
+from entcov.ops.row_stats import row_stats
 
 IGNORE = -100
 
@@ -26,34 +32,39 @@ class Kernel:
     bare: str | None = None
 
 
+def _spec(inputs: Inputs) -> RowSpec:
+    return RowSpec(0, inputs[0].shape[1], 1.0, IGNORE)
+
+
 def prepared(workload: str, inputs: Inputs) -> Inputs:
-    """What the backward kernels need from the forward ones: merged statistics, and a gradient of 1 a row. For
+    """What the backward kernels need from the forward ones: statistics of whole rows, and a gradient of 1 a row. For
     token_stats also targets that are ignored in every second run of an eighth of the rows, as prompts are."""
     ones = torch.ones(len(inputs[0]), device=inputs[0].device)
     if workload == "lm_head":
         return (ones,)
-    columns = inputs[0].shape[1]
     if workload == "token_stats":
-        stats = ops.row_stats(*inputs, 0, columns, 1.0, False, IGNORE)
         row = torch.arange(len(ones), device=ones.device)
         prompts = row // max(len(ones) // 8, 1) % 2 == 0
-        return ops.merge_row_stats(stats[None], inputs[1], 1.0, IGNORE), ones, inputs[1].masked_fill(prompts, IGNORE)
-    stats = ops.covariance_stats(*inputs, 0, columns, 1.0, None)
-    return ops.merge_covariance_stats(stats[None], None, 1.0), ones
+        return row_stats(*inputs, _spec(inputs)), ones, inputs[1].masked_fill(prompts, IGNORE)
+    return covariance_stats(*inputs, None, _spec(inputs)), ones
 
 
 def _row_stats(moments: bool) -> Callable[[Inputs, Inputs], object]:
-    return lambda i, _: ops.row_stats(*i, 0, i[0].shape[1], 1.0, moments, IGNORE)
+    return lambda i, _: row_stats(*i, _spec(i), moments, whole=True)
+
+
+def _row_stats_half_ignored(inputs: Inputs, prepared: Inputs) -> object:
+    return row_stats(inputs[0], prepared[2], _spec(inputs), whole=True)
 
 
 def _clamped_stats(inputs: Inputs, _: Inputs) -> object:
     """With AEnt's clamp, which leaves a third of the vocabulary out. Its sample is not counted among its reads."""
     columns = inputs[0].shape[1]
-    return clamp_ops.clamped_stats(*inputs, columns - columns // 3, columns, 1.0, False, IGNORE)
+    return clamped_stats(*inputs, columns - columns // 3, _spec(inputs))
 
 
 def _logits_grad(op: Callable) -> Callable[[Inputs, Inputs], object]:
-    return lambda i, p: op(*i, p[0], p[1], p[1], None, None, 0, i[0].shape[1], 1.0, IGNORE)
+    return lambda i, p: op(*i, p[0], None, (p[1], p[1], None), _spec(i))
 
 
 def _products(times_forward: int) -> Callable[[Inputs, Inputs], object]:
@@ -91,16 +102,14 @@ KERNELS = {
         "row_stats": Kernel(_row_stats(False), 1, 0),
         "row_stats, moments": Kernel(_row_stats(True), 1, 0),
         "clamped_stats": Kernel(_clamped_stats, 1, 0),
-        "row_stats, half of the rows ignored": Kernel(
-            lambda i, p: ops.row_stats(i[0], p[2], 0, i[0].shape[1], 1.0, False, IGNORE), 0.5, 0
-        ),
-        "logits_grad": Kernel(_logits_grad(ops.logits_grad), 1, 1),
-        "logits_grad_ (in place)": Kernel(_logits_grad(ops.logits_grad_), 1, 1, overwrites=True),
+        "row_stats, half of the rows ignored": Kernel(_row_stats_half_ignored, 0.5, 0),
+        "logits_grad": Kernel(_logits_grad(logits_grad), 1, 1),
+        "logits_grad_ (in place)": Kernel(_logits_grad(logits_grad_), 1, 1, overwrites=True),
     },
     "logit_covariance": {
-        "covariance_stats": Kernel(lambda i, _: ops.covariance_stats(*i, 0, i[0].shape[1], 1.0, None), 2, 0),
+        "covariance_stats": Kernel(lambda i, _: covariance_stats(*i, None, _spec(i), whole=True), 2, 0),
         "logit_covariance_grad": Kernel(
-            lambda i, p: ops.logit_covariance_grad(*i, p[0], p[1], p[1], p[1], None, 0, i[0].shape[1], 1.0), 2, 1
+            lambda i, p: logit_covariance_grad(*i, None, p[0], (p[1], p[1], None), _spec(i)), 2, 1
         ),
     },
 }

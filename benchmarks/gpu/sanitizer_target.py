@@ -9,12 +9,26 @@ import sys
 
 import torch
 
-from entcov import clamp_ops, clamp_rounds, ops, shard_ops
+from entcov.ops.clamp_bracket import clamp_bracket
+from entcov.ops.clamp_partial import clamp_partial
+from entcov.ops.clamp_refine import clamp_refine
+from entcov.ops.clamp_sketch import clamp_sketch
+from entcov.ops.clamped_stats import clamped_stats
+from entcov.ops.core import RowSpec
+from entcov.ops.covariance_stats import covariance_stats
+from entcov.ops.logit_covariance_grad import logit_covariance_grad
+from entcov.ops.logits_grad import logits_grad, logits_grad_
+from entcov.ops.merge_covariance_stats import merge_covariance_stats
+from entcov.ops.merge_row_stats import merge_row_stats
+from entcov.ops.message import message
+from entcov.ops.row_stats import row_stats
+from entcov.stats.sharded_clamp import MOST_ROUNDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One column, a short row for one warp, two for a block, and one that is cut into segments. None is a multiple of 8.
 COLUMNS = (1, 7, 1003, 9001, 40005)
 OFFSETS = (0, 1)  # of the first row from a 16-byte boundary, in elements
+TEMPERATURE, IGNORED, CALL = 0.7, -100, 12345
 
 
 def place(rows: torch.Tensor, offset: int, device: str) -> torch.Tensor:
@@ -37,56 +51,64 @@ def run_all(device: str) -> int:
 
 
 def run_ops(dtype: torch.dtype, V: int, offset: int, device: str) -> int:
+    """Every op on rows of V columns; returns how many calls. The other launchers of csrc/kernels.h are run_clamp's."""
     generator = torch.Generator().manual_seed(V)
-    T, size = 5, V + 2  # two columns that this shard has not got, and one of padding
-    rows = 3 * torch.randn(T, V + 1, generator=generator)
+    T = 5
+    rows = 3 * torch.randn(T, V + 1, generator=generator)  # the last column is padding
     rows[1, : V // 2] = -torch.inf
     rows = rows.to(dtype)
     old, new = place(rows, offset, device), place((rows.float() + 0.1).to(dtype), offset, device)
-    target = torch.tensor([2, V + 1, -100, V // 2 + 2, 2]).to(device)
+    whole = RowSpec(0, V, TEMPERATURE, IGNORED)
+    shard = whole._replace(vocab_start=2, vocab_size=V + 2)  # of two columns before it
+    target = torch.tensor([0, V - 1, IGNORED, V // 2, 0]).to(device)
     weight, mask = torch.linspace(0.5, 1.5, T).to(device), torch.tensor([True, True, False, True, True]).to(device)
-    shard, ignored = (2, size), -100
+    clamp = torch.tensor([[0.5, 0.25, 1.0, 0.5]]).repeat(T, 1).to(device)
     calls = 0
     for moments in (False, True):
-        stats = ops.row_stats(old, target, *shard, 0.7, moments, ignored)
-        stats = ops.merge_row_stats(stats[None], target, 0.7, ignored)
-        calls += 2
-    message = shard_ops.shard_message(stats, [0, 2, 0, V], shard_ops.checksum(target))
-    shard_ops.accept_shards(torch.stack((message, message)), 5, 2, 4)
-    clamp = torch.tensor([[0.5, 0.25, 1.0, 0.5]]).repeat(T, 1).to(device)
+        stats = row_stats(old, target, whole, moments, whole=True)[0]
+        second = row_stats(old, target, shard, moments)
+        first = row_stats(old[:, :2], target, shard._replace(vocab_start=0), moments)
+        merge_row_stats(messages_of(first, second, target, V), target, shard, moments)
+        calls += 6
     for clamped in (None, clamp):
-        given = (stats, weight, weight, None if clamped is None else weight, clamped)
-        ops.logits_grad(old, target, *given, *shard, 0.7, ignored)
-        ops.logits_grad_(place(rows, offset, device), target, *given, *shard, 0.7, ignored)
+        given = (target, stats, clamped, (weight, weight, None if clamped is None else weight), whole)
+        logits_grad(old, *given)
+        logits_grad_(place(rows, offset, device), *given)
         calls += 2
     for kept in (1, V // 2 + 1):
-        clamp_ops.clamped_stats(old, target.clamp(max=V - 1), kept, V, 0.7, False, ignored)
+        clamped_stats(old, target, min(kept, V), whole)
         calls += 1
-    if device == "cuda":  # the CPU takes other steps over ranks
-        calls += clamp_over_two_ranks(old, new, target, ignored)
-    pair = ops.covariance_stats(old, new, *shard, 0.7, mask)
-    pair = ops.merge_covariance_stats(pair[None], mask, 0.7)
-    ops.logit_covariance_grad(old, new, pair, weight, weight, weight, mask, *shard, 0.7)
-    return calls + 6
+    pair = covariance_stats(old, new, mask, whole, whole=True)[0]
+    second = covariance_stats(old, new, mask, shard)
+    first = covariance_stats(old[:, :2], new[:, :2], mask, shard._replace(vocab_start=0))
+    merge_covariance_stats(messages_of(first, second, mask.long(), V), mask, T, shard)
+    logit_covariance_grad(old, new, mask, pair, (weight, weight, weight), whole)
+    return calls + 7 + run_clamp((old, new), target, V)
 
 
-def clamp_over_two_ranks(first: torch.Tensor, second: torch.Tensor, target: torch.Tensor, ignored: int) -> int:
-    """The steps of a clamp whose two shards are these, all of its rounds."""
-    width = first.shape[1]
-    shards, size = ((first, 0), (second, width)), 2 * width
-    sketches = torch.stack([clamp_rounds.clamp_sketch(x, target, start, size, ignored) for x, start in shards])
-    columns = torch.full((2,), width, dtype=torch.int64, device=target.device)
-    bracket = clamp_rounds.clamp_guess(sketches, columns, target, size, width, size // 20, ignored)
-    clamp, stats = torch.zeros(len(target), 4, device=target.device), None
-    for _ in range(clamp_rounds.MOST_ROUNDS):
-        parts = [clamp_rounds.clamp_part(x, target, bracket, start, size, 0.7, ignored) for x, start in shards]
-        parts = torch.stack(parts)
-        if stats is None:
-            stats = ops.merge_row_stats(parts[..., :4].contiguous(), target, 0.7, ignored)
-        bracket, clamp, _ = clamp_rounds.clamp_narrow(
-            parts[..., 4:], target, stats, bracket, clamp, width, 0.7, ignored
-        )
-    return 4 + 3 * clamp_rounds.MOST_ROUNDS
+def messages_of(first: torch.Tensor, second: torch.Tensor, values: torch.Tensor, V: int) -> torch.Tensor:
+    """Messages of two ranks, of which the first has two columns and the second the V after them."""
+    return torch.stack((message(first, values, CALL, 0, 2), message(second, values, CALL, 2, V)))
+
+
+def run_clamp(shards: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor, V: int) -> int:
+    """The steps of a clamp over two ranks with V columns each, all of its rounds."""
+    starts, spec = (0, V), RowSpec(0, 2 * V, TEMPERATURE, IGNORED)
+    specs = [spec._replace(vocab_start=start) for start in starts]
+    shards = [logits[:, :V] for logits in shards]
+
+    def sent(payloads):
+        return torch.stack([message(x, target, CALL, start, V) for x, start in zip(payloads, starts, strict=True)])
+
+    sketches = sent([clamp_sketch(x, target, s) for x, s in zip(shards, specs, strict=True)])
+    bracket = clamp_bracket(sketches, target, V, V // 10, spec)
+    clamp, found = torch.zeros(len(target), 4, device=target.device), None
+    for _ in range(MOST_ROUNDS):
+        partials = sent([clamp_partial(x, target, bracket, s) for x, s in zip(shards, specs, strict=True)])
+        if found is None:
+            found = merge_row_stats(partials, target, spec)
+        bracket, clamp, _, _ = clamp_refine(partials, target, found[0], bracket, clamp, V, spec)
+    return 6 + 5 * MOST_ROUNDS
 
 
 if __name__ == "__main__":

@@ -340,9 +340,7 @@ struct SketchOp {
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     float* out = a.out + t * kSketch;
-    const bool ignored = a.target[t] == a.spec.ignore_index;
-    a.nan->note(!ignored && !a.spec.is_token(a.target[t]));  // so that Python raises before the all-gather
-    if (a.num_columns == 0 || ignored) {
+    if (a.num_columns == 0 || a.target[t] == a.spec.ignore_index) {
       std::fill(out, out + kSketch, a.num_columns == 0 ? -INFINITY : 0.0f);
       return;
     }

@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(kThreads) message_kernel(const MessageArgs a) 
   if (threadIdx.x != 0) return;
   for (int w = 1; w < kWarps; w++) hash += of_warp[w];
   const Signature signature = sign(hash, a.call, a.start, a.columns);
-  memcpy(a.message + a.count, &signature, sizeof signature);
+  float words[kSignatureFloats];
+  memcpy(words, &signature, sizeof words);
+  for (int i = 0; i < kSignatureFloats; i++) a.message[a.count + i] = words[i];
 }
 
 // The parts to merge: messages of ranks, each with a signature, or segments [R, T, width] without signatures.

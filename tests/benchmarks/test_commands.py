@@ -29,6 +29,10 @@ def test_ops_benchmark_runs_and_keeps_the_memory_promise(tmp_path):
     assert result["memory"]["eager"]["allocated"] > 700 * 4
     assert result["memory"]["entcov"]["resident"] < result["memory"]["eager"]["resident"]
     assert "x entcov" in done.stdout and "bytes a token" in done.stdout
+    host = {row["name"]: row for row in result["host_us"]}
+    assert list(host) == ["empty autograd.Function", "token_stats", "token_stats, moments", "token_stats, clamp",
+                          "logit_covariance", "linear_token_stats"]  # fmt: skip
+    assert all(0 < row["forward"] < row["forward+backward"] for row in host.values()) and "host time" in done.stdout
 
 
 def test_linear_benchmark_measures_memory_and_errors(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from benchmarks.gpu import (
     rivals,
     roofline,
     runner,
+    sanitizer_target,
     stages,
     timing,
     training,
@@ -35,8 +37,8 @@ from benchmarks.gpu import (
 from benchmarks.gpu.contenders import Contender
 from benchmarks.gpu.stages import Context, Stage, command, execute, limit
 from benchmarks.gpu.worker import Worker
-from entcov import ops
-from tests.support import on_device
+from entcov.ops import core
+from tests.support import local_ops, on_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -299,6 +301,24 @@ def test_a_stage_of_tests_that_is_stopped_is_partial_with_its_counts(tmp_path, m
         assert found["status"] == status, (code, records, found)
         assert found["passed"] == sum(outcome == "passed" for _, outcome in records)
         assert ("stopped after 9 s" in found.get("reason", "")) == (code is None)
+
+
+def test_the_sanitizer_sees_every_launcher(monkeypatch):
+    declared = set(re.findall(r"^Error (\w+)\(", (ROOT / "csrc" / "kernels.h").read_text(), re.MULTILINE))
+    assert {"message", "merge_row_stats", "clamp_sketch", "clamp_bracket", "clamp_partial", "clamp_refine"} < declared
+    kernels, launched = core.KERNELS["cpu"], []
+
+    class Watched:
+        def __getattr__(self, name):
+            if name in declared:
+                launched.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setitem(core.KERNELS, "cpu", Watched())
+    for columns in (1, 40):
+        calls = sanitizer_target.run_ops(torch.bfloat16, columns, 1, "cpu")
+        assert set(launched) == declared and len(launched) == calls
+        launched.clear()
 
 
 def test_the_report_of_the_sanitizer_is_read():
@@ -640,11 +660,11 @@ def test_tensors_move_with_their_strides_and_shared_memory():
     there[0, 0] = -1.0
     assert also[1, 0] == -1.0 and memory[5] == 5.0  # one copy of the memory, and not the original
 
-    in_place = on_device.on_device(ops.logits_grad_, "cpu", in_place=True)
+    in_place = on_device.on_device(local_ops.logits_grad_, "cpu", in_place=True)
     logits = torch.randn(2, 9).as_strided((2, 4), (5, 1))
     target, weight = torch.tensor([0, 3]), torch.ones(2)
-    stats = ops.row_stats(logits, target, 0, 4, 1.0, False, -100)
-    expected = ops.logits_grad(logits, target, stats, weight, None, None, None, 0, 4, 1.0, -100)
+    stats = local_ops.row_stats(logits, target, 0, 4, 1.0, False, -100)
+    expected = local_ops.logits_grad(logits, target, stats, weight, None, None, None, 0, 4, 1.0, -100)
     version = logits._version
     in_place(logits, target, stats, weight, None, None, None, 0, 4, 1.0, -100)
     assert torch.equal(logits, expected) and logits._version == version + 1

@@ -139,7 +139,5 @@ def test_main_grad_takes_no_memory_of_its_own():
     step()
     torch.cuda.synchronize()
     assert weight.grad is None and torch.cuda.max_memory_allocated() - before < 128 * 32000 * 2 + 2**24
-    (wanted,) = torch.autograd.grad(
-        linear_token_stats(hidden, weight, target, bias=bias).logprob.sum(), weight
-    )
+    (wanted,) = torch.autograd.grad(linear_token_stats(hidden, weight, target, bias=bias).logprob.sum(), weight)
     assert (main_grad - 2 * wanted).norm() / (2 * wanted).norm() < 2**-7

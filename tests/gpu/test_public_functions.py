@@ -6,7 +6,12 @@ with ENTCOV_TEST_DEVICE=cpu, what a CPU can do of it is rehearsed.
 import pytest
 import torch
 
-from entcov import logit_covariance, ops, shard_ops, token_stats
+from entcov import logit_covariance, token_stats
+from entcov.ops.core import RowSpec
+from entcov.ops.logits_grad import logits_grad, logits_grad_
+from entcov.ops.merge_row_stats import merge_row_stats
+from entcov.ops.message import message
+from entcov.ops.row_stats import row_stats
 from entcov.verify import reference
 from entcov.verify.row_kinds import KINDS, gradient_bound, make_rows, value_bound
 from tests.support.gpu_inputs import SIZE, gpu_only, inputs, statistics
@@ -116,39 +121,59 @@ def test_a_row_has_the_same_bits_in_any_batch():
 
 def test_the_ops_keep_torchs_contract():
     logits, target = inputs(3, 50, torch.float32)
-    row_stats = (logits, target, 0, 50, 1.0, True, -100)
-    stats = ops.row_stats(*row_stats)
-    weight = torch.ones(3, device=DEVICE)
-    pair = (logits, logits + 0.1)
-    moved = ops.covariance_stats(*pair, 0, 50, 1.0, None)
-    shard = (0, 50, 1.0)
-    message = shard_ops.shard_message(stats, [0, 2, 0, 50], shard_ops.checksum(target))
+    library, spec = torch.ops.entcov, (0, 50, 1.0, -100)
+    weight, mask = torch.ones(3, device=DEVICE), torch.tensor([True, False, True], device=DEVICE)
+    stats = library.row_stats(logits, target, *spec, True, True)[0]
+    pair = (logits, logits + 0.1, mask)
+    moved = library.covariance_stats(*pair, *spec[:3], True)[0]
+    sent, moved_sent = (library.message(x, target, 7, 0, 50)[None] for x in (stats, moved))
+    sketch = library.clamp_sketch(logits, target, *spec)
+    sketches = library.message(sketch, target, 7, 0, 50)[None]
+    bracket = library.clamp_bracket(sketches, target, 20, 5, *spec)
+    partials = library.message(library.clamp_partial(logits, target, bracket, *spec), target, 7, 0, 50)[None]
+    clamp = torch.zeros(3, 4, device=DEVICE)
     for op, args in (
-        (torch.ops.entcov.row_stats, row_stats),
-        (torch.ops.entcov.merge_row_stats, (stats[None], target, 1.0, -100)),
-        (torch.ops.entcov.logits_grad, (logits, target, stats, weight, weight, None, None, *shard, -100)),
-        (torch.ops.entcov.covariance_stats, (*pair, *shard, None)),
-        (torch.ops.entcov.merge_covariance_stats, (moved[None], None, 1.0)),
-        (torch.ops.entcov.logit_covariance_grad, (*pair, moved, weight, weight, weight, None, *shard)),
-        (torch.ops.entcov.checksum, (target,)),
-        (torch.ops.entcov.shard_message, (stats, [0, 2, 0, 50], shard_ops.checksum(target))),
-        (torch.ops.entcov.accept_shards, (message[None], 5, 2, 2)),
+        (library.row_stats, (logits, target, *spec, True, True)),
+        (library.message, (stats, target, 7, 0, 50)),
+        (library.merge_row_stats, (sent, target, *spec, True)),
+        (library.logits_grad, (logits, target, stats, None, [weight, weight, None], *spec)),
+        (library.clamped_stats, (logits, target, 20, *spec)),
+        (library.clamp_sketch, (logits, target, *spec)),
+        (library.clamp_bracket, (sketches, target, 20, 5, *spec)),
+        (library.clamp_partial, (logits, target, bracket, *spec)),
+        (library.clamp_refine, (partials, target, stats, bracket, clamp, 20, *spec)),
+        (library.covariance_stats, (*pair, *spec[:3], True)),
+        (library.merge_covariance_stats, (moved_sent, mask, 3, *spec[:3])),
+        (library.logit_covariance_grad, (*pair, moved, [weight, weight, weight], *spec[:3])),
     ):
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_the_ops_around_the_all_gather_have_the_bits_of_the_cpu():
+def test_a_message_has_the_bits_of_the_cpu():
     target = torch.randint(0, 2**40, (3001,), generator=torch.Generator().manual_seed(0))
-    payload, words = torch.randn(3001, 7), [1, -5, 2**62, -(2**63), 9]
-    hash = shard_ops.checksum(target)
-    message = shard_ops.shard_message(payload, words, hash)
-    there = shard_ops.shard_message(payload.to(DEVICE), words, shard_ops.checksum(target.to(DEVICE)))
-    assert torch.equal(there.cpu().view(torch.int32), message.view(torch.int32))
-    shards = torch.stack((there, there))
-    assert torch.equal(shard_ops.accept_shards(shards, 6, 2, -10).cpu(), torch.stack((payload, payload)))
-    assert shard_ops.accept_shards(shards, 6, 2, -9).isnan().all()
-    shards[1, 0, 5] += 1  # half of word 2
-    assert shard_ops.accept_shards(shards, 6, 2, -10).isnan().all()
+    payload = torch.randn(3001, 7)
+    for values, call in ((target, -(2**63)), (None, 5), (target, 0)):
+        here = message(payload, values, call, 3, 50)
+        there = message(payload.to(DEVICE), None if values is None else values.to(DEVICE), call, 3, 50)
+        assert torch.equal(there.cpu().view(torch.int32), here.view(torch.int32))
+
+
+def test_a_merge_of_ranks_that_do_not_agree_is_nan():
+    logits, target = inputs(3, 50, torch.float32)
+    target[1] = -100
+    spec = RowSpec(0, 50)
+    whole = row_stats(logits, target, spec, whole=True)
+    halves = (row_stats(logits[:, :20], target, spec), row_stats(logits[:, 20:], target, spec._replace(vocab_start=20)))
+
+    def merged(*places, call=9):
+        sent = [message(half, target, c, *place) for half, place, c in zip(halves, places, (9, call), strict=True)]
+        return merge_row_stats(torch.stack(sent), target, spec)
+
+    for got, wanted in zip(merged((0, 20), (20, 30)), whole, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    for found in (merged((0, 20), (21, 29)), merged((0, 20), (20, 30), call=8), merged((0, 20), (20, 30), call=0)):
+        for output in found[1:]:
+            assert output[[0, 2]].isnan().all() and (output[1] == 0).all()
 
 
 # ---- what a GPU adds ------------------------------------------------------------------------------------------------
@@ -242,12 +267,13 @@ def test_peak_memory_beyond_the_gradient(width):
 @gpu_only
 def test_in_place_gradient_allocates_nothing_of_the_logits_size():
     logits, target = inputs(512, 19008)
-    stats = ops.merge_row_stats(ops.row_stats(logits, target, 0, 19008, 1.0, False, -100)[None], target, 1.0, -100)
-    weight = torch.ones(512, device=DEVICE)
-    expected = ops.logits_grad(logits, target, stats, weight, None, None, None, 0, 19008, 1.0, -100)
+    spec = RowSpec(0, 19008)
+    stats = row_stats(logits, target, spec)
+    grads = (torch.ones(512, device=DEVICE), None, None)
+    expected = logits_grad(logits, target, stats, None, grads, spec)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    ops.logits_grad_(logits, target, stats, weight, None, None, None, 0, 19008, 1.0, -100)
+    logits_grad_(logits, target, stats, None, grads, spec)
     assert torch.cuda.max_memory_allocated() - before <= 1024
     assert torch.equal(logits, expected)
 

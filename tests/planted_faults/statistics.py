@@ -6,13 +6,14 @@ STATS, SHARDS, PLAN, SHAPE, TIME = (
     f"entcov/{name}.py"
     for name in ("stats/token_stats", "stats/shards", "plan/memory", "plan/model_shapes", "plan/traffic")
 )
-LOGIT_COVARIANCE, ROUNDS = "entcov/stats/logit_covariance.py", "entcov/clamp_rounds.py"
+LOGIT_COVARIANCE, ROUNDS = "entcov/stats/logit_covariance.py", "entcov/stats/sharded_clamp.py"
+CORE, DERIVATIVE = "entcov/ops/core.py", "entcov/stats/derivative.py"
 T_STATS, T_CLAMP, T_ROUNDS, T_COVARIANCE, T_RANKS, T_BAD_INPUT, T_PLAN = (
     f"tests/{name}.py::test_"
     for name in (
         "stats/test_token_stats",
         "stats/test_clamped_entropy",
-        "stats/test_clamp_rounds",
+        "stats/test_sharded_clamp",
         "stats/test_logit_covariance",
         "stats/test_vocab_parallel",
         "test_bad_input",
@@ -31,43 +32,29 @@ FAULTS = (
     Fault(
         "gradients_of_logprob_and_entropy_exchanged",
         STATS,
-        "for g in (grad_logprob, grad_entropy, grad_clamped)",
-        "for g in (grad_entropy, grad_logprob, grad_clamped)",
+        "for g in grads[: 2 + clamped]]",
+        "for g in (grads[1], grads[0], *grads[2 : 2 + clamped])]",
         [T_STATS + "values_and_gradients_on_small_rows"],
     ),
     Fault(
         "clamped_entropy_has_no_gradient",
         STATS,
-        "for g in (grad_logprob, grad_entropy, grad_clamped)",
-        "for g in (grad_logprob, grad_entropy, None)",
+        "return given if clamped else [*given, None]",
+        "return [*given[:2], None]",
         [T_STATS + "values_and_gradients_on_small_rows"],
     ),
     Fault(
-        "logprob_without_the_temperature_in_token_stats",
+        "statistics_at_temperature_one",
         STATS,
-        "alpha=0.5) / (0.5 * temperature)",
-        "alpha=0.5) / 0.5",
+        "found = row_statistics(logits, target, spec, kept, moments)",
+        "found = row_statistics(logits, target, spec._replace(temperature=1.0), kept, moments)",
         [T_STATS + "leading_dims_vocab_size_and_temperature"],
     ),
     Fault(
         "gradient_at_temperature_one",
         STATS,
-        "ctx.place = (vocab_start, vocab_size, temperature, ignore_index)",
-        "ctx.place = (vocab_start, vocab_size, 1.0, ignore_index)",
-        [T_STATS + "values_and_gradients_on_small_rows"],
-    ),
-    Fault(
-        "varentropy_is_not_centred",
-        STATS,
-        "sum_x2exp / total - mean**2",
-        "sum_x2exp / total",
-        [T_STATS + "values_and_gradients_on_small_rows"],
-    ),
-    Fault(
-        "entropy_drift_has_the_wrong_sign",
-        STATS,
-        "mean_s - s_target",
-        "s_target - mean_s",
+        "ctx.spec, ctx.clamped = spec, kept is not None",
+        "ctx.spec, ctx.clamped = spec._replace(temperature=1.0), kept is not None",
         [T_STATS + "values_and_gradients_on_small_rows"],
     ),
     Fault(
@@ -85,31 +72,10 @@ FAULTS = (
         [T_STATS + "values_and_gradients_on_small_rows"],
     ),
     Fault(
-        "ignored_rows_have_a_collision",
-        STATS,
-        "collision.masked_fill(target == ignore_index, 0.0)",
-        "collision",
-        [T_STATS + "ignored_rows_are_zero_even_where_they_hold_nan_or_nothing_finite"],
-    ),
-    Fault(
-        "predicted_entropy_change_has_the_wrong_sign",
-        LOGIT_COVARIANCE,
-        "(covariance, -covariance,",
-        "(covariance, covariance,",
-        [T_COVARIANCE + "the_steps_of_both_theorems_by_hand"],
-    ),
-    Fault(
-        "kl_without_the_mean_change",
-        LOGIT_COVARIANCE,
-        "entropy_change, log_ratio - mean_d",
-        "entropy_change, log_ratio",
-        [T_COVARIANCE + "values_and_gradients_against_float64"],
-    ),
-    Fault(
         "old_logits_get_the_gradient",
         LOGIT_COVARIANCE,
-        "return None, grad, None, None, None, None, None\n",
-        "return grad, None, None, None, None, None, None\n",
+        "return None, logit_covariance_grad(old, new, mask, stats, grads, ctx.spec), *[None] * 5",
+        "return logit_covariance_grad(old, new, mask, stats, grads, ctx.spec), None, *[None] * 5",
         [T_COVARIANCE + "values_and_gradients_against_float64"],
     ),
     Fault(
@@ -129,32 +95,75 @@ FAULTS = (
     Fault(
         "only_the_own_shard_is_merged",
         STATS,
-        "ops.merge_row_stats(parts.contiguous(), rows",
-        "ops.merge_row_stats(parts[:1].contiguous(), rows",
+        "merge_row_stats(messages, rows.target",
+        "merge_row_stats(messages[:1], rows.target",
         [T_ROUNDS + "moments_beside_the_clamp_are_those_without_it[baseline]"],
     ),
     Fault(
         "only_the_own_shard_is_merged_beside_a_clamp",
         ROUNDS,
-        "ops.merge_row_stats(parts[..., :fields].contiguous()",
-        "ops.merge_row_stats(parts[:1, ..., :fields].contiguous()",
+        "merge_row_stats(partials, target, spec, moments)",
+        "merge_row_stats(partials[:1], target, spec, moments)",
         [T_RANKS + "ranks_in_threads_get_the_values_of_whole_rows"],
     ),
     Fault(
         "shards_that_end_early_are_not_seen",
         SHARDS,
-        "    if at != layout[0].vocab_size:\n",
+        "    if at != vocab_size:\n",
         "    if False:\n",
         [T_RANKS + "shards_in_threads_that_do_not_cover_the_vocabulary_once"],
     ),
     Fault(
         "ranks_called_differently_are_not_seen",
         SHARDS,
-        "header[3:] != seen[0][3:] or header[3] == 0",
-        "header[3] == 0",
+        "word != seen[0][0] or word == 0",
+        "word == 0",
         [T_BAD_INPUT + "ranks_that_call_differently"],
     ),
-    # ---- the clamp over ranks (faults of csrc/clamp.h: tests/stats/test_clamp_faults.py) -----------------------------
+    Fault(
+        "predicted_change_gets_no_gradient",
+        LOGIT_COVARIANCE,
+        "        if grad_predicted is not None:",
+        "        if False:",
+        [T_COVARIANCE + "the_predicted_change_has_the_gradient_of_the_covariance_negated"],
+    ),
+    Fault(
+        "moments_require_a_gradient",
+        STATS,
+        "ctx.mark_non_differentiable(*outputs[2 + clamped :])",
+        "pass",
+        [T_STATS + "moments_are_detached_and_unused_outputs_cost_nothing"],
+    ),
+    Fault(
+        "second_derivative_is_zero",
+        DERIVATIVE,
+        "if not torch.is_grad_enabled() or torch.compiler.is_compiling():",
+        "if True:",
+        [T_STATS + "a_second_derivative_is_an_error"],
+    ),
+    # ---- the ops -----------------------------------------------------------------------------------------------------
+    Fault(
+        "modes_do_not_see_the_ops",
+        CORE,
+        "        or torch._C._len_torch_dispatch_stack()\n",
+        "",
+        ["tests/ops/test_contract.py::test_the_way_around_the_dispatcher_gives_the_same_bits"],
+    ),
+    Fault(
+        "ops_drop_gradients_silently",
+        CORE,
+        "if torch.is_grad_enabled() and any(",
+        "if False and any(",
+        ["tests/ops/test_contract.py::test_an_op_on_tensors_that_need_a_gradient_is_an_error_that_says_what_has_one"],
+    ),
+    Fault(
+        "bad_targets_are_not_looked_for",
+        "entcov/ops/row_stats.py",
+        "    if nan:\n",
+        "    if False:\n",
+        ["tests/ops/test_contract.py::test_errors_name_argument_rule_and_value"],
+    ),
+    # ---- the clamp over ranks (faults of csrc/*.h: tests/stats/test_header_faults.py) ------------------------------
     Fault(
         "bracket_without_a_margin",
         ROUNDS,
@@ -180,17 +189,10 @@ FAULTS = (
         [T_ROUNDS + "ranks_that_disagree_get_nan_and_one_that_fails_holds_nobody_up[baseline]"],
     ),
     Fault(
-        "clamp_of_a_bad_target_on_the_cpu",
-        ROUNDS,
-        "    ops.check_target(target, vocab_size, ignore_index)\n",
-        "",
-        [T_CLAMP + "rows_without_a_finite_logit_and_bad_targets[baseline]"],
-    ),
-    Fault(
         "whole_clamped_rows_may_have_no_finite_logit",
-        "entcov/clamp_ops.py",
-        "return ops.merge_row_stats(stats[None], target, temperature, ignore_index), clamp",
-        "return stats, clamp",
+        "entcov/ops/clamped_stats.py",
+        "        check_values(stats, target, spec, whole=True)\n",
+        "        pass\n",
         [T_CLAMP + "rows_without_a_finite_logit_and_bad_targets[baseline]"],
     ),
     # ---- what ranks must agree on ------------------------------------------------------------------------------------

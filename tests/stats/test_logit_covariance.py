@@ -48,6 +48,21 @@ def test_the_steps_of_both_theorems_by_hand(step, covariance, changes):
         assert out.entropy_change.item() == pytest.approx(change, abs=3e-7)
 
 
+def test_the_predicted_change_has_the_gradient_of_the_covariance_negated():
+    old, new = random_pair()
+    weight = torch.linspace(0.5, 1.5, len(old))
+
+    def gradient(loss):
+        leaf = new.clone().requires_grad_()
+        return torch.autograd.grad((weight * loss(logit_covariance(old, leaf))).sum(), leaf)[0]
+
+    covariance, kl = (gradient(lambda out, name=name: getattr(out, name)) for name in ("covariance", "kl"))
+    assert torch.equal(gradient(lambda out: out.predicted_entropy_change), -covariance) and covariance.any()
+    torch.testing.assert_close(
+        gradient(lambda out: 3 * out.covariance + out.predicted_entropy_change + out.kl), 2 * covariance + kl
+    )
+
+
 def test_halving_the_step_halves_the_relative_error_of_the_prediction():
     """Steps large enough for fp32 to resolve the error; summed over rows, since one row's second order may vanish."""
     old, _ = random_pair(T=16, V=20)
