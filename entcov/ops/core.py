@@ -97,12 +97,12 @@ def define(name: str, schema: str, prepare: Callable, fill: Callable) -> Callabl
     dispatched = getattr(torch.ops.entcov, name).default
 
     def call(*args):
-        return run(*args) if _nobody_watches(args[0]) else dispatched(*args)
+        return run(*args) if _may_skip_dispatcher(args[0]) else dispatched(*args)
 
     return call
 
 
-def _nobody_watches(tensor: Tensor | None) -> bool:
+def _may_skip_dispatcher(tensor: Tensor | None) -> bool:
     """Whether PyTorch's dispatcher would only call the CPU or CUDA kernel: no compiler, subclass, dispatch mode,
     functorch transform or profiler is active. Skipping it saves 10 to 20 microseconds per call."""
     return not (
@@ -267,7 +267,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def constant_temperature(temperature: float) -> float:
-    """The temperature as a float. ValueError for a tensor that requires a gradient, since it would silently get none."""
+    """The temperature as a float. ValueError if it is a tensor that requires a gradient: it would silently get none."""
     if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError("temperature must not require a gradient (it is a constant and would get none): detach it")
     temperature = float(temperature)
