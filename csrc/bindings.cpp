@@ -1,8 +1,11 @@
-// Python's door to the kernels, the only file that includes Python. Compiled once for each core: with ENTCOV_CUDA into
-// the module _cuda, without it into _cpu. An op is one line: raw() derives what Python passes from the launcher's own
-// signature. Addresses come in as integers and structs as tuples of their members; nothing is checked or owned here. An
-// Error is raised as RuntimeError; an op returns whether a row is NaN. Importing _cuda needs no driver: the runtime is linked statically and touches the
-// driver at the first launch.
+// Python bindings of the launchers in kernels.h; the only file that includes Python. It is compiled twice: with
+// ENTCOV_CUDA into the module _cuda, without it into _cpu.
+//
+// A launcher is bound by one line: raw() derives the Python arguments from the launcher's C++ signature. Pointers are
+// passed as integers and structs as tuples of their members. Nothing is checked or owned here. An Error becomes a
+// RuntimeError; otherwise the call returns whether a row is NaN.
+//
+// Importing _cuda needs no driver: the CUDA runtime is linked statically and loads the driver at the first launch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -33,7 +36,7 @@ struct FromPython<Logits> {
   using type = std::tuple<int, Address, int64_t, int64_t, int64_t>;
 };
 template <>
-struct FromPython<RowSpec> {  // with the temperature itself
+struct FromPython<RowSpec> {  // vocab_start, vocab_size, temperature (not its inverse), ignore_index
   using type = std::tuple<int64_t, int64_t, double, int64_t>;
 };
 template <>
@@ -55,7 +58,7 @@ struct FromPython<CovarianceOutputs> {
 template <>
 struct FromPython<CovarianceGrads> : FromPython<RowGrads> {};
 
-// An address that becomes whatever pointer it is to be.
+// An address that converts to any type of pointer.
 struct Member {
   Address value;
   template <class T>

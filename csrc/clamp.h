@@ -1,41 +1,45 @@
-// The clamped entropy: that of the softmax over the K largest logits of a row, exact for any data and any sharding.
+// The clamped entropy: the entropy of the softmax over the K largest logits of a row. Exact for any data and sharding.
 //
-//   threshold   the K-th largest logit. need = K - (logits above it) of the `equal` logits that equal it are kept: each
-//               has the weight need / equal, so no order of ties and no sharding shows in a result
-//   log_sum     L_K = log1p(sum_exp_m1),  sum_exp_m1 = sum' w e^y  over the kept logits, y = (x - max) / temperature
-//   entropy     H_K = L_K - (sum w y e^y) / (1 + sum_exp_m1)                                    docs/math.md (10) to (12)
+//   threshold   the K-th largest logit. Of the `equal` logits that equal it, need = K - (number of logits above it) are
+//               kept. Each of them has weight w = need / equal, so the result depends neither on the order of ties nor
+//               on the sharding. Logits above the threshold have w = 1, those below it 0
+//   L_K         log1p(sum_exp_m1), sum_exp_m1 = sum' w e^y over the kept logits, y = (x - max) / temperature
+//   H_K         L_K - (sum w y e^y) / (1 + sum_exp_m1)                                     docs/math.md (10) to (12)
 //
-// A sampled bracket, one pass over the row with exact counts, and a selection among what lies in the bracket:
+// Algorithm: a bracket from a sample, one pass over the row with exact counts, and a selection inside the bracket.
 //
-//   sample           one 32-byte sector in 20: its order statistics guess a bracket of values that holds the threshold
-//   pass             the RowStats of all logits, the same sums over those above the bracket and their number, and what
-//                    lies in the bracket: about 4 % of a row
-//   select           the counts tell whether the bracket holds the threshold. If it does, the threshold is found among
-//                    what lies in it; if not, they tell on which side it is, and the pass is repeated there
+//   sample   one 32-byte sector in 20. Its order statistics give a bracket (a range of values) that probably contains
+//            the threshold
+//   pass     RowStats of all logits; the number of logits above the bracket and the same sums over them; and the logits
+//            inside the bracket, about 4 % of a row
+//   select   the counts show whether the bracket contains the threshold. If so, the threshold is selected among the
+//            logits inside. If not, they show on which side it lies, and the pass is repeated with a bracket there
 //
-// So a bad guess costs time and no digit. A row whose columns are all here is done by one thread or block
-// (clamped_stats): sample_ranks() and row_brackets() make its brackets. One that is split over ranks takes rounds
-// (entcov/stats/sharded_clamp.py), in four ops of which two read logits:
+// So a bad bracket costs time but never accuracy. A whole row is computed by one thread or block (clamped_stats), with
+// brackets from sample_ranks() and row_brackets(). A row that is split over ranks takes rounds
+// (entcov/stats/sharded_clamp.py) of four ops, two of which read logits:
 //
-//   clamp_sketch   logits -> kSketch quantiles of a sample of this shard                                  (travels)
-//   clamp_guess    sketches of all shards -> the first bracket: initial_bracket()
-//   clamp_partial  logits -> RowStats, sums above the bracket, and what lies in it: counts or a list      (travels)
-//   clamp_refine   partials of all shards -> the clamp, or the bracket of one more round: refine()
+//   clamp_sketch    logits -> kSketch quantiles of a sample of this shard                                (all-gathered)
+//   clamp_bracket   sketches of all shards -> the first bracket: initial_bracket()
+//   clamp_partial   logits -> RowStats, sums above the bracket, and its contents: counts or a list       (all-gathered)
+//   clamp_refine    partials of all shards -> the clamp, or the bracket of the next round: refine()
 //
-// A partial tells either the logits in the bracket (kListed, 160 at most) or how many fall into each of 160 ranges of it,
-// its cells. Counts are enough for the result where every cell above the threshold, and its own, can hold one value only.
-// Which values can be there follows from the bits that no logit in the bracket uses: 16 of them in bf16, also where it was
-// made fp32. If that does not do (fp32 with all its bits; a bracket over zero; a sample that misled), the threshold's cell
-// becomes the next bracket: each time the range of keys is 160 times smaller, so it ends for any data. Ranks have to come
-// to the same decisions: those are made of integers and of what was gathered, in a fixed order.
+// A partial contains either the logits inside the bracket (kListed, at most 160) or their counts in 160 cells, which
+// are subranges of the bracket. Counts determine the result if the threshold's cell and every nonempty cell above it
+// can contain only one value. Unused low mantissa bits tell which values can occur: 16 bits are unused for bf16, even
+// after an upcast to fp32. If a cell can contain several values (fp32 with all mantissa bits in use, a bracket around
+// zero, or a bracket that missed), the threshold's cell is the next bracket. Every round divides the range of keys by
+// 160, so the search ends for any data. All ranks take the same decisions, because those depend only on integers and on
+// gathered data, in a fixed order.
 //
-// Numerics. Sums are those of row_stats.h: relative to the maximum, one occurrence of it left out. Counts travel as fp32,
-// exact up to 2^24 columns a shard. Values are compared by keys: unsigned integers in the order of the floats, -0 equal
-// to +0. -inf has a key, a NaN is in no bracket and makes the sums of its row NaN.
+// Numerics. Sums are those of row_stats.h: relative to the maximum, with one occurrence of it left out. Counts are sent
+// as fp32, which is exact up to 2^24 columns in a shard. Values are compared by keys: unsigned integers in the order of
+// the floats, with -0 equal to +0. -inf has a key; a NaN is in no bracket and makes the sums of its row NaN.
 //
-// Host and device share this file. Functions of a Team are run by all its threads together: a warp, or a single thread.
-//   Team: kSize threads, of which this is `lane`; sum(v), max(v) for all of them; before(v): the sum over lower lanes;
-//   all(v); first(v): a lane whose v is true, or any lane; of(v, lane): that lane's v
+// Host and device share this file. Functions with a Team are called by all of its threads: a warp, or a single thread.
+// A Team has kSize threads; `lane` is the index of this one. sum(v), max(v), all(v): over the team, known to every
+// thread. before(v): the sum of v over lower lanes. first(v): a lane whose v is true, an arbitrary lane if there is
+// none. of(v, lane): the v of that lane.
 #pragma once
 
 #include <cstring>
@@ -43,7 +47,7 @@
 #include "signature.h"
 
 #ifdef __CUDACC__
-#define ENTCOV_TEAM __device__ __forceinline__  // a warp has no twin on the host of a CUDA source
+#define ENTCOV_TEAM __device__ __forceinline__  // warp teams exist on the device only
 #define ENTCOV_UNROLL _Pragma("unroll")
 #else
 #define ENTCOV_TEAM inline
@@ -54,8 +58,8 @@ namespace entcov {
 
 // ---- keys -----------------------------------------------------------------------------------------------------------
 
-constexpr uint32_t kLowestKey = 0x007fffffu;   // of -inf
-constexpr uint32_t kHighestKey = 0xff800000u;  // of +inf
+constexpr uint32_t kLowestKey = 0x007fffffu;   // key of -inf
+constexpr uint32_t kHighestKey = 0xff800000u;  // key of +inf
 
 ENTCOV_HD uint32_t float_bits(float x) {
   uint32_t b;
@@ -76,8 +80,8 @@ ENTCOV_HD uint32_t order_key(float x) {
 
 ENTCOV_HD float key_value(uint32_t key) { return bits_float(key >> 31 ? key ^ 0x80000000u : ~key); }
 
-// The lowest bits of a key that values of a type leave open are all 0 in positive values and all 1 in negative ones.
-// `spare` is their number: 16 for bf16, 13 for fp16, 0 for fp32. This is the key with these upper bits.
+// fp32 values that come from a narrower type use only the upper bits of their key. The lower `spare` bits (16 for bf16,
+// 13 for fp16, 0 for fp32) are all 0 for positive and all 1 for negative values. This is the key with these upper bits.
 ENTCOV_HD uint32_t whole_key(uint32_t upper, int spare) {
   const uint32_t key = upper << spare;
   return key >> 31 ? key : key | ((1u << spare) - 1u);
@@ -87,7 +91,7 @@ ENTCOV_HD uint32_t finite_key(uint32_t key) {
   return key < kLowestKey ? kLowestKey : key > kHighestKey ? kHighestKey : key;
 }
 
-// The smallest and the largest key of a value with these upper 16 bits, not below -inf nor above +inf.
+// The smallest and the largest key of a value whose key has these upper 16 bits, limited to [key of -inf, key of +inf].
 ENTCOV_HD uint32_t first_key(uint32_t upper, int spare) { return finite_key(whole_key(upper << (16 - spare), spare)); }
 ENTCOV_HD uint32_t last_key(uint32_t upper, int spare) {
   uint32_t last = (upper << (16 - spare)) | ((1u << (16 - spare)) - 1u);
@@ -97,37 +101,37 @@ ENTCOV_HD uint32_t last_key(uint32_t upper, int spare) {
 
 // ---- the sample of a row --------------------------------------------------------------------------------------------
 
-constexpr int kSectorBytes = 32;         // memory moves nothing smaller
-constexpr int kSampleEvery = 20;         // of so many sectors, one is in the sample
-constexpr int kSampleLimit = 8192;       // logits of a sample
-constexpr int kUnsampledColumns = 4096;  // a row that is not longer is its own sample
+constexpr int kSectorBytes = 32;         // the smallest unit of a memory transfer
+constexpr int kSampleEvery = 20;         // one sector in 20 is sampled
+constexpr int kSampleLimit = 8192;       // the most logits in a sample
+constexpr int kUnsampledColumns = 4096;  // the sample of a row with at most this many columns is the whole row
 
-// Sectors first, first + every, ... of a longer row, `taken` of them, spread over all of it: token ids are ordered by
-// frequency, so the first columns are no sample.
+// The sampled sectors of a longer row: first, first + every, ..., `taken` of them. They are spread over the whole row,
+// because token ids are often ordered by frequency and the first columns are not representative.
 struct SamplePlan {
   int every, first, taken;
 };
 
-ENTCOV_HD SamplePlan plan_sample(int columns, int sector) {  // sector: logits in one
+ENTCOV_HD SamplePlan plan_sample(int columns, int sector) {  // sector: number of logits in a sector
   const int sectors = columns / sector, limit = kSampleLimit / sector;
   const int least = (sectors + limit - 1) / limit;
   const int every = least > kSampleEvery ? least : kSampleEvery;
   return {every, every / 2, (sectors - every / 2 + every - 1) / every};
 }
 
-// ---- rows whose columns are all here --------------------------------------------------------------------------------
+// ---- whole rows -----------------------------------------------------------------------------------------------------
 
 struct KeyRange {
   uint32_t lo, hi;  // both inclusive
 };
 
-// A bracket for the rank `kept`, and the parts of the row above and below it that the threshold is in if it is missed.
+// The bracket for the threshold (inner), and the ones to search next if the threshold lies above or below it.
 struct RowBrackets {
   KeyRange inner, above, below;
 };
 
-// Ranks of a sample, from its largest: 3.2 deviations above and below the one that `kept` has there, the ends of the
-// bracket, in places 1 and 2; three times as far in 0 and 3.
+// Ranks in the sample (1 is the largest element) that become the ends of brackets. With r the expected rank of the
+// threshold in the sample and d = 3.2 standard deviations of it: r - 3d, r - d, r + d, r + 3d.
 struct SampleRanks {
   float wanted[4];
   int size;  // of the sample
@@ -139,7 +143,7 @@ struct SampleRanks {
   }
 };
 
-// most: logits that the bracket may have, by estimate.
+// most: upper limit for the estimated number of logits in the bracket.
 ENTCOV_HD SampleRanks sample_ranks(int64_t kept, int columns, int size, float most) {
   const float share = static_cast<float>(size) / static_cast<float>(columns), rank = static_cast<float>(kept) * share;
   const float variance = rank * fmaxf(0.0f, 1.0f - rank / static_cast<float>(size));
@@ -147,7 +151,7 @@ ENTCOV_HD SampleRanks sample_ranks(int64_t kept, int columns, int size, float mo
   return {{floorf(rank - 3.0f * d), floorf(rank - d), ceilf(rank + d), ceilf(rank + 3.0f * d)}, size};
 }
 
-// upper: the upper halves of the keys of these ranks.
+// upper [4]: the upper 16 bits of the keys of the sampled elements with these ranks.
 template <class Upper>
 ENTCOV_HD RowBrackets row_brackets(const SampleRanks& ranks, const Upper* upper, int spare) {
   RowBrackets b;
@@ -158,8 +162,8 @@ ENTCOV_HD RowBrackets row_brackets(const SampleRanks& ranks, const Upper* upper,
   return b;
 }
 
-// clamp: threshold, weight of the logits that equal it, L_K, H_K. sum_exp_m1 and sum_xexp are over the logits above the
-// threshold, one occurrence of max left out; they do not count where the threshold is max.
+// Writes clamp [4]: threshold, weight of the logits that equal it, L_K, H_K. sum_exp_m1 and sum_xexp: over the logits
+// above the threshold, without one occurrence of max; they are ignored if the threshold equals max.
 ENTCOV_HD void finish_clamp(float threshold, uint32_t need, uint32_t equal, float max, float sum_exp_m1, float sum_xexp,
                             float inv_temperature, float* clamp) {
   const float copies = static_cast<float>(need);
@@ -182,31 +186,31 @@ ENTCOV_HD void finish_clamp(float threshold, uint32_t need, uint32_t equal, floa
 constexpr int kSketch = 64;
 constexpr int kCells = 160;
 constexpr int kPartialFields = 6;
-constexpr int kPartial = kPartialFields + kCells;  // floats a row, behind the shard's RowStats
+constexpr int kPartial = kPartialFields + kCells;  // floats per row, after the shard's RowStats
 enum PartialField : int {
-  kPartialMax,     // largest logit of the shard; -inf: none is finite
-  kPartialSumExpM1,    // sum' e^y over x > hi, y = (x - max) / temperature, of the shard's own max; 0 if that is in no sum
-  kPartialXExp,    // sum y e^y over the same
-  kPartialAbove,   // logits above hi
-  kPartialInside,  // logits in the bracket
-  kPartialUnused,  // how many of the lowest bits are 0 in all of them
+  kPartialMax,       // largest logit of the shard; -inf: none is finite
+  kPartialSumExpM1,  // sum' e^y over the logits above hi, y = (x - max) / temperature with the shard's own max
+  kPartialXExp,      // sum y e^y over the same logits
+  kPartialAbove,     // number of logits above hi
+  kPartialInside,    // number of logits in the bracket
+  kPartialUnused,    // number of lowest bits that are 0 in all logits in the bracket
 };
 
 enum Mode : uint32_t {
-  kCount = 0,   // in cells of equally many keys
-  kListed = 1,  // all of them, as they are
-  kDone = 2,
-  kSpread = 3,  // in cells of equal differences: nearly half of all keys lie between -1 and 1
+  kCount = 0,   // counts in cells with equally many keys
+  kListed = 1,  // a list of the logits
+  kDone = 2,    // the row is finished
+  kSpread = 3,  // counts in cells of equal width in value: for brackets around 0, since half of all keys are in (-1, 1)
 };
 
 struct Bracket {
   uint32_t lo, hi, mode, reserved;  // keys, both inclusive; the same on every rank
 };
 
-// Cells of kCount are equally wide; this is how wide.
+// The number of keys in a cell of kCount.
 ENTCOV_HD uint32_t cell_width(const Bracket& b) { return (b.hi - b.lo) / kCells + 1; }
 
-// The cell of a key of the bracket; it never falls where the key rises.
+// The cell of a key in the bracket; monotonic in the key.
 ENTCOV_HD uint32_t cell_of(const Bracket& b, uint32_t key) {
   uint32_t cell;
   if (b.mode == kSpread) {
@@ -215,10 +219,10 @@ ENTCOV_HD uint32_t cell_of(const Bracket& b, uint32_t key) {
   } else {
     cell = (key - b.lo) / cell_width(b);
   }
-  return cell < kCells ? cell : kCells - 1;  // of any bracket at all, an index of a counter
+  return cell < kCells ? cell : kCells - 1;  // a valid index even for an inconsistent bracket
 }
 
-// The first key of a cell, or of one behind the last.
+// The first key of a cell; for cell = kCells, the key after the bracket's last.
 ENTCOV_HD uint32_t first_of_cell(const Bracket& b, uint32_t cell) {
   if (b.mode != kSpread) {
     const uint32_t width = cell_width(b);
@@ -235,9 +239,9 @@ ENTCOV_HD uint32_t first_of_cell(const Bracket& b, uint32_t cell) {
   return low;
 }
 
-// The fields of a partial but its cells. used: all bits, of x + 0, that logits in the bracket use.
-ENTCOV_HD void write_partial(float* partial, float max, float sum_exp_m1, float sum_xexp, uint32_t above, uint32_t inside,
-                             uint32_t used) {
+// Writes the fields of a partial, without its cells. used: bitwise or of x + 0 over the logits x in the bracket.
+ENTCOV_HD void write_partial(float* partial, float max, float sum_exp_m1, float sum_xexp, uint32_t above,
+                             uint32_t inside, uint32_t used) {
   int unused = 0;
   while (unused < 32 && !(used >> unused & 1u)) unused++;
   partial[kPartialMax] = max, partial[kPartialSumExpM1] = sum_exp_m1, partial[kPartialXExp] = sum_xexp;
@@ -245,7 +249,7 @@ ENTCOV_HD void write_partial(float* partial, float max, float sum_exp_m1, float 
   partial[kPartialUnused] = static_cast<float>(unused);
 }
 
-// The Team of a CPU.
+// The Team of a CPU thread.
 struct SingleThread {
   static constexpr int kSize = 1, lane = 0;
   ENTCOV_HD uint32_t sum(uint32_t v) const { return v; }
@@ -262,7 +266,7 @@ struct SingleThread {
 
 // ---- the first bracket ----------------------------------------------------------------------------------------------
 
-// What has come from all shards about row t: the last floats of that row of every message.
+// The gathered data of all shards for row t: the last `floats` floats of that row in every message.
 struct Gathered {
   const Messages& messages;
   int64_t t;
@@ -272,7 +276,7 @@ struct Gathered {
   ENTCOV_HD uint32_t columns(int64_t r) const { return static_cast<uint32_t>(messages.signature(r).columns); }
 };
 
-// kSketch times the estimated number of logits that are > v (or >= v).
+// kSketch times the estimated number of logits > v (or >= v) in the whole row.
 template <class Team>
 ENTCOV_TEAM uint32_t estimated_above(const Team& team, const Gathered& sketches, float v, bool or_equal) {
   uint32_t sum = 0;
@@ -291,19 +295,20 @@ ENTCOV_TEAM uint32_t estimated_above(const Team& team, const Gathered& sketches,
   return team.sum(sum);
 }
 
-// How far a bracket reaches beyond the sample's end, of what it has of the sample.
+// How far a bracket extends beyond the largest (smallest) sampled value, as a multiple of its width inside the sample.
 ENTCOV_HD float reach(int64_t margin, int64_t rank) {
   return fminf(8.0f, fmaxf(1.0f, static_cast<float>(margin) / static_cast<float>(rank)));
 }
 
-// A bracket that reaches `margin` ranks beyond the kept-th logit on either side, by estimate.
+// A bracket that extends, by estimate, `margin` ranks beyond the kept-th largest logit on either side.
 template <class Team>
 ENTCOV_TEAM Bracket initial_bracket(const Team& team, const Gathered& sketches, int64_t vocab_size, int64_t kept,
                                     int64_t margin) {
   Bracket b{kLowestKey, kHighestKey, vocab_size <= kCells ? kListed : kCount, 0};
   if (b.mode == kListed) return b;
   const int64_t least = (kept + margin) * kSketch, most = (kept - 1 - margin) * kSketch;
-  uint32_t low = kLowestKey >> 16, high = kHighestKey >> 16;  // the largest with `least` logits from it on
+  // The largest upper half of a key with at least `least` logits from it on.
+  uint32_t low = kLowestKey >> 16, high = kHighestKey >> 16;
   while (low < high) {
     const uint32_t middle = (low + high + 1) / 2;
     if (estimated_above(team, sketches, key_value(first_key(middle, 0)), true) >= least)
@@ -312,7 +317,7 @@ ENTCOV_TEAM Bracket initial_bracket(const Team& team, const Gathered& sketches, 
       high = middle - 1;
   }
   b.lo = first_key(low, 0);
-  low = kLowestKey >> 16, high = kHighestKey >> 16;  // the smallest with no more than `most` above it
+  low = kLowestKey >> 16, high = kHighestKey >> 16;  // the smallest with at most `most` logits above it
   while (low < high) {
     const uint32_t middle = (low + high) / 2;
     if (most >= 0 && estimated_above(team, sketches, key_value(last_key(middle, 0)), false) <= most)
@@ -321,9 +326,9 @@ ENTCOV_TEAM Bracket initial_bracket(const Team& team, const Gathered& sketches, 
       low = middle + 1;
   }
   b.hi = last_key(low, 0);
-  // An end that the sample cannot tell lies behind the sample's own, by once to eight times what the bracket has of the
-  // sample, the more the nearer the rank is to the row's: cells of reasonable size are worth the chance of a miss.
-  float largest = -INFINITY, below_zero = -INFINITY;  // of the sketches; the second: the largest negated
+  // If the bracket extends beyond the sample, that end is extrapolated by 1 to 8 times the bracket's width inside the
+  // sample (reach()). An end at infinity would never miss, but its cells would be too wide to be useful.
+  float largest = -INFINITY, below_zero = -INFINITY;  // the largest value of the sketches, and of their negatives
   for (int64_t r = team.lane; r < sketches.R; r += Team::kSize) {
     if (sketches.columns(r) == 0) continue;
     largest = fmaxf(largest, sketches.of(r)[0]), below_zero = fmaxf(below_zero, -sketches.of(r)[kSketch - 1]);
@@ -334,7 +339,7 @@ ENTCOV_TEAM Bracket initial_bracket(const Team& team, const Gathered& sketches, 
     b.hi = order_key(largest + reach(margin, kept) * (largest - from));
   else if (b.lo == kLowestKey && b.hi < kHighestKey && smallest < to && smallest > -INFINITY)
     b.lo = order_key(smallest - reach(margin, vocab_size - kept + 1) * (to - smallest));
-  if (b.lo > b.hi) b.lo = kLowestKey, b.hi = kHighestKey;  // sketches with a NaN
+  if (b.lo > b.hi) b.lo = kLowestKey, b.hi = kHighestKey;  // the sketches hold a NaN
   const float lo = key_value(b.lo), hi = key_value(b.hi);
   if (lo < 0.0f && hi > 0.0f && (hi - lo) / kCells > 1e-30f && hi - lo < INFINITY) b.mode = kSpread;
   return b;
@@ -342,7 +347,7 @@ ENTCOV_TEAM Bracket initial_bracket(const Team& team, const Gathered& sketches, 
 
 // ---- from partials to the clamp, or to the next bracket -------------------------------------------------------------
 
-// The smallest and the largest key in [a, b] of a float whose `unused` lowest bits are 0. -0 has the key of +0.
+// The smallest key >= a, and the largest key <= b, of a float whose `unused` lowest bits are 0. -0 has the key of +0.
 ENTCOV_HD uint32_t first_possible(uint32_t a, int unused) {
   const uint32_t low = (1u << unused) - 1u;
   const uint32_t key = a >> 31 ? (a + low) & ~low : a | low;
@@ -355,13 +360,13 @@ ENTCOV_HD uint32_t last_possible(uint32_t b, int unused) {
   return key == 0x7fffffffu ? key - low - 1u : key;
 }
 
-// A count as it travels, as fp32. What no shard can have counted becomes 0 or the most that it can: a cast of that would be
-// undefined, and an index made of it anywhere.
+// A count that was sent as fp32, limited to [0, most]: corrupt data must not lead to an undefined cast or an index out
+// of range.
 ENTCOV_HD uint32_t counted(float value, uint32_t most = 1u << 24) {
   return static_cast<uint32_t>(fminf(fmaxf(value, 0.0f), static_cast<float>(most)));  // a NaN: 0
 }
 
-// Sums over kept logits in the bracket, of a lane. Those that equal max are counted.
+// A lane's sums over the kept logits in the bracket. Logits that equal max are counted in at_max instead.
 struct KeptSums {
   float sum_exp_m1 = 0.0f, sum_xexp = 0.0f, at_max = 0.0f;
 
@@ -376,11 +381,11 @@ struct KeptSums {
 
 struct Found {
   float threshold = 0.0f;
-  uint32_t need = 0, equal = 0;  // logits that equal the threshold: how many are kept, how many there are; 0: not found
+  uint32_t need = 0, equal = 0;  // how many logits that equal the threshold are kept, and exist; equal = 0: not found
   Bracket next{0, 0, kCount, 0};
 };
 
-// One row.
+// The work of refine() on one row that is neither ignored nor finished.
 template <class Team>
 struct Refine {
   const Team& team;
@@ -393,7 +398,7 @@ struct Refine {
     return team.sum(sum);
   }
 
-  // What one lane has found, for all lanes. Nobody: partials that contradict themselves.
+  // Broadcasts what one lane has found. No lane has found anything only if the partials are inconsistent.
   ENTCOV_TEAM void share(Found& found) const {
     const int source = team.first(found.equal != 0);
     found.threshold = team.of(found.threshold, source);
@@ -402,7 +407,7 @@ struct Refine {
     found.next.mode = team.of(found.next.mode, source);
   }
 
-  // The rank-th largest of the listed logits, by comparing all with all: no more than kCells are listed.
+  // Selects the rank-th largest of the listed logits by comparing all pairs; at most kCells logits are listed.
   ENTCOV_TEAM Found select_listed(uint32_t rank, KeptSums& sums) const {
     Found found;
     const auto listed = [&](int64_t r) { return static_cast<int>(counted(partials.of(r)[kPartialInside], kCells)); };
@@ -425,10 +430,10 @@ struct Refine {
     return found;
   }
 
-  // The same from counts, if cells that matter can hold one value only; otherwise the next bracket is the threshold's
-  // cell.
+  // Selects by counts. found.equal is 0 if the threshold's cell or a nonempty cell above it can contain several values;
+  // found.next is then the threshold's cell.
   ENTCOV_TEAM Found select_counted(const Bracket& b, uint32_t rank, KeptSums& sums) const {
-    constexpr int kMine = kCells / Team::kSize;  // cells of a lane, descending
+    constexpr int kMine = kCells / Team::kSize;  // cells per lane, in descending order
     static_assert(kMine * Team::kSize == kCells, "");
     int unused = 31;
     for (int64_t r = 0; r < partials.R; r++) {
@@ -448,7 +453,7 @@ ENTCOV_UNROLL
     bool single = true;
 ENTCOV_UNROLL
     for (int i = 0; i < kMine; i++) {
-      if (count[i] > 0 && before < rank) {  // the threshold's cell, or above it
+      if (count[i] > 0 && before < rank) {  // the threshold's cell, or one above it
         const uint32_t cell = static_cast<uint32_t>(kCells - 1 - (team.lane * kMine + i));
         const uint32_t first = first_possible(first_of_cell(b, cell), unused);
         const uint32_t last = last_possible(first_of_cell(b, cell + 1u) - 1u, unused);
@@ -468,17 +473,17 @@ ENTCOV_UNROLL
     return found;
   }
 
-  // The bracket that follows b: done, with the clamp of the row in clamp [4]; or the one for the next round.
+  // Returns a bracket with mode kDone and writes clamp [4], or returns the bracket of the next round.
   ENTCOV_TEAM Bracket run(const Bracket& b, uint32_t kept, float* clamp) const {
     const float hi = key_value(b.hi);
     const uint32_t above = total(kPartialAbove), inside = total(kPartialInside);
-    const uint32_t rank = kept - above;  // of the threshold in the bracket, from its largest
+    const uint32_t rank = kept - above;  // of the threshold among the logits in the bracket, 1 is the largest
     if (kept <= above) return {b.hi + 1u, order_key(max), kCount, 0};
     if (rank > inside) return {kLowestKey, last_possible(b.lo - 1u, 0), kCount, 0};
     KeptSums sums;
     const Found found = b.mode == kListed ? select_listed(rank, sums) : select_counted(b, rank, sums);
     if (found.equal == 0) return found.next;
-    // What the shards have above the bracket, where each has left one occurrence of its own maximum out.
+    // Add the shards' sums above the bracket. Each leaves out one occurrence of its own maximum, if that lies above.
     for (int64_t r = team.lane; r < partials.R; r += Team::kSize) {
       const float* p = partials.of(r);
       const Shift s = shift_between(p[kPartialMax], max, inv_temperature);
@@ -488,12 +493,14 @@ ENTCOV_UNROLL
       sums.sum_exp_m1 += sum_exp_m1 * s.factor, sums.sum_xexp += (p[kPartialXExp] + s.distance * sum_exp_m1) * s.factor;
     }
     const float sum_exp_m1 = (team.sum(sums.at_max) - 1.0f) + team.sum(sums.sum_exp_m1);
-    finish_clamp(found.threshold, found.need, found.equal, max, sum_exp_m1, team.sum(sums.sum_xexp), inv_temperature, clamp);
+    finish_clamp(found.threshold, found.need, found.equal, max, sum_exp_m1, team.sum(sums.sum_xexp), inv_temperature,
+                 clamp);
     return {b.lo, b.hi, kDone, 0};
   }
 };
 
-// One round of one row. stats: merged. Returns the next bracket, and writes clamp [4] where that is done.
+// One round of one row. stats: the merged RowStats. Returns the next bracket; writes clamp [4] if its mode is kDone,
+// unless the row was finished before.
 template <class Team>
 ENTCOV_TEAM Bracket refine(const Team& team, const Gathered& partials, const Bracket& b, const float* stats,
                            bool ignored, uint32_t kept, float inv_temperature, float* clamp) {

@@ -1,25 +1,28 @@
-// CovarianceStats: what one row of two logit tensors becomes, before and after a step, and the merge of two parts.
+// CovarianceStats: the statistics of one row of two logit tensors, old and new (before and after a step), or of any
+// part of the row, and the merge of two parts.
 //
-// With x = (logit_old - max_old) / temperature, z = (logit_new - max_new) / temperature and d = z - x (the change of
-// the tempered logit up to a constant of the row), sums' leaving out one occurrence of their maximum as in row_stats.h,
-// and U = kChangeUnit / temperature:
+// With x = (logit_old - max_old) / temperature, z = (logit_new - max_new) / temperature, d = z - x (the change of the
+// tempered logit up to a constant of the row), U = kChangeUnit / temperature, and sum' as in row_stats.h:
 //
-//   max_old, sum_exp_m1_old, sum_xexp_old     as RowStats of logits_old:  sum' e^x, sum x e^x
-//   max_new, sum_exp_m1_new, sum_xexp_new     as RowStats of logits_new:  sum' e^z, sum z e^z
-//   sum_d                               sum e^x d / U               E_old[d]   = U sum_d  / (1 + sum_exp_m1_old)
-//   sum_xd                              sum e^x x d / U             E_old[x d] = U sum_xd / (1 + sum_exp_m1_old)
+//   max_old, sum_exp_m1_old, sum_xexp_old   as RowStats of logits_old: sum' e^x, sum x e^x
+//   max_new, sum_exp_m1_new, sum_xexp_new   as RowStats of logits_new: sum' e^z, sum z e^z
+//   sum_d                                   sum e^x d / U      E_old[d]   = U sum_d  / (1 + sum_exp_m1_old)
+//   sum_xd                                  sum e^x x d / U    E_old[x d] = U sum_xd / (1 + sum_exp_m1_old)
 //
-//   covariance  Cov_{a~old}(log p_old(a), dz_a) = E[x d] - E[x] E[d]; the entropy change to first order, negated
-//   KL(old || new) = L_new - L_old - E_old[d];  take |L_new - L_old| as log1p(|sum_exp_m1_new - sum_exp_m1_old| / (1 + the smaller sum_exp_m1)):
-//                    neither a small step cancels, nor the collapse of a flat row
-//   entropy change = H_new - H_old
+//   covariance       Cov_{a~old}(log p_old(a), dz_a) = E_old[x d] - E_old[x] E_old[d]; its negative is the entropy
+//                    change to first order
+//   KL(old || new)   L_new - L_old - E_old[d]
+//   entropy change   H_new - H_old
 //
-// d is formed from logit_new - logit_old, which is exact for a small step, and not from z - x. The logits are divided by
-// kChangeUnit first, a power of 2, so that neither their differences (1.4e39) nor the sums of 2^24 of those overflow: what
-// the sums give is finite wherever it fits fp32. What this loses below is 1e-37 of a logit.
-// A column with probability 0 before (-inf, or e^x = 0) is left out of sum_d and sum_xd, whatever it is afterwards. One
-// that only the new logits exclude makes sum_d = -inf, so the KL is +inf and the covariance need not be finite.
-// NaN or +inf on either side: sum_exp_m1 is NaN on that side, sum_d and sum_xd are NaN.
+// Numerics. |L_new - L_old| is log1p(|sum_exp_m1_new - sum_exp_m1_old| / (1 + the smaller of the two)), which cancels
+// neither for a small step nor for the collapse of a flat row. d is formed from logit_new - logit_old, which is exact
+// for a small step, and not from z - x. The logits are first divided by kChangeUnit, a power of 2, so that neither
+// their differences nor sums of 2^24 differences overflow: every output that fits fp32 is finite. The division rounds
+// only logits whose quotient is denormal, by less than 1e-37.
+//
+// A column with probability 0 in the old policy (-inf, or e^x = 0) is left out of sum_d and sum_xd, whatever its new
+// logit is. A column that only the new logits exclude makes sum_d = -inf: then KL is +inf, and the covariance may be
+// infinite or NaN. A NaN or +inf in one of the tensors makes sum_exp_m1 of that tensor, sum_d and sum_xd NaN.
 #pragma once
 
 #include "row_stats.h"
@@ -40,7 +43,7 @@ struct CovarianceStats {
 constexpr int kCovarianceFields = 8;
 constexpr float kChangeUnit = 67108864.0f;  // 2^26
 
-// Joins two parts of a row. Associative and commutative up to rounding.
+// The statistics of two parts of a row together. Associative and commutative up to rounding.
 ENTCOV_HD CovarianceStats merge(const CovarianceStats& a, const CovarianceStats& b, float inv_temperature) {
   const RowStats before = merge(RowStats{a.max_old, a.sum_exp_m1_old, a.sum_xexp_old},
                                 RowStats{b.max_old, b.sum_exp_m1_old, b.sum_xexp_old}, inv_temperature);
@@ -49,12 +52,12 @@ ENTCOV_HD CovarianceStats merge(const CovarianceStats& a, const CovarianceStats&
   CovarianceStats r;
   r.max_old = before.max, r.sum_exp_m1_old = before.sum_exp_m1, r.sum_xexp_old = before.sum_xexp;
   r.max_new = after.max, r.sum_exp_m1_new = after.sum_exp_m1, r.sum_xexp_new = after.sum_xexp;
-  r.sum_d = r.sum_xd = 0.0f * (before.sum_exp_m1 + after.sum_exp_m1);  // 0, or NaN where a side holds one
+  r.sum_d = r.sum_xd = 0.0f * (before.sum_exp_m1 + after.sum_exp_m1);  // 0, or NaN if one of the tensors holds a NaN
   const CovarianceStats* parts[2] = {&a, &b};
   for (const CovarianceStats* p : parts) {
     const Shift s = shift_between(p->max_old, r.max_old, inv_temperature);
     if (!(s.factor > 0.0f)) continue;
-    // What d gains by the new maxima, in its unit. Both sides of the difference may be -inf.
+    // The change of d, in units of kChangeUnit, from the part's maxima to the merged ones. max_new may be -inf in both.
     constexpr float kUnits = 1.0f / kChangeUnit;
     const float moved = (p->max_new == r.max_new ? 0.0f : p->max_new * kUnits - r.max_new * kUnits) -
                         (p->max_old * kUnits - r.max_old * kUnits);
@@ -70,18 +73,20 @@ ENTCOV_HD CovarianceStats load_covariance_stats(const float* p) {
   return {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
 }
 
-// What people want of a whole row, [T] each. covariance null: the row is a shard, and has none of it.
+// The outputs of whole rows, [T] each; all null if the row is a shard.
 struct CovarianceOutputs {
   float *covariance, *predicted_entropy_change, *entropy_change, *kl;
 };
 
-// Writes row t and its outputs. A whole row without a finite logit on one side becomes NaN. Returns whether it is NaN.
+// Writes the statistics of row t, and its outputs if there are any. A whole row without a finite logit in one of the
+// tensors becomes NaN. Returns whether the row is NaN.
 ENTCOV_HD bool store_covariance_row(CovarianceStats s, int64_t t, float inv_temperature, float* stats,
                                     const CovarianceOutputs& out) {
   if (out.covariance) {
     if (s.max_old == -INFINITY) s.sum_exp_m1_old = s.sum_d = s.sum_xd = NAN;
     if (s.max_new == -INFINITY) s.sum_exp_m1_new = s.sum_d = s.sum_xd = NAN;
-    const float unit = kChangeUnit * inv_temperature, total_old = 1.0f + s.sum_exp_m1_old, total_new = 1.0f + s.sum_exp_m1_new;
+    const float unit = kChangeUnit * inv_temperature;
+    const float total_old = 1.0f + s.sum_exp_m1_old, total_new = 1.0f + s.sum_exp_m1_new;
     const float mean_x = s.sum_xexp_old / total_old, mean_d = s.sum_d / total_old;
     const float grown = s.sum_exp_m1_new - s.sum_exp_m1_old;
     const float log_ratio = copysignf(log1pf(fabsf(grown) / fminf(total_old, total_new)), grown);  // L_new - L_old

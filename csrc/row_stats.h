@@ -1,26 +1,25 @@
-// RowStats: what one row of logits (or any part of it) becomes, and the one merge that joins two parts.
+// RowStats: the statistics of one row of logits, or of any part of a row, and the merge of two parts.
 //
-// With x the raw logit and y_j = (x_j - max) / temperature, every sum leaves out ONE occurrence of the maximum,
-// whose own term is known (e^0 = 1, y = 0):
+// With x the raw logit and y_j = (x_j - max) / temperature. sum' leaves out ONE occurrence of the maximum, whose term
+// is known (y = 0, e^y = 1):
 //
-//   max         largest raw logit; -inf: nothing finite seen
-//   sum_exp_m1        sum' e^y          L = log1p(sum_exp_m1), lse = max / temperature + L
-//   sum_xexp    sum  y e^y        H = L - sum_xexp / (1 + sum_exp_m1)
-//   target      raw logit of the target; -inf: it is not in this part.   logprob = (target - max) / temperature - L
-//   sum_exp2_m1       sum' e^{2y}       sum_j p_j^2 = (1 + sum_exp2_m1) / (1 + sum_exp_m1)^2
-//   sum_xexp2   sum  y e^{2y}     with the above: what a policy-gradient step on the target does to the entropy
-//   sum_x2exp   sum  y^2 e^y      Var_p(log p) = E[y^2] - E[y]^2
+//   max           largest raw logit; -inf: no finite logit so far
+//   sum_exp_m1    sum' e^y         L = log1p(sum_exp_m1), lse = max / temperature + L
+//   sum_xexp      sum  y e^y       H = L - sum_xexp / (1 + sum_exp_m1)
+//   target        raw logit of the target, -inf if it is not in this part; logprob = (target - max) / temperature - L
+//   sum_exp2_m1   sum' e^{2y}      sum_j p_j^2 = (1 + sum_exp2_m1) / (1 + sum_exp_m1)^2
+//   sum_xexp2     sum  y e^{2y}    for entropy_drift: how a policy-gradient step on the target changes the entropy
+//   sum_x2exp     sum  y^2 e^y     Var_p(log p) = E_p[y^2] - E_p[y]^2
 //
-// Numerics. Both terms of H are >= 0, so nothing cancels. Leaving the maximum out keeps the digits of a peaked row:
-// there 1 + sum_exp_m1 rounds to 1, but sum_exp_m1 itself (1e-7, say) still has 24 bits, and so have L and H. `max` and `target`
-// stay raw, so the subtraction comes before the division by the temperature and an offset of 1e4 costs nothing. Where a
-// difference of logits overflows fp32, y is beyond -3e38 / 1e30 and e^y = 0 all the same; who wants y itself, as logprob
-// does, has to subtract halves.
+// Numerics. Both terms of H are >= 0, so nothing cancels. Leaving out the maximum keeps the digits of a peaked row:
+// there 1 + sum_exp_m1 rounds to 1, but sum_exp_m1 (1e-7, say) keeps its 24 bits, and so do L and H. `max` and `target`
+// are raw logits, so the subtraction precedes the division by the temperature, and an offset of 1e4 loses no digits. If
+// a difference of logits overflows fp32, e^y is 0 either way; logprob needs y itself, so store_row() subtracts halves.
 //
-// A row that holds a NaN or a +inf has sum_exp_m1 = NaN, and merge passes it on. A part without a finite logit is the default
-// RowStats; merging it changes nothing.
+// A NaN or +inf in a row makes sum_exp_m1 NaN, and merge propagates it. A part without a finite logit is the default
+// RowStats, and merging it changes nothing.
 //
-// Host and device share this file: C++17, no torch, no Python.
+// Host and device share this file. It is C++17 and includes neither torch nor Python.
 #pragma once
 
 #include <cmath>
@@ -39,7 +38,7 @@ struct RowStats {
   float sum_exp_m1 = 0.0f;
   float sum_xexp = 0.0f;
   float target = -INFINITY;
-  // Only filled when moments are asked for; zero otherwise.
+  // The moments; 0 where they are not computed.
   float sum_exp2_m1 = 0.0f;
   float sum_xexp2 = 0.0f;
   float sum_x2exp = 0.0f;
@@ -48,28 +47,28 @@ struct RowStats {
 constexpr int kRowStatsFields = 4;         // without moments
 constexpr int kRowStatsMomentsFields = 7;  // with them
 
-// The columns of a shard, and how its rows are read.
+// The range of columns of a shard, and how its rows are read.
 struct RowSpec {
   int64_t vocab_start;  // token id of column 0, >= 0
-  int64_t vocab_size;   // of the whole row: tokens from here on are padding and do not exist
+  int64_t vocab_size;   // of the whole row; columns of tokens >= vocab_size are padding
   float inv_temperature;
-  int64_t ignore_index;  // rows with this target are not read: all zeros
+  int64_t ignore_index;  // rows with this target are not read and get zeros
 
-  // Of `width` columns, how many exist.
+  // The number of columns out of `width` that are not padding.
   ENTCOV_HD int64_t columns(int64_t width) const {
     const int64_t left = vocab_size > vocab_start ? vocab_size - vocab_start : 0;
     return left < width ? left : width;
   }
-  // The column of a token; -1: it lies before the shard. Any int64 may be a target.
+  // The column of a token, -1 if it lies before the shard. Does not overflow for any int64.
   ENTCOV_HD int64_t column_of(int64_t token) const { return token < vocab_start ? -1 : token - vocab_start; }
   ENTCOV_HD bool is_token(int64_t target) const { return target >= 0 && target < vocab_size; }
 };
 
-// e^d below this is 0 in fp32 (the smallest denormal is e^-103.97).
+// For d <= kExpFloor, e^d is 0 in fp32: the smallest denormal is e^-103.28, and half of it is e^-103.97.
 constexpr float kExpFloor = -104.0f;
 
-// How far the maximum of `lo` lies below that of `hi` on the tempered scale (<= 0), and the factor that carries its
-// sums over. A part that is empty or out of sight gets factor 0 and distance 0, so that 0 * inf never arises.
+// How sums relative to lo_max are rescaled to hi_max: y changes by `distance` <= 0, and e^y by `factor`. Both are 0 if
+// the part is empty or its factor underflows, so that 0 * inf never arises.
 struct Shift {
   float distance;
   float factor;
@@ -77,17 +76,17 @@ struct Shift {
 
 ENTCOV_HD Shift shift_between(float lo_max, float hi_max, float inv_temperature) {
   const float d = (lo_max - hi_max) * inv_temperature;
-  return d > kExpFloor ? Shift{d, expf(d)} : Shift{0.0f, 0.0f};  // both empty: d is NaN, and this is still right
+  return d > kExpFloor ? Shift{d, expf(d)} : Shift{0.0f, 0.0f};  // if both are empty, d is NaN and the result is {0, 0}
 }
 
-// Joins two parts of a row. Associative and commutative up to rounding; one exponential.
+// The statistics of two parts of a row together. Commutative; associative up to rounding; one exponential.
 ENTCOV_HD RowStats merge(const RowStats& a, const RowStats& b, float inv_temperature) {
   const bool a_high = a.max >= b.max;
   const RowStats& hi = a_high ? a : b;
   const RowStats& lo = a_high ? b : a;
   const Shift s = shift_between(lo.max, hi.max, inv_temperature);
   const float d = s.distance, k = s.factor, k2 = k * k;
-  const float total = 1.0f + lo.sum_exp_m1, total2 = 1.0f + lo.sum_exp2_m1;  // lo's maximum is no longer left out
+  const float total = 1.0f + lo.sum_exp_m1, total2 = 1.0f + lo.sum_exp2_m1;  // with lo's maximum
   RowStats r;
   r.max = hi.max;
   r.sum_exp_m1 = hi.sum_exp_m1 + total * k;
@@ -106,15 +105,15 @@ ENTCOV_HD RowStats load_stats(const float* p, int fields) {
   return s;
 }
 
-// What people want of a whole row, [T] each. logprob null: the row is a shard, and has none of it. collision null: so are
-// the two after it, which need the moments.
+// The outputs of whole rows, [T] each. logprob and entropy are both null if the row is a shard. collision, varentropy
+// and entropy_drift need the moments, and are all null without them.
 struct RowOutputs {
   float *logprob, *entropy;
   float *collision, *varentropy, *entropy_drift;
 };
 
-// Writes row t, of `fields` statistics, and its outputs. A whole row without a finite logit becomes NaN. Returns whether it
-// is NaN.
+// Writes the `fields` statistics of row t, and its outputs if there are any. A whole row without a finite logit becomes
+// NaN. Returns whether the row is NaN.
 ENTCOV_HD bool store_row(RowStats s, int64_t t, int fields, float inv_temperature, float* stats,
                          const RowOutputs& out) {
   if (out.logprob) {
@@ -126,7 +125,7 @@ ENTCOV_HD bool store_row(RowStats s, int64_t t, int fields, float inv_temperatur
     out.entropy[t] = entropy;
     if (out.collision) {
       const float collision = (1.0f + s.sum_exp2_m1) / (total * total);
-      // E_p[S] = H sum p^2 + sum p^2 log p;  S_target = p_target (H + log p_target), 0 where logprob is -inf
+      // With S = p (H + log p): E_p[S] = H sum p^2 + sum p^2 log p, and S_target is 0 where logprob is -inf.
       const float mean_s = entropy * collision + (s.sum_xexp2 - log_total * (1.0f + s.sum_exp2_m1)) / (total * total);
       const float p = expf(logprob);
       out.collision[t] = collision;

@@ -1,10 +1,14 @@
-// Signature: the 16 bytes that end the message of a rank, and how ranks see from them that they do not agree.
+// Message and Signature: what one rank contributes to an all-gather, and how all ranks detect that they do not agree.
 //
-//   call      hash of what every rank must be called with: arguments (hashed in Python) and targets. 0: this rank failed
+// A message is a payload [T, width] fp32 followed by a signature of 16 bytes:
+//
+//   call      64-bit hash of everything that must be equal on all ranks: arguments (hashed in Python) and targets.
+//             0: this rank failed before the all-gather
 //   start     first column of the shard in the vocabulary
-//   columns   how many columns it has, padding not counted
+//   columns   number of columns of the shard, without padding
 //
-// A message is [T, width] fp32 and then its signature, so a word of it need not lie on an 8-byte boundary.
+// The payload may have an odd number of floats, so `call` is stored as two 32-bit words: 4-byte alignment is enough.
+// The functions below are shared by the CPU and CUDA kernels, which check the signatures where they merge messages.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +25,7 @@ struct Signature {
 constexpr int kSignatureFloats = 4;
 static_assert(sizeof(Signature) == kSignatureFloats * sizeof(float), "");
 
-// The messages of R ranks, [T * width + 4] floats each.
+// The gathered messages of R ranks, T * width + 4 floats each, in the order of the ranks.
 struct Messages {
   const float* data;
   int64_t R, T, width;
@@ -37,7 +41,8 @@ struct Messages {
   }
 };
 
-// Hash of one value and its place. Hashes are added up modulo 2^64, so the order of the additions does not matter.
+// Hash of a value and its position (the splitmix64 finalizer). Hashes are added modulo 2^64, so threads may add them in
+// any order.
 ENTCOV_HD uint64_t hash_of(int64_t place, int64_t value) {
   uint64_t x = static_cast<uint64_t>(place) * 0x9e3779b97f4a7c15u + static_cast<uint64_t>(value);
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -45,7 +50,7 @@ ENTCOV_HD uint64_t hash_of(int64_t place, int64_t value) {
   return x ^ (x >> 31);
 }
 
-// `values`: the sum of the hashes of all values. Never 0, unless call is: that marks a rank that failed.
+// The signature for a call whose values have the sum of hashes `values`. Its call word is 0 if and only if call is 0.
 ENTCOV_HD Signature sign(uint64_t values, int64_t call, int64_t start, int64_t columns) {
   const uint64_t word = call == 0 ? 0 : hash_of(call, static_cast<int64_t>(values)) | 1;
   return {{static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32)},
@@ -53,8 +58,8 @@ ENTCOV_HD Signature sign(uint64_t values, int64_t call, int64_t start, int64_t c
           static_cast<int32_t>(columns)};
 }
 
-// Whether rank r was called as rank 0 was, and its columns begin where those of the ranks before it (in the vocabulary)
-// end. If that holds for all ranks, the shards cover [0, vocab_size) once.
+// Whether rank r has the call word of rank 0, and its shard starts where the shards before it in the vocabulary end. If
+// this holds for all ranks, the shards cover [0, vocab_size) exactly once. O(R).
 ENTCOV_HD bool agrees(const Messages& m, int64_t r, int64_t vocab_size) {
   const Signature first = m.signature(0), mine = m.signature(r);
   if (mine.call[0] != first.call[0] || mine.call[1] != first.call[1] || mine.call[0] == 0) return false;

@@ -1,14 +1,18 @@
-// The clamped entropy on the CPU: what ../clamp.h leaves to a device. A row is one thread's work.
+// The clamped entropy on the CPU: clamped_stats, and the four steps for rows that are split over ranks. The algorithm
+// and everything shared with CUDA are in ../clamp.h.
 //
-// Memory of clamped_stats: one read of the row, a sample of 1 in 20 sectors before it, one or two reads more for the one row
-// in a thousand that its sample misled; a list of what lies in the bracket, written and read; 32 bytes a row out.
-// clamp_partial: one read, and 680 bytes a row out. clamp_sketch: the sample, and 256 bytes a row out. The other two read what
-// has been gathered. Scratch a thread: 152 KiB of counters and sample, and room for 8 bytes a column for two lists, of which
-// as much is touched as logits lie in the bracket.
+// Memory. clamped_stats reads a sample of 1 in 20 sectors, then the row in one pass; about one row in a thousand, whose
+// bracket missed, is read one or two more times. The logits in the bracket are written to a list and read back. It
+// writes 44 bytes per row. clamp_sketch reads the sample and writes 256 bytes per row. clamp_partial reads the row once
+// and writes 680 bytes per row. clamp_bracket and clamp_refine read the gathered messages. Scratch per thread: 152 KiB
+// of counters and sample, and two lists of 4 bytes per column, of which only the part that is filled is touched.
 //
-// Listing is a second look at each chunk of the pass (row_pass.h) while it is in L1: with AVX-512 a mask of 64 logits at a
-// time, of which about two lie in the bracket; elsewhere a store and an addition a logit, without a branch. A list has room
-// for the whole row, so it never overflows, and a bracket of all keys always ends the search.
+// Parallelisation. One thread per row. Listing reads every chunk of the pass (row_pass.h) a second time, from L1: with
+// AVX-512 it masks 64 logits at a time, of which about two are in the bracket; otherwise one store and one addition per
+// logit, without a branch. A list has room for the whole row and never overflows, so a pass with all keys as the
+// bracket always ends the search.
+//
+// Numerics. As in row_pass.h; all counts are integers.
 #include "../clamp.h"
 
 #if defined(__x86_64__)
@@ -24,39 +28,39 @@ namespace entcov::cpu {
 namespace {
 
 constexpr int kBins = 512;
-constexpr int kWays = 4;  // counters of a bin, taken in turn: a counter that was just written is slow to read
-constexpr int kHalfKeys = 1 << 16;  // upper halves of keys
+constexpr int kWays = 4;            // counters per bin, used in turn: a counter that was just written is slow to read
+constexpr int kHalfKeys = 1 << 16;  // number of upper halves of keys
 
-constexpr int kListSlack = 64;  // elements behind a list that may be written
+constexpr int kListSlack = 64;  // elements past the end of a list that may be overwritten
 
 struct Scratch {
-  uint16_t upper[kSampleLimit];      // a sample: upper halves of keys
-  uint16_t sampled[kHalfKeys] = {};  // how often each is in it; all 0 between rows
+  uint16_t upper[kSampleLimit];      // the sample: upper halves of keys
+  uint16_t sampled[kHalfKeys] = {};  // how often each upper half is in the sample; all 0 between rows
   uint32_t count[kBins][kWays];
   std::unique_ptr<float[]> room;
 
   explicit Scratch(int64_t columns) : room(new float[2 * (columns + kListSlack)]) {}
 
-  // Two lists of logits, of as many as the row has columns.
+  // Room for two lists, each with as many logits as the row has columns.
   template <class D>
   typename D::storage* list() {
     return reinterpret_cast<typename D::storage*>(room.get());
   }
 };
 
-// Of the ops that read logits; each has use for some.
+// The arguments of the ops that read logits. No op uses all of them.
 struct RowArgs {
   Logits logits;
   const int64_t* target;  // [T]
   RowSpec spec;
-  float* out;                          // [T, ...]
+  float* out;  // [T, ...]
   int64_t kept = 0;
-  const Bracket* bracket = nullptr;    // [T]
+  const Bracket* bracket = nullptr;  // [T]
   RowOutputs outputs{};
   float *clamp = nullptr, *clamped_entropy = nullptr;  // [T, 4], [T]
-  int64_t num_columns = 0;                             // that exist
+  int64_t num_columns = 0;                             // without padding
   NanFlag* nan = nullptr;
-  const std::unique_ptr<Scratch>* scratch = nullptr;  // of each thread
+  const std::unique_ptr<Scratch>* scratch = nullptr;  // one per thread
 
   template <class T>
   const T* row(int64_t t) const {
@@ -75,7 +79,7 @@ template <template <class> class Op>
 Error run(RowArgs args, int threads) {
   const int64_t T = args.logits.T;
   args.num_columns = args.spec.columns(args.logits.width);
-  std::vector<std::unique_ptr<Scratch>> scratch;  // not made in the threads, where running out of memory is fatal
+  std::vector<std::unique_ptr<Scratch>> scratch;  // allocated here: an exception in an OpenMP thread would be fatal
   for (int64_t i = 0; i == 0 || (i < usable_threads(threads) && i < T); i++)
     scratch.push_back(std::make_unique<Scratch>(args.num_columns));
   NanFlag nan;
@@ -93,7 +97,7 @@ constexpr int kSpareBits<Float16> = 13;
 
 // ---- the sample -----------------------------------------------------------------------------------------------------
 
-// Into s.upper; returns how many.
+// Reads the sample of plan_sample() into s.upper and returns its size.
 template <class D>
 ENTCOV_INLINE int take_sample(const typename D::storage* x, int columns, Scratch& s) {
   int size = 0;
@@ -111,7 +115,7 @@ ENTCOV_INLINE int take_sample(const typename D::storage* x, int columns, Scratch
   constexpr int kSector = kSectorBytes / static_cast<int>(sizeof(typename D::storage));
   const SamplePlan plan = plan_sample(columns, kSector);
   const auto sector = [&](int i) { return x + static_cast<int64_t>(i * plan.every + plan.first) * kSector; };
-  constexpr int kAhead = 24;  // memory takes as long as so many sectors do
+  constexpr int kAhead = 24;  // prefetch distance: the time to process 24 sectors covers the latency of memory
   for (int i = 0; i < plan.taken; i++) {
     __builtin_prefetch(sector(i + kAhead < plan.taken ? i + kAhead : i));
     take(sector(i), kSector);
@@ -119,14 +123,15 @@ ENTCOV_INLINE int take_sample(const typename D::storage* x, int columns, Scratch
   return size;
 }
 
-// The rank(n)-th largest of the sample, n < size, ascending and in 1..m: their upper halves.
+// For n < size, writes the upper half of the rank(n)-th largest key of the sample [m] to upper[n]. rank(n) is in [1, m]
+// and ascends with n.
 template <class Rank>
 void select_from_sample(Scratch& s, int m, int size, Rank rank, uint16_t* upper) {
   constexpr int kBlock = 256;
   for (int i = 0; i < m; i++) s.sampled[s.upper[i]]++;
-  int end = kHalfKeys, n = 0, above = 0;  // `above` of the sample lie from key `end` on
+  int end = kHalfKeys, n = 0, above = 0;  // above: number of sampled keys >= end
   while (n < size) {
-    uint16_t in_block = 0;  // of kSampleLimit at most
+    uint16_t in_block = 0;  // at most kSampleLimit
     for (int i = end - kBlock; i < end; i++) in_block = static_cast<uint16_t>(in_block + s.sampled[i]);
     if (above + in_block < rank(n)) {
       above += in_block, end -= kBlock;
@@ -142,7 +147,7 @@ void select_from_sample(Scratch& s, int m, int size, Rank rank, uint16_t* upper)
 // ---- the list -------------------------------------------------------------------------------------------------------
 
 struct Counts {
-  int64_t inside = 0, above = 0;  // of a bracket
+  int64_t inside = 0, above = 0;  // number of elements inside and above a bracket
 };
 
 #if defined(__x86_64__)
@@ -161,7 +166,7 @@ __attribute__((target(ENTCOV_AVX512))) Counts list_by_masks(const typename D::st
     typename D::storage* at = out + counts.inside;
     counts.above += _mm_popcnt_u64(over_hi);
     counts.inside += _mm_popcnt_u64(inside);
-    do {  // four at once: seldom are there more, and no branch depends on how many fewer there are
+    do {  // four per iteration: there are rarely more, and there is no branch on the exact number
       for (int k = 0; k < 4; k++) {
         *at++ = x[j + (_tzcnt_u64(inside) & 63)];
         inside = _blsr_u64(inside);
@@ -172,7 +177,8 @@ __attribute__((target(ENTCOV_AVX512))) Counts list_by_masks(const typename D::st
 }
 #endif
 
-// Writes the elements of x [n] in [lo, hi] to out, in their order, and up to kListSlack more behind them. out may be x.
+// Writes the elements of x [n] in [lo, hi] to out in order, and overwrites up to kListSlack elements past them. out may
+// be x.
 template <class D, int W>
 ENTCOV_INLINE Counts list_inside(const typename D::storage* x, int n, float lo, float hi, typename D::storage* out) {
   Counts counts;
@@ -194,7 +200,7 @@ ENTCOV_INLINE Counts list_inside(const typename D::storage* x, int n, float lo, 
   return counts;
 }
 
-// Calls use(x) with every element of a list.
+// Calls use(x) for every element of a list.
 template <class D, int W, class Use>
 ENTCOV_INLINE void for_listed(const typename D::storage* list, int64_t n, Use use) {
   for (int64_t i = 0; i < n; i += W) {
@@ -222,10 +228,11 @@ struct BracketPass : RowPass<D, W, false, true> {
 // ---- clamped_stats --------------------------------------------------------------------------------------------------
 
 struct Place {
-  uint32_t key, rank, equal;  // of an element: its rank among those that equal it, and their number
+  uint32_t key, rank, equal;  // of an element: its key, its rank among equal elements, and the number of those
 };
 
-// Of the rank-th largest element of a list, whose keys lie in `range`: 9 bits of what is left of the range at a time.
+// The place of the rank-th largest element of a list whose keys lie in `range`. Every step divides the range into at
+// most 512 bins and continues with the elements of one bin.
 template <class D, int W>
 ENTCOV_INLINE Place radix_select(typename D::storage* list, int64_t listed, KeyRange range, uint32_t rank,
                                  uint32_t (*count)[kWays]) {
@@ -295,7 +302,7 @@ struct ClampedStatsOp {
       const BracketPass<D, W> p(x, a.num_columns, inv_temperature, b, list);
       const RowStats stats = p.stats(x, a.num_columns, a.target[t], a.spec);
       const bool dead = std::isnan(stats.sum_exp_m1) || p.max == -INFINITY;
-      const int64_t rank = a.kept - p.counts.above;  // of the threshold in the bracket, from its largest
+      const int64_t rank = a.kept - p.counts.above;  // of the threshold in the bracket, 1 is the largest
       if (!dead && (rank < 1 || rank > p.counts.inside)) {
         b = passes > 1 ? KeyRange{kLowestKey, kHighestKey} : rank < 1 ? brackets.above : brackets.below;
         continue;
@@ -306,8 +313,8 @@ struct ClampedStatsOp {
         return;
       }
       const Place at = radix_select<D, W>(list, p.counts.inside, b, static_cast<uint32_t>(rank), s.count);
-      // The listed logits above the threshold join those above the bracket, where one occurrence of the maximum is left
-      // out already if it is there.
+      // Add the listed logits above the threshold to the sums above the bracket. If the maximum is above the bracket,
+      // one occurrence of it is left out already; else at_max leaves it out here.
       const RowPass<D, W, false, true> of_list(inv_temperature, key_value(at.key));
       Sums sums;
       double at_max = p.max > p.threshold ? 0 : -1;
@@ -315,7 +322,8 @@ struct ClampedStatsOp {
         const int n = p.counts.inside - i < kChunk ? static_cast<int>(p.counts.inside - i) : kChunk;
         of_list.template sweep<true>(list + i, n, p.max, sums, at_max);
       }
-      finish_clamp(of_list.threshold, at.rank, at.equal, p.max, float(p.total.sum_exp_m1_above + sums.sum_exp_m1_above + at_max),
+      finish_clamp(of_list.threshold, at.rank, at.equal, p.max,
+                   float(p.total.sum_exp_m1_above + sums.sum_exp_m1_above + at_max),
                    float(p.total.sum_xexp_above + sums.sum_xexp_above), inv_temperature, clamp);
       a.clamped_entropy[t] = clamp[3];
       return;

@@ -1,8 +1,12 @@
-// One source, three instruction sets. An op gives a struct with
+// Compiles one source for three instruction sets, and distributes rows over threads.
+//
+// An op is a struct with
 //     template <int W> static void row(const Args&, int64_t t);     (ENTCOV_INLINE)
-// and for_rows<Op>() compiles it for each set and runs the best one that this CPU has, over all threads.
-// The target attribute is on the outer functions only: nothing but they is compiled with wide instructions, so no
-// inline function of the standard library can leak them to a CPU that lacks them.
+// for_rows<Op>() compiles row() for every instruction set and runs the best one that this CPU supports, over all
+// threads.
+//
+// Only the row_* functions below have a target attribute. Everything else, such as inline functions of the standard
+// library that the linker may share, is compiled without wide instructions and runs on every CPU.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +40,7 @@ void row_baseline(const typename Op::Args& a, int64_t t) {
   Op::template row<4>(a, t);
 }
 
-// Notes for all threads that a row is NaN.
+// Whether any thread has found a row that is NaN.
 struct NanFlag {
   std::atomic<bool> seen{false};
   void note(bool nan) {
@@ -45,7 +49,8 @@ struct NanFlag {
   Error error() const { return seen.load(std::memory_order_relaxed) ? kRowIsNaN : nullptr; }
 };
 
-// How many threads to ask OpenMP for: at most one a processor. It ends the process where it cannot start as many.
+// The number of threads to request from OpenMP: at most one per processor. OpenMP ends the process if it cannot start
+// as many as requested.
 inline int usable_threads(int threads) {
 #ifdef _OPENMP
   return std::max(1, std::min(threads, omp_get_num_procs()));
@@ -55,7 +60,8 @@ inline int usable_threads(int threads) {
 #endif
 }
 
-// `work`: elements in all; below a few pages a second thread costs more than it brings.
+// Calls Op::row() for all rows. work: the total number of elements; below 16,384, starting a thread costs more than it
+// saves.
 template <class Op>
 void for_rows(const typename Op::Args& args, int64_t T, int64_t work, int threads) {
   auto row = row_baseline<Op>;
@@ -68,7 +74,7 @@ void for_rows(const typename Op::Args& args, int64_t T, int64_t work, int thread
   for (int64_t t = 0; t < T; t++) row(args, t);
 }
 
-// Calls run<D>() with the storage type of `dtype`.
+// Calls run(D{}) with the storage type (simd.h) of `dtype`.
 template <class F>
 auto with_dtype(DType dtype, F run) {
   if (dtype == kBFloat16) return run(BFloat16{});

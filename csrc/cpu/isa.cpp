@@ -1,3 +1,4 @@
+// Which instruction set the CPU kernels use: the best one that this CPU supports, unless set_isa() chose another.
 #include <atomic>
 
 #include "dispatch.h"
@@ -11,7 +12,7 @@ namespace {
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
 
 bool supported(Isa isa) {
-#if defined(__x86_64__)  // what ENTCOV_AVX2 and ENTCOV_AVX512 (dispatch.h) let the compiler use
+#if defined(__x86_64__)  // the features that ENTCOV_AVX2 and ENTCOV_AVX512 (dispatch.h) enable
   if (isa == Isa::avx2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
            __builtin_cpu_supports("bmi2");

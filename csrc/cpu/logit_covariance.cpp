@@ -1,7 +1,12 @@
-// Two logit tensors -> CovarianceStats of every row (../logit_covariance.h): one read of each, two exponentials a column.
+// Two logit tensors -> CovarianceStats of every row (../logit_covariance.h), in one pass over both with two
+// exponentials per column.
 //
-// Chunks, the sweep against the maxima so far, the second and exact one, and the order of additions are those of
-// row_stats.cpp; a chunk is swept again when it holds a new maximum on either side.
+// Memory. Reads 2 sizeof(storage) bytes per column, writes 32 bytes per row, and 16 more if the rows are whole.
+//
+// Parallelisation. One thread per row. A row is walked in chunks as in row_pass.h; a chunk is summed a second time if
+// it holds a new maximum of either tensor.
+//
+// Numerics. The order of additions is that of row_pass.h: fp32 within a chunk, double over chunks.
 #include "dispatch.h"
 
 namespace entcov::cpu {
@@ -9,19 +14,19 @@ namespace {
 
 constexpr int kChunk = 2048;
 constexpr int kLaneAdditions = 16;
-constexpr float kUnits = 1 / kChangeUnit;  // of the sums of d in a logit
+constexpr float kUnits = 1 / kChangeUnit;  // a logit times kUnits is in the unit of sum_d and sum_xd
 
 struct Sums {
   double sum_exp_m1_old = 0, sum_xexp_old = 0, sum_exp_m1_new = 0, sum_xexp_new = 0, sum_d = 0, sum_xd = 0;
 };
 
-// One side of a row: its running maximum, and the finite shift that stands for it.
+// The running maximum of one of the two rows, and the finite value that is subtracted from its logits.
 struct Side {
   float max = -INFINITY;
   float shift() const { return max == -INFINITY ? 0.0f : max; }
 };
 
-// Moves the sums to larger maxima (unequal to before on one side at least).
+// Rescales the sums to larger maxima; at least one of the two differs from before.
 inline void rescale(Sums& s, float old_from, float old_to, float new_from, float new_to, double inv_temperature) {
   const auto factor = [&](float from, float to, double& d) {
     d = from == -INFINITY ? -INFINITY : (double(from) - double(to)) * inv_temperature;
@@ -33,7 +38,7 @@ inline void rescale(Sums& s, float old_from, float old_to, float new_from, float
   const double k_old = factor(old_from, old_to, d_old), k_new = factor(new_from, new_to, d_new);
   const double total_old = 1 + s.sum_exp_m1_old, total_new = 1 + s.sum_exp_m1_new;
   if (k_old > 0) {
-    // d gains by the new maxima what it loses by the old ones. Both new ones may be -inf: they have not moved.
+    // The change of d, in units of kChangeUnit. new_from and new_to may both be -inf; their difference is then 0.
     const double moved = ((new_from == new_to ? 0 : double(new_from) - double(new_to)) -
                           (old_from == old_to ? 0 : double(old_from) - double(old_to))) *
                          kUnits;
@@ -42,8 +47,10 @@ inline void rescale(Sums& s, float old_from, float old_to, float new_from, float
   } else {
     s.sum_xd = s.sum_d = 0;
   }
-  if (old_from != old_to) s.sum_xexp_old = (s.sum_xexp_old + d_old * total_old) * k_old, s.sum_exp_m1_old = total_old * k_old;
-  if (new_from != new_to) s.sum_xexp_new = (s.sum_xexp_new + d_new * total_new) * k_new, s.sum_exp_m1_new = total_new * k_new;
+  if (old_from != old_to)
+    s.sum_xexp_old = (s.sum_xexp_old + d_old * total_old) * k_old, s.sum_exp_m1_old = total_old * k_old;
+  if (new_from != new_to)
+    s.sum_xexp_new = (s.sum_xexp_new + d_new * total_new) * k_new, s.sum_exp_m1_new = total_new * k_new;
 }
 
 template <class D>
@@ -96,7 +103,7 @@ struct CovarianceStatsOp {
     }
   };
 
-  // Adds n columns to the sums. max_old, max_new: theirs.
+  // Adds n columns to the sums, and sets max_old and max_new to the maxima of these columns.
   template <int W, bool kLeaveMaxOut>
   static ENTCOV_INLINE void sweep(const storage* old_row, const storage* new_row, int n, float shift_old,
                                   float shift_new, float inv_temperature, Sums& s, float& max_old, float& max_new) {

@@ -1,9 +1,15 @@
-// The gradient of covariance, entropy change and KL (../logit_covariance.h) with respect to the new logits: one read of
-// both tensors, one write. With p, q the old and new policy, S = 1 + sum_exp_m1, Ex and Ez the means of x and z under them:
+// The gradient of covariance, entropy change and KL (../logit_covariance.h) with respect to the new logits, in their
+// dtype: one pass, two exponentials per column. With temperature T, p and q the old and new policy, Ex = E_p[x], Ez =
+// E_q[z]:
 //
 //   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_kl (q - p) } = e^x (a + b x) + e^z (a' + b' z)
 //
-// with four coefficients a row. Where a logit is -inf its exponential is exactly 0 and x (or z) finite.
+// with four coefficients per row.
+//
+// Memory. Reads 2 sizeof(storage) bytes per column, writes sizeof(storage). The logits of rows that are masked, or
+// whose incoming gradients are 0, are not read. Parallelisation: one thread per row.
+//
+// Numerics. exp_nonpositive() makes e^x of a logit of -inf exactly 0 and limits x to -88, so no product is NaN.
 #include <algorithm>
 #include <cmath>
 

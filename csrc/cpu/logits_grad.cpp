@@ -1,17 +1,21 @@
-// The gradient of logprob, entropy and clamped entropy with respect to the logits: one read, one write, one exponential
-// a logit. With y = (x - max) / T, S = 1 + sum_exp_m1, Ey = sum_xexp / S (the mean of y under p, so log p + H = y - Ey):
+// The gradient of logprob, entropy and clamped entropy with respect to the logits, in their dtype: one pass, one
+// exponential per logit. With temperature T, y = (x - max) / T, S = 1 + sum_exp_m1 and Ey = sum_xexp / S, so that
+// log p + H = y - Ey:
 //
 //   dz = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_k + H_k) },   p = e^y / S,  p_k = e^{y - L_k}
-//      = e^y { (a + b y) + w (a_k + b_k y) }  + the target's own 1/T g_lp
+//      = e^y { (a + b y) + w (a_k + b_k y) }  + 1/T g_lp in the target's column
 //
-// with four coefficients a row; w is 1 above the clamp's threshold, `frac` on it, 0 below. y - Ey instead of log p + H
-// spares a cancellation: in a peaked row both of those are small differences of L. A logit at -inf has e^y = 0 exactly
-// and a finite y, so its gradient is 0.
+// with four coefficients per row. w is 1 above the clamp's threshold, the weight of the ties at it, and 0 below it.
 //
-// The target's column is done once more in double: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1.
+// Memory. Reads sizeof(storage) bytes per logit and about 44 bytes per row, writes sizeof(storage) bytes per logit. The
+// logits of rows whose incoming gradients are 0 are not read. Parallelisation: one thread per row.
 //
-// The statistics are those of the logits as they were in the forward pass, and hold the target's logit with all its bits.
-// If the logits hold another one now, they have been written since: the gradient would be wrong, and the row is reported.
+// Numerics. y - Ey replaces log p + H, which cancels in a peaked row, where both are small differences of L. A logit of
+// -inf has e^y = 0 exactly and a finite y, so its gradient is 0. The target's column is computed separately in double:
+// 1 - p is -expm1(log p), which keeps its digits as p -> 1.
+//
+// The statistics contain the target's logit of the forward pass, with all its bits. A different target's logit shows
+// that the logits were written after the forward pass: the gradient would be wrong, so the first such row is an error.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -35,12 +39,12 @@ struct LogitsGradOp {
     const float* clamp;
     storage* grad;
     int64_t grad_row_stride;
-    int64_t* changed;  // the first row whose target has another logit than in `stats`; not looked for where grad is logits
+    int64_t* changed;  // the first row whose target's logit differs from `stats`; not checked if grad is logits
   };
 
   struct Coefficients {
-    float max, inv_temperature, a, b;        // of e^y and y e^y
-    float threshold, tie_weight, a_k, b_k;   // the same over the kept tokens
+    float max, inv_temperature, a, b;       // a and b: of e^y and y e^y
+    float threshold, tie_weight, a_k, b_k;  // a_k and b_k: the same for kept tokens
   };
 
   template <int W>
@@ -57,6 +61,7 @@ struct LogitsGradOp {
     return e * factor;
   }
 
+  // Atomic minimum: *changed = min(*changed, t).
   static void report(int64_t* changed, int64_t t) {
     int64_t seen = __atomic_load_n(changed, __ATOMIC_RELAXED);
     while (t < seen && !__atomic_compare_exchange_n(changed, &seen, t, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -75,7 +80,8 @@ struct LogitsGradOp {
     }
     const storage* x = a.logits + t * a.row_stride;
     const float* s = a.stats + t * a.fields;
-    const double inv_t = a.spec.inv_temperature, sum = 1.0 + s[1], log_sum = std::log1p(double(s[1])), mean_y = s[2] / sum;
+    const double inv_t = a.spec.inv_temperature, sum = 1.0 + s[1];
+    const double log_sum = std::log1p(double(s[1])), mean_y = s[2] / sum;
 
     Coefficients c{};
     c.max = s[0];
@@ -94,7 +100,7 @@ struct LogitsGradOp {
     if (std::isnan(c.a + c.b + c.a_k + c.b_k + c.max)) {
       std::fill_n(g, n, narrow_one<D>(NAN));
     } else {
-      // The target's column first: grad may overwrite logits.
+      // The target's column comes first, because grad may overwrite logits.
       const int64_t local = a.spec.column_of(a.target[t]);
       const bool mine = local >= 0 && local < n;
       double at_target = 0;

@@ -1,5 +1,11 @@
-// What stands around the all-gather of a sharded call: a rank's message, and the merge of all messages in the order of
-// the ranks, so that every rank gets the same bits.
+// Before and after the all-gather of a sharded call: message() assembles what a rank sends, and merge_row_stats() and
+// merge_covariance_stats() merge the gathered messages of all ranks into statistics and outputs of whole rows.
+//
+// Memory. A merge reads 4 fields bytes per row and rank (fields: 4, 7 or 8), and writes as much plus the outputs per
+// row.
+// Parallelisation: rows are distributed over threads.
+//
+// Numerics. Messages are merged in the order of the ranks, so every rank computes the same bits.
 #include "dispatch.h"
 
 namespace entcov::cpu {
@@ -11,7 +17,7 @@ bool all_agree(const Messages& messages, int64_t vocab_size) {
   return true;
 }
 
-// Calls row(t) for every row, over threads where that pays.
+// Calls row(t) for every row; over several threads if there is enough work.
 template <class F>
 void for_merged_rows(const Messages& messages, int threads, F row) {
   threads = usable_threads(threads);

@@ -1,14 +1,14 @@
-// The pass over a row of logits that the CPU's statistics are made by: one read of memory, one exponential a logit. It gives
-// RowStats and, where a threshold is given (kAbove), the same sums over the logits above it: no further exponential, but two
-// masked additions a vector.
+// RowPass: the CPU's pass over one row of logits. It computes RowStats and, with kAbove, the same sums over the logits
+// above a threshold. It reads the row once from memory and computes one exponential per logit; kAbove adds two masked
+// additions per vector.
 //
-// A row is walked in chunks. The running maximum settles within the first few of them, so a chunk is summed in one
-// sweep against the maximum known so far, and its own maximum is found on the way. Only where that turns out larger is
-// the chunk summed again (its data is in L1), against its own maximum and leaving out one occurrence of it; the sums
-// before are rescaled. About log(chunks) chunks of a row in random order need that.
+// A row is walked in chunks of 2,048 logits. A chunk is summed in one sweep relative to the maximum of the chunks
+// before, and its own maximum is found in the same sweep. Only if that is larger, the sums before are rescaled to it,
+// and the chunk is summed again from L1, leaving out one occurrence of the maximum. In a row in random order about
+// log(chunks) chunks are summed twice.
 //
-// Sums of many equal terms round the same way every time, so fp32 additions are kept few: 16 in a lane, then the block
-// is added to the lanes of the chunk, and the chunk to a double. The error does not grow with the vocabulary.
+// Numerics. Since many equal terms round in the same direction, chains of fp32 additions are short: 16 in a lane, then
+// over the blocks and lanes of a chunk. Chunks are added in double, so the error does not grow with the vocabulary.
 #pragma once
 
 #include "dispatch.h"
@@ -18,7 +18,7 @@ namespace entcov::cpu {
 constexpr int kChunk = 2048;
 constexpr int kLaneAdditions = 16;
 
-// Relative to a maximum, one occurrence of which is left out.
+// The sums of RowStats in double, relative to a maximum, of which one occurrence is left out of the *_m1 sums.
 struct Sums {
   double sum_exp_m1 = 0, sum_xexp = 0, sum_exp2_m1 = 0, sum_xexp2 = 0, sum_x2exp = 0;
   double sum_exp_m1_above = 0, sum_xexp_above = 0;  // over the logits above the threshold
@@ -28,7 +28,7 @@ template <class D, int W, bool kMoments, bool kAbove>
 struct RowPass {
   using storage = typename D::storage;
 
-  float inv_temperature, threshold;  // the latter for kAbove
+  float inv_temperature, threshold;  // threshold: used with kAbove only
   float max = -INFINITY;
   Sums total;
 
@@ -38,7 +38,7 @@ struct RowPass {
   struct Lanes {
     f32<W> e{}, xe{}, e2{}, xe2{}, x2e{}, e_above{}, xe_above{};
 
-    // kLeaveMaxOut: lanes that hold the maximum itself are counted instead of added.
+    // kLeaveMaxOut: elements equal to the maximum (shift) are counted instead of added.
     template <bool kLeaveMaxOut>
     ENTCOV_INLINE void add(f32<W> x, float shift, const RowPass& pass, i32<W>& at_max) {
       f32<W> y = (x - shift) * pass.inv_temperature;
@@ -49,12 +49,12 @@ struct RowPass {
         w = is_max ? f32<W>{} : w;
       }
       e += w, xe += y * w;
-      if constexpr (kMoments) {  // y * w is not shared, so xe has the same bits with and without moments
+      if constexpr (kMoments) {  // computed apart from xe, so that xe has the same bits as without moments
         const f32<W> w2 = w * w;
         e2 += w2, xe2 += y * w2, x2e += (y * y) * w;
       }
       if constexpr (kAbove) {
-        // Two selections of w in a row would fall apart into scalars; so the second is a product where there are two.
+        // GCC turns two successive selections of w into scalar code, so with kLeaveMaxOut the second is a product.
         const f32<W> one = splat<W>(1), zero{}, limit = splat<W>(pass.threshold);
         const f32<W> kept = kLeaveMaxOut ? w * (x > limit ? one : zero) : x > limit ? w : zero;
         e_above += kept, xe_above += y * kept;
@@ -75,7 +75,8 @@ struct RowPass {
     }
   };
 
-  // Adds n elements to the sums and returns their maximum. A NaN does not count for the maximum; it is in the sums.
+  // Adds n elements to the sums s, relative to `shift`. kLeaveMaxOut = false: returns their maximum, ignoring NaN.
+  // true: adds the number of elements equal to `shift` to at_max instead, and the result is -inf.
   template <bool kLeaveMaxOut>
   ENTCOV_INLINE float sweep(const storage* x, int n, float shift, Sums& s, double& at_max) const {
     Lanes lanes;
@@ -109,12 +110,12 @@ struct RowPass {
     return reduce_max<W>(m);
   }
 
-  // The sums move from the shift `max` to the larger one `to`; what was the maximum is then a term like any other.
+  // Rescales the sums from `max` to the larger maximum `to`, and adds the term of `max` that was left out.
   ENTCOV_INLINE void rescale(float to) {
     if (max == -INFINITY) return;
     Sums& s = total;
     const double d = (double(max) - double(to)) * inv_temperature, k = std::exp(d);
-    if (k == 0) {  // out of sight; keeps a NaN
+    if (k == 0) {  // the factor underflows; a NaN stays
       const double nan_or_zero = s.sum_exp_m1 * 0;
       s = Sums{};
       s.sum_exp_m1 = nan_or_zero;
@@ -149,7 +150,7 @@ struct RowPass {
     }
     rescale(m);
     max = m;
-    // Nothing finite yet: any finite shift does, and every -inf still counts as 0, every NaN as NaN.
+    // Without a finite logit so far, any finite shift works: -inf still adds 0, and NaN adds NaN.
     const float shift = max == -INFINITY ? 0.0f : max;
     sweep<true>(x, n, shift, total, at_max);
     if (max != -INFINITY) at_max -= 1;
@@ -158,7 +159,7 @@ struct RowPass {
     if (kAbove && max > threshold) total.sum_exp_m1_above += at_max;
   }
 
-  // Adds all of a row; calls each(first, n) for every chunk while it is in the cache.
+  // Adds a whole row, and calls each(first, n) for every chunk while it is in L1.
   template <class Each>
   ENTCOV_INLINE void add_row(const storage* x, int64_t columns, Each each) {
     for (int64_t at = 0; at < columns; at += kChunk) {

@@ -1,4 +1,8 @@
-// logits -> RowStats of every row (../row_stats.h), one read of memory and one exponential a logit: row_pass.h.
+// logits -> RowStats of every row (../row_stats.h), in one pass with one exponential per logit (row_pass.h, which also
+// describes the numerics).
+//
+// Memory. Reads sizeof(storage) bytes per logit, writes 16 bytes per row (28 with moments), and 8 bytes of outputs (20
+// with moments) if the rows are whole. Parallelisation: one thread per row.
 #include "row_pass.h"
 
 namespace entcov::cpu {

@@ -1,6 +1,6 @@
-// Vectors of W floats for every instruction set, from GCC's vector extensions: W is 16 (AVX-512), 8 (AVX2) or 4.
-// Everything here is always_inline and takes its instruction set from the function it ends up in (dispatch.h).
-// bf16 and fp16 are converted with integer arithmetic, so no instruction set needs to know them.
+// Vectors of W floats by GCC's vector extensions: W is 16 (AVX-512), 8 (AVX2) or 4 (baseline). All functions are
+// always_inline, so they are compiled for the instruction set of the function they are inlined into (dispatch.h).
+// bf16 and fp16 are converted by integer arithmetic, which every instruction set has.
 #pragma once
 
 #include <cmath>
@@ -34,7 +34,7 @@ ENTCOV_INLINE f32<W> splat(float value) {
   return f32<W>{} + value;
 }
 
-// a where a > b, else b: b's NaN is kept and a's is dropped.
+// a where a > b, else b. A NaN in b is returned, a NaN in a is ignored.
 template <int W>
 ENTCOV_INLINE f32<W> larger(f32<W> a, f32<W> b) {
   return a > b ? a : b;
@@ -54,11 +54,12 @@ ENTCOV_INLINE double reduce_add(f32<W> v) {  // pairwise, in a fixed order
   return v[0];
 }
 
-// -88, defined in isa.cpp: GCC 12 makes one vmaxps of larger() with an opaque value, two instructions with a constant.
+// -88. Defined in isa.cpp, because GCC 12 compiles larger() to one vmaxps with an opaque value, but to two instructions
+// with a constant.
 extern const float kExpCutoff;
 
-// e^y for y <= 0. Relative error <= 1e-7 down to e^-87.3; below -87.7, and at -inf, exactly 0. e^0 is exactly 1.
-// NaN gives NaN. `y` is raised to -88 in place where it is lower, so that y e^y is 0 there and not -inf * 0.
+// e^y for y <= 0. Relative error <= 1e-7 for y >= -87.3; exactly 0 for y < -87.7, exactly 1 for y = 0, NaN for NaN.
+// Values of y below -88 are replaced by -88 in place, so that y e^y is 0 and not -inf * 0.
 template <int W>
 ENTCOV_INLINE f32<W> exp_nonpositive(f32<W>& y) {
   y = larger<W>(splat<W>(kExpCutoff), y);
@@ -78,15 +79,16 @@ ENTCOV_INLINE f32<W> exp_nonpositive(f32<W>& y) {
   return p * scale;
 }
 
-// Storage types. The unit of work is 2W elements, read as two vectors and written back the same way. Which element goes
-// to which lane is the type's own affair, as long as narrow() undoes widen(): 16-bit types take the even columns in one
-// vector and the odd ones in the other, which costs a shift and a mask where ordered lanes would cost shuffles.
+// Storage types. 2W elements are read as two vectors by widen(p, a, b) and written by narrow(p, a, b). Each type
+// chooses which element goes to which lane; narrow() is the inverse of widen(). 16-bit types put even columns into a
+// and odd ones into b, which takes a shift and a mask, while ordered lanes would take shuffles. widen(p) reads W
+// elements in order.
 
 struct Float32 {
   using storage = float;
   static constexpr float kMinusInfinity = -INFINITY;
   template <int W>
-  static ENTCOV_INLINE f32<W> widen(const storage* p) {  // W elements in their order
+  static ENTCOV_INLINE f32<W> widen(const storage* p) {
     f32<W> v;
     memcpy(&v, p, sizeof v);
     return v;
@@ -119,7 +121,7 @@ struct BFloat16 {
     a = (f32<W>)(pairs << 16);
     b = (f32<W>)(pairs & 0xffff0000u);
   }
-  // To nearest even. A NaN whose payload is all ones would wrap around; the kernels never pass one.
+  // Rounds to nearest even. A NaN whose payload is all ones would wrap around; the kernels never pass one.
   template <int W>
   static ENTCOV_INLINE u32<W> rounded(f32<W> v) {
     const u32<W> u = (u32<W>)v;
@@ -135,7 +137,7 @@ struct BFloat16 {
 struct Float16 {
   using storage = uint16_t;
   static constexpr storage kMinusInfinity = 0xfc00;
-  // No fp32 denormal appears on the way, so the result is the same when the CPU flushes them.
+  // No intermediate value is an fp32 denormal, so the result does not depend on whether the CPU flushes denormals.
   template <int W>
   static ENTCOV_INLINE f32<W> widen_half(u32<W> h) {
     const u32<W> magnitude = (h & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
@@ -146,7 +148,7 @@ struct Float16 {
     r = (i32<W>)exponent == 0 ? (u32<W>)tiny : r;
     return (f32<W>)(r | ((h & 0x8000u) << 16));
   }
-  // To nearest even, with denormals; too large becomes inf.
+  // Rounds to nearest even, with denormals; values that are too large become inf.
   template <int W>
   static ENTCOV_INLINE u32<W> narrow_half(f32<W> v) {
     const u32<W> u = (u32<W>)v, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
@@ -178,7 +180,7 @@ struct Float16 {
   }
 };
 
-// The next 2W elements, of which `left` exist; the others read as -inf, which no sum sees.
+// The next 2W elements, of which `left` exist. The others are -inf, which adds 0 to every sum.
 template <class D, int W>
 ENTCOV_INLINE void load(const typename D::storage* p, int64_t left, f32<W>& a, f32<W>& b) {
   if (left >= 2 * W) return D::template widen<W>(p, a, b);
@@ -195,7 +197,7 @@ ENTCOV_INLINE void store(typename D::storage* p, int64_t left, f32<W> a, f32<W> 
   memcpy(p, padded, left * sizeof *p);
 }
 
-// The last n < W elements of a row in their order; the other lanes read as -inf.
+// The last n < W elements of a row in order; the other lanes are -inf.
 template <class D, int W>
 ENTCOV_INLINE f32<W> widen_tail(const typename D::storage* p, int n) {
   typename D::storage padded[W];

@@ -1,23 +1,24 @@
-// logits of whole rows -> RowStats and clamp of every row: about one read of memory, one exponential a logit and one
-// more for every logit near the threshold. clamp is (threshold as a raw logit, weight of the logits equal to it,
-// L_K, H_K), docs/math.md (10) and (11); it is what logits_grad takes.
+// logits of whole rows -> RowStats and the clamp of every row (../clamp.h). The clamp is (threshold as a raw logit,
+// weight of the logits equal to it, L_K, H_K), docs/math.md (10) and (11); logits_grad takes it.
 //
-// Memory: sizeof(T) bytes a logit, 5 % more for the sample; 32 bytes a row out. A row is one block's work, from its
-// sample to its result, so nothing between them goes through memory, no row waits for another one, and what has to be
-// read again is decided here, without the host.
+//   1. A sample of 1 in 20 sectors gives a bracket: 3.2 standard deviations on either side of the threshold's expected
+//      rank in the sample.
+//   2. One pass over the row with the bracket (device/bracket_pass.cuh). In about one row of a thousand the bracket
+//      misses the threshold: then a second pass, with the sample's next range on the side where the threshold lies.
+//   3. Radix selection of the threshold among the listed logits, by 11, 11 and 10 bits of their keys. The sums over the
+//      listed logits above the threshold are added to the sums above the bracket.
 //
-//   1. A sample of 1 in 20 sectors gives a bracket, about three standard deviations of the sample on either side of the
-//      threshold's rank.
-//   2. One pass (device/bracket_pass.cuh) with that bracket. It misses the threshold in about one row of a thousand: then once more,
-//      with the next part of the sample on the side where the threshold must be.
-//   3. The threshold is found among the listed logits by radix selection, 11, 11 and 10 bits of their keys, and the sums
-//      of those above it are added to the sums above the bracket.
+// If a list overflows (there are thousands of equal logits, and others, in the bracket), or after a second miss, the
+// row is counted: 8,192 counters over a range of keys, then over the range of one counter, at most three times, until
+// that range is one value or fits a list; then a last pass. In the worst case a row is read six times, for any data.
 //
-// A list that overflows (thousands of equal logits among others in the bracket), or a second miss: the row is counted out.
-// 8,192 counters over a range of keys, then over one counter's range, at most three times, until what is left is one
-// value or fits a list; and a last pass. That is six reads in the worst case, for any data whatever.
+// Memory. Reads sizeof(T) bytes per logit, and 5 % more for the sample; writes 44 bytes per row (stats, clamp, three
+// outputs). One exponential per logit, and one more per listed logit above the threshold.
 //
-// Bits: every sum has a fixed order, and nothing depends on which thread comes first.
+// Parallelisation. One block computes a row from its sample to its result. So intermediate data stays in shared memory,
+// rows do not wait for each other, and whether a row is read again is decided on the device.
+//
+// Numerics. Sums as in row_stats.cu. Every sum of floats has a fixed order, so the bits do not depend on the schedule.
 #include "device/bracket_pass.cuh"
 
 namespace entcov::cuda {
@@ -59,16 +60,16 @@ __device__ __forceinline__ RowBrackets initial_brackets(const Reader<T, kAligned
   const KeyRange all{kLowestKey, kHighestKey};
   if (count <= kUnsampledColumns) return {all, all, all};  // fits the list
   const int m = take_sample<T, kAligned>(reader, row, count, shared.sample);
-  // A list that is 70 % full, so that no warp's is full.
+  // An expected 70 % of the lists' capacity, so that no warp's list overflows.
   const SampleRanks ranks = sample_ranks(kept, count, m, 0.7f * (kWarps * kListOfWarp<T>));
   select_from_sample(shared.sample, m, 4, [&](int n) { return ranks.rank(n); }, shared.selection);
   const RowBrackets brackets = row_brackets(ranks, shared.selection.upper, kSpareBits<T>);
-  __syncthreads();  // the list takes the sample's place
+  __syncthreads();  // the list overwrites the sample
   return brackets;
 }
 
-// A bracket that holds the rank-th largest element of a bracket, and either one value or no more than a warp can list;
-// by counting.
+// By counting: a subrange of `within` that contains its rank-th largest element, and either is a single key or contains
+// at most as many elements as one warp can list.
 template <class T, bool kAligned>
 __device__ __forceinline__ KeyRange find_threshold_range(const Reader<T, kAligned>& reader, int count, KeyRange within,
                                                          uint32_t rank, Shared& shared) {
@@ -93,7 +94,7 @@ __device__ __forceinline__ KeyRange find_threshold_range(const Reader<T, kAligne
   }
 }
 
-// The rank-th largest of the listed elements: its key, the rank among its equals, and how many they are.
+// The rank-th largest of the listed elements: its key (as counter), its rank among equal elements, and their number.
 template <class T>
 __device__ __forceinline__ Place radix_select(Shared& shared, uint32_t rank) {
   uint32_t prefix = 0, mask = 0;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
   for (int passes = 1;; passes++) {
     p = pass_over<T, kAligned>(reader, count, key_value(b.lo), key_value(b.hi), c, shared.listed<T>(),
                                shared.pass);
-    // Thread 0 knows the sums: a NaN, or nothing finite, and there is no threshold.
+    // A row with a NaN or without a finite logit has no threshold. Only thread 0 has the sums, so it broadcasts.
     if (thread == 0) {
       const bool off = p.max == -INFINITY || p.max == INFINITY || p.e != p.e || !a.spec.is_token(target);
       shared.selection.place = {off ? 1u : 0u, 0u, 0u};
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
     return;
   }
 
-  // [above hi][listed, descending]: the threshold is the kept-th.
+  // The threshold's key. If the bracket is a single key, all elements inside are equal.
   Place at{b.lo, kept - p.above, p.inside};
   if (b.lo != b.hi) at = radix_select<T>(shared, kept - p.above);
   const float threshold = key_value(at.counter);
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
   Team<kWarps, 2>{thread}.sum(sums, shared.sums);
   if (thread != 0) return;
 
-  const float others = p.at_max - 1.0f;  // that equal the maximum, without the one left out
+  const float others = p.at_max - 1.0f;  // elements equal to max, without the one left out
   store_row({p.max, p.e + others, p.te * kLn2, Element<T>::widen(row[target])}, t, kRowStatsFields,
             a.spec.inv_temperature, a.stats, a.outputs);
   finish_clamp(threshold, at.rank, at.count, p.max, others + (p.kept_e + sums[0]), (p.kept_te + sums[1]) * kLn2,

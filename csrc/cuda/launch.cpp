@@ -1,3 +1,4 @@
+// launch.h: the message of a failed launch; and segments() of kernels.h.
 #include "launch.h"
 
 #include <cstdio>

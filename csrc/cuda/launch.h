@@ -1,11 +1,17 @@
-// How a kernel is launched, how its failure is told, and how rows are shared out over blocks.
+// How a row is divided among threads, and how a kernel is launched.
 //
-// Work comes in units: one segment of one row, done by a team of warps. The number of segments and the size of the team
-// follow from the number of columns alone, so the order of additions in a row, and with it every bit of its result, does
-// not depend on how many rows there are. A short row is one warp's work and eight of them share a block; a longer one is
-// a block's. A row of up to kSegmentColumns is one segment: 40,960 logits keep a block busy for tens of microseconds,
-// which hides its start and its end behind the other blocks of the multiprocessor, and a vocabulary of 152,064 still
-// gives 4 units a row.
+// A row is cut into segments. A unit is one segment of one row; it is computed by a team, which is one warp or one
+// block of 256 threads. The number of segments and the size of the team depend on the number of columns alone. So the
+// order of additions within a row, and every bit of its result, is independent of the number of rows.
+//
+//   columns                team          segments per row    units per block
+//   <= 2,048               a warp        1                   8
+//   <= 40,960              a block       1                   1
+//   more                   a block       ceil(columns / 40,960), of nearly equal length
+//
+// 40,960 logits keep a block busy for tens of microseconds, so its start and end overlap with the other blocks on the
+// multiprocessor; a vocabulary of 152,064 still gives 4 units per row. Segments of a row are merged by a second, small
+// launch (merge.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,15 +25,14 @@ namespace entcov::cuda {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kOneWarpColumns = 2048;    // rows up to here are one warp's
+constexpr int64_t kOneWarpColumns = 2048;  // the longest row that one warp computes
 constexpr int64_t kSegmentColumns = 40960;
-constexpr int64_t kSegmentMultiple = 128;    // a segment starts as well aligned as its row does
+constexpr int64_t kSegmentMultiple = 128;  // every segment is aligned to 16 bytes if its row is
 
-// How the columns of a row are cut.
 struct Cut {
-  int segments;    // of a row
-  int64_t length;  // columns of a segment; the last one may have fewer
-  bool one_warp;   // a warp does a segment, not a block
+  int segments;    // per row
+  int64_t length;  // columns of a segment; the last one may be shorter
+  bool one_warp;   // whether the team is a warp
   int64_t blocks(int64_t rows) const {
     const int64_t units = rows * segments;
     return one_warp ? (units + kWarps - 1) / kWarps : units;
@@ -43,15 +48,17 @@ inline Cut cut(int64_t columns) {
   return c;
 }
 
-// What a failed launch was, for Python. Clears the error from the runtime, so that nobody else reports it as theirs.
+// The message of a failed launch. Clears the runtime's last error, so that a later, unrelated check does not report it.
 Error describe_failure(cudaError_t error, const char* kernel, int64_t blocks, int threads);
 
-// A compile-time choice handed to a generic lambda.
+// A boolean template argument, passed to a generic lambda as an argument.
 template <bool kValue>
 struct Bool {
   static constexpr bool value = kValue;
 };
 
+// Enqueues kernel(args) with `blocks` blocks of kThreads threads on the stream. Returns null, or the message of the
+// failure, which names the kernel `name`. With blocks = 0 it does nothing.
 template <class Args>
 Error launch(const char* name, void (*kernel)(Args), int64_t blocks, cudaStream_t stream, const Args& args) {
   if (blocks == 0) return nullptr;

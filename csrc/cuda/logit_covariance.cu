@@ -1,13 +1,16 @@
-// Two logit tensors -> CovarianceStats of every row (../logit_covariance.h): one read of each, two exponentials a column.
+// Two logit tensors -> CovarianceStats of every row (../logit_covariance.h), in one pass over both with two
+// exponentials per column.
 //
-// Segments, tiles and the two paths are those of row_stats.cu; a group takes the slow path when it reaches the reference
-// of either side. The change d of a logit is summed raw, relative to the change of the references, and scaled at the end.
-// A column of probability 0 before is left out of the sums of d, whatever it is afterwards. Where the sums of d overflow,
-// by logits near 1e38 or one that became -inf, they are taken once more, with each logit in units of kChangeUnit.
+// Memory. Reads 2 sizeof(T) bytes per column, writes 32 bytes per row, or per segment if rows are cut. The outputs of
+// whole rows are computed by a second launch (merge_covariance_segments): here they would take registers from the loop.
 //
-// The outputs of whole rows are the merge's work: in this kernel they would take registers from the loop.
+// Parallelisation. Segments, tiles and the fast and slow path are those of row_stats.cu. A group takes the slow path if
+// it reaches the reference of either tensor.
 //
-// Memory: 2 sizeof(T) bytes a column in, 32 bytes a row out (as much per segment where rows are cut).
+// Numerics. The change d of a logit is summed raw, relative to the change of the references, and scaled at the end. A
+// column with probability 0 in the old policy is left out of the sums of d, whatever its new logit is. If a sum of d
+// overflows, because of logits near 1e38 or a logit that became -inf, the sums of d are computed again in a second pass
+// with every logit in units of kChangeUnit.
 #include "merge.cuh"
 #include "device/sums.cuh"
 #include "device/block_reduction.cuh"
@@ -15,7 +18,7 @@
 namespace entcov::cuda {
 namespace {
 
-constexpr int kVectors = 2;  // of each tensor in flight a thread, and added after one comparison with the references
+constexpr int kVectors = 2;  // vectors of each tensor that a thread loads before it uses them: one group
 
 struct CovarianceStatsArgs {
   const void *logits_old, *logits_new;  // [T, num_columns]
@@ -29,8 +32,8 @@ struct CovarianceStatsArgs {
 struct PairSums {
   static constexpr int kCount = 8;
   Sums before, after;
-  float change;               // of the references, which d is relative to. A side without a finite element stands at 0
-  float d = 0.0f, td = 0.0f;  // sum 2^t d, sum t 2^t d over all elements, with t of the old logits
+  float change;  // new reference - old reference, 0 for a reference of -inf; d of an element is relative to it
+  float d = 0.0f, td = 0.0f;  // sum 2^t d and sum t 2^t d over all elements, with t of the old logits
 
   __device__ __forceinline__ void refer_to(float old_max, float new_max, float c) {
     before.refer_to(old_max, c), after.refer_to(new_max, c);
@@ -54,12 +57,12 @@ struct PairSums {
     if (a != 0.0f) after.move(-a);
   }
 
-  // From exact sums to exact ones relative to maxima as large or larger.
+  // Rescales corrected sums to maxima that are as large or larger.
   __device__ __forceinline__ void raise(float old_max, float new_max, float c) {
     PairSums next;
     next.refer_to(old_max, new_max, c);
     const float moved = change - next.change;
-    if (moved != 0.0f) {  // every d gains it
+    if (moved != 0.0f) {  // every d increases by it
       td += moved * before.te;
       d += moved * (before.e + before.at_max);
     }
@@ -69,7 +72,7 @@ struct PairSums {
       if (dt > kExp2Floor) {
         move_before(dt);
       } else {
-        d = td = 0.0f;  // they may be infinite
+        d = td = 0.0f;  // not by multiplication: they may be infinite
         before.move(kExp2Floor);
       }
     }
@@ -82,7 +85,7 @@ struct PairSums {
 
   template <class T, bool kSlow>
   __device__ __forceinline__ void add(const uint4 (&u)[kVectors], const uint4 (&v)[kVectors], float c) {
-    float2 sp, stp, sq, szq, spd, stpd;  // of the even and of the odd columns
+    float2 sp, stp, sq, szq, spd, stpd;  // x: sums over the even columns, y: over the odd ones
 #pragma unroll
     for (int g = 0; g < kVectors; g++) {
       float2 x[kVector<T> / 2], y[kVector<T> / 2];
@@ -105,7 +108,8 @@ struct PairSums {
     d += spd.x + spd.y, td += stpd.x + stpd.y;
   }
 
-  // A group that reaches a reference or exceeds it; or without anything finite on one side.
+  // Adds a group with an element at or above a reference, or one before the thread has seen a finite element of a
+  // tensor.
   template <class T>
   __device__ __forceinline__ void add_slowly(const uint4 (&u)[kVectors], const uint4 (&v)[kVectors], float old_top,
                                              float new_top, float c) {
@@ -116,7 +120,7 @@ struct PairSums {
       refer_to(old_max, new_max, c);
       make_rounded(c);
     }
-    // -inf and NaN, nothing else on that side: any finite reference tells them apart.
+    // Only -inf and NaN so far in that tensor: any finite reference gives the right sums.
     const bool no_old = before.max == -INFINITY, no_new = after.max == -INFINITY;
     if (no_old) before.limit = before.max = 0.0f;
     if (no_new) after.limit = after.max = 0.0f;
@@ -126,8 +130,8 @@ struct PairSums {
   }
 };
 
-// The sums of d once more, relative to the maxima of the columns, in units of kChangeUnit. A loop that needs few registers is
-// better than a fast one.
+// Computes the sums of d again, relative to the final maxima and in units of kChangeUnit. The loop saves registers
+// rather than time, since it rarely runs.
 template <class T>
 __device__ __forceinline__ void sum_in_units(const T* old_row, const T* new_row, int first, int step, int count,
                                              float old_max, float new_max, float c, float (&sums)[2]) {

@@ -1,11 +1,17 @@
-// The gradient of covariance, entropy change and KL (../logit_covariance.h) with respect to the new logits: one read of
-// both tensors, one write, two exponentials a column. With p, q the old and new policy, Ex and Ez the means of x and z:
+// The gradient of covariance, entropy change and KL (../logit_covariance.h) with respect to the new logits, in their
+// dtype: one pass, two exponentials per column. With temperature T, p and q the old and new policy, Ex = E_p[x], Ez =
+// E_q[z]:
 //
 //   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_kl (q - p) } = 2^t (a + b t) + 2^s (a' + b' s)
 //
-// with t = x log2(e), s = z log2(e) and four coefficients a row. A logit of -inf has 2^t = 0 and a finite t.
+// with t = x log2(e), s = z log2(e) and four coefficients per row.
 //
-// Memory: 2 sizeof(T) bytes a column in, sizeof(T) out. Rows without a gradient are not read.
+// Memory. Reads 2 sizeof(T) bytes per column, writes sizeof(T). The logits of rows that are masked, or whose incoming
+// gradients are 0, are not read.
+//
+// Parallelisation. As in logits_grad.cu: a team per segment, no communication.
+//
+// Numerics. t and s are limited to >= -127, where 2^t is 0, so a logit of -inf adds 0 and not NaN.
 #include "device/columns.cuh"
 
 namespace entcov::cuda {
@@ -23,6 +29,7 @@ struct LogitCovarianceGradArgs {
   int segments, segment_length;
 };
 
+// The terms of the gradient from one of the two tensors.
 struct Side {
   float max, a, b;
   __device__ __forceinline__ float2 terms(float2 x, float scale) const {
@@ -36,7 +43,8 @@ struct Pair {
 };
 
 template <class T, bool kAlike, int kTeamWarps>
-__global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logit_covariance_grad_kernel(const LogitCovarianceGradArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>)
+    logit_covariance_grad_kernel(const LogitCovarianceGradArgs a) {
   constexpr int kSize = kTeamWarps * kWarp;
   const Unit unit = this_unit<kTeamWarps>(a.segments);
   const int64_t t = unit.row;
@@ -119,8 +127,8 @@ Error logit_covariance_grad(const Logits& logits_old, const Logits& logits_new, 
     using Type = decltype(t);
     const auto run = [&](auto alike) {
       constexpr bool kAlike = decltype(alike)::value;
-      const auto kernel =
-          c.one_warp ? logit_covariance_grad_kernel<Type, kAlike, 1> : logit_covariance_grad_kernel<Type, kAlike, kWarps>;
+      const auto kernel = c.one_warp ? logit_covariance_grad_kernel<Type, kAlike, 1>
+                                     : logit_covariance_grad_kernel<Type, kAlike, kWarps>;
       return launch("logit_covariance_grad", kernel, c.blocks(T), stream, args);
     };
     const bool alike = aligned_alike<Type>(logits_old, grad, grad_row_stride) &&

@@ -1,19 +1,25 @@
-// The gradient of logprob, entropy and clamped entropy with respect to the logits: one read, one write, one exponential
-// a logit, in the logits' dtype. With y = (x - max) / T, S = 1 + sum_exp_m1, Ey = sum_xexp / S (so log p + H = y - Ey):
+// The gradient of logprob, entropy and clamped entropy with respect to the logits, in their dtype: one pass, one
+// exponential per logit. With temperature T, y = (x - max) / T, S = 1 + sum_exp_m1 and Ey = sum_xexp / S, so that
+// log p + H = y - Ey:
 //
 //   dz = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_k + H_k) },   p = e^y / S,  p_k = e^{y - L_k}
-//      = 2^t { (a + b t) + w (a_k + b_k t) }  + the target's own 1/T g_lp,            t = y log2(e)
+//      = 2^t { (a + b t) + w (a_k + b_k t) }  + 1/T g_lp in the target's column,      t = y log2(e)
 //
-// with four coefficients a row; w is 1 above the clamp's threshold, `frac` on it, 0 below. y - Ey instead of log p + H
-// spares a cancellation: in a peaked row both of those are small differences of L. The subtraction x - max comes before
-// the scaling, so an offset of 1e4 costs nothing; t stops at -127, where 2^t is 0, so a logit of -inf gets 0 and no NaN.
+// with four coefficients per row. w is 1 above the clamp's threshold, the weight of the ties at it, and 0 below it.
 //
-// Memory: sizeof(T) bytes a logit in and as many out, 44 bytes a row. Rows without a gradient are not read.
-// Parallelisation: a team of threads (launch.h) a segment; no communication.
+// Memory. Reads sizeof(T) bytes per logit and about 44 bytes per row, writes sizeof(T) bytes per logit. The logits of
+// rows whose incoming gradients are 0 are not read.
 //
-// The target's column is done once more: 1 - p is taken as -expm1(log p), which keeps its digits as p -> 1. If its logit is
-// not the one in the statistics, the logits were written since the forward pass, and the target's gradient is NaN. That is
-// not looked for in place, where nothing was saved from a forward pass.
+// Parallelisation. A team (launch.h) computes a segment; teams do not communicate.
+//
+// Numerics. y - Ey replaces log p + H, which cancels in a peaked row, where both are small differences of L. x - max is
+// computed before the scaling, so an offset of 1e4 loses no digits. t is limited to >= -127, where 2^t is 0, so a logit
+// of -inf gets 0 and not NaN. The target's column is computed separately: 1 - p is -expm1(log p), which keeps its
+// digits as p -> 1.
+//
+// A target's logit that differs from the one in the statistics shows that the logits were written after the forward
+// pass. The gradient of the target's column is then NaN. In place this is not checked, since logits_grad_ has no
+// forward pass.
 #include "device/columns.cuh"
 
 namespace entcov::cuda {
@@ -35,8 +41,8 @@ struct LogitsGradArgs {
 
 template <bool kClamped>
 struct Coefficients {
-  float max, scale, a, b;                 // of 2^t and t 2^t
-  float threshold, tie_weight, a_k, b_k;  // the same over the kept tokens
+  float max, scale, a, b;                 // a and b: of 2^t and t 2^t
+  float threshold, tie_weight, a_k, b_k;  // a_k and b_k: the same for kept tokens
 
   __device__ __forceinline__ float weight(float x) const {
     return x > threshold ? 1.0f : x == threshold ? tie_weight : 0.0f;
@@ -96,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
   const int64_t local = a.spec.column_of(target) - at.begin;
   const bool mine = local >= 0 && local < at.live && columns.owner(static_cast<int>(local), kSize) == rank;
   float at_target = 0.0f;
-  if (mine) {  // read before this thread writes over it
+  if (mine) {  // before this thread overwrites the logit in place
     const float xt = Element<T>::widen(x[local]);
     const float y = (xt - max) * inv_t, log_p = y - log1pf(sum_exp_m1), p = expf(log_p);
     at_target = -g_lp * expm1f(log_p) * inv_t;

@@ -1,15 +1,23 @@
-// What stands around the all-gather of a sharded call: a rank's message, and the merge of all messages. One launch each,
-// on little data; a merge also writes the outputs, so that nothing small has to follow it.
+// The kernels before and after the all-gather of a sharded call: message() assembles what a rank sends, and
+// merge_row_stats() and merge_covariance_stats() merge the gathered messages of all ranks into statistics and outputs
+// of whole rows. The same two merge kernels merge the segments of long rows (merge.cuh).
 //
-// The statistics of R shards, or of the segments of a row, are merged in the fixed order of R, so every rank that holds
-// the same messages gets the same bits. One thread a row; one exponential a shard.
+// Memory. A merge reads 4 fields bytes per row and part (fields: 4, 7 or 8; a part is a rank or a segment), and writes
+// as much plus the outputs per row. Assembling a message reads and writes the payload once, and reads 8 bytes per value
+// to hash it.
+//
+// Parallelisation. Merge: one thread per row, one launch that also writes the outputs. Message: block 0 hashes the
+// values and writes the signature, the other blocks copy 2,048 floats of the payload each.
+//
+// Numerics. Parts are merged in order, with merge() of row_stats.h and logit_covariance.h: one exponential per part,
+// four for covariances. Every rank that holds the same messages computes the same bits.
 #include "merge.cuh"
 #include "device/block_reduction.cuh"
 
 namespace entcov::cuda {
 namespace {
 
-constexpr int kFloatsABlock = 8 * kThreads;
+constexpr int kFloatsABlock = 8 * kThreads;  // of the payload, copied by one block
 
 struct MessageArgs {
   const float* payload;  // [count]
@@ -19,7 +27,7 @@ struct MessageArgs {
   float* message;  // [count + kSignatureFloats]
 };
 
-// Block 0 signs, the others copy. The values are a few a token, so one block is enough for them.
+// One block is enough for the values: there are only a few per token.
 __global__ void __launch_bounds__(kThreads) message_kernel(const MessageArgs a) {
   if (blockIdx.x > 0) {
     const int64_t begin = (blockIdx.x - int64_t{1}) * kFloatsABlock;
@@ -43,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) message_kernel(const MessageArgs a) 
   for (int i = 0; i < kSignatureFloats; i++) a.message[a.count + i] = words[i];
 }
 
-// Statistics to merge: messages of ranks, or segments of a row.
+// The parts to merge: messages of ranks, each with a signature, or segments [R, T, width] without signatures.
 struct Partials {
   Messages messages;
   bool are_segments;
@@ -51,7 +59,7 @@ struct Partials {
   __device__ __forceinline__ const float* row(int64_t r, int64_t t) const {
     return are_segments ? messages.data + (r * messages.T + t) * messages.width : messages.row(r, t);
   }
-  // Whether the ranks agree, for every thread of the block.
+  // Whether the ranks agree (signature.h); always true for segments. Called by all threads of the block.
   __device__ __forceinline__ bool agree(int64_t vocab_size) const {
     using Block = Team<kWarps, 1>;
     __shared__ typename Block::Shared shared;

@@ -1,18 +1,18 @@
-// logits -> RowStats of every row (../row_stats.h): one read of memory, one exponential a logit.
+// logits -> RowStats of every row (../row_stats.h), in one pass with one exponential per logit.
 //
-// Memory: sizeof(T) bytes a logit in, 16 bytes a row out (28 with moments); as much per segment where rows are cut.
+// Memory. Reads sizeof(T) bytes per logit and 8 bytes (the target) per row. Writes 16 bytes per row (28 with moments),
+// and 8 bytes of outputs (20 with moments) if the rows are whole. A row that is cut into segments writes 16 or 28 bytes
+// per segment to the workspace, which merge_segments() reads.
 //
-// Parallelisation. A team of threads (a warp, or a block of 256: launch.h) does a segment in tiles; in a tile every
-// thread loads kVectors 16-byte vectors before it looks at any of them. Four blocks a multiprocessor, half of the threads
-// that it can hold, then ask for 64 KB at once; 3 TB/s need about 16.
+// Parallelisation. A team (a warp or a block of 256 threads, launch.h) computes a segment in tiles. In a tile every
+// thread loads kVectors 16-byte vectors before it uses the first. With 4 blocks per multiprocessor, half of its maximum
+// number of threads, 64 KB are in flight; 3 TB/s need about 16 KB.
 //
-// Numerics. Sums relative to a reference, as told in device/sums.cuh. The team starts from the largest element of its first
-// tile. A group of vectors below that (nearly all are) is added by one FFMA, one EX2, one FADD and one FFMA an element;
-// only a group that reaches the reference or exceeds it takes the slow path, which moves the reference and compares
-// elements. On random rows that is about one group of one thread in a tile.
-//
-// Sums of many equal terms round the same way every time, so fp32 additions are kept few: 4 or 8 in a group of two
-// vectors, then at most 80 groups in a thread, then pairs.
+// Numerics. Sums are relative to a reference (device/sums.cuh), which starts as the largest element of the team's first
+// tile. Nearly every group of vectors is below the reference and costs one FFMA, one EX2, one FADD and one FFMA per
+// element. A group that reaches or exceeds the reference takes the slow path; on random rows that is about one group of
+// one thread per tile. Since many equal terms round in the same direction, chains of fp32 additions are short: 4 or 8
+// in a group of two vectors, at most 80 groups in a thread, then pairwise sums.
 #include "merge.cuh"
 #include "device/sums.cuh"
 #include "device/block_reduction.cuh"
@@ -20,8 +20,8 @@
 namespace entcov::cuda {
 namespace {
 
-constexpr int kVectors = 4;  // in flight a thread
-constexpr int kGroup = 2;    // vectors that are added after one comparison with the reference
+constexpr int kVectors = 4;  // vectors that a thread loads before it uses them
+constexpr int kGroup = 2;    // vectors per comparison with the reference
 
 struct RowStatsArgs {
   const void* logits;  // [T, num_columns], rows row_stride apart
@@ -30,14 +30,14 @@ struct RowStatsArgs {
   RowSpec spec;
   float scale;         // log2(e) / temperature
   float* stats;        // [segments, T, fields]
-  RowOutputs outputs;  // null where the row is a shard, or cut into segments
+  RowOutputs outputs;  // null if the row is a shard or is cut into segments
   int segments, segment_length;
 };
 
 template <bool kMoments>
 struct RowSums : Sums {
   static constexpr int kCount = kMoments ? 6 : 3;
-  float e2 = 0.0f, te2 = 0.0f, t2e = 0.0f;  // of 2^{2t}, t 2^{2t}, t^2 2^t; unused without moments
+  float e2 = 0.0f, te2 = 0.0f, t2e = 0.0f;  // sums of 2^{2t}, t 2^{2t}, t^2 2^t; unused without moments
 
   __device__ __forceinline__ void move(float d) {
     if (kMoments) {
@@ -49,23 +49,23 @@ struct RowSums : Sums {
     Sums::move(d);
   }
 
-  // From sums relative to the rounded max c to exact ones.
+  // Corrects the sums for the rounding of max c.
   __device__ __forceinline__ void make_exact(float c) {
     const float d = deficit(c);
     if (d != 0.0f) move(d);
   }
 
-  // From exact sums to exact ones relative to a larger max.
+  // Rescales corrected sums to a larger max.
   __device__ __forceinline__ void raise(float new_max, float c) {
     if (kMoments) e2 += at_max;
     release_max();
     const float d = distance(new_max, c);
-    move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; keeps a NaN
+    move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; a NaN in the sums stays
   }
 
   template <class T, bool kSlow>
   __device__ __forceinline__ void add(const uint4 (&u)[kGroup], float c) {
-    float2 se, ste, se2, ste2, st2e;  // of the even and of the odd elements
+    float2 se, ste, se2, ste2, st2e;  // x: sums over the even elements, y: over the odd ones
 #pragma unroll
     for (int g = 0; g < kGroup; g++) {
       float2 x[kVector<T> / 2];
@@ -77,7 +77,7 @@ struct RowSums : Sums {
         float2 w = exp2_fast(t);
         if (kSlow) count_max(x[k], w);
         se = first ? w : add2(se, w), ste = first ? mul2(t, w) : fma2(t, w, ste);
-        if (kMoments) {  // te has the same bits as without
+        if (kMoments) {  // computed apart from te, so that te has the same bits as without moments
           const float2 tw = mul2(t, w);
           se2 = first ? mul2(w, w) : fma2(w, w, se2);
           ste2 = first ? mul2(tw, w) : fma2(tw, w, ste2);
@@ -89,7 +89,7 @@ struct RowSums : Sums {
     if (kMoments) e2 += se2.x + se2.y, te2 += ste2.x + ste2.y, t2e += st2e.x + st2e.y;
   }
 
-  // A group that reaches its thread's reference or exceeds it; or without anything finite.
+  // Adds a group with an element at or above the reference, or one before the thread has seen a finite element.
   template <class T>
   __device__ __forceinline__ void add_slowly(const uint4 (&u)[kGroup], float largest, float c) {
     if (largest > max) {
@@ -99,7 +99,7 @@ struct RowSums : Sums {
       const float d = deficit(c);
       if (d != 0.0f) move(-d);
     }
-    if (max == -INFINITY) {  // -inf and NaN, nothing else: any finite reference tells them apart
+    if (max == -INFINITY) {  // only -inf and NaN so far: any finite reference gives the right sums
       limit = max = 0.0f;
       add<T, true>(u, c);
       limit = max = -INFINITY;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   const Unit unit = this_unit<kTeamWarps>(a.segments);
   if (unit.row >= a.T) return;
   const TheTeam team{static_cast<int>(threadIdx.x) % TheTeam::kSize};
-  const int64_t place = unit.segment * a.T + unit.row;  // that of the row where there are outputs
+  const int64_t place = unit.segment * a.T + unit.row;  // of the result; equal to the row if there are outputs
   const int64_t target = a.target[unit.row];
   if (target == a.spec.ignore_index) {
     if (team.rank == 0) store_ignored_row(place, kFields, a.stats, a.outputs);
@@ -133,12 +133,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   const T* row = static_cast<const T*>(a.logits) + unit.row * a.row_stride + begin;
   const Reader<T, kAligned> reader(row, count, begin, rest_of_row - count);
 
-  // The target's own logit, asked for early.
+  // Load the target's logit early.
   float target_logit = -INFINITY;
   if (team.rank == 0) {
     const int64_t local = a.spec.column_of(target) - begin;
     if (local >= 0 && local < count) target_logit = Element<T>::widen(row[local]);
-    if (!a.spec.is_token(target)) target_logit = NAN;  // the whole row is wrong then
+    if (!a.spec.is_token(target)) target_logit = NAN;  // makes the whole row NaN
   }
 
   Sum s;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
     }
   }
 
-  // All threads move to the team's max; then it is plain addition.
+  // Rescale all threads' sums to the team's max, then add them.
   const float max = team.max(s.max, shared, 1);
   s.make_exact(a.scale);
   if (s.max < max) s.raise(max, a.scale);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   if constexpr (kMoments) v[3] = s.e2, v[4] = s.te2, v[5] = s.t2e;
   team.sum(v, shared);
   if (team.rank != 0) return;
-  const float others = max == -INFINITY ? 0.0f : v[0] - 1.0f;  // that equal max, without the one left out
+  const float others = max == -INFINITY ? 0.0f : v[0] - 1.0f;  // elements equal to max, without the one left out
   const bool poisoned = max == INFINITY || target_logit != target_logit;
   RowStats out;
   out.max = max;

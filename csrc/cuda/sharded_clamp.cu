@@ -1,10 +1,14 @@
-// The clamped entropy of rows that are split over ranks: what a rank computes between two all-gathers. ../clamp.h tells of
-// the four steps, and has the two that read no logits.
+// The clamped entropy of rows that are split over ranks: the kernels of its four steps. ../clamp.h describes the steps
+// and implements the two that read no logits, clamp_bracket and clamp_refine.
 //
-// Memory of clamp_partial: sizeof(T) bytes a logit in, once; 680 bytes a row out. Where a list in shared memory overflows
-// (thousands of equal logits in the bracket) the row is read once more and its cells are counted. clamp_sketch reads one
-// sector in 20. A block does a row in these two, a warp in the others. Rows that are done are not read again, and their
-// partials are zeros.
+// Memory. clamp_sketch reads one sector in 20 of a row and writes 256 bytes per row. clamp_partial reads sizeof(T)
+// bytes per logit and writes 680 bytes per row, in one pass. If a list in shared memory overflows (thousands of equal
+// logits in the bracket), the row is read a second time to count its cells. Finished rows are not read, and their
+// partials are 0. clamp_bracket and clamp_refine read the gathered 256 or 680 bytes per row and rank.
+//
+// Parallelisation. One block per row in clamp_sketch and clamp_partial, one warp per row in the other two.
+//
+// Numerics. Sums as in row_stats.cu; atomics are on integers only.
 #include "device/bracket_pass.cuh"
 
 namespace entcov::cuda {
@@ -38,9 +42,9 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_sketch_kernel(const SketchA
   if (thread < kSketch) out[thread] = key_value(first_key(selection.upper[thread], kSpareBits<T>));
 }
 
-// ---- clamp_bracket ----------------------------------------------------------------------------------------------------
+// ---- clamp_bracket --------------------------------------------------------------------------------------------------
 
-// A Team of clamp.h.
+// The Team of clamp.h that is a warp.
 struct WarpTeam {
   static constexpr int kSize = kWarp;
   int lane;
@@ -90,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) clamp_bracket_kernel(const BracketAr
   if (team.lane == 0) a.bracket[t] = b;
 }
 
-// ---- clamp_partial -----------------------------------------------------------------------------------------------------
+// ---- clamp_partial --------------------------------------------------------------------------------------------------
 
 struct PartialArgs {
   const void* logits;  // [T, num_columns], rows row_stride apart
@@ -129,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_partial_kernel(const Partia
   T* list = reinterpret_cast<T*>(shared.list);
   const RowPass p = pass_over<T, kAligned>(reader, count, lo, hi, a.spec.inv_temperature * kLog2E, list, shared.pass);
 
-  // What lies in the bracket. A list that has overflowed has holes: then the row is read once more, and only counted.
+  // List or count the logits in the bracket. If a list has overflowed, the row is read a second time.
   uint32_t used = 0;
   const auto count_in = [&](float x, int) {
     if (x >= lo && x <= hi) {
@@ -137,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_partial_kernel(const Partia
       atomicAdd(&shared.cells[cell_of(b, order_key(x))], 1u);
     }
   };
-  if (b.mode == kListed)  // so few that a list never overflows, in a bracket that clamp_bracket or clamp_refine made
+  if (b.mode == kListed)  // at most kCells logits, so no list overflows
     for_listed(list, shared.pass, [&](float x, int place) {
       used |= bits<uint32_t>(x + 0.0f);
       if (place < kCells) shared.cells[place] = bits<uint32_t>(x + 0.0f);
@@ -160,14 +164,14 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_partial_kernel(const Partia
   const float others = p.max == -INFINITY ? 0.0f : p.at_max - 1.0f;
   out[0] = p.max, out[1] = poisoned ? NAN : p.e + others, out[2] = poisoned ? NAN : p.te * kLn2;
   out[3] = poisoned ? NAN : mine ? Element<T>::widen(row[local]) : -INFINITY;
-  write_partial(out + kRowStatsFields, p.max, p.kept_e + (p.max > hi ? others : 0.0f), p.kept_te * kLn2, p.above, p.inside,
-                shared.used_bits);
+  write_partial(out + kRowStatsFields, p.max, p.kept_e + (p.max > hi ? others : 0.0f), p.kept_te * kLn2, p.above,
+                p.inside, shared.used_bits);
 }
 
 // ---- clamp_refine ---------------------------------------------------------------------------------------------------
 
 struct RefineArgs {
-  Messages partials;      // rows that end in a partial
+  Messages partials;      // the last kPartial floats of every row are a partial
   const int64_t* target;  // [T]
   RowSpec spec;
   const float* stats;  // [T, fields], merged
@@ -177,7 +181,7 @@ struct RefineArgs {
   const float* clamp;      // [T, 4]
   Bracket* next_bracket;   // [T]
   float *next_clamp, *clamped_entropy;  // [T, 4], [T]
-  uint32_t* unfinished;    // [1], counts rows that are not done
+  uint32_t* unfinished;    // [1], the number of unfinished rows is added to it
 };
 
 __global__ void __launch_bounds__(kThreads) clamp_refine_kernel(const RefineArgs a) {
@@ -231,8 +235,8 @@ Error clamp_refine(const Messages& partials, const int64_t* target, const RowSpe
                    int64_t kept, const uint32_t* bracket, const float* clamp, uint32_t* next_bracket, float* next_clamp,
                    float* clamped_entropy, uint32_t* unfinished, Device stream) {
   return launch("clamp_refine", clamp_refine_kernel, warp_blocks(partials.T), stream,
-                RefineArgs{partials, target, spec, stats, fields, kept, reinterpret_cast<const Bracket*>(bracket), clamp,
-                           reinterpret_cast<Bracket*>(next_bracket), next_clamp, clamped_entropy, unfinished});
+                RefineArgs{partials, target, spec, stats, fields, kept, reinterpret_cast<const Bracket*>(bracket),
+                           clamp, reinterpret_cast<Bracket*>(next_bracket), next_clamp, clamped_entropy, unfinished});
 }
 
 }  // namespace entcov::cuda

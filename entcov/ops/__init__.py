@@ -1,1 +1,1 @@
-"""The registered ops: one file each, and core, which registers and launches them. docs/ops.md says what they compute."""
+"""The registered ops: one file per op, and core.py, which registers and launches them. docs/ops.md documents them."""

@@ -1,4 +1,4 @@
-"""clamp_bracket: the second step of the clamp over ranks (csrc/clamp.h): sketches of all shards -> the first bracket."""
+"""clamp_bracket: step 2 of the clamped entropy over ranks (csrc/clamp.h). Sketches of all ranks -> first bracket."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def _prepare(sketches, target, kept, margin, *spec):
     check_rows(target, "target", torch.int64, target.shape[:1], sketches)
     check_messages(sketches, len(target), SKETCH)
     check_spec(spec)
-    if not 1 <= kept <= spec.vocab_size < 2**25:  # 64 times that is counted in 32 bits
+    if not 1 <= kept <= spec.vocab_size < 2**25:  # the kernel counts in units of 1/64 in 32 bits
         raise ValueError(
             f"kept and vocab_size must have 1 <= kept <= vocab_size < 2^25, got {kept} and {spec.vocab_size}"
         )
@@ -36,8 +36,15 @@ _clamp_bracket = define(
 
 
 def clamp_bracket(sketches: Tensor, target: Tensor, kept: int, margin: int, spec: RowSpec) -> Tensor:
-    """[T, 4] int32: a bracket of keys that reaches `margin` ranks beyond the kept-th logit on either side, by estimate.
+    """The first bracket: by estimate, it extends `margin` ranks beyond the threshold on either side.
 
-    sketches: the messages of all ranks [R, T * SKETCH + 4].
+    Args:
+        sketches: [R, T * SKETCH + 4] fp32, the messages of all ranks with the results of `clamp_sketch`.
+        target: [T] int64. Rows with ignore_index get a finished bracket.
+        kept: number of logits that the clamp keeps.
+        margin: in ranks of the sorted row.
+
+    Returns:
+        [T, 4] int32: lowest key, highest key, mode, reserved (Bracket of csrc/clamp.h).
     """
     return _clamp_bracket(sketches, target, kept, margin, *spec)

@@ -1,4 +1,4 @@
-"""clamp_partial: the third step of the clamp over ranks (csrc/clamp.h): one pass over a shard with a bracket."""
+"""clamp_partial: step 3 of the clamped entropy over ranks (csrc/clamp.h). One pass over a shard with a bracket."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from entcov.ops.clamped_stats import check_clamp
 from entcov.ops.core import RowSpec, check_rows, define, launch, logits_view
 
-PARTIAL = 6 + 160  # floats a row: kPartial of csrc/clamp.h
+PARTIAL = 6 + 160  # floats per row: kPartial of csrc/clamp.h
 
 
 def _prepare(logits, target, bracket, *spec):
@@ -29,5 +29,16 @@ _clamp_partial = define(
 
 
 def clamp_partial(logits: Tensor, target: Tensor, bracket: Tensor, spec: RowSpec) -> Tensor:
-    """[T, 4 + PARTIAL]: the shard's row statistics, its sums above the bracket [T, 4], and what lies in it."""
+    """The statistics of a shard, and its partial for the clamp.
+
+    Args:
+        logits: [T, V_local] float32, bfloat16 or float16, at most 2^24 columns. Rows whose bracket is finished are not
+            read and get zeros.
+        target: [T] int64, global token ids.
+        bracket: [T, 4] int32, from `clamp_bracket` or `clamp_refine`.
+
+    Returns:
+        [T, 4 + PARTIAL] fp32: RowStats, 6 sums and counts (PartialField of csrc/clamp.h), and 160 floats: the logits in
+        the bracket or their counts.
+    """
     return _clamp_partial(logits, target, bracket, *spec)

@@ -1,5 +1,5 @@
-"""clamp_refine: the last step of the clamp over ranks (csrc/clamp.h): partials of all shards -> the clamp, or the next
-bracket."""
+"""clamp_refine: step 4 of the clamped entropy over ranks (csrc/clamp.h). Partials of all shards -> the clamp, or the
+next bracket."""
 
 import torch
 from torch import Tensor
@@ -40,8 +40,18 @@ _clamp_refine = define(
 def clamp_refine(
     partials: Tensor, target: Tensor, stats: Tensor, bracket: Tensor, clamp: Tensor, kept: int, spec: RowSpec
 ) -> list[Tensor]:
-    """[next brackets [T, 4] int32, clamp [T, 4], clamped_entropy [T], number of rows [1] int32 that want one more round].
+    """Finishes the rows whose threshold the partials determine, and narrows the brackets of the others.
 
-    partials: the messages of all ranks, whose rows end in a partial. stats: merged. Rows that were done keep their clamp.
+    Args:
+        partials: [R, T * width + 4] fp32, the messages of all ranks; the last PARTIAL floats of every row are the
+            result of `clamp_partial`.
+        target: [T] int64.
+        stats: [T, 4 | 7] fp32, the merged statistics of the whole rows.
+        bracket: [T, 4] int32, the bracket that the partials were computed with.
+        clamp: [T, 4] fp32, the result of the round before; finished rows keep it.
+        kept: number of logits that the clamp keeps.
+
+    Returns:
+        [next bracket [T, 4] int32, clamp [T, 4] fp32, clamped_entropy [T] fp32, number of unfinished rows [1] int32].
     """
     return _clamp_refine(partials, target, stats, bracket, clamp, kept, *spec)

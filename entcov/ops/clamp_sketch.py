@@ -1,4 +1,4 @@
-"""clamp_sketch: the first of four steps of the clamp over ranks (csrc/clamp.h): quantiles of a sample of a shard."""
+"""clamp_sketch: step 1 of the clamped entropy over ranks (csrc/clamp.h). Quantiles of a sample of a shard."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from entcov.ops.clamped_stats import check_clamp
 from entcov.ops.core import RowSpec, define, launch, logits_view
 
-SKETCH = 64  # floats a row: kSketch of csrc/clamp.h
+SKETCH = 64  # floats per row: kSketch of csrc/clamp.h
 
 
 def _prepare(logits, target, *spec):
@@ -28,5 +28,8 @@ _clamp_sketch = define(
 
 
 def clamp_sketch(logits: Tensor, target: Tensor, spec: RowSpec) -> Tensor:
-    """[T, SKETCH] quantiles of a sample of every row of this shard, descending; -inf for a shard without columns."""
+    """[T, SKETCH] fp32: descending quantiles of a sample of every row of this shard; -inf for a shard without columns.
+
+    logits: [T, V_local] float32, bfloat16 or float16, at most 2^24 columns. target: [T] int64; ignored rows get zeros.
+    """
     return _clamp_sketch(logits, target, *spec)

@@ -1,5 +1,5 @@
-"""clamped_stats: the clamped entropy of rows whose columns are all here. csrc/clamp.h tells the algorithm; rows that are
-split over ranks take it in rounds (entcov/stats/sharded_clamp.py)."""
+"""clamped_stats: statistics and clamped entropy of whole rows. csrc/clamp.h describes the algorithm. Rows that are
+split over ranks: entcov/stats/sharded_clamp.py."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 from entcov.ops.core import RowSpec, addresses, check_logits, check_rows, check_spec, define, launch, logits_view
 from entcov.ops.row_stats import OUTPUTS, check_values, row_stats
 
-MAX_COLUMNS = 2**24  # of a rank: counts travel as fp32
+MAX_COLUMNS = 2**24  # per rank, since counts are sent as fp32
 
 
 def check_clamp(logits: Tensor, target: Tensor, spec: RowSpec) -> None:
@@ -54,10 +54,21 @@ _clamped_stats = define(
 
 
 def clamped_stats(logits: Tensor, target: Tensor, kept: int, spec: RowSpec, moments: bool = False) -> list[Tensor]:
-    """[stats [T, 4 | 7], clamp [T, 4], logprob, entropy, clamped_entropy[, collision, varentropy, entropy_drift]].
+    """Statistics, outputs and the clamp of whole rows.
 
-    clamp is what `logits_grad` takes: threshold as a raw logit, weight of the logits equal to it, L_k, H_k. One kernel that
-    reads the row about once; with moments a second one that reads it once more.
+    Args:
+        logits: [T, V] float32, bfloat16 or float16, all columns of the vocabulary.
+        target: [T] int64, token ids; rows with ignore_index get zeros.
+        kept: number of logits that the clamp keeps, in [1, vocab_size].
+        moments: also compute the moments, by a second kernel that reads the logits a second time.
+
+    Returns:
+        [stats [T, 4 | 7], clamp [T, 4], logprob, entropy, clamped_entropy[, collision, varentropy, entropy_drift]],
+        fp32, outputs [T] in nats. clamp is an argument of `logits_grad`: threshold as a raw logit, weight of the logits
+        equal to it, L_K, H_K.
+
+    Raises:
+        ValueError: on the CPU, a target is not a token or a row has no finite logit. On CUDA such a row is NaN.
     """
     stats, clamp, logprob, entropy, clamped_entropy = _clamped_stats(logits, target, kept, *spec)
     if not moments:

@@ -1,10 +1,19 @@
-"""What all ops share: registration, the launch of a kernel on either device, RowSpec, and checks of arguments.
+"""Common code of the ops: registration, the launch of a kernel on CPU or CUDA, RowSpec, and checks of arguments.
 
-The kernels are entcov._cpu and, where a CUDA compiler was to be had (setup.py), entcov._cuda. Both have the launchers of
-csrc/kernels.h with one signature, so an op marshals its call once. Neither knows torch.
+The kernels are in the extension modules entcov._cpu and, if a CUDA compiler was found at build time (setup.py),
+entcov._cuda. Both contain the launchers of csrc/kernels.h with the same signatures, and neither depends on torch.
 
-An op is a schema, a `prepare` that checks the arguments and allocates the results, and a `fill` that launches. Fake
-tensors run `prepare` alone, so torch.compile reports the same errors as eager code.
+To add an op `name`:
+1. Declare its launcher in csrc/kernels.h, implement it in csrc/cpu/ and csrc/cuda/, and bind it by one line in
+   csrc/bindings.cpp.
+2. Write entcov/ops/name.py with
+   - `_prepare(*arguments)`, which checks the arguments (the check_* functions below) and returns empty results;
+   - `_fill(results, *arguments)`, which calls `launch("name", device, ...)` with the launcher's arguments in order:
+     tensors and None for pointers, and `logits_view`, `messages_view`, `addresses` or a RowSpec for structs;
+   - `_name = define("name", schema, _prepare, _fill)`;
+   - the public wrapper `name(...)`, which turns a RowSpec into the schema's scalars and has the docstring.
+entcov/ops/clamp_bracket.py is a short example. Fake tensors run `_prepare` alone, so torch.compile reports the same
+argument errors as eager code.
 """
 
 import importlib.util
@@ -22,14 +31,14 @@ except ImportError as error:
         "entcov's C++ core cannot be loaded; in a source tree, build it with `pip install -e .`"
     ) from error
 
-KERNELS = {"cpu": _cpu}  # by the device's type
+KERNELS = {"cpu": _cpu}  # by device type
 _why_no_cuda = "it was built without CUDA kernels"
 if importlib.util.find_spec("entcov._cuda") is not None:
     try:
         from entcov import _cuda  # needs no driver
 
         KERNELS["cuda"] = _cuda
-    except ImportError as error:  # built for another Python or libc: the CPU ops work all the same
+    except ImportError as error:  # built for another Python or libc; the CPU ops still work
         _why_no_cuda = f"its kernels cannot be loaded: {error}"
 
 LIBRARY = torch.library.Library("entcov", "DEF")
@@ -41,21 +50,22 @@ if (_wanted := os.environ.get("ENTCOV_ISA")) and not _cpu.set_isa(_wanted):
 
 
 class RowSpec(NamedTuple):
-    """The columns of a shard, and how its rows are read: RowSpec of csrc/row_stats.h."""
+    """The range of columns of a shard, and how its rows are read: RowSpec of csrc/row_stats.h."""
 
     vocab_start: int  # token id of column 0
-    vocab_size: int  # of the whole row; columns from there on are padding and do not exist
+    vocab_size: int  # of the whole row; columns of tokens >= vocab_size are padding
     temperature: float = 1.0
-    ignore_index: int = -100  # rows with this target are not read
+    ignore_index: int = -100  # rows with this target are not read and get zeros
 
 
 def hash_text(text: str) -> int:
-    """A hash of 64 bits, not 0, as a signed integer."""
+    """64-bit hash of a string as a signed integer; never 0."""
     return _cpu.hash(text.encode()) | 1
 
 
 def isa() -> str:
-    """The instruction set of the CPU kernels: "avx512", "avx2" or "baseline". ENTCOV_ISA forces a lesser one."""
+    """The instruction set of the CPU kernels: "avx512", "avx2" or "baseline". The environment's ENTCOV_ISA overrides
+    the choice at import."""
     return _cpu.isa()
 
 
@@ -63,10 +73,14 @@ def define(name: str, schema: str, prepare: Callable, fill: Callable) -> Callabl
     """Registers entcov::`name` for CPU, CUDA and fake tensors, and returns it as a callable.
 
     Args:
-        prepare: the schema's arguments -> the result, not yet filled in. Raises TypeError and ValueError.
-        fill: (result, *arguments): launches.
+        prepare: takes the schema's arguments, returns the result with its memory uninitialised. Raises TypeError or
+            ValueError for invalid arguments.
+        fill: takes (result, *arguments) and launches the kernel that writes the result.
 
-    No op has a derivative: it is a RuntimeError to call one on tensors that need one.
+    Returns:
+        A callable with the schema's arguments. It calls the kernel directly if PyTorch's dispatcher has nothing to do.
+
+    An op has no derivative: calling it with a tensor that requires a gradient, in grad mode, is a RuntimeError.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
 
@@ -83,13 +97,14 @@ def define(name: str, schema: str, prepare: Callable, fill: Callable) -> Callabl
     dispatched = getattr(torch.ops.entcov, name).default
 
     def call(*args):
-        return run(*args) if _nobody_watches(args[0]) else dispatched(*args)
+        return run(*args) if _may_skip_dispatcher(args[0]) else dispatched(*args)
 
     return call
 
 
-def _nobody_watches(tensor: Tensor | None) -> bool:
-    """Whether an op on `tensor` would go through PyTorch's dispatcher for nothing, and cost 10 to 20 microseconds more."""
+def _may_skip_dispatcher(tensor: Tensor | None) -> bool:
+    """Whether PyTorch's dispatcher would only call the CPU or CUDA kernel: no compiler, subclass, dispatch mode,
+    functorch transform or profiler is active. Skipping it saves 10 to 20 microseconds per call."""
     return not (
         torch.compiler.is_compiling()
         or type(tensor) not in (Tensor, torch.nn.Parameter)
@@ -109,16 +124,18 @@ def _refuse_derivative(name: str, args: Sequence) -> None:
 
 
 def launch(name: str, device: torch.device, *args) -> bool:
-    """Runs a launcher of csrc/kernels.h: on the CPU with torch's threads, on CUDA on the current stream, without waiting.
+    """Calls a launcher of csrc/kernels.h: on the CPU with torch's number of threads, on CUDA on the current stream
+    without synchronising.
 
     Args:
-        args: its arguments but the last. Tensors pass their address, None a null pointer, structs a tuple of members.
+        args: the launcher's arguments except the last (`Device`). A Tensor or None stands for a pointer, a tuple of
+            members for a struct.
 
     Returns:
-        On the CPU, whether a row became NaN. Elsewhere False: the host would have to wait to know.
+        On the CPU, whether a row is NaN. On CUDA always False: to know, the host would have to wait.
 
     Raises:
-        RuntimeError: the kernel's error, or entcov has no CUDA kernels.
+        RuntimeError: the launcher failed, or entcov was built without CUDA kernels.
     """
     args = [_address(x) if x is None or isinstance(x, Tensor) else x for x in args]
     if device.type == "cpu":
@@ -128,9 +145,11 @@ def launch(name: str, device: torch.device, *args) -> bool:
 
 
 def kernels_of(device: torch.device):
-    """The module of the kernels for this device."""
+    """The extension module with the kernels for this device. RuntimeError if there is none."""
     if device.type not in KERNELS:
-        raise RuntimeError(f"entcov: the tensors are on {device}, but {_why_no_cuda}; rebuild entcov with ENTCOV_CUDA=1")
+        raise RuntimeError(
+            f"entcov: the tensors are on {device}, but {_why_no_cuda}; rebuild entcov with ENTCOV_CUDA=1"
+        )
     return KERNELS[device.type]
 
 
@@ -139,35 +158,36 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def addresses(tensors: Sequence[Tensor | None], count: int) -> tuple[int, ...]:
-    """A struct of `count` pointers, the first of which are given."""
+    """A struct of `count` pointers: those of `tensors` (None: null), then nulls."""
     return (*map(_address, tensors), *[0] * (count - len(tensors)))
 
 
 def logits_view(logits: Tensor) -> tuple[int, int, int, int, int]:
-    """Logits of csrc/kernels.h."""
+    """The struct Logits of csrc/kernels.h: dtype, address, row stride, T, width."""
     return DTYPES[logits.dtype], logits.data_ptr(), logits.stride(0), *logits.shape
 
 
 def messages_view(messages: Tensor, T: int) -> tuple[int, int, int, int]:
-    """Messages of csrc/signature.h: address, ranks, rows, floats a row."""
+    """The struct Messages of csrc/signature.h: address, ranks, rows, floats per row."""
     return messages.data_ptr(), len(messages), T, (messages.shape[1] - SIGNATURE) // max(T, 1)
 
 
 def workspace(columns: int, like: Tensor) -> Tensor | None:
-    """Room for the statistics of the segments that CUDA cuts long rows into."""
+    """[segments, *like.shape] like `like`, for the statistics of the segments of long rows (csrc/cuda/launch.h); None
+    if rows with this many columns are not cut into segments, as on the CPU."""
     segments = kernels_of(like.device).segments(columns)
     return like.new_empty((segments, *like.shape)) if segments > 1 else None
 
 
 def with_huge_pages(fresh: Tensor) -> Tensor:
-    """`fresh`, memory that nobody has written yet; on the CPU the system may hand out large pages for it at once."""
+    """Returns `fresh`, a tensor that is not written yet; on the CPU, advises the system to use huge pages for it."""
     if fresh.device.type == "cpu":
         _cpu.advise_huge_pages(fresh.data_ptr(), fresh.nbytes)
     return fresh
 
 
 def num_columns(width: int, spec: RowSpec) -> int:
-    """Of `width` columns of a shard, how many exist; the rest is padding."""
+    """The number of columns out of `width` that are not padding."""
     return min(max(spec.vocab_size - spec.vocab_start, 0), width)
 
 
@@ -175,7 +195,7 @@ def num_columns(width: int, spec: RowSpec) -> int:
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
-    """2-D, a known dtype, unit stride along the vocabulary."""
+    """Requires [T, V_local] float32, bfloat16 or float16 with stride 1 along the vocabulary."""
     if logits is None:
         raise TypeError(f"{name} must be a tensor, got None")
     if logits.dtype not in DTYPES:
@@ -189,7 +209,7 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
 def check_rows(
     tensor: Tensor | None, name: str, dtype: torch.dtype, shape: tuple, like: Tensor, optional: bool = False
 ) -> None:
-    """A contiguous tensor of this dtype and shape on the device of `like`."""
+    """Requires a contiguous tensor with this dtype and shape on the device of `like`; None is allowed if `optional`."""
     if tensor is None:
         if optional:
             return
@@ -205,7 +225,7 @@ def check_rows(
 
 
 def check_messages(messages: Tensor, T: int, fields: int) -> None:
-    """[R >= 1, T * width + 4] float32, contiguous, with a width of at least `fields`."""
+    """Requires [R >= 1, T * width + 4] float32, contiguous, with width >= fields."""
     if messages is None:
         raise TypeError("messages must be a tensor, got None")
     if messages.dtype != torch.float32:
@@ -224,7 +244,7 @@ def check_messages(messages: Tensor, T: int, fields: int) -> None:
 
 
 def check_stats(stats: Tensor, T: int, like: Tensor) -> None:
-    """[T, 4 or 7]: statistics of whole rows."""
+    """Requires [T, 4 or 7] float32: the statistics of whole rows."""
     if stats is None:
         raise TypeError("stats must be a tensor, got None")
     if stats.dim() != 2 or stats.shape[1] not in (4, 7):
@@ -241,13 +261,13 @@ def check_spec(spec: RowSpec) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    # The kernels multiply by 1 / temperature in fp32, which has to exist there.
+    # The kernels multiply by 1 / temperature in fp32, so both must be in the range of fp32.
     if not (1e-30 <= temperature <= 1e30):
         raise ValueError(f"temperature must be positive and finite (1e-30 to 1e30), got {temperature}")
 
 
 def constant_temperature(temperature: float) -> float:
-    """As a number. It is a constant: a tensor that is to learn would get no gradient, and nobody would notice."""
+    """The temperature as a float. ValueError if it is a tensor that requires a gradient: it would silently get none."""
     if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError("temperature must not require a gradient (it is a constant and would get none): detach it")
     temperature = float(temperature)

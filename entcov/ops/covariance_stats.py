@@ -1,5 +1,5 @@
-"""covariance_stats: two logit tensors -> CovarianceStats of every row (csrc/logit_covariance.h), the statistics over the
-vocabulary behind entcov.logit_covariance. The covariance over tokens is entcov.objective.token_covariance."""
+"""covariance_stats: two logit tensors -> CovarianceStats of every row (csrc/logit_covariance.h), which are sums over
+the vocabulary, for entcov.logit_covariance. The covariance over tokens is entcov.objective.token_covariance."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ OUTPUTS = 4  # covariance, predicted entropy change, entropy change, kl
 
 
 def allocate(rows: Tensor, T: int, whole: bool) -> list[Tensor]:
-    """Statistics [T, 8] and, of whole rows, the four outputs [T]."""
+    """Uninitialised fp32 tensors like `rows`: statistics [T, 8] and, if the rows are whole, the four outputs [T]."""
     return [
         rows.new_empty((T, FIELDS), dtype=torch.float32),
         *(rows.new_empty((T,), dtype=torch.float32) for _ in range(OUTPUTS if whole else 0)),
@@ -45,14 +45,16 @@ def check_pair(logits_old, logits_new, row_mask, spec: RowSpec) -> None:
 
 
 def check_values(stats: Tensor) -> None:
-    """ValueError where a whole row has no finite logit on one of the two sides. Elsewhere than on the CPU nobody asks: such
-    rows are NaN, and looking for them would make the host wait."""
-    # A NaN beside -inf is in sum_xexp.
+    """ValueError if a whole row has no finite logit in one of the two tensors. It is called on the CPU only; on CUDA
+    such rows are NaN, and the check would make the host wait."""
+    # A row with only -inf and NaN is excluded: its sum_xexp is NaN.
     old, new = ((stats[:, column] == -torch.inf) & (stats[:, column + 2] == 0) for column in (0, 3))
     empty = old | new
     if empty.any():
         sides = " and ".join(name for name, rows in (("logits_old", old), ("logits_new", new)) if rows.any())
-        raise ValueError(f"{sides}: {int(empty.sum())} rows have no finite logit (first: row {int(empty.nonzero()[0])})")
+        raise ValueError(
+            f"{sides}: {int(empty.sum())} rows have no finite logit (first: row {int(empty.nonzero()[0])})"
+        )
 
 
 def _prepare(logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature, whole):
@@ -63,7 +65,7 @@ def _prepare(logits_old, logits_new, row_mask, vocab_start, vocab_size, temperat
 def _fill(out, logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature, whole):
     stats, *outputs = out
     spec = RowSpec(vocab_start, vocab_size, temperature)
-    room = workspace(num_columns(logits_new.shape[1], spec), stats)  # has to live until the launch
+    room = workspace(num_columns(logits_new.shape[1], spec), stats)  # a variable, so that it lives until the launch
     nan = launch(
         "covariance_stats", logits_new.device, logits_view(logits_old), logits_view(logits_new), row_mask, spec, stats,
         addresses(outputs, OUTPUTS), room,
@@ -82,9 +84,19 @@ _covariance_stats = define(
 
 
 def covariance_stats(logits_old: Tensor, logits_new: Tensor, row_mask: Tensor | None, spec: RowSpec, whole=False):
-    """CovarianceStats of a shard's rows [T, 8]; with `whole` a list of them and the outputs of `allocate`.
+    """CovarianceStats of the rows of a shard.
 
-    row_mask [T] bool: rows that are False are not read and get zeros.
+    Args:
+        logits_old, logits_new: [T, V_local] of one dtype: float32, bfloat16 or float16.
+        row_mask: [T] bool or None. Rows that are False are not read and get zeros.
+        whole: the rows are not sharded: compute the outputs too.
+
+    Returns:
+        [T, 8] fp32; with `whole` the list [stats, covariance, predicted entropy change, entropy change, kl], outputs
+        [T] fp32 in nats.
+
+    Raises:
+        ValueError: on the CPU and with `whole`, a row has no finite logit in one of the tensors. On CUDA it is NaN.
     """
     out = _covariance_stats(logits_old, logits_new, row_mask, *spec[:3], whole)
     return out if whole else out[0]

@@ -41,8 +41,16 @@ _logit_covariance_grad = define(
 def logit_covariance_grad(
     logits_old: Tensor, logits_new: Tensor, row_mask: Tensor | None, stats: Tensor, grads: Sequence, spec: RowSpec
 ) -> Tensor:
-    """d sum(grads[0] * Cov + grads[1] * (H_new - H_old) + grads[2] * KL(old || new)) / d logits_new, like logits_new.
+    """d sum(grads[0] * Cov + grads[1] * (H_new - H_old) + grads[2] * KL(old || new)) / d logits_new.
 
-    stats [T, 8]: of the whole rows. grads: three of [T] fp32 or None.
+    Args:
+        logits_old, logits_new: [T, V_local] of one dtype.
+        row_mask: [T] bool or None, as in the forward pass.
+        stats: [T, 8] fp32, CovarianceStats of the whole rows.
+        grads: three of [T] fp32 or None (0).
+
+    Returns:
+        [T, V_local], contiguous, in the dtype of logits_new. Padding columns, masked rows and rows whose gradients are
+        all 0 get zeros.
     """
     return _logit_covariance_grad(logits_old, logits_new, row_mask, stats, grads, *spec[:3])

@@ -1,4 +1,4 @@
-"""logits_grad, logits_grad_: the gradient of log-probability, entropy and clamped entropy with respect to the logits."""
+"""logits_grad, logits_grad_: the gradient of logprob, entropy and clamped entropy with respect to the logits."""
 
 from collections.abc import Sequence
 
@@ -58,7 +58,7 @@ def _prepare_in_place(logits, target, stats, clamp, grads, *spec):
 
 def _fill_in_place(_, logits, *args):
     _write(logits, logits, *args)
-    if not logits.is_inference():  # so that autograd notices if it had saved these logits
+    if not logits.is_inference():  # autograd then raises if it has saved these logits
         torch.autograd.graph.increment_version(logits)
 
 
@@ -73,20 +73,27 @@ _logits_grad_ = define("logits_grad_", f"(Tensor(a!) logits, {_ARGUMENTS}) -> ()
 def logits_grad(
     logits: Tensor, target: Tensor, stats: Tensor, clamp: Tensor | None, grads: Sequence[Tensor | None], spec: RowSpec
 ) -> Tensor:
-    """d sum(grads[0] * logprob + grads[1] * entropy + grads[2] * clamped_entropy) / d logits, like logits.
+    """d sum(grads[0] * logprob + grads[1] * entropy + grads[2] * clamped_entropy) / d logits.
 
     Args:
-        stats: [T, 4 | 7] of the whole rows.
-        clamp: [T, 4]: threshold as a raw logit, weight of its ties, L_k, H_k. Needed with grads[2].
-        grads: three of [T] fp32 or None.
+        logits: [T, V_local] float32, bfloat16 or float16, as in the forward pass.
+        target: [T] int64, global token ids.
+        stats: [T, 4 | 7] fp32, RowStats of the whole rows.
+        clamp: [T, 4] fp32: threshold as a raw logit, weight of its ties, L_K, H_K. Required with grads[2].
+        grads: three of [T] fp32 or None (0).
 
-    Zeros in padding columns, ignored rows and rows whose gradients are all zero. If the logits were written since the
-    forward pass (a target's logit is not the one in stats): RuntimeError on the CPU, NaN in that column on CUDA.
+    Returns:
+        [T, V_local], contiguous, in the dtype of logits. Padding columns, ignored rows and rows whose gradients are all
+        0 get zeros. Columns of NaN rows are NaN.
+
+    Raises:
+        RuntimeError: on the CPU, a target's logit differs from the one in stats: the logits were written after the
+            forward pass. On CUDA the gradient of the target's column is NaN instead.
     """
     return _logits_grad(logits, target, stats, clamp, grads, *spec)
 
 
 def logits_grad_(logits, target, stats, clamp, grads, spec: RowSpec) -> None:
-    """The same, written over the logits, which are not compared with stats. Returns nothing, since PyTorch cannot
-    functionalise an op that returns its argument."""
+    """Overwrites logits with the result of `logits_grad`. The logits are not compared with stats. Returns None, because
+    PyTorch cannot functionalise an op that returns its argument."""
     _logits_grad_(logits, target, stats, clamp, grads, *spec)

@@ -34,5 +34,18 @@ _merge_covariance_stats = define(
 
 
 def merge_covariance_stats(messages: Tensor, row_mask: Tensor | None, T: int, spec: RowSpec) -> list[Tensor]:
-    """[stats [T, 8], covariance, predicted entropy change, entropy change, kl], NaN if the ranks do not agree."""
+    """Statistics and outputs of whole rows.
+
+    Args:
+        messages: [R, T * width + 4] fp32, width >= 8, the messages of all ranks: the first 8 floats of every row are
+            the CovarianceStats of a shard.
+        row_mask: [T] bool or None. Rows that are False get zeros.
+
+    Returns:
+        [stats [T, 8], covariance, predicted entropy change, entropy change, kl], fp32, outputs [T] in nats. All
+        rows that are not masked are NaN if the ranks do not agree (csrc/signature.h).
+
+    Raises:
+        ValueError: on the CPU, a row has no finite logit in one of the tensors. On CUDA such a row is NaN.
+    """
     return _merge_covariance_stats(messages, row_mask, T, *spec[:3])

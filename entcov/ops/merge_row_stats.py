@@ -35,8 +35,18 @@ _merge_row_stats = define(
 
 
 def merge_row_stats(messages: Tensor, target: Tensor, spec: RowSpec, moments: bool = False) -> list[Tensor]:
-    """[stats [T, 4 | 7], logprob, entropy[, collision, varentropy, entropy_drift]], NaN if the ranks do not agree.
+    """Statistics and outputs of whole rows.
 
-    messages [R, T * width + 4]: the first 4 (7) floats of every row are the statistics of a shard.
+    Args:
+        messages: [R, T * width + 4] fp32, the messages of all ranks: the first 4 (7 with moments) floats of every row
+            are the RowStats of a shard.
+        target: [T] int64. Rows with ignore_index get zeros.
+
+    Returns:
+        [stats [T, 4 | 7], logprob, entropy[, collision, varentropy, entropy_drift]], fp32, outputs [T] in nats. All
+        rows that are not ignored are NaN if the ranks do not agree (csrc/signature.h).
+
+    Raises:
+        ValueError: on the CPU, a target is not a token or a row has no finite logit. On CUDA such a row is NaN.
     """
     return _merge_row_stats(messages, target, *spec, moments)

@@ -1,4 +1,4 @@
-"""message: what one rank sends, its payload and a signature of 16 bytes behind it (csrc/signature.h)."""
+"""message: what one rank sends: its payload, followed by a signature of 16 bytes (csrc/signature.h)."""
 
 import torch
 from torch import Tensor
@@ -29,23 +29,24 @@ _message = define(
 
 
 def message(payload: Tensor, values: Tensor | None, call: int, start: int, columns: int) -> Tensor:
-    """[T * width + 4] fp32: the payload [T, width] and its signature.
+    """[T * width + 4] fp32: the payload, flattened, and its signature.
 
     Args:
-        values: [n] int64 that every rank must have alike.
-        call: hash of what every rank must be called with; 0: this rank failed.
-        start, columns: of this rank's shard in the vocabulary.
+        payload: [T, width] fp32.
+        values: [n] int64 or None; must be equal on all ranks.
+        call: hash of the arguments that must be equal on all ranks; 0: this rank failed.
+        start, columns: the column range of this rank's shard in the vocabulary.
     """
     return _message(payload, values, call, start, columns)
 
 
 def signatures(messages: Tensor) -> Tensor:
-    """[R, 2] int64 of messages [R, n]: the hash of the call and the values, and start + columns * 2^32."""
-    ends = messages[:, -SIGNATURE:].clone(memory_format=torch.contiguous_format)  # on a boundary of 8 bytes
+    """The signatures of messages [R, n] as [R, 2] int64: the hash of call and values, and start + columns * 2^32."""
+    ends = messages[:, -SIGNATURE:].clone(memory_format=torch.contiguous_format)  # aligned to 8 bytes
     return ends.view(torch.int64)
 
 
 def hash_values(values: Tensor, call: int = 1) -> Tensor:
-    """[] int64: hash of values [n] int64 and their order, on their device. Odd, so never 0."""
+    """[] int64: hash of values [n] int64, including their order, computed on their device. Odd, so never 0."""
     empty = torch.empty((0, 0), dtype=torch.float32, device=values.device)
     return signatures(message(empty, values, call, 0, 0)[None])[0, 0]

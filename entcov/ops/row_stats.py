@@ -1,14 +1,14 @@
-"""row_stats: logits -> the statistics of every row; for whole rows also log-probability, entropy and moments."""
+"""row_stats: logits -> RowStats of every row (csrc/row_stats.h), and for whole rows logprob, entropy and moments."""
 
 import torch
 from torch import Tensor
 
 from entcov.ops.core import (
     RowSpec,
+    addresses,
     check_logits,
     check_rows,
     check_spec,
-    addresses,
     define,
     launch,
     logits_view,
@@ -21,7 +21,8 @@ OUTPUTS = 5  # RowOutputs of csrc/row_stats.h
 
 
 def allocate(rows: Tensor, T: int, moments: bool, whole: bool) -> list[Tensor]:
-    """Statistics [T, 4 | 7] and, of whole rows, the outputs [T]: logprob, entropy[, collision, varentropy, drift]."""
+    """Uninitialised fp32 tensors like `rows`: statistics [T, 4 | 7] and, if the rows are whole, the outputs [T]:
+    logprob, entropy[, collision, varentropy, entropy_drift]."""
     outputs = (5 if moments else 2) if whole else 0
     return [
         rows.new_empty((T, 7 if moments else 4), dtype=torch.float32),
@@ -39,7 +40,7 @@ def _prepare(logits, target, vocab_start, vocab_size, temperature, ignore_index,
 def _fill(out, logits, target, vocab_start, vocab_size, temperature, ignore_index, moments, whole):
     stats, *outputs = out
     spec = RowSpec(vocab_start, vocab_size, temperature, ignore_index)
-    room = workspace(num_columns(logits.shape[1], spec), stats)  # has to live until the launch
+    room = workspace(num_columns(logits.shape[1], spec), stats)  # a variable, so that it lives until the launch
     nan = launch(
         "row_stats", logits.device, logits_view(logits), target, spec, stats.shape[1], stats,
         addresses(outputs, OUTPUTS), room,
@@ -58,24 +59,35 @@ _row_stats = define(
 
 
 def row_stats(logits: Tensor, target: Tensor, spec: RowSpec, moments: bool = False, whole: bool = False):
-    """RowStats of a shard's rows [T, 4 | 7]; with `whole` a list of them and the outputs of `allocate`."""
+    """RowStats of the rows of a shard.
+
+    Args:
+        logits: [T, V_local] float32, bfloat16 or float16.
+        target: [T] int64, global token ids. Rows with ignore_index are not read and get zeros.
+        whole: the rows are not sharded: compute the outputs too.
+
+    Returns:
+        [T, 4 | 7] fp32, the members of RowStats in the order of FIELDS; with `whole` the list [stats, logprob,
+        entropy[, collision, varentropy, entropy_drift]], outputs [T] fp32 in nats.
+
+    Raises:
+        ValueError: on the CPU, a target is not a token, or a whole row has no finite logit. On CUDA such a row is NaN.
+    """
     out = _row_stats(logits, target, *spec, moments, whole)
     return out if whole else out[0]
 
 
 def check_values(stats: Tensor, target: Tensor, spec: RowSpec, whole: bool) -> None:
-    """ValueError where a target is no token, or a whole row has no finite logit. Elsewhere than on the CPU nobody asks:
-    such rows are NaN, and looking for them would make the host wait."""
+    """ValueError if a target is not a token, or a whole row has no finite logit. It is called on the CPU only; on CUDA
+    such rows are NaN, and the check would make the host wait."""
     check_target(target, spec)
-    empty = (stats[:, 0] == -torch.inf) & (stats[:, 2] == 0)  # a NaN beside -inf is in sum_xexp
+    empty = (stats[:, 0] == -torch.inf) & (stats[:, 2] == 0)  # with a NaN in the row, sum_xexp is NaN
     if whole and empty.any():
-        raise ValueError(
-            f"logits: {int(empty.sum())} rows have no finite logit (first: row {int(empty.nonzero()[0])})"
-        )
+        raise ValueError(f"logits: {int(empty.sum())} rows have no finite logit (first: row {int(empty.nonzero()[0])})")
 
 
 def check_target(target: Tensor, spec: RowSpec) -> None:
-    """ValueError unless each of these [T] int64 on the CPU is `ignore_index` or a token."""
+    """ValueError unless every element of target ([T] int64, on the CPU) is a token or ignore_index."""
     bad = ((target < 0) | (target >= spec.vocab_size)) & (target != spec.ignore_index)
     if bad.any():
         row = int(bad.nonzero()[0])

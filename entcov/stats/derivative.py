@@ -1,4 +1,4 @@
-"""Gradients that cannot be differentiated once more, and say so."""
+"""first_only: makes a second derivative an error."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 
 
 def first_only(name: str) -> Callable:
-    """Decorates the backward of `name`: what it returns has no derivative, and taking one is a RuntimeError and not zero."""
+    """Decorates the backward of the function `name`: differentiating its result is a RuntimeError, not zero."""
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
@@ -25,7 +25,7 @@ def first_only(name: str) -> Callable:
 
 
 class _NoDerivative(torch.autograd.Function):
-    """A gradient as it is, linked to what it depends on."""
+    """Returns `grad` unchanged, with an autograd edge to `inputs` whose backward raises."""
 
     @staticmethod
     def forward(ctx, name, grad, *inputs):

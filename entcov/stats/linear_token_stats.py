@@ -1,8 +1,8 @@
-"""token_stats straight from hidden states and the LM head's shard: linear_token_stats.
+"""linear_token_stats: token_stats from hidden states and a shard of the LM head.
 
-The logits exist for one chunk of tokens at a time (entcov/stats/lm_head.py says when). Statistics and collectives are
-those of entcov/stats/token_stats.py; here are the two products of the backward pass, and the reduction of the hidden
-states' gradient over the ranks.
+entcov/stats/lm_head.py computes the logits, all at once or one chunk of tokens at a time. Statistics and collectives
+are those of entcov/stats/token_stats.py. This file adds the two products of the backward pass, and the all-reduce of
+the gradient of the hidden states.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -56,25 +56,25 @@ def linear_token_stats(
     the outputs, with its arguments of the same names.
 
     Args:
-        hidden: [..., D] float32, bfloat16 or float16, the same bits on every rank of the group. Four values a token are
-            compared over the ranks.
+        hidden: [..., D] float32, bfloat16 or float16, with the same bits on every rank of the group; four values per
+            token are compared over the ranks.
         weight: [V_local, D], this rank's rows of the LM head, in the dtype of hidden. Under autocast both may have any
             of the three dtypes and are cast as `linear` would cast them.
         target: [...] int64, global token ids.
         bias: [V_local] of the same dtype.
         group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index: as for `token_stats`.
-        memory_budget: bytes of logits that may exist. If the logits of all tokens fit, or take no more than chunks and
-            their fp32 sum (see Memory) would, they are kept for backward and overwritten by their gradient there: 3
-            matrix products in all. Otherwise they are made in chunks and made again in backward: 4 products, and 5 with
+        memory_budget: bytes of logits that may exist at a time. If the logits of all tokens fit, or take no more than
+            chunks and their fp32 sum (see Memory), they are kept for backward, which overwrites them by their gradient:
+            3 matrix products in total. Otherwise they are computed in chunks, and again in backward: 4 products, 5 with
             a clamp over a group. There are n = ceil(T / (memory_budget // (V_local * itemsize))) chunks of ceil(T / n)
-            tokens, rounded up to a multiple of 128 where that fits (`entcov.stats.lm_head.chunk_size_for`). On a GPU,
-            a chunk much under 1,000 tokens reads the weight too often.
-        chunk_size: tokens in a chunk, instead of the budget. T or more: all are kept.
-        reduce_hidden_grad: a rank's columns give a part of the gradient of hidden. True: the parts are added up over
-            the group, as Megatron's column-parallel head does it. False: each rank gets its part, for a caller whose
-            own backward adds them up (sequence parallelism: the reduce-scatter behind its all-gather).
-        main_grad: [V_local, D] float32, to which backward adds the gradient of weight; weight then gets none. For
-            optimizers that collect gradients in fp32 over micro-batches (Megatron's `weight.main_grad`).
+            tokens, rounded up to a multiple of 128 if that fits (`entcov.stats.lm_head.chunk_size_for`). On a GPU,
+            chunks of much less than 1,000 tokens are slow, because every chunk reads the weight.
+        chunk_size: tokens per chunk, overrides memory_budget. If it is at least T, all logits are kept.
+        reduce_hidden_grad: a rank's columns give a partial sum of the gradient of hidden. True: it is all-reduced over
+            the group, as in Megatron's column-parallel head. False: each rank gets its partial sum, for a caller whose
+            own backward reduces it (sequence parallelism: the reduce-scatter of its all-gather).
+        main_grad: [V_local, D] float32, to which backward adds the gradient of weight; weight.grad is then not set. For
+            optimizers that accumulate gradients in fp32 over micro-batches (Megatron's `weight.main_grad`).
 
     Returns:
         TokenStats: fp32, the shape of target; bit-identical on all ranks of the group.
@@ -82,28 +82,28 @@ def linear_token_stats(
     Differentiable: logprob, entropy, clamped_entropy, with respect to hidden, weight and bias, once (a second
     derivative is a RuntimeError). The weight's gradient is summed over chunks in fp32 and rounded to its dtype once.
 
-    Mutated: main_grad, in backward. Kept for backward: hidden, weight, bias, target, and 16 bytes a token (28 with
-    moments, 16 more with a clamp); the logits too if the budget allows it; under autocast the casts. A second backward
-    through the same graph (retain_graph) makes the logits again.
+    Mutated: main_grad, in backward. Kept for backward: hidden, weight, bias, target, and 16 bytes per token (28 with
+    moments, 16 more with a clamp); the logits if the budget allows it; under autocast the casts. A second backward
+    through the same graph (retain_graph) computes the logits again.
 
-    Memory beyond arguments and gradients: one chunk of logits; and in backward, where there are several chunks and
-    weight is not fp32 and has no main_grad, 4 V_local D bytes for the fp32 sum.
+    Memory beyond arguments and gradients: one chunk of logits. In backward also 4 V_local D bytes for the fp32 sum, if
+    there are several chunks, weight is not fp32 and main_grad is None.
 
     Collectives: forward as `token_stats`, whatever the number of chunks: one all-gather; with a clamp two or more.
-    Backward: one all-reduce of 4 D bytes a token (fp32) if hidden has a gradient and reduce_hidden_grad is set, else
-    none. Every rank of the group must enter them; whether hidden requires a gradient must be the same on all.
+    Backward: one all-reduce of 4 D bytes per token (fp32) if hidden requires a gradient and reduce_hidden_grad is set,
+    else none. Every rank of the group must enter them; hidden must require a gradient on all ranks or on none.
 
-    Tokens whose target is ignore_index are left out of the products on the CPU. Elsewhere they cost as much as others,
-    since their number is not known to the host: where you know them, pass `hidden[those that count]` instead. Nothing
-    waits for the GPU (but a clamp over a group, as in `token_stats`). The products are the library's, so a row's last
-    bits may depend on how many rows are with it; the kept and the chunked form may differ by that as well. Under
+    Tokens whose target is ignore_index are left out of the products on the CPU. On CUDA they cost as much as others,
+    since the host does not know their number; if you know them, pass only the other rows of hidden and target. The host
+    does not wait for the GPU, except with a clamp over a group, as in `token_stats`. The products are torch's, so a
+    row's last bits may depend on the number of rows, and so on whether logits are kept or computed in chunks. Under
     torch.compile it runs eagerly (a graph break).
 
     Error: that of `token_stats` given the logits in the dtype of the product.
 
     Raises: as `token_stats`, and ValueError, TypeError for shapes, dtypes and devices that do not fit together.
 
-    Source: kept logits or made again: docs/performance.md; docs/math.md (4) to (12).
+    Source: docs/math.md (4) to (12); the choice between kept and chunked logits: docs/performance.md.
     """
     return eager(_linear_token_stats)(
         hidden, weight, target, bias, group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments,
@@ -155,10 +155,10 @@ def _linear_token_stats(
 
 @torch.no_grad()
 def _unsharded(rows: HeadRows, settings: Settings) -> list[Tensor]:
-    """`row_statistics` of all rows."""
+    """`row_statistics` of all rows, without a group."""
     try:
         return rows.apply(row_statistics, settings.spec, settings.kept, settings.moments)
-    except ValueError:  # the rows that it counts are those of one chunk; this error counts them all
+    except ValueError:  # its message counts the rows of one chunk only; raise one that counts all rows
         check_values(rows.apply(row_stats, settings.spec), rows.target, settings.spec, whole=True)
         raise
 
@@ -169,7 +169,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def _check(hidden, weight, target, bias, main_grad, autocast) -> torch.dtype:
-    """Shapes, dtypes and devices; returns the dtype of the products. `autocast`: the dtype that it would give them."""
+    """Checks shapes, dtypes and devices. Returns the dtype of the products: `autocast`'s, or without it hidden's."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
@@ -212,23 +212,23 @@ def _check(hidden, weight, target, bias, main_grad, autocast) -> torch.dtype:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager:
-    """The operands have their dtype; nothing is to be cast once more. (The meta device has no autocast.)"""
+    """Disables autocast: the operands have been cast already. The meta device has no autocast."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 class _LinearTokenStats(torch.autograd.Function):
-    """The outputs of `row_statistics`, linked to what the logits were made of."""
+    """(hidden, weight, bias) -> the outputs of `row_statistics`, which are computed already (`found`)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, operands, rows, found, settings, group, main_grad):
         ctx.clamped = settings.kept is not None
         stats, clamp, outputs = saved_and_outputs(ctx, found, ctx.clamped)
-        # Operands that are the arguments themselves are saved as such: autograd then sees if they are written.
+        # Operands that were not cast are saved as the arguments, so that autograd detects writes to them.
         mine = [x if y is None or x.dtype == y.dtype else y
                 for x, y in zip((hidden, weight, bias), operands, strict=True)]  # fmt: skip
         ctx.save_for_backward(*mine, rows.target, rows.index, stats, clamp)
-        # Not a saved tensor: backward writes it, and lets go of it.
+        # Not a saved tensor, because backward overwrites and then frees it.
         ctx.all_logits = rows.all_logits
         ctx.head = (settings.spec, rows.chunk_size, rows.memory_budget)
         ctx.spec, ctx.columns, ctx.group, ctx.main_grad = settings.spec, settings.shard.columns, group, main_grad
@@ -247,10 +247,10 @@ class _LinearTokenStats(torch.autograd.Function):
 
 
 def _gradients(ctx, rows: HeadRows, stats: Tensor, clamp: Tensor | None, grads: list) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias, None for those that need none."""
+    """The gradients of hidden, weight and bias; None for those that do not require one."""
     wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     (V, D), device, K = rows.weight.shape, rows.weight.device, rows.num_rows
-    exists = slice(0, ctx.columns)  # padding columns take no part, whatever their weights are
+    exists = slice(0, ctx.columns)  # without padding columns: their weights may be NaN
     existing_weight = rows.weight[exists]
     several = rows.chunk_size < K
     hidden_grad = weight_grad = bias_grad = reduction = None
@@ -271,7 +271,7 @@ def _gradients(ctx, rows: HeadRows, stats: Tensor, clamp: Tensor | None, grads: 
         logits = logits[:, exists]
         if wants_hidden:
             product_into(hidden_grad[part], logits, existing_weight)
-            if part.stop == K and ctx.group is not None:  # under way while the weight's gradient is computed
+            if part.stop == K and ctx.group is not None:  # overlaps with the product for the weight's gradient
                 reduction = dist.all_reduce(hidden_grad, group=ctx.group, async_op=True)
         if wants_weight:
             into = product_into if part.start == 0 and ctx.main_grad is None else add_product

@@ -1,13 +1,13 @@
-"""The LM head that linear_token_stats reads through: logits = hidden @ weight.T + bias, a chunk of tokens at a time.
+"""The LM head of linear_token_stats: logits = hidden @ weight.T + bias, one chunk of tokens at a time.
 
-The matrix products are the library's. What is ours is when the logits exist: all at once where memory allows it, and
-then they are overwritten by their gradient in backward (three products in all); else one chunk, in one buffer that
-every chunk reuses, computed again for each pass (four products; with a clamp over a group, whose threshold is not known
-before the ranks have talked, five, and one for each further round).
+The matrix products are torch's. This file decides when logits exist. If memory allows, all of them are computed once,
+kept, and overwritten by their gradient in backward: 3 products in total. Otherwise one chunk exists at a time, in a
+buffer that all chunks share, and is computed again in every pass: 4 products; with a clamp over a group 5, since its
+threshold is known only after an all-gather, and one more for every further round.
 
-The gradient of the weight adds up in fp32 over the chunks, whatever the dtype: sums in bf16 lose what is small beside
-the sum so far, always to the same side, and a policy trained on them loses entropy. On a GPU the product itself adds
-into fp32 (torch >= 2.8). On a CPU torch has no such product: there each chunk's product is rounded to the dtype once
+The gradient of the weight is accumulated over chunks in fp32, whatever the dtype. A sum in bf16 loses terms that are
+small beside it; the loss is biased, and a policy trained with it loses entropy. On a GPU the product accumulates into
+fp32 directly (torch >= 2.8). On a CPU torch has no such product: each chunk's product is rounded to the dtype once
 before it is added, an error that does not grow with the number of chunks.
 """
 
@@ -19,17 +19,17 @@ from torch import Tensor
 from entcov.ops.core import RowSpec, with_huge_pages
 from entcov.ops.row_stats import check_target
 
-SAMPLED_VALUES = 4  # of each hidden state, that ranks compare
-CHUNK_MULTIPLE = 128  # rows of a chunk: the tiles of the libraries' matrix products
-BLOCK_ROWS = 1024  # of the gradient of the weight that go through a temporary, where no product adds into fp32
+SAMPLED_VALUES = 4  # values of each hidden state that ranks compare
+CHUNK_MULTIPLE = 128  # rows of a chunk; the tile size of the libraries' matrix products
+BLOCK_ROWS = 1024  # rows of the weight's gradient per temporary, where no product accumulates into fp32
 _ADDS_INTO_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 def chunk_size_for(tokens: int, columns: int, itemsize: int, memory_budget: int, sum_bytes: int = 0) -> int:
-    """Tokens whose logits exist at a time: all of them, or chunks of equal size within `memory_budget` bytes.
+    """The number of tokens whose logits exist at a time: all, or chunks of equal size within `memory_budget` bytes.
 
-    All if tokens * columns * itemsize <= memory_budget + sum_bytes, `sum_bytes` being what chunks need beside their
-    logits: keeping them all then takes no more memory than chunks would, and less time. Otherwise
+    All if tokens * columns * itemsize <= memory_budget + sum_bytes, where `sum_bytes` is the memory that chunks need in
+    addition to their logits: keeping all logits then takes no more memory than chunks, and less time. Otherwise
     fit = memory_budget // (columns * itemsize), at least 1;  n = ceil(tokens / fit) chunks of ceil(tokens / n) tokens,
     rounded up to a multiple of 128 where that still fits.
     """
@@ -42,11 +42,11 @@ def chunk_size_for(tokens: int, columns: int, itemsize: int, memory_budget: int,
 
 
 class HeadRows:
-    """The rows of hidden @ weight.T + bias, as `token_stats.row_statistics` reads them.
+    """The rows of hidden @ weight.T + bias, with the interface of `token_stats.LogitRows`.
 
     hidden [T, D], weight [V_local, D] and bias [V_local] or None have one dtype. On the CPU, tokens whose target is
-    the spec's ignore_index are left out of every product. Elsewhere they are computed and not read: leaving them out would need
-    their number, for which the host would have to wait.
+    spec.ignore_index are left out of every product. On CUDA their logits are computed but not read, because the host
+    would have to wait for the number of these tokens.
     """
 
     name = "linear_token_stats"
@@ -66,13 +66,13 @@ class HeadRows:
         self.dtype = hidden.dtype
         self.chunk_size, self.memory_budget, self.sum_bytes = chunk_size, memory_budget, sum_bytes
         self.spec = spec
-        self.index: Tensor | None = None  # [K] the tokens that count; None: all
-        self.all_logits: Tensor | None = None  # those of the only chunk, once they are computed
+        self.index: Tensor | None = None  # [K] the tokens that are not ignored; None: all
+        self.all_logits: Tensor | None = None  # the logits, once they are computed, if there is only one chunk
         self._prepared = False
 
     def apply(self, op: Callable, *arguments, per_row: tuple[Tensor, ...] = ()):
-        """op(logits, target, *per_row, *arguments), chunk by chunk: a tensor or a list of tensors, one row
-        a token; zeros for the tokens left out."""
+        """op(logits, target, *per_row, *arguments), chunk by chunk: a tensor or a list of tensors with one row per
+        token; zeros for tokens that are left out."""
         self._prepare()
         chunks = []
         for part, logits in self.chunks():
@@ -83,9 +83,10 @@ class HeadRows:
         return self._joined(chunks)
 
     def values(self, ignore_index: int) -> dict[str, Tensor]:
-        """What every rank must have alike, for `shards.Partial`: all targets, and the bits of a few values of each
-        hidden state that counts. To read them all would cost more than it is worth: other tokens, another layer's
-        output or another dropout mask show in a few; a change of other values of a state does not."""
+        """The values that must be equal on all ranks, for `shards.Partial`: all targets, and the bits of a few values
+        of each hidden state that is not ignored. A few values suffice to detect different tokens, another layer's
+        output or another dropout mask, and reading all would cost too much; differences in other values are not
+        detected."""
         sampled = self.hidden[:, :: max(1, -(-self.hidden.shape[1] // SAMPLED_VALUES))].contiguous()
         bits = sampled.view(torch.int32 if self.dtype.itemsize == 4 else torch.int16).long()
         bits = bits.masked_fill((self.target == ignore_index)[:, None], 0)
@@ -95,7 +96,8 @@ class HeadRows:
         return self.in_place_of_all(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
 
     def _prepare(self) -> None:
-        """What looks at the target's values. Not at construction: a rank that fails has a collective to enter first."""
+        """Checks targets and chooses chunks. Not in the constructor, because a rank that fails must still enter the
+        collective, with a message whose size it knows."""
         if self._prepared:
             return
         if self.target.device.type == "cpu":
@@ -106,7 +108,7 @@ class HeadRows:
         self._settle_chunks()
 
     def restore(self, index: Tensor | None, all_logits: Tensor | None) -> None:
-        """Prepared as the forward pass was, with the logits that it kept."""
+        """Takes over the state of the forward pass: the index, and the logits if they were kept."""
         self.index, self.all_logits = index, all_logits
         self._settle_chunks()
 
@@ -119,11 +121,11 @@ class HeadRows:
 
     @property
     def num_rows(self) -> int:
-        """Tokens that take part."""
+        """K, the number of tokens that are not left out."""
         return len(self.target) if self.index is None else len(self.index)
 
     def rows_of(self, tensor: Tensor, part: slice) -> Tensor:
-        """Those of `tensor` [T, ...] that belong to the tokens of a chunk."""
+        """The rows of `tensor` [T, ...] for the tokens of a chunk."""
         return tensor[part] if self.index is None else tensor.index_select(0, self.index[part])
 
     def in_place_of_all(self, rows: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ class HeadRows:
         return rows.new_zeros((len(self.target), *rows.shape[1:])).index_copy_(0, self.index, rows)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(which of the tokens that take part, their logits [n, V_local]), until the next one is asked for."""
+        """Yields (slice of the K tokens, their logits [n, V_local]). The next chunk overwrites the logits."""
         K, width = self.num_rows, self.weight.shape[0]
         if self.chunk_size >= K:
             if self.all_logits is None:
@@ -156,12 +158,12 @@ class HeadRows:
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory to be written in full."""
+    """An uninitialised tensor, on the CPU backed by huge pages."""
     return with_huge_pages(torch.empty(shape, dtype=dtype, device=device))
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b. `out` may be fp32 where a and b are bf16 or fp16; a GPU then rounds nothing."""
+    """out = a @ b. `out` may be fp32 if a and b are bf16 or fp16; on a GPU the product is then not rounded to them."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif out.is_cuda and _ADDS_INTO_FP32:
@@ -172,7 +174,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, `total` fp32. See the head of this file for what is rounded."""
+    """total += a @ b, with total in fp32. The head of this file says what is rounded."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda and _ADDS_INTO_FP32:

@@ -1,7 +1,7 @@
-"""logit_covariance: what a change of the logits does to the entropy; the vocabulary may be split over ranks.
+"""logit_covariance: how a change of the logits changes the entropy; the vocabulary may be split over ranks.
 
-Built as token_stats is: local op -> one all-gather -> merge -> a few [T] formulas, and a backward of one local op.
-Formulas: docs/math.md.
+It has the structure of token_stats: one local op -> one all-gather -> one merge that also computes the outputs;
+backward is one local op. Formulas: docs/math.md (13) to (16).
 """
 
 from typing import NamedTuple
@@ -39,7 +39,7 @@ def logit_covariance(
     temperature: float = 1.0,
     loss_mask: Tensor | None = None,
 ) -> LogitCovariance:
-    """What a change of the logits does to the entropy of each row: predicted by the covariance, and truly.
+    """How a change of the logits changes the entropy of each row: as predicted by the covariance, and exactly.
 
     Equivalent to, in float64 and with all columns on one rank (entcov/verify/reference.py):
 
@@ -60,9 +60,11 @@ def logit_covariance(
         LogitCovariance: fp32 [...], in nats; bit-identical on all ranks of the group.
 
     Differentiable: all outputs, with respect to logits_new, once.
-    Mutated: nothing. Kept for backward: the two logits, the mask, and 32 bytes a token. Nobody sees that a compiled
-    function writes these logits before backward: keep this call out of it then, by `torch.compiler.disable`.
-    Collectives: one all-gather of 32 bytes a token and rank plus 16 bytes in forward, none in backward.
+    Mutated: nothing. Kept for backward: the two logits, the mask, and 32 bytes per token. The logits must not be
+    written before backward. Autograd raises if they are, but does not detect writes inside a function compiled by
+    torch.compile; there call `torch.compiler.disable(logit_covariance)`.
+    Collectives: one all-gather of 32 bytes per token and rank plus 16 bytes in forward, which every rank of the group
+    must enter; none in backward.
 
     Error against float64: 2e-5 absolute where the logits change by a few units. A logit that becomes -inf makes the kl
     +inf (and the covariance need not be finite); one that was -inf does not count. A NaN or +inf on either side makes
@@ -84,7 +86,7 @@ def logit_covariance(
 
 
 def _resolved_pair(logits_old, logits_new, group, vocab_start, vocab_size, temperature, loss_mask):
-    """(logits before, logits after [T, V_local], mask [T] or None, RowSpec)"""
+    """(old logits [T, V_local], new logits [T, V_local], mask [T] or None, RowSpec)"""
     if logits_old.shape != logits_new.shape:
         raise ValueError(
             f"logits_old must have the shape of logits_new, got {tuple(logits_old.shape)} and {tuple(logits_new.shape)}"
@@ -118,7 +120,7 @@ def _sharded(logits_old, logits_new, group, *arguments):
 
 
 class _LogitCovariance(torch.autograd.Function):
-    """Two logits and, over a group, what all ranks sent -> the outputs, linked to the new logits."""
+    """Two logit tensors [T, V_local] -> the outputs. `gathered`: None, or over a group the 1-tuple of messages."""
 
     @staticmethod
     def forward(ctx, old, new, mask, vocab_start, vocab_size, temperature, gathered):

@@ -1,14 +1,14 @@
-"""What the ranks of a group must agree on, and how the error of one rank becomes an error of all.
+"""Agreement of the ranks of a group: how all ranks detect that one has failed or was called with other arguments.
 
-A rank that raised before its collective would leave the others waiting for the group's time-out. So a rank that cannot
-do its part enters the collective all the same, with a message of the right size and a mark. The mark is one word: a
-digest of what all ranks must be called with, never 0, and 0 on a rank that failed. It travels in the first collective
-that the call has anyway, so ranks that agree pay for no other.
+A rank that raised before a collective would leave the others waiting until the group's time-out. So a rank that fails
+still enters the collective, with a message of the right size. Every message contains one 64-bit word: a digest of the
+arguments that must be equal on all ranks (never 0), or 0 on a rank that failed. The word is part of the first
+collective that the call needs anyway, so agreement costs no additional collective.
 
-On the CPU the host looks at the words. Where they differ, the ranks tell one another in one more collective what they
-were called with, and all of them raise: the one that failed its own error, the others an error that names it. On a GPU
-the host would have to wait to see the words, in every call, so there the results are made NaN on the device, and only
-the rank that failed raises. With TORCH_DISTRIBUTED_DEBUG=DETAIL the host looks there too.
+On the CPU the host compares the words. If they differ, one more collective exchanges the arguments, and all ranks
+raise: the rank that failed raises its own error, the others raise one that names it. On a GPU the comparison would make
+the host wait in every call. There the results become NaN on the device, and only the rank that failed raises. With
+TORCH_DISTRIBUTED_DEBUG=DETAIL the host compares the words on a GPU too.
 """
 
 from collections.abc import Callable
@@ -23,20 +23,21 @@ from entcov.ops.message import hash_values
 
 
 def eager(function: Callable) -> Callable:
-    """`function` under torch.compiler.disable: collectives, and checks of what they bring, are not traced.
+    """`function`, excluded from tracing by torch.compile: it enters collectives and checks their results.
 
-    Decided at the call and not by a decorator, which would import the compiler, and double the time to import entcov.
+    A decorator would import the compiler when entcov is imported, which doubles the import time.
     """
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def host_may_read(device: torch.device) -> bool:
-    """Whether the host looks at what a collective brought: on a GPU it would wait for it."""
+    """Whether the host may read the result of a collective. On a GPU it would have to wait for it."""
     return device.type == "cpu" or dist.get_debug_level() == dist.DebugLevel.DETAIL
 
 
 def attempt(function: Callable[[], Any], group: dist.ProcessGroup | None) -> tuple[Any, Exception | None]:
-    """(function(), None), or (None, its exception) where other ranks wait for this one; elsewhere it is raised."""
+    """(function(), None), or (None, its exception) if there are other ranks, which wait for this one. Without other
+    ranks the exception is raised."""
     check_member(group)
     try:
         return function(), None
@@ -47,24 +48,29 @@ def attempt(function: Callable[[], Any], group: dist.ProcessGroup | None) -> tup
 
 
 def check_member(group: dist.ProcessGroup | None) -> None:
-    if group is not None and dist.get_rank(group) < 0:  # nobody waits for this rank
+    if group is not None and dist.get_rank(group) < 0:  # no rank of the group waits for this one
         raise ValueError("group must contain the calling rank, and does not")
 
 
 def digest(op: str, call: dict[str, Any]) -> int:
-    """A hash of what every rank must be called with; not 0."""
+    """64-bit hash of the public function's name and the arguments that must be equal on all ranks; never 0."""
     return hash_text(repr((op, list(call.items()))))
 
 
 def raise_together(
     op: str, group: dist.ProcessGroup, failure: Exception | None, call: dict[str, Any], checksums: dict[str, int]
 ) -> NoReturn:
-    """What every rank of the group does once it has seen that their words differ. One collective of Python objects.
+    """Raises on every rank, after the words have been found to differ. One collective of Python objects.
 
     Args:
-        failure: this rank's own exception.
-        call: what this rank was called with, by the argument's name: as in its digest.
-        checksums: the same for values that are too many to be shown.
+        op: public name of the call, for messages.
+        failure: this rank's own exception, or None.
+        call: this rank's arguments as in its digest, by name.
+        checksums: hashes of this rank's tensors of values, by name.
+
+    Raises:
+        `failure` on a rank that has one. Elsewhere a RuntimeError that names the first rank that failed, or the first
+        difference between rank 0 and another rank.
     """
     text = None if failure is None else f"{type(failure).__name__}: {failure}"
     everyone: list = [None] * dist.get_world_size(group)
@@ -100,16 +106,16 @@ def raise_together(
 
 
 class AllReduces:
-    """The all-reduces of one call over a group. The first carries each rank's word, in a place of its own.
+    """The all-reduces of one call over a group. The first one also exchanges the words of all ranks.
 
     Args:
         op: public name of the call, for messages.
-        group: None: this process is alone, and nothing is sent or compared.
-        call: what every rank must be called with, by the argument's name. A tensor of one int64 or float64 stands for
-            its value, which is compared on its device.
-        own: [n] int64 that the others want to know of this rank.
-        failure: the exception that this rank has to raise. It takes part all the same, in every collective, with what
-            a rank without tokens would send; `finish` raises it.
+        group: None or a group of one rank: nothing is sent or compared.
+        call: the arguments that must be equal on all ranks, by name. A tensor of one int64 or float64 stands for its
+            value, which is compared on its device.
+        own: [n] int64 to be gathered from all ranks, with the first sum.
+        failure: this rank's exception. The rank enters every collective, with the data of a rank without tokens;
+            `finish` raises it.
     """
 
     def __init__(
@@ -123,9 +129,9 @@ class AllReduces:
     ):
         self.op, self.call, self.failure = op, call, failure
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
-        self.refused: Tensor | None = None  # 0-d bool: the ranks do not agree; None: they do
-        self.own = None if own is None else own[None]  # [ranks, n] once the first sum is there
-        self._words: Tensor | None = None  # [ranks, 1 + n] of which this rank's row is filled in
+        self.refused: Tensor | None = None  # 0-d bool on a GPU, true if the ranks do not agree; None: they agree
+        self.own = None if own is None else own[None]  # [ranks, n] after the first sum
+        self._words: Tensor | None = None  # [ranks, 1 + n], zeros except in this rank's row; None after the first sum
         if self.group is not None:
             size = (dist.get_world_size(group), 1 + (0 if own is None else len(own)))
             self._words = torch.zeros(size, dtype=torch.int64, device=device)
@@ -143,7 +149,10 @@ class AllReduces:
         return hash_values(torch.cat(values), word)[None]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The int64 `tensor` added up over the ranks, which it may overwrite."""
+        """The sum of the int64 `tensor` over the ranks. May overwrite `tensor`. One all-reduce.
+
+        Raises: if the ranks do not agree and the host may read the words, as `raise_together`.
+        """
         if self.group is None:
             return tensor
         if self._words is None:
@@ -162,6 +171,6 @@ class AllReduces:
         return joined[: tensor.numel()].view(tensor.shape)
 
     def finish(self) -> None:
-        """Raises this rank's own exception. The others have had their NaN."""
+        """Raises this rank's own exception, if any; the other ranks have raised or their results are NaN."""
         if self.failure is not None:
             raise self.failure

@@ -1,7 +1,8 @@
-"""The clamped entropy of rows that are split over ranks, in rounds (csrc/clamp.h). The same on every device.
+"""The clamped entropy of rows that are split over ranks, in rounds (csrc/clamp.h); the same code for CPU and CUDA.
 
-One all-gather carries a sketch of every shard, before the pass over the logits. The next ones carry what each shard has in
-the bracket that the sketches yield, the first with the row statistics; most rows need one of these.
+The first all-gather exchanges a sketch of every shard, from which all ranks compute the same bracket. Each round is
+then one pass over the logits and one all-gather of the partials: what every shard has above the bracket and inside it.
+The partials of the first round include the row statistics. Most rows need one round.
 """
 
 import math
@@ -19,20 +20,20 @@ from entcov.ops.row_stats import row_stats
 from entcov.stats import ranks
 from entcov.stats.shards import Partial, gather
 
-# A row that its sample misled has 2^32 keys left: 160 times fewer each round, and one round to add up what is kept.
+# If the bracket of the sketches missed, up to 2^32 keys are left. Each round divides them by 160; a last one sums.
 MOST_ROUNDS = 7
 
 
 def sharded_clamped_stats(op, group, T, device, moments, resolve) -> list[Tensor]:
-    """What `clamped_stats` returns, over the ranks of `group`.
+    """The result of `ops.clamped_stats`, for rows that are split over the ranks of `group`.
 
     Args:
-        resolve: () -> (rows, Settings, call, values) of `shards.Partial`; it may raise. For the others see
-            stats.token_stats.sharded_row_statistics.
+        resolve: returns (rows, Settings, call, values), the last two for `shards.Partial`; it may raise. The other
+            arguments are those of token_stats.sharded_row_statistics.
 
-    Two all-gathers, of 4 * SKETCH and 4 * (4 | 7 + PARTIAL) bytes a token and rank, and one more of 4 * (4 + PARTIAL) for
-    every further round. The host reads one number a round, how many rows want another; captured in a CUDA graph, where it
-    cannot, it runs as many rounds as any data may need.
+    Collectives: two all-gathers, of 4 * SKETCH and 4 * (4 | 7 + PARTIAL) bytes per token and rank, and one of
+    4 * (4 + PARTIAL) bytes for every further round. The host waits once per round, to read the number of unfinished
+    rows. During CUDA graph capture it cannot, so MOST_ROUNDS rounds run, which suffice for any data.
     """
     rows = settings = alike = failure = None
 
@@ -53,7 +54,8 @@ def sharded_clamped_stats(op, group, T, device, moments, resolve) -> list[Tensor
     try:
         sketches = gather(op, group, (T, SKETCH), device, sketch)
     except Exception:
-        if failure is not None and not ranks.host_may_read(device):  # the others go on, with NaN: not alone
+        # On a GPU the other ranks have no error and continue with NaN: enter their next collective too.
+        if failure is not None and not ranks.host_may_read(device):
             gather(op, group, (T, fields + PARTIAL), device, fail)
         raise
     shard, spec, kept, _ = settings
@@ -67,7 +69,7 @@ def sharded_clamped_stats(op, group, T, device, moments, resolve) -> list[Tensor
 
         @torch.no_grad()
         def partial(bracket=bracket, with_moments=with_moments):
-            # What ranks must agree on goes with every partial: a disagreement makes them all NaN each time.
+            # Every message is signed: if the ranks do not agree, every merge gives NaN.
             return Partial(rows.apply(_partial, spec, with_moments, per_row=(bracket,)), shard, *alike)
 
         partials = gather(op, group, (T, (7 if with_moments else 4) + PARTIAL), device, partial)
@@ -92,10 +94,10 @@ def _captured(tensor: Tensor) -> bool:
 
 
 def _margin(vocab_size: int, kept: int, world: int) -> int:
-    """Four and a half deviations of the estimated rank of a logit.
+    """In ranks of the sorted row: 4.5 standard deviations of the rank that the sketches estimate for a logit.
 
-    It errs by the sample, one logit in 20 and at most 8,192 a shard, taken to be worth two thirds of that since
-    neighbours are alike; and by the grid of the quantiles."""
+    Its variance comes from the sample (one logit in 20, at most 8,192 per shard; counted as two thirds, since adjacent
+    logits are correlated) and from the grid of quantiles."""
     share = kept / vocab_size
     sampled = min(vocab_size / 20, 8192 * world) / 1.5
     deviation = vocab_size * math.sqrt(share * (1 - share) / sampled + 1 / (12 * SKETCH**2 * world))

@@ -1,8 +1,8 @@
-"""Which columns of the vocabulary a rank holds, and the all-gather that every sharded statistic goes through.
+"""Shard: the column range of a rank in the vocabulary. gather: the all-gather of every sharded statistic.
 
-A rank sends its statistics and a signature: which columns they are of, and a hash of how the rank was called. Ranks that
-were called differently, or one that failed, are found out in the collective that they have to enter anyway
-(entcov/stats/ranks.py); a plain gather would return wrong numbers.
+A rank sends its statistics and a signature: its column range, and a hash of the arguments it was called with. So ranks
+that were called differently, and ranks that failed, are detected in the same collective (entcov/stats/ranks.py). A
+plain all-gather would return wrong numbers.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from entcov.stats import ranks
 
 @dataclass(frozen=True)
 class Shard:
-    """The columns of one rank: `width` of them, of which the first `columns` exist (the rest is padding)."""
+    """The column range of one rank: `width` columns, of which the first `columns` are not padding."""
 
-    start: int  # global id of column 0
+    start: int  # global token id of column 0
     width: int
     vocab_size: int  # of the whole row
 
@@ -32,7 +32,7 @@ class Shard:
 
 
 def resolve_shard(width: int, group, vocab_start: int | None, vocab_size: int | None) -> Shard:
-    """Fills in the defaults of `vocab_start` and `vocab_size`, and refuses what cannot be meant."""
+    """Fills in the defaults of `vocab_start` and `vocab_size` (see `token_stats`). ValueError for impossible values."""
     if group is None:
         if vocab_start not in (None, 0):
             raise ValueError(f"vocab_start must be 0 or None without a group (all columns are here), got {vocab_start}")
@@ -61,39 +61,40 @@ def resolve_shard(width: int, group, vocab_start: int | None, vocab_size: int | 
 
 
 class Partial(NamedTuple):
-    """What one rank puts into `gather`."""
+    """The contribution of one rank to `gather`."""
 
     payload: Tensor  # [T, width] fp32
     shard: Shard
-    call: dict[str, Any]  # what every rank must be called with, by the argument's name
-    values: dict[str, Tensor]  # [n] int64 that every rank must have alike, by the argument's name
+    call: dict[str, Any]  # the arguments that must be equal on all ranks, by name
+    values: dict[str, Tensor]  # [n] int64 each: tensors that must be equal on all ranks, by name
 
 
 def gather(
     op: str, group: dist.ProcessGroup, shape: tuple[int, int], device: torch.device, prepare: Callable[[], Partial]
 ) -> Tensor:
-    """All-gathers the messages of all ranks: payloads [T, width] with signatures. One collective; on CUDA nothing waits.
+    """All-gathers the messages of all ranks: payloads [T, width] with signatures. One collective.
+
+    On CUDA the host does not wait.
 
     Args:
         op: public name of the caller, for messages.
-        shape, device: of the payload. Known before `prepare`, which may fail.
-        prepare: makes this rank's partial. If it raises, this rank enters the collective all the same, with zeros, so
-            that the others do not wait for it, and raises afterwards.
+        shape, device: of the payload. They are known before `prepare` runs, which may fail.
+        prepare: computes this rank's partial. If it raises, this rank still enters the collective, with zeros, so that
+            the others do not wait for it, and raises afterwards.
 
     Returns:
         [R, T * width + 4] fp32 in the order of the ranks (`entcov.ops.message`).
 
     Raises:
-        The exception of `prepare`.
-        RuntimeError: on every rank but those whose `prepare` raised: it raised on another one, which the error names
-            with its message; ranks differ in `call`, `values`, T, width or vocab_size; or their shards overlap or leave a
-            hole. On CUDA the merge of the messages makes NaN of it instead, on every rank, unless
-            TORCH_DISTRIBUTED_DEBUG=DETAIL: then the host reads the signatures there too, and waits for the GPU in every
-            call.
-            Also when the all-gather itself fails. Different T or width are different message sizes, which a backend may
-            not survive: gloo ends the process of a rank that gets more than it expects, its peers get this error, and
-            NCCL does not notice. TORCH_DISTRIBUTED_DEBUG=DETAIL makes torch compare the sizes first, and every rank
-            gets it.
+        The exception of `prepare`, on the ranks where it raised.
+        RuntimeError: on all other ranks, if `prepare` raised on a rank (the error names it and its message), if ranks
+            differ in `call`, `values`, T, width or vocab_size, or if shards overlap or leave a hole. On CUDA there is
+            no such error: the merge of the messages returns NaN on every rank. With TORCH_DISTRIBUTED_DEBUG=DETAIL the
+            host waits for the GPU in every call, reads the signatures, and raises.
+        RuntimeError: the all-gather failed. If T or width differ, so do the sizes of the messages, which backends
+            handle badly: gloo ends the process of a rank that receives too much, its peers get this error, and NCCL
+            does not notice. With TORCH_DISTRIBUTED_DEBUG=DETAIL torch compares the sizes first, and every rank gets
+            this error.
     """
     T, width = shape
     ranks.check_member(group)
@@ -104,7 +105,7 @@ def gather(
         call = {"tokens": T, "values a token": width, "vocab_size": vocab_size, **call}
         alike = torch.cat(list(values.values())) if len(values) > 1 else next(iter(values.values()), None)
         local = message(payload, alike, ranks.digest(op, call), shard.start if shard.columns else 0, shard.columns)
-    except Exception as error:  # perhaps of this rank alone: the others must hear of it
+    except Exception as error:  # other ranks may have succeeded and wait in the all-gather
         failure = error
         local = torch.zeros(T * width + SIGNATURE, dtype=torch.float32, device=device)
     messages = local.new_empty((dist.get_world_size(group), len(local)))
@@ -113,8 +114,8 @@ def gather(
         all_gather(messages.view(-1), local, group=group)
     except RuntimeError as error:
         raise RuntimeError(
-            f"{op}: the all-gather of [T = {T}, {width}] statistics failed. Every rank of the group must make the call, "
-            "with equally many tokens and the same outputs (moments, clamp). The backend says: " + str(error)
+            f"{op}: the all-gather of [T = {T}, {width}] statistics failed. Every rank of the group must make the call"
+            ", with equally many tokens and the same outputs (moments, clamp). The backend says: " + str(error)
         ) from (failure or error)
     if ranks.host_may_read(device):
         seen = signatures(messages).tolist()
@@ -127,7 +128,7 @@ def gather(
 
 
 def _check_cover(op: str, layout: list[tuple[int, int]], vocab_size: int) -> None:
-    """(start, columns) of every rank must cover [0, vocab_size) exactly once, in any order of ranks."""
+    """RuntimeError unless the shards (start, columns) of all ranks cover [0, vocab_size) exactly once, in any order."""
     at = 0
     for rank, (start, columns) in sorted(enumerate(layout), key=lambda item: item[1]):
         if columns == 0:

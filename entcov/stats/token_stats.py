@@ -1,7 +1,7 @@
 """token_stats: log-probability and entropies of a policy whose vocabulary may be split over ranks.
 
-Local op -> one all-gather -> merge -> a few [T] formulas, with an autograd.Function that keeps the caller's logits and
-the merged statistics, and whose backward is one local op. Formulas: docs/math.md.
+Forward: one local op -> one all-gather -> one merge that also computes the outputs. Backward: one local op, from the
+caller's logits and the merged statistics, which an autograd.Function saves. Formulas: docs/math.md.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from entcov.stats.shards import Partial, Shard, gather, resolve_shard
 
 
 class TokenStats(NamedTuple):
-    """What `token_stats` returns: fp32, the shape of `target`, in nats. None: not asked for."""
+    """The result of `token_stats`: fp32, the shape of `target`, in nats. None: not requested."""
 
     logprob: Tensor
     entropy: Tensor
@@ -60,16 +60,16 @@ def token_stats(
 
     Args:
         logits: [..., V_local] float32, bfloat16 or float16, stride 1 along the vocabulary. This rank's columns.
-            Leading dims that one stride can walk are read in place; others are copied (`logits[:, :-1]` is such a
-            case: shift `target` instead, and fill its end with ignore_index).
+            Leading dims that can be viewed as one dim are read in place; others are copied. `logits[:, :-1]` is copied:
+            shift `target` instead, and fill its end with ignore_index.
         target: [...] int64, global token ids, the same on every rank.
-        group: process group over which the vocabulary is split. None: all of it is here.
+        group: process group over which the vocabulary is split. None: logits have all columns.
         vocab_start: global id of column 0. Default: rank * V_local. Shards may be uneven, empty, and in any order.
         vocab_size: true size of the whole vocabulary; columns from there on are padding and do not exist. Default: all
             columns (world * V_local). Required with vocab_start.
         temperature: divides the logits, as the sampler's does. A constant: a tensor must not require a gradient.
         clamp_p: fraction (not percent) of the vocabulary to leave out of clamped_entropy, lowest logits first; [0, 1).
-        top_k: or the number of logits to keep in it.
+        top_k: instead of clamp_p, the number of logits to keep.
         moments: also return collision, varentropy and entropy_drift.
         ignore_index: rows with this target are not read: all their outputs and gradients are 0.
 
@@ -81,17 +81,18 @@ def token_stats(
     the gradient is the mean over all ways to break the tie. The moments are detached. Outputs that the loss does not
     use cost nothing in backward.
 
-    Mutated: nothing. Kept for backward: the caller's logits and target, and 16 bytes a token (28 with moments, 16 more
-    with a clamp); nothing of size V. The logits must not be written before backward. Autograd raises if they are, but
-    does not see what a compiled function writes itself: there the CPU raises, and a GPU makes the target's gradient
-    NaN, where a target's logit has changed. `torch.compiler.disable(token_stats)` in such a function sees every change.
+    Mutated: nothing. Kept for backward: the caller's logits and target, and 16 bytes per token (28 with moments, 16
+    more with a clamp); nothing of size V. The logits must not be written before backward. Autograd raises if they are,
+    but does not detect writes inside a function compiled by torch.compile. There a changed logit of a target is an
+    error on the CPU, and makes the target's gradient NaN on CUDA. With `torch.compiler.disable(token_stats)` in that
+    function, autograd detects every write.
 
-    Collectives, in forward, which every rank of the group must enter: one all-gather of 16 bytes a token and rank (28
-    with moments) plus 16 bytes. With a clamp it is one all-gather of 256 bytes and one of 680 (692 with moments), and
-    one more of 680 for each further round that a row needs: none for most rows of bf16, one for many whose threshold is
-    near 0 or among the few hundred largest or smallest logits, one for fp32 with all its bits, at most 5. On CUDA the
-    host waits for the GPU once a round, for the number of such rows; while a CUDA graph is captured it does not, and all
-    7 rounds run. Backward: none.
+    Collectives, in forward, which every rank of the group must enter: one all-gather of 16 bytes per token and rank (28
+    with moments) plus 16 bytes. With a clamp: one all-gather of 256 bytes, one of 680 (692 with moments), and one of
+    680 for each further round that a row needs. Most rows of bf16 need none, many whose threshold is near 0 or among
+    the few hundred largest or smallest logits need one, fp32 with all its bits needs one; never more than 5. On CUDA
+    the host waits for the GPU once per round, for the number of such rows; during CUDA graph capture it does not, and
+    all 7 rounds run. Backward: none.
 
     Error against float64 on the same rounded logits: 1e-5 absolute for logprob and entropies at V = 151,936; for peaked
     rows 1e-5 relative as well (entropies down to 1e-6). -inf is a probability of 0; a NaN or +inf makes its row NaN.
@@ -119,18 +120,18 @@ def token_stats(
 
 
 class Settings(NamedTuple):
-    """How statistics are to be made of rows."""
+    """The arguments of `token_stats` that apply to all rows, with defaults filled in."""
 
     shard: Shard
     spec: RowSpec
-    kept: int | None  # logits that the clamp keeps
+    kept: int | None  # number of logits that the clamp keeps; None: no clamp
     moments: bool
 
 
 def resolved_settings(
     width, group, vocab_start, vocab_size, temperature, clamp_p, top_k, moments, ignore_index
 ) -> Settings:
-    """The arguments of `token_stats` with defaults filled in, once they are seen to be possible."""
+    """Checks the arguments of `token_stats` and fills in defaults. Raises TypeError or ValueError."""
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     shard = resolve_shard(width, group, vocab_start, vocab_size)
@@ -163,7 +164,8 @@ def _sharded_token_stats(logits, target, group, *arguments):
 
 
 def check_leading_shape(name: str, logits: Tensor, per_row: str, shape: torch.Size) -> None:
-    """Before the reshape, which would hide it: one entry of `per_row` a row, and unit stride along the vocabulary."""
+    """ValueError unless logits have the leading shape `shape` and stride 1 along the vocabulary. Called before a
+    reshape, which would hide both errors."""
     if logits.dim() < 1 or logits.shape[:-1] != shape:
         raise ValueError(
             f"{per_row} must have the leading shape of {name}, {tuple(logits.shape[:-1])}, got {tuple(shape)}"
@@ -173,7 +175,7 @@ def check_leading_shape(name: str, logits: Tensor, per_row: str, shape: torch.Si
 
 
 def kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int | None:
-    """How many logits the clamp keeps; None: no clamp."""
+    """The number of logits that the clamp keeps; None: no clamp. ValueError for impossible values."""
     if clamp_p is not None and top_k is not None:
         raise ValueError(f"clamp_p and top_k exclude each other, got {clamp_p} and {top_k}")
     if clamp_p is not None:
@@ -186,45 +188,48 @@ def kept_count(vocab_size: int, clamp_p: float | None, top_k: int | None) -> int
 
 
 def row_statistics(logits, target, spec: RowSpec, kept: int | None, moments: bool) -> list[Tensor]:
-    """Statistics and outputs when all columns are here: [stats [T, 4 | 7], logprob, entropy, moments...], with a clamp
-    [stats, clamp [T, 4], logprob, entropy, clamped_entropy, moments...]."""
+    """Statistics and outputs of whole rows: [stats [T, 4 | 7], logprob, entropy, moments...], with a clamp
+    [stats, clamp [T, 4], logprob, entropy, clamped_entropy, moments...]. fp32, outputs [T]."""
     if kept is not None:
         return clamped_stats(logits, target, kept, spec, moments)
     return row_stats(logits, target, spec, moments, whole=True)
 
 
 class LogitRows(NamedTuple):
-    """The logits [T, V_local] of the tokens `target` [T], for what is computed row by row.
+    """Logits [T, V_local] and targets [T], the input of ops that compute row by row.
 
-    entcov.stats.lm_head has rows of another kind, whose logits exist for one chunk of tokens at a time.
+    entcov.stats.lm_head.HeadRows has the same interface, and its logits exist for one chunk of tokens at a time.
     """
 
     logits: Tensor
     target: Tensor
-    name = "token_stats"  # of the public function, in messages
+    name = "token_stats"  # of the public function, for messages
 
     @property
     def dtype(self) -> torch.dtype:
         return self.logits.dtype
 
     def apply(self, op: Callable, *arguments, per_row: tuple[Tensor, ...] = ()):
-        """op(logits, target, *per_row, *arguments): a tensor or a tuple of them, one row a token, each made from that
-        token's row of logits, target and per_row alone."""
+        """op(logits, target, *per_row, *arguments): a tensor or a list of tensors, with one row per token that depends
+        on the same row of logits, target and per_row alone."""
         return op(self.logits, self.target, *per_row, *arguments)
 
     def values(self, ignore_index: int) -> dict[str, Tensor]:
-        """What every rank must have alike, for `shards.Partial`."""
+        """The values that must be equal on all ranks, for `shards.Partial`."""
         return {"target": self.target}
 
 
 def sharded_row_statistics(op, group, T, device, moments, clamped, resolve):
-    """(rows, settings, what `row_statistics` returns) over the ranks of `group`: one all-gather, with a clamp two or more.
+    """(rows, settings, result as of `row_statistics`), for rows that are split over the ranks of `group`.
+
+    Collectives: one all-gather; with a clamp two or more.
 
     Args:
         op: public name of the caller, for messages.
-        T, device, moments, clamped: how many rows there are, where, and what is asked for: the size of the messages,
-            known before anything is checked.
-        resolve: () -> (rows, Settings, what else every rank must be called with); it may raise (`shards.gather`).
+        T, device, moments, clamped: the number of rows, their device, and which outputs are requested. They determine
+            the size of the messages, and are known before any argument is checked.
+        resolve: returns (rows, Settings, further arguments that must be equal on all ranks, by name). It may raise
+            (`shards.gather`).
     """
     rows = settings = None
 
@@ -247,7 +252,7 @@ def sharded_row_statistics(op, group, T, device, moments, clamped, resolve):
 
 
 def agreed(rows, settings: Settings, call: dict) -> tuple[dict, dict]:
-    """(call, values) of `shards.Partial`, for statistics of these rows."""
+    """(call, values) of `shards.Partial`: what must be equal on all ranks. `call`: further entries."""
     call = {
         "dtype": str(rows.dtype).removeprefix("torch."),
         "temperature": settings.spec.temperature,
@@ -259,7 +264,7 @@ def agreed(rows, settings: Settings, call: dict) -> tuple[dict, dict]:
 
 
 def named_outputs(outputs: tuple[Tensor, ...], shape: torch.Size, clamped: bool) -> TokenStats:
-    """`outputs` of `row_statistics` in this shape, under their names."""
+    """The outputs of `row_statistics`, reshaped and named."""
     if len(shape) != 1:
         outputs = tuple(x.view(shape) for x in outputs)
     clamp = outputs[2:3] if clamped else (None,)
@@ -268,7 +273,7 @@ def named_outputs(outputs: tuple[Tensor, ...], shape: torch.Size, clamped: bool)
 
 
 def saved_and_outputs(ctx, found: list[Tensor], clamped: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """(stats, clamp, outputs) of what `row_statistics` returns; tells autograd that the moments have no gradient."""
+    """Splits the result of `row_statistics` into (stats, clamp, outputs); marks the moments as not differentiable."""
     stats, clamp, outputs = found[0], found[1] if clamped else None, tuple(found[1 + clamped :])
     ctx.mark_non_differentiable(*outputs[2 + clamped :])
     ctx.set_materialize_grads(False)
@@ -276,13 +281,13 @@ def saved_and_outputs(ctx, found: list[Tensor], clamped: bool) -> tuple[Tensor, 
 
 
 def three_gradients(grads: tuple[Tensor | None, ...], clamped: bool) -> list[Tensor | None]:
-    """Those of logprob, entropy and clamped_entropy, contiguous."""
+    """The gradients of logprob, entropy and clamped_entropy, contiguous; None for those that are 0."""
     given = [None if g is None else g.contiguous() for g in grads[: 2 + clamped]]
     return given if clamped else [*given, None]
 
 
 class _TokenStats(torch.autograd.Function):
-    """Logits [T, V_local] -> the outputs of `row_statistics`; `found`: they are computed already, over a group."""
+    """Logits [T, V_local] -> the outputs of `row_statistics`. `found`: its result, if there is a group."""
 
     @staticmethod
     def forward(ctx, logits, target, vocab_start, vocab_size, temperature, ignore_index, kept, moments, found):

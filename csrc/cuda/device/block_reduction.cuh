@@ -1,6 +1,6 @@
-// The threads that share a segment of a row, and how they add up: a warp, or a whole block.
+// Team: the threads that compute one segment of a row (a warp or a whole block), and its reductions.
 //
-// Sums go pairwise over the lanes of a warp and then, one warp after the other, over the warps; always in that order.
+// Sums are pairwise over the lanes of a warp, then sequential over the warps, always in this order.
 #pragma once
 
 #include "../launch.h"
@@ -19,18 +19,18 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-// Blocks that fit a multiprocessor: 64 registers a thread for a block's work. Where every warp has a row of its own, row
-// addresses and limits differ within the block and take registers too, so it is 80.
+// Resident blocks per multiprocessor, for __launch_bounds__. With 4, a thread may use 64 registers. If every warp has
+// its own row, row addresses and limits differ within a block and take registers too; with 3, a thread may use 80.
 template <int kTeamWarps>
 constexpr int kBlocks = kTeamWarps == 1 ? 3 : 4;
 
-// A team is kTeamWarps warps of a block: 1 or all of them. N: how many numbers are added up at the end.
+// kTeamWarps: 1, or all warps of the block. N: how many sums sum() computes at once.
 template <int kTeamWarps, int N>
 struct Team {
   static_assert(kTeamWarps == 1 || kTeamWarps == kWarps, "");
   static constexpr int kSize = kTeamWarps * kWarp;  // threads
 
-  // Each use has its own place, so that a fast warp cannot overwrite what a slow one still reads.
+  // Every call has its own memory, so that a fast warp cannot overwrite what a slow warp still reads.
   struct Shared {
     float max[2][kTeamWarps];
     float sum[N][kTeamWarps];
@@ -38,7 +38,7 @@ struct Team {
 
   int rank;  // of this thread in its team
 
-  // The largest of v over the team, for every thread of it; NaN does not count. use: 0, then 1.
+  // The maximum of v over the team, in every thread; NaN is ignored. `use` is 0 in the first call and 1 in the second.
   __device__ __forceinline__ float max(float v, Shared& shared, int use) const {
     v = warp_max(v);
     if (kTeamWarps == 1) return v;
@@ -47,7 +47,7 @@ struct Team {
     return warp_max(shared.max[use][rank % kTeamWarps]);
   }
 
-  // The sums of v over the team; right in the thread of rank 0.
+  // Replaces v by its sums over the team. Only the thread of rank 0 gets the result.
   __device__ __forceinline__ void sum(float (&v)[N], Shared& shared) const {
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] = warp_sum(v[i]);
@@ -64,7 +64,7 @@ struct Team {
   }
 };
 
-// Which segment of which row a team does.
+// The segment and row that a team computes.
 struct Unit {
   int64_t row;
   int segment;
@@ -72,7 +72,7 @@ struct Unit {
 
 template <int kTeamWarps>
 __device__ __forceinline__ Unit this_unit(int segments) {
-  if (kTeamWarps == 1)  // a row that one warp does is one segment
+  if (kTeamWarps == 1)  // such a row is one segment
     return {static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp, 0};
   const unsigned parts = static_cast<unsigned>(segments);
   return {static_cast<int64_t>(blockIdx.x / parts), static_cast<int>(blockIdx.x % parts)};

@@ -1,14 +1,14 @@
-// What the kernels of the clamped entropy share: a sample of a row, the one pass over it, and exact selection in shared
-// memory. A block does a row (or a shard's part of one), of any length.
+// The common part of the clamped-entropy kernels: sampling a row, the pass over it with a bracket, and exact selection
+// in shared memory. A block computes a row, or a shard of one, of any length. The algorithm is in csrc/clamp.h.
 //
-// The pass knows a bracket lo <= hi, in which the threshold ought to lie. Every logit is loaded once and counted into
-//   - the sums over everything that RowStats wants,
-//   - where it is above hi, the same sums over the kept logits and their number,
-//   - where it lies in [lo, hi], a list in shared memory: a few percent of the row, each warp's part in a fixed order.
-// What it knows afterwards is exact whether the bracket was a good one or not, so a bad one costs time and no digit.
+// The pass gets a bracket lo <= hi that probably contains the threshold. It loads every logit once and adds it to
+//   - the sums of RowStats over all logits,
+//   - if it is above hi: the same sums over the kept logits, and their number,
+//   - if it lies in [lo, hi]: a list in shared memory, a few percent of the row, one list per warp in a fixed order.
+// These results are exact for any bracket, so a bad bracket costs time but never accuracy.
 //
-// Selection goes by keys (../clamp.h). Counting uses atomics on integers only, which commute; all sums of floats have a
-// fixed order.
+// Numerics. Selection compares keys (clamp.h). Atomics are used on integers only, where the order does not matter; all
+// sums of floats have a fixed order.
 #pragma once
 
 #include "../../clamp.h"
@@ -19,12 +19,12 @@ namespace entcov::cuda {
 
 constexpr int kListBytes = 36 << 10;
 template <class T>
-constexpr int kListOfWarp = kListBytes / kWarps / static_cast<int>(sizeof(T));  // logits in the bracket a warp can list
-constexpr int kCounters = 2048;          // of an 11-bit digit of a key
-constexpr int kClampVectors = 4;         // in flight a thread
-constexpr int kClampGroup = 2;           // vectors that are added after one comparison with the reference
+constexpr int kListOfWarp = kListBytes / kWarps / static_cast<int>(sizeof(T));  // capacity of a warp's list
+constexpr int kCounters = 2048;   // one per value of an 11-bit digit of a key
+constexpr int kClampVectors = 4;  // vectors that a thread loads before it uses them
+constexpr int kClampGroup = 2;    // vectors per comparison with the reference
 
-// Lower bits of a key that a value of type T leaves open.
+// Lower bits of a key that type T does not use (clamp.h).
 template <class T>
 constexpr int kSpareBits = 0;
 template <>
@@ -36,9 +36,10 @@ constexpr int kSpareBits<__half> = 13;
 
 constexpr int kMostRanks = 64;
 
-struct Place {  // of an element among counters
+// The position of an element among counters.
+struct Place {
   uint32_t counter;
-  uint32_t rank;   // within the counter, from the largest, 1-based
+  uint32_t rank;   // within the counter; 1 is the largest
   uint32_t count;  // elements in the counter
 };
 
@@ -49,7 +50,7 @@ struct SelectionShared {
   Place place;
 };
 
-// The sum of v over the threads before this one. The whole block takes part.
+// The sum of v over the threads before this one. Called by all threads of the block.
 __device__ __forceinline__ uint32_t sum_before(uint32_t v, uint32_t (&warp_total)[kWarps]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   uint32_t sum = v;
@@ -62,12 +63,12 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t v, uint32_t (&warp_total
   __syncthreads();
   uint32_t before = sum - v;
   for (int w = 0; w < warp; w++) before += warp_total[w];
-  __syncthreads();  // the next call writes there
+  __syncthreads();  // the next call overwrites warp_total
   return before;
 }
 
-// Where the rank-th element (1-based) lies when the counters are walked from the last one down. `size` is a multiple of
-// the block's threads.
+// The place of the rank-th largest element (1 is the largest), by counters in ascending order. `size` is a multiple of
+// kThreads. Called by all threads of the block.
 __device__ __forceinline__ Place find_bin(const uint32_t* count, int size, uint32_t rank, SelectionShared& s) {
   const int mine = size / kThreads, top = size - 1 - static_cast<int>(threadIdx.x) * mine;
   uint32_t sum = 0;
@@ -88,18 +89,19 @@ __device__ __forceinline__ void clear(uint32_t* words, int size) {
 
 // ---- the sample -----------------------------------------------------------------------------------------------------
 
-// The sample's upper halves of keys, and room to select among them: what `list` is before the pass.
+// The sample, and memory for the selection from it. The list of the pass may reuse this shared memory.
 struct SampleArea {
-  uint16_t upper[kSampleLimit];
-  uint32_t above[kCounters];  // sampled elements with a larger digit
-  uint32_t slot[kCounters];   // which rank looks into this digit; kNoSlot: none
+  uint16_t upper[kSampleLimit];  // upper 16 bits of the keys
+  uint32_t above[kCounters];     // number of sampled elements with a larger digit
+  uint32_t slot[kCounters];      // the rank that is searched in this digit; kNoSlot: none
 };
 static_assert(sizeof(SampleArea) <= kListBytes, "");
 constexpr uint32_t kNoSlot = 0xffffffffu;
 
-// Of the row, as plan_sample() says; returns its size.
+// Reads the sample of plan_sample() into area.upper and returns its size.
 template <class T, bool kAligned>
-__device__ __forceinline__ int take_sample(const Reader<T, kAligned>& reader, const T* row, int count, SampleArea& area) {
+__device__ __forceinline__ int take_sample(const Reader<T, kAligned>& reader, const T* row, int count,
+                                           SampleArea& area) {
   const int thread = static_cast<int>(threadIdx.x);
   if (count <= kUnsampledColumns) {
     for (int j = thread; j < count; j += kThreads)
@@ -122,7 +124,9 @@ __device__ __forceinline__ int take_sample(const Reader<T, kAligned>& reader, co
   return plan.taken * kSector;
 }
 
-// The rank(n)-th largest of the sample, n < size <= kMostRanks, ascending and in 1..m: their upper halves in s.upper.
+// For n < size <= kMostRanks, writes the upper half of the rank(n)-th largest key of the sample [m] to s.upper[n].
+// rank(n) is in [1, m] and ascends with n. Two radix steps: 11 bits, then the other 5 bits of the digits that hold a
+// rank.
 template <class Rank>
 __device__ __forceinline__ void select_from_sample(SampleArea& area, int m, int size, Rank rank, SelectionShared& s) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -138,7 +142,7 @@ __device__ __forceinline__ void select_from_sample(SampleArea& area, int m, int 
   uint32_t before = sum_before(sum, s.warp_total);
   for (int i = 0; i < kMine; i++) area.above[top - i] = before, before += s.count[top - i];
   __syncthreads();
-  if (thread < size) {  // the largest digit that has less than `wanted` elements above it
+  if (thread < size) {  // the smallest digit with fewer than `wanted` elements above it
     const uint32_t wanted = static_cast<uint32_t>(rank(thread));
     int low = 0, high = kCounters - 1;
     while (low < high) {
@@ -173,8 +177,8 @@ __device__ __forceinline__ void select_from_sample(SampleArea& area, int m, int 
 // ---- the pass -------------------------------------------------------------------------------------------------------
 
 struct ClampSums : Sums {
-  float kept_e = 0.0f, kept_te = 0.0f;  // of elements above hi and below max
-  uint32_t above = 0;                   // elements above hi
+  float kept_e = 0.0f, kept_te = 0.0f;  // e and te over the elements above hi and below max
+  uint32_t above = 0;                   // number of elements above hi
 
   __device__ __forceinline__ void move(float d) {
     const float k = exp2_fast(d);
@@ -192,13 +196,13 @@ struct ClampSums : Sums {
     if (max > hi) kept_e += at_max;
     release_max();
     const float d = distance(new_max, c);
-    move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; keeps a NaN
+    move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; a NaN in the sums stays
   }
 
-  // Returns which elements are in [lo, hi], a bit each.
+  // Returns a mask of the elements in [lo, hi].
   template <class T, bool kSlow>
   __device__ __forceinline__ uint32_t add(const uint4 (&u)[kClampGroup], float c, float lo, float hi) {
-    float2 se, ste;  // of the even and of the odd elements
+    float2 se, ste;  // x: sums over the even elements, y: over the odd ones
     float sk = 0.0f, stk = 0.0f;
     uint32_t inside = 0;
     const auto sort_in = [&](float x, float t, float w, int bit) {
@@ -227,7 +231,7 @@ struct ClampSums : Sums {
     return inside;
   }
 
-  // A group that reaches its thread's reference or exceeds it; or without anything finite.
+  // Adds a group with an element at or above the reference, or one before the thread has seen a finite element.
   template <class T>
   __device__ __forceinline__ uint32_t add_slowly(const uint4 (&u)[kClampGroup], float largest, float c, float lo,
                                                  float hi) {
@@ -238,7 +242,7 @@ struct ClampSums : Sums {
       const float d = deficit(c);
       if (d != 0.0f) move(-d);
     }
-    const bool nothing = max == -INFINITY;  // -inf and NaN only: any finite reference tells them apart
+    const bool nothing = max == -INFINITY;  // only -inf and NaN so far: any finite reference gives the right sums
     if (nothing) limit = max = 0.0f;
     const uint32_t inside = add<T, true>(u, c, lo, hi);
     if (nothing) limit = max = -INFINITY;
@@ -248,19 +252,19 @@ struct ClampSums : Sums {
 
 struct PassShared {
   Team<kWarps, 5>::Shared team;
-  uint32_t listed[kWarps];  // elements in the bracket that each warp has seen; more than kListOfWarp: not all are there
+  uint32_t listed[kWarps];  // elements in the bracket per warp; if more than kListOfWarp, the warp's list is incomplete
   uint32_t above;
 };
 
-// What a pass knows of the row; the same in all threads but for the sums, which are right in thread 0.
+// The result of a pass. The sums are valid in thread 0 only, the other members in all threads.
 struct RowPass {
   float max;
-  float at_max, e, te, kept_e, kept_te;  // relative to max; elements that equal it are in at_max alone
-  uint32_t above, inside;
-  bool all_listed;
+  float at_max, e, te, kept_e, kept_te;  // as in Sums and ClampSums, relative to max
+  uint32_t above, inside;                // number of elements above hi, and in [lo, hi]
+  bool all_listed;                       // no list has overflowed
 };
 
-// Element j of a vector as it is in memory.
+// Element j of a vector, not converted.
 template <class T>
 __device__ __forceinline__ T element(const uint4& u, int j) {
   constexpr int n = Element<T>::kPerWord;
@@ -271,7 +275,7 @@ __device__ __forceinline__ T element(const uint4& u, int j) {
     return bits<T>(static_cast<uint16_t>(word >> 16 * (j % n)));
 }
 
-// One read of the row. list: the elements in [lo, hi], those of warp w from w * kListOfWarp on.
+// One pass over the row. Writes the elements in [lo, hi] to list, those of warp w from w * kListOfWarp on.
 template <class T, bool kAligned>
 __device__ __forceinline__ RowPass pass_over(const Reader<T, kAligned>& reader, int count, float lo, float hi, float c,
                                              T* list, PassShared& shared) {
@@ -297,7 +301,7 @@ __device__ __forceinline__ RowPass pass_over(const Reader<T, kAligned>& reader, 
       for (int k = 0; k < kClampVectors; k++) u[k] = reader.any(first + k * kThreads);
     }
     if (tile == 0) s.refer_to(team.max(largest<T>(u), shared.team, 0), c);
-    uint32_t inside = 0;  // which elements are in the bracket, a bit each
+    uint32_t inside = 0;  // mask of the elements in the bracket
 #pragma unroll
     for (int k = 0; k < kClampVectors; k += kClampGroup) {
       const uint4(&group)[kClampGroup] = *reinterpret_cast<const uint4(*)[kClampGroup]>(&u[k]);
@@ -306,14 +310,15 @@ __device__ __forceinline__ RowPass pass_over(const Reader<T, kAligned>& reader, 
                                            : s.template add_slowly<T>(group, top, c, lo, hi);
       inside |= found << k * kVector<T>;
     }
-    if (!whole) {  // what fills the last vector up is no element
+    if (!whole) {  // remove the -inf that pad the last vector
 #pragma unroll
       for (int k = 0; k < kClampVectors; k++) {
         const int real = count - (first + k * kThreads) * kVector<T>;
         if (real < kVector<T>) inside &= ~(((1u << kVector<T>)-(1u << (real > 0 ? real : 0))) << k * kVector<T>);
       }
     }
-    // Behind what the warp has listed, in the order of lanes; all of a thread's, or none where the list ends.
+    // Append to the warp's list in the order of lanes: all elements of a thread, or none if the list has no room for
+    // them.
     const uint32_t mine = static_cast<uint32_t>(__popc(inside));
     uint32_t upto = mine;
 #pragma unroll
@@ -332,7 +337,7 @@ __device__ __forceinline__ RowPass pass_over(const Reader<T, kAligned>& reader, 
     }
   }
 
-  // All threads move to the block's max; then it is plain addition.
+  // Rescale all threads' sums to the block's max, then add them.
   const float max = team.max(s.max, shared.team, 1);
   s.make_exact(c);
   if (s.max < max) s.raise(max, c, hi);
@@ -349,11 +354,11 @@ __device__ __forceinline__ RowPass pass_over(const Reader<T, kAligned>& reader, 
     p.inside += shared.listed[w];
     p.all_listed = p.all_listed && shared.listed[w] <= kListOfWarp<T>;
   }
-  __syncthreads();  // the next pass writes there
+  __syncthreads();  // the next pass overwrites `shared`
   return p;
 }
 
-// Calls use(x) with every element of the row that a thread has to do, in a pass of its own.
+// A pass over the row in which every thread calls use(x) for its elements.
 template <class T, bool kAligned, class Use>
 __device__ __forceinline__ void for_elements(const Reader<T, kAligned>& reader, int count, Use use) {
 #pragma unroll 1
@@ -367,13 +372,13 @@ __device__ __forceinline__ void for_elements(const Reader<T, kAligned>& reader, 
   }
 }
 
-// Calls use(x, place) with the listed elements of its warp that a thread has to do, in a fixed order. place: 0, 1, ... over
-// the lists of all warps.
+// Every thread calls use(x, place) for its share of its warp's list, in a fixed order. place counts 0, 1, ... over the
+// lists of all warps. A list that has overflowed is skipped.
 template <class T, class Use>
 __device__ __forceinline__ void for_listed(const T* list, const PassShared& shared, Use use) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const uint32_t seen = shared.listed[warp];
-  const int size = seen <= kListOfWarp<T> ? static_cast<int>(seen) : 0;  // a list that has overflowed has holes
+  const int size = seen <= kListOfWarp<T> ? static_cast<int>(seen) : 0;
   int before = 0;
   for (int w = 0; w < warp; w++) before += static_cast<int>(shared.listed[w]);
 #pragma unroll 1

@@ -1,8 +1,9 @@
-// The frame of the gradient kernels: every column of a segment is computed by itself and written once.
+// The common part of the gradient kernels: every column of a segment is computed independently and written once.
 //
-// The 16-byte vectors are those of the output, which begins with up to 7 single columns where it is not aligned, and ends
-// with some. How a column is computed does not depend on where it falls, so neither do its bits. A column is read by the
-// thread that writes it, and before, so the output may be the input.
+// Columns are written as aligned 16-byte vectors of the output. Up to 7 single columns precede the first vector if the
+// output is not aligned, and up to 7 follow the last. A column is computed the same way in a vector and alone, so
+// its bits do not depend on the alignment. A column is read by the thread that writes it, before it writes, so the
+// output may be the input.
 #pragma once
 
 #include "block_reduction.cuh"
@@ -10,25 +11,26 @@
 
 namespace entcov::cuda {
 
-// Vectors of each input in flight a thread. A short row has no more than 8 for it.
+// Vectors of each input that a thread loads before it computes. A row of one warp has at most 8 per thread in 16 bits.
 template <int kTeamWarps>
 constexpr int kColumnVectors = kTeamWarps == 1 ? 2 : 4;
 
-// The columns [0, count) of a segment of the output, and which of them are whole vectors.
+// The columns [0, count) of a segment of the output: `head` single columns, `vectors` aligned vectors, single columns.
 template <class T>
 struct Columns {
   T* out;
   int count, head, vectors;
 
   __device__ __forceinline__ Columns(T* out, int count) : out(out), count(count) {
-    const int to_boundary = static_cast<int>((16 - (reinterpret_cast<uintptr_t>(out) & 15)) & 15) / static_cast<int>(sizeof(T));
+    const int to_boundary =
+        static_cast<int>((16 - (reinterpret_cast<uintptr_t>(out) & 15)) & 15) / static_cast<int>(sizeof(T));
     head = to_boundary < count ? to_boundary : count;
     vectors = (count - head) / kVector<T>;
   }
   __device__ __forceinline__ int tail() const { return head + vectors * kVector<T>; }  // first column after the vectors
   __device__ __forceinline__ uint4* words() const { return reinterpret_cast<uint4*>(out + head); }
 
-  // The thread of a team of `size` that writes column j.
+  // The rank of the thread that writes column j, in a team of `size` threads.
   __device__ __forceinline__ int owner(int j, int size) const {
     if (j < head) return j;
     return j < tail() ? (j - head) / kVector<T> % size : j - tail();
@@ -45,7 +47,8 @@ struct Columns {
     if (rank < count - tail()) out[tail() + rank] = Element<T>::narrow(value);
   }
 
-  // load(i): what vector i is computed from; vector(that): the vector; column(j): column j, for the single ones.
+  // Writes all columns. load(i) loads the input of vector i, vector(input) computes the vector, and column(j) computes
+  // the single column j.
   template <int kTeamWarps, class Load, class Vector, class Column>
   __device__ __forceinline__ void write(int rank, Load load, Vector vector, Column column) const {
     constexpr int kSize = kTeamWarps * kWarp, kBatch = kColumnVectors<kTeamWarps>;
@@ -59,13 +62,13 @@ struct Columns {
 #pragma unroll
       for (int k = 0; k < kBatch; k++) words()[i + k * kSize] = vector(in[k]);
     }
-#pragma unroll 1  // more would cost the registers that the loop above needs
+#pragma unroll 1  // unrolling would take registers from the loop above
     for (; i < vectors; i += kSize) words()[i] = vector(load(i));
     if (rank < count - tail()) out[tail() + rank] = Element<T>::narrow(column(tail() + rank));
   }
 };
 
-// Where a segment lies: `live` columns that exist, then `padding` ones that get zeros.
+// The column range of a segment: `live` columns from `begin` on, then `padding` columns, which get zeros.
 struct Stretch {
   int64_t begin;
   int live, padding;
@@ -78,7 +81,7 @@ __device__ __forceinline__ Stretch stretch(int segment, int length, int64_t num_
   return {begin, static_cast<int>(live_end - begin), static_cast<int>(end - live_end)};
 }
 
-// Whether the rows of the logits and of their gradient lie alike relative to 16-byte boundaries.
+// Whether every row of the gradient has the same offset from a 16-byte boundary as the row of the logits.
 template <class T>
 inline bool aligned_alike(const Logits& logits, const void* grad, int64_t grad_row_stride) {
   return (reinterpret_cast<uintptr_t>(logits.data) - reinterpret_cast<uintptr_t>(grad)) % 16 == 0 &&

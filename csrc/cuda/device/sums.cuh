@@ -1,26 +1,29 @@
-// What a thread knows of its elements of one row of logits: sums relative to a reference.
+// Sums: a thread's running sums over its elements of one row of logits, relative to a reference.
 //
-// Numerics. The reference is a raw logit `max`; e = 2^t, t = (x - max) c with c = log2(e) / temperature, is summed over
-// the elements below max, and those equal to max are counted instead: one of them is left out when all is known, so the
-// sums become those of row_stats.h and a peaked row keeps its digits.
+// Numerics. The reference `max` is a raw logit. With c = log2(e) / temperature and t = (x - max) c, the sums are over
+// the elements below max: e = sum 2^t, te = sum t 2^t. Elements equal to max are counted in at_max. The kernel leaves
+// one of them out at the end, which gives the sums of row_stats.h and keeps the digits of a peaked row.
 //
-// t is one FFMA, x c - mc, with mc = max c rounded. That is off by the rounding of mc, the same for every element, known
-// exactly (another FFMA), and put right when the sums are used. So an offset of 1e4 costs no digit. Where max c is so large
-// that its rounding could be worth more than a few powers of 2, or where it overflows, `limit` sends every element to the
-// slow path, which then subtracts before it multiplies.
+// t is computed by one FFMA, x c - mc, where mc is max c rounded. The rounding error of mc shifts every t by the same
+// amount, which is known exactly (by another FFMA) and corrected when the sums are used. So an offset of 1e4 loses no
+// digits. If max c is so large that its rounding error could exceed a few powers of 2, or if it overflows, `limit` is
+// -inf and every element takes the slow path, which subtracts before it multiplies.
+//
+// A kernel adds a group of elements on the fast path if all are below `limit`. Only a group that reaches or exceeds the
+// reference takes the slow path, which rescales the sums to the new maximum and compares every element with it.
 #pragma once
 
 #include "vectors.cuh"
 
 namespace entcov::cuda {
 
-constexpr float kLargestProduct = 67108864.0f;  // 2^26: rounded to a multiple of 4, max c is off by 2 at most
+constexpr float kLargestProduct = 67108864.0f;  // 2^26: below it, the rounding error of max c is at most 2
 
 struct Sums {
-  float max;            // the reference, raw; -inf: nothing finite yet
-  float limit;          // elements below it take the fast path: max, or -inf where max c is too large
-  float mc;             // max c rounded; 0 where it is too large
-  float at_max = 0.0f;  // how many elements equal max
+  float max;            // the reference, a raw logit; -inf: no finite element so far
+  float limit;          // elements below it take the fast path; max, or -inf if max c is too large
+  float mc;             // max c rounded; 0 if it is too large
+  float at_max = 0.0f;  // number of elements equal to max
   float e = 0.0f, te = 0.0f;
 
   __device__ __forceinline__ void refer_to(float new_max, float c) {
@@ -31,39 +34,39 @@ struct Sums {
     mc = fits ? product : 0.0f;
   }
 
-  // What t lacks: mc - max c.
+  // The amount by which every t is too small: mc - max c.
   __device__ __forceinline__ float deficit(float c) const { return mc == 0.0f ? 0.0f : fmaf(-max, c, mc); }
 
-  // The exact distance of max from a larger one, <= 0; kExp2Floor or less: out of sight.
+  // (max - new_max) c <= 0 for a larger new_max. At or below kExp2Floor, the sums rescale to 0.
   __device__ __forceinline__ float distance(float new_max, float c) const {
     return max == -INFINITY ? -INFINITY : (max - new_max) * c;
   }
 
-  // t of two elements below max. -inf becomes the floor, where 2^t = 0; a NaN stays.
+  // t of two elements below max. For -inf it is kExp2Floor, where 2^t = 0. A NaN stays a NaN.
   __device__ __forceinline__ float2 fast_t(float2 x, float c) const {
     return at_least(fma2(x, both(c), both(-mc)), kExp2Floor);
   }
 
-  // The same of any two elements and any finite max.
+  // t of any two elements, for any finite max.
   __device__ __forceinline__ float2 slow_t(float2 x, float c) const {
     return fast_t(sub2(x, both(limit == max ? 0.0f : max)), c);
   }
 
-  // Counts those of two elements that equal max, and takes them out of w.
+  // Counts the elements equal to max, and sets their w to 0.
   __device__ __forceinline__ void count_max(float2 x, float2& w) {
     const bool first = x.x == max, second = x.y == max;
     at_max += (first ? 1.0f : 0.0f) + (second ? 1.0f : 0.0f);
     w.x = first ? 0.0f : w.x, w.y = second ? 0.0f : w.y;
   }
 
-  // Every t gains d.
+  // Rescales the sums: every t increases by d.
   __device__ __forceinline__ void move(float d) {
     const float k = exp2_fast(d);
     te = (te + d * e) * k;
     e *= k;
   }
 
-  // The elements that equalled max become ordinary ones.
+  // Moves the elements equal to max from the count into the sums, before max is replaced.
   __device__ __forceinline__ void release_max() {
     e += at_max;  // their t is 0
     at_max = 0.0f;

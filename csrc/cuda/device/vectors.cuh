@@ -1,13 +1,13 @@
-// 16-byte vectors of logits: how they are read at any alignment, unpacked and packed; and the two instructions that the
-// kernels name themselves.
+// 16-byte vectors of logits: reading at any alignment, unpacking and packing; and fp32 arithmetic that uses specific
+// instructions (ex2.approx, max.NaN, packed pairs).
 //
-// A row may start at any address its dtype allows. Its vectors are counted from the row's own start all the same, so
-// that element j is always in the same place of the same sum. Where they are not aligned, a vector is cut out of the two
-// aligned words that it lies in (the second is the next lane's first, so it comes from the L1 cache): two 16-byte loads
-// and four funnel shifts instead of 8 narrow loads. Words that reach over the ends of the row are never read; the vectors
-// there are read element by element.
+// A row may start at any address its dtype allows. Vectors are counted from the start of the row, aligned or not, so
+// element j is always added at the same position of the same sum. An unaligned vector is extracted from the two aligned
+// 16-byte words it overlaps: two 16-byte loads and four funnel shifts instead of 8 narrow loads. The second word is the
+// next lane's first, so it comes from the L1 cache. Words that extend past the ends of the row are never read; the
+// vectors there are read element by element.
 //
-// Inline PTX has a portable twin beside it, which is what runs on a CPU in the tests.
+// Inline PTX and intrinsics have a portable alternative beside them, which runs in the tests on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,7 +23,7 @@ namespace entcov::cuda {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
-constexpr float kExp2Floor = -127.0f;  // 2^t is 0 from here on down: fp32 without denormals
+constexpr float kExp2Floor = -127.0f;  // exp2_fast(t) is 0 for t <= kExp2Floor, since denormals are flushed
 
 template <class To, class From>
 __device__ __forceinline__ To bits(const From& from) {
@@ -33,19 +33,19 @@ __device__ __forceinline__ To bits(const From& from) {
   return to;
 }
 
-// 2^t for t <= 0, one MUFU instruction; relative error 2^-22, 0 below 2^-126.
+// 2^t for t <= 0 by one MUFU instruction. Relative error 2^-22; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_fast(float t) {
 #ifdef __CUDA_ARCH__
   float e;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
   return e;
 #else
-  if (!(t <= 0.0f)) return exp2f(t);  // a NaN keeps its bits
-  return t < -126.0f ? 0.0f : bits<float>((bits<uint32_t>(exp2f(t)) + 2) & ~3u);  // as coarse as EX2 may be: 22 bits
+  if (!(t <= 0.0f)) return exp2f(t);  // NaN
+  return t < -126.0f ? 0.0f : bits<float>((bits<uint32_t>(exp2f(t)) + 2) & ~3u);  // rounded to the 22 bits of EX2
 #endif
 }
 
-// The larger of the two; NaN if t is NaN. (fmaxf would drop the NaN.)
+// The larger of the two, NaN if t is NaN (fmaxf would return floor).
 __device__ __forceinline__ float at_least(float t, float floor) {
 #ifdef __CUDA_ARCH__
   float r;
@@ -56,8 +56,8 @@ __device__ __forceinline__ float at_least(float t, float floor) {
 #endif
 }
 
-// Two fp32 at once: one instruction each from sm_100 on, where issue slots are what runs out first. The rounding is that of
-// two single ones.
+// Two fp32 at once. From sm_100 on each is one instruction; there the kernels are bound by issue slots. Rounding is
+// that of two single operations.
 __device__ __forceinline__ float2 both(float x) { return {x, x}; }
 __device__ __forceinline__ float2 fma2(float2 a, float2 b, float2 c) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -81,12 +81,15 @@ __device__ __forceinline__ float2 add2(float2 a, float2 b) {
 #endif
 }
 __device__ __forceinline__ float2 sub2(float2 a, float2 b) { return fma2(b, both(-1.0f), a); }
-__device__ __forceinline__ float2 at_least(float2 t, float floor) { return {at_least(t.x, floor), at_least(t.y, floor)}; }
+__device__ __forceinline__ float2 at_least(float2 t, float floor) {
+  return {at_least(t.x, floor), at_least(t.y, floor)};
+}
 __device__ __forceinline__ float2 exp2_fast(float2 t) { return {exp2_fast(t.x), exp2_fast(t.y)}; }
 
 // ---- elements -------------------------------------------------------------------------------------------------------
 
-// Two 16-bit elements in a word, or one 32-bit element: how they become fp32, and the larger of each (NaN is dropped).
+// A 32-bit word holds two 16-bit elements or one 32-bit element. unpack and pack convert a word from and to fp32;
+// larger takes the elementwise maximum of two words and ignores NaN; widen and narrow convert one element.
 template <class T>
 struct Element;
 
@@ -157,7 +160,7 @@ struct Element<__half> {
 // ---- vectors --------------------------------------------------------------------------------------------------------
 
 template <class T>
-constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements of a 16-byte vector
 
 template <class T>
 __device__ __forceinline__ void unpack(const uint4& u, float (&x)[kVector<T>]) {
@@ -166,7 +169,7 @@ __device__ __forceinline__ void unpack(const uint4& u, float (&x)[kVector<T>]) {
   Element<T>::unpack(u.z, x + 2 * n), Element<T>::unpack(u.w, x + 3 * n);
 }
 
-// The same in pairs of neighbours.
+// The same, in pairs of adjacent elements.
 template <class T>
 __device__ __forceinline__ void unpack(const uint4& u, float2 (&x)[kVector<T> / 2]) {
   float flat[kVector<T>];
@@ -189,7 +192,7 @@ __device__ __forceinline__ uint4 pack(const float2 (&x)[kVector<T> / 2]) {
   return pack<T>(flat);
 }
 
-// The largest element of some vectors; NaN does not count.
+// The largest element of N vectors; NaN is ignored.
 template <class T, int N>
 __device__ __forceinline__ float largest(const uint4 (&u)[N]) {
   uint32_t m = Element<T>::kMinusInfinity;
@@ -212,7 +215,7 @@ __device__ __forceinline__ uint32_t funnel(uint32_t low, uint32_t high, int bits
 #endif
 }
 
-// What starts 4 kWords bytes and `bits` bits into the words a, b; 16 bytes.
+// The 16 bytes that start 4 kWords bytes and `bits` bits into the 32 bytes (a, b).
 template <int kWords>
 __device__ __forceinline__ uint4 shifted(const uint4& a, const uint4& b, int bits) {
   const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
@@ -220,11 +223,12 @@ __device__ __forceinline__ uint4 shifted(const uint4& a, const uint4& b, int bit
           funnel(w[kWords + 2], w[kWords + 3], bits), funnel(w[kWords + 3], w[kWords + 4], bits)};
 }
 
-// How often a logit is read: kOnce leaves the caches to others, and is the one to use where the row is written too.
+// kOnce: the logits are read once, by loads marked evict-first. It is required where the row is also written, since the
+// loads of kAgain use the read-only cache.
 enum class Use { kAgain, kOnce };
 
-// Reads the vectors of a stretch of a row, counted from its element 0. Of the memory around it, `before` elements in
-// front and `after` behind belong to the same row and may be read.
+// Reads the vectors of a column range of a row, `count` elements from `origin` on. `before` elements in front of it and
+// `after` behind it belong to the same row and may be read too.
 template <class T, bool kAligned, Use kUse = Use::kAgain>
 class Reader {
  public:
@@ -244,7 +248,7 @@ class Reader {
   }
 
   __device__ __forceinline__ int vectors() const { return (count_ + kVector<T> - 1) / kVector<T>; }
-  // Vectors in [begin, end) can be read by whole().
+  // whole() may read the vectors in [begin, end).
   __device__ __forceinline__ int begin() const { return begin_; }
   __device__ __forceinline__ int end() const { return end_; }
 
@@ -254,8 +258,8 @@ class Reader {
     return u[0];
   }
 
-  // Vectors i, i + step, ...: all of their words are asked for before any is looked at. The shift is the same all along
-  // the row, so a branch costs less than selecting among shifts would.
+  // Vectors i, i + step, ...: all words are loaded before the first is used. The shift is uniform over the row, so a
+  // branch is cheaper than a select.
   template <int N>
   __device__ __forceinline__ void whole(int i, int step, uint4 (&u)[N]) const {
 #pragma unroll
@@ -275,13 +279,13 @@ class Reader {
     }
   }
 
-  // Any vector at all; what is not in the stretch is -inf.
+  // Any vector; elements past the range are -inf.
   __device__ __forceinline__ uint4 any(int i) const {
     if (i >= begin_ && i < end_) return whole(i);
     constexpr uint32_t fill = Element<T>::kMinusInfinity;
     uint4 u = {fill, fill, fill, fill};
     if (i >= vectors()) return u;
-    // At most three vectors of a row come here, so a loop that needs few registers is better than a fast one.
+    // At most three vectors of a row get here, so the loop saves registers rather than time.
 #pragma unroll 1
     for (int word = 0; word < 4; word++) {
       float x[Element<T>::kPerWord];
@@ -296,7 +300,7 @@ class Reader {
   }
 
  private:
-  // A shifted word is wanted by two lanes, so it has to stay in the cache.
+  // Without alignment two lanes read each word, so it has to stay in the cache.
   __device__ __forceinline__ uint4 word(int i) const {
     return kAligned && kUse == Use::kOnce ? __ldcs(words_ + i) : __ldg(words_ + i);
   }
@@ -318,7 +322,7 @@ inline bool aligned_rows(const Logits& logits) {
          (logits.T <= 1 || logits.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
 }
 
-// Calls run(T{}) with the storage type of a DType.
+// Calls run(T{}) with the element type of `dtype`.
 template <class F>
 auto with_dtype(DType dtype, F run) {
   if (dtype == kBFloat16) return run(__nv_bfloat16{});
