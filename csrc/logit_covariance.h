@@ -1,7 +1,7 @@
 // CovarianceStats: the statistics of one row of two logit tensors, old and new (before and after a step), or of any
 // part of the row, and the merge of two parts.
 //
-// With x = (logit_old - max_old) / temperature, z = (logit_new - max_new) / temperature, d = z - x (the change of the
+// Let x = (logit_old - max_old) / temperature, z = (logit_new - max_new) / temperature, d = z - x (the change of the
 // tempered logit up to a constant of the row), U = kChangeUnit / temperature, and sum' as in row_stats.h:
 //
 //   max_old, sum_exp_m1_old, sum_xexp_old   as RowStats of logits_old: sum' e^x, sum x e^x

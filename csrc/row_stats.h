@@ -1,7 +1,7 @@
 // RowStats: the statistics of one row of logits, or of any part of a row, and the merge of two parts.
 //
-// With x the raw logit and y_j = (x_j - max) / temperature. sum' leaves out ONE occurrence of the maximum, whose term
-// is known (y = 0, e^y = 1):
+// Let x be the raw logits and y_j = (x_j - max) / temperature. sum' leaves out ONE occurrence of the maximum, whose
+// term is known (y = 0, e^y = 1):
 //
 //   max           largest raw logit; -inf: no finite logit so far
 //   sum_exp_m1    sum' e^y         L = log1p(sum_exp_m1), lse = max / temperature + L
@@ -79,7 +79,7 @@ ENTCOV_HD Shift shift_between(float lo_max, float hi_max, float inv_temperature)
   return d > kExpFloor ? Shift{d, expf(d)} : Shift{0.0f, 0.0f};  // if both are empty, d is NaN and the result is {0, 0}
 }
 
-// The statistics of two parts of a row together. Commutative; associative up to rounding; one exponential.
+// The statistics of two parts of a row together. Associative and commutative up to rounding; one exponential.
 ENTCOV_HD RowStats merge(const RowStats& a, const RowStats& b, float inv_temperature) {
   const bool a_high = a.max >= b.max;
   const RowStats& hi = a_high ? a : b;

@@ -5,10 +5,10 @@
 
 namespace entcov::cuda {
 
-Error describe_failure(cudaError_t error, const char* kernel, int64_t blocks, int threads) {
+Error describe_failure(cudaError_t error, const char* kernel, int64_t blocks) {
   static thread_local char message[256];
   snprintf(message, sizeof message, "entcov: %s: the launch of %lld blocks of %d threads failed: %s (%s)", kernel,
-           static_cast<long long>(blocks), threads, cudaGetErrorString(error), cudaGetErrorName(error));
+           static_cast<long long>(blocks), kThreads, cudaGetErrorString(error), cudaGetErrorName(error));
   cudaGetLastError();
   return message;
 }

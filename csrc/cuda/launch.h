@@ -49,7 +49,7 @@ inline Cut cut(int64_t columns) {
 }
 
 // The message of a failed launch. Clears the runtime's last error, so that a later, unrelated check does not report it.
-Error describe_failure(cudaError_t error, const char* kernel, int64_t blocks, int threads);
+Error describe_failure(cudaError_t error, const char* kernel, int64_t blocks);
 
 // A boolean template argument, passed to a generic lambda as an argument.
 template <bool kValue>
@@ -62,13 +62,13 @@ struct Bool {
 template <class Args>
 Error launch(const char* name, void (*kernel)(Args), int64_t blocks, cudaStream_t stream, const Args& args) {
   if (blocks == 0) return nullptr;
-  if (blocks > INT32_MAX) return describe_failure(cudaErrorInvalidConfiguration, name, blocks, kThreads);
+  if (blocks > INT32_MAX) return describe_failure(cudaErrorInvalidConfiguration, name, blocks);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
-  return error == cudaSuccess ? nullptr : describe_failure(error, name, blocks, kThreads);
+  return error == cudaSuccess ? nullptr : describe_failure(error, name, blocks);
 }
 
 }  // namespace entcov::cuda
