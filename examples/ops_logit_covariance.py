@@ -16,5 +16,5 @@ for step in (0.4, 0.2, 0.1, 0.05):
     (gradient,) = torch.autograd.grad((advantage * token_stats(leaf, target).logprob).sum(), leaf)
     change = logit_covariance(logits, logits + step * gradient)
     predicted, true = change.predicted_entropy_change.mean(), change.entropy_change.mean()
-    error = ((change.predicted_entropy_change - change.entropy_change).abs().sum() / change.entropy_change.abs().sum())
+    error = (change.predicted_entropy_change - change.entropy_change).abs().sum() / change.entropy_change.abs().sum()
     print(f"{step:5.2f}  {predicted: .6f}  {true: .6f}        {error:.4f}      {change.kl.mean():.2e}")

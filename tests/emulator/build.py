@@ -153,7 +153,8 @@ MUTANTS = {
     "vector loads of unaligned rows": Mutant(
         "plain", "row_stats.cu", "device/vectors.cuh",
         "return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&",
-        "return reinterpret_cast<uintptr_t>(logits.data) % 2 == 0 ||", "1000 bf16, unaligned", "misaligned 16-byte load",
+        "return reinterpret_cast<uintptr_t>(logits.data) % 2 == 0 ||",
+        "1000 bf16, unaligned", "misaligned 16-byte load",
     ),
     "a sum past its place in shared memory": Mutant(
         "asan", "row_stats.cu", "device/block_reduction.cuh", "shared.sum[i][rank / kWarp] = v[i];",

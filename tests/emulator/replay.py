@@ -136,7 +136,8 @@ def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: i
         for out, out_stride in ((grad, V), (written, stride)):
             cuda.logits_grad(
                 before if out is grad else (dtype, out.pointer, stride, T, V), target.pointer, spec, stats.pointer, 7,
-                pointers(gradients[: 2 + with_clamp], 3), clamp.pointer if with_clamp else 0, out.pointer, out_stride, 0,
+                pointers(gradients[: 2 + with_clamp], 3), clamp.pointer if with_clamp else 0, out.pointer, out_stride,
+                0,
             )  # fmt: skip
         keep(grad, written)
     for kept in {1, (columns + 1) // 2, columns} if columns else ():
@@ -227,9 +228,7 @@ def clamp_over_shards(cuda, x: np.ndarray, kept: int, dtype: int, target: Block)
             cuda.clamp_partial(view, target.pointer, spec, bracket.pointer, partial.pointer, 0)
         block, gathered = gather(cuda, partials, columns)  # noqa: F841  (block: the memory of gathered)
         if turn == 0:
-            cuda.merge_row_stats(
-                gathered, target.pointer, specs[0], 4, stats.pointer, pointers(outputs[:2], 5), 0
-            )
+            cuda.merge_row_stats(gathered, target.pointer, specs[0], 4, stats.pointer, pointers(outputs[:2], 5), 0)
         unfinished, next_bracket, next_clamp = Block(np.zeros(1, np.int32)), Block(bracket.read()), floats(T, 4)
         cuda.clamp_refine(
             gathered, target.pointer, specs[0], stats.pointer, 4, kept, bracket.pointer, clamp.pointer,
@@ -242,7 +241,7 @@ def clamp_over_shards(cuda, x: np.ndarray, kept: int, dtype: int, target: Block)
 
 
 def run_wrong_clamp_case(cuda, dtype: int) -> str:
-    """Brackets and partials that no kernel made: what comes of them does not matter, but that nothing else is touched."""
+    """Brackets and partials that no kernel made. Their result does not matter; nothing else may be touched."""
     V, whole = 3000, (0x007FFFFF, 0xFF800000)  # keys from -inf to +inf
     rng = np.random.default_rng(0)
     brackets = [(*whole, 1), (*whole, 3), (*whole, 7), (*whole[::-1], 1), (0, 0, 0), (0, 2**32 - 1, 1)]

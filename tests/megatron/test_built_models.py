@@ -82,7 +82,11 @@ def built(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    return results[:layouts], results[layouts:-len(SCRIPTS)], dict(zip(SCRIPTS, results[-len(SCRIPTS):], strict=True))
+    return (
+        results[:layouts],
+        results[layouts : -len(SCRIPTS)],
+        dict(zip(SCRIPTS, results[-len(SCRIPTS) :], strict=True)),
+    )
 
 
 def test_parameters_of_every_rank_of_the_large_models(built):

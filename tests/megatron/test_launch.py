@@ -273,7 +273,9 @@ def test_slurm_starts_one_torchrun_on_every_node(tmp_path):
 
 
 def test_ray_is_given_the_script_and_its_nodes():
-    command = dry_run("ray_job.sh", "train_qwen2.5_32b.sh", "kl_cov", "steps=5", NUM_NODES="4", RAY_ADDRESS="http://h:1")
+    command = dry_run(
+        "ray_job.sh", "train_qwen2.5_32b.sh", "kl_cov", "steps=5", NUM_NODES="4", RAY_ADDRESS="http://h:1"
+    )
     assert command[:6] == ["ray", "job", "submit", "--address", "http://h:1", "--"]
     assert command[6:8] == ["python", str(FOLDER / "ray_nodes.py")]
     assert command[8:12] == ["--nodes", "4", "--gpus-per-node", "8"] and command[14:] == [

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from tests.support import local_ops as ops
 from entcov.verify import reference
+from tests.support import local_ops as ops
 from tests.support.row_kinds import KINDS, VOCAB_SIZES, assert_close, rows, targets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,5 +1,5 @@
-"""Faults planted in the headers that host and device share (csrc/*.h), one at a time, and seen by the checks of the tests:
-wrong values, ranks that differ, ranks that disagree and are not refused, or more rounds of a clamp than the data want."""
+"""Plants faults in the headers that host and device share (csrc/*.h), one at a time. The checks of the tests see each:
+wrong values, ranks that differ, ranks that disagree and are not refused, more rounds of a clamp than the data want."""
 
 import ctypes
 from pathlib import Path
@@ -50,7 +50,8 @@ ROW_FAULTS = {  # header, old, new
     "entropy without the mean": ("row_stats.h", "const float entropy = log_total - mean;",
                                  "const float entropy = log_total;"),
     "varentropy is not centred": ("row_stats.h", "s.sum_x2exp / total - mean * mean", "s.sum_x2exp / total"),
-    "drift without the token itself": ("row_stats.h", "mean_s - (p == 0.0f ? 0.0f : p * (entropy + logprob))", "mean_s"),
+    "drift without the token itself": ("row_stats.h", "mean_s - (p == 0.0f ? 0.0f : p * (entropy + logprob))",
+                                       "mean_s"),
     "collision of unnormalised probabilities": ("row_stats.h", "collision = (1.0f + s.sum_exp2_m1) / (total * total);",
                                                 "collision = (1.0f + s.sum_exp2_m1) / total;"),
     "ignored rows have a collision": ("row_stats.h", "if (out.collision) out.collision[t] = out.var",
@@ -160,8 +161,8 @@ def test_a_fault_in_the_clamp_is_seen(fault, plant, monkeypatch):
 
 def judge_rows(monkeypatch):
     """Raises an AssertionError where a value is wrong, or shards that do not agree are not refused."""
-    wrong = [line.cells() for line in check_rows(((3, 7), (4, 300)), ("float32",), ops=("token_stats", "logit_covariance"))
-             if not line.passed]  # fmt: skip
+    lines = check_rows(((3, 7), (4, 300)), ("float32",), ops=("token_stats", "logit_covariance"))
+    wrong = [line.cells() for line in lines if not line.passed]
     assert not wrong, wrong[:3]
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)) * 3
     changed, target = logits.roll(1, 0), torch.tensor([0, 299, -100, 130])

@@ -1,5 +1,5 @@
-"""The rounds of the clamped entropy over ranks (entcov/stats/sharded_clamp.py) and its ops: how much they read and send, the
-same bits whatever surrounds a row, and what is wrong with an argument; with every set of kernels."""
+"""The rounds of the clamped entropy over ranks (entcov/stats/sharded_clamp.py) and its ops, with every set of kernels:
+how much they read and send, the same bits whatever surrounds a row, and what is wrong with an argument."""
 
 import pytest
 import torch
@@ -187,7 +187,8 @@ def test_a_failed_launch_says_what_was_launched(core, request):  # noqa: F811
     if core != EMULATED:
         pytest.skip("nothing is launched")
     with pytest.raises(RuntimeError, match="clamped_stats: the launch of 4294967296 blocks of 256 threads failed"):
-        request.getfixturevalue("kernels").clamped_stats((1, 0, 8, 2**32, 8), 0, (0, 8, 1.0, -100), 4, 0, (0,) * 5, 0, 0, 0)
+        kernels = request.getfixturevalue("kernels")
+        kernels.clamped_stats((1, 0, 8, 2**32, 8), 0, (0, 8, 1.0, -100), 4, 0, (0,) * 5, 0, 0, 0)
 
 
 # ---- the ops --------------------------------------------------------------------------------------------------------

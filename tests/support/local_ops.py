@@ -1,14 +1,17 @@
-"""The local ops with every number as an argument of its own, for tests that compare them with an oracle. A merge takes the
-shards' statistics [R, T, F] and sends the messages of ranks that agree."""
+"""The local ops with every number as an argument of its own, for tests that compare them with an oracle. A merge takes
+the shards' statistics [R, T, F] and sends the messages of ranks that agree."""
 
 import torch
 from torch import Tensor
 
-from entcov.ops import covariance_stats as _covariance, logit_covariance_grad as _pair_grad, logits_grad as _grad
-from entcov.ops import merge_covariance_stats as _merge_covariance, merge_row_stats as _merge, row_stats as _row
-from entcov.ops.core import RowSpec, isa
+from entcov.ops import covariance_stats as _covariance
+from entcov.ops import logit_covariance_grad as _pair_grad
+from entcov.ops import logits_grad as _grad
+from entcov.ops import merge_covariance_stats as _merge_covariance
+from entcov.ops import merge_row_stats as _merge
+from entcov.ops import row_stats as _row
+from entcov.ops.core import RowSpec
 from entcov.ops.message import message
-
 
 NAMES = ("row_stats", "merge_row_stats", "logits_grad", "logits_grad_", "covariance_stats", "merge_covariance_stats",
          "logit_covariance_grad")  # fmt: skip

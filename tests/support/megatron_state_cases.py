@@ -175,6 +175,8 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
             return f"trainer and sampler differ by {gap}"
         other = dict(actor.named_weights())
         other.pop("model.norm.weight")
-        return None if raises(lambda: sampler.sync(2, lambda: iter(other.items())), "did not get model.norm") else (
-            "a missing weight went through"
+        return (
+            None
+            if raises(lambda: sampler.sync(2, lambda: iter(other.items())), "did not get model.norm")
+            else ("a missing weight went through")
         )

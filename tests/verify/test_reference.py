@@ -156,8 +156,11 @@ def test_columns_of_minus_infinity_are_absent():
     full, short = (reference.token_stats(x, torch.tensor(0)) for x in (z, finite))
     for name in short:
         exact(full[name], short[name], atol=1e-14, rtol=0)
-    for oracle in (entropy, lambda x: reference.logit_covariance(2 * x.detach(), x)["kl"],
-                   lambda x: reference.logit_covariance(2 * x.detach(), x)["covariance"]):
+    for oracle in (
+        entropy,
+        lambda x: reference.logit_covariance(2 * x.detach(), x)["kl"],
+        lambda x: reference.logit_covariance(2 * x.detach(), x)["covariance"],
+    ):
         (grad,), (grad_short,) = torch.autograd.grad(oracle(z), z), torch.autograd.grad(oracle(finite), finite)
         exact(grad[[0, 2, 4]], grad_short, atol=1e-14, rtol=0)
         assert torch.equal(grad[[1, 3]], torch.zeros(2, dtype=torch.float64))
