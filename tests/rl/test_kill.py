@@ -17,7 +17,7 @@ from entcov.rl.run import train
 from tests.support.tiny_run import recipe, timeless
 
 STEPS = 10
-KILLS = 24
+KILLS = 16
 SETTINGS = {
     "steps": STEPS,
     "control": ["clip_cov", "aent"],
