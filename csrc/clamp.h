@@ -500,16 +500,20 @@ ENTCOV_UNROLL
 };
 
 // One round of one row. stats: the merged RowStats. Returns the next bracket; writes clamp [4] if its mode is kDone,
-// unless the row was finished before.
+// unless the row was finished before. If the ranks do not agree, because one failed in this round, the clamp is NaN.
 template <class Team>
 ENTCOV_TEAM Bracket refine(const Team& team, const Gathered& partials, const Bracket& b, const float* stats,
-                           bool ignored, uint32_t kept, float inv_temperature, float* clamp) {
-  if (ignored || stats[1] != stats[1]) {
+                           bool ignored, uint32_t kept, const RowSpec& spec, float* clamp) {
+  bool agree = true;
+  for (int64_t r = team.lane; r < partials.R; r += Team::kSize)
+    agree = agree && agrees(partials.messages, r, spec.vocab_size);
+  agree = team.all(agree);
+  if (ignored || !agree || stats[1] != stats[1]) {
     for (int i = 0; i < 4; i++) clamp[i] = ignored ? 0.0f : NAN;
     return {b.lo, b.hi, kDone, 0};
   }
   if (b.mode == kDone) return b;
-  return Refine<Team>{team, partials, stats[0], inv_temperature}.run(b, kept, clamp);
+  return Refine<Team>{team, partials, stats[0], spec.inv_temperature}.run(b, kept, clamp);
 }
 
 }  // namespace entcov

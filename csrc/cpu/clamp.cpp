@@ -421,8 +421,7 @@ Error clamp_refine(const Messages& partials, const int64_t* target, const RowSpe
   for (int64_t t = 0; t < partials.T; t++) {
     std::copy(clamp + t * 4, clamp + t * 4 + 4, next_clamp + t * 4);
     next[t] = refine(SingleThread(), Gathered{partials, t, kPartial}, brackets[t], stats + t * fields,
-                     target[t] == spec.ignore_index, static_cast<uint32_t>(kept), spec.inv_temperature,
-                     next_clamp + t * 4);
+                     target[t] == spec.ignore_index, static_cast<uint32_t>(kept), spec, next_clamp + t * 4);
     clamped_entropy[t] = next_clamp[t * 4 + 3];
     open += next[t].mode != kDone;
   }

@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(kThreads) clamp_refine_kernel(const RefineArgs
   float clamp[4];
   for (int i = 0; i < 4; i++) clamp[i] = a.clamp[4 * t + i];
   const Bracket next = refine(team, Gathered{a.partials, t, kPartial}, a.bracket[t], a.stats + t * a.fields,
-                              a.target[t] == a.spec.ignore_index, static_cast<uint32_t>(a.kept),
-                              a.spec.inv_temperature, clamp);
+                              a.target[t] == a.spec.ignore_index, static_cast<uint32_t>(a.kept), a.spec,
+                              clamp);
   if (team.lane != 0) return;
   a.next_bracket[t] = next;
   for (int i = 0; i < 4; i++) a.next_clamp[4 * t + i] = clamp[i];

@@ -74,7 +74,8 @@ class PolicyActor(ABC):
         if not math.isfinite(grad_norm):
             raise RuntimeError(
                 f"step {step}: the gradient norm must be finite, got {grad_norm}; the weights were not changed. Look "
-                "for NaN logits (half precision overflow, a learning rate too high) in the last metrics"
+                "for NaN logits (half precision overflow, a learning rate too high) in the last metrics. On GPUs, "
+                "ranks called differently get NaN too; TORCH_DISTRIBUTED_DEBUG=DETAIL names what differs"
             )
         self._take_step()
         self.weight_version += 1

@@ -142,7 +142,8 @@ class Loop:
             self.unstorable = "the weights or logits hold NaN or infinities"
             raise RuntimeError(
                 f"step {self.steps_done + 1}: the policy's log-probabilities must be finite, {bad} of {int(at.sum())} "
-                "are not: its weights or logits hold NaN or infinities. Nothing was updated; go back to a checkpoint"
+                "are not: its weights or logits hold NaN or infinities. Nothing was updated; go back to a checkpoint. "
+                "On GPUs, ranks called differently get NaN too; TORCH_DISTRIBUTED_DEBUG=DETAIL names what differs"
             )
         means = {name: float(policy[name][at].mean()) for name in policy if name.endswith("entropy")}
         means["sampled_entropy"] = -float(policy["logprob"][at].mean())

@@ -69,7 +69,7 @@ def sharded_clamped_stats(op, group, T, device, moments, resolve) -> list[Tensor
 
         @torch.no_grad()
         def partial(bracket=bracket, with_moments=with_moments):
-            # Every message is signed: if the ranks do not agree, every merge gives NaN.
+            # Every message is signed: if the ranks do not agree in a round, merge and refine give NaN.
             return Partial(rows.apply(_partial, spec, with_moments, per_row=(bracket,)), shard, *alike)
 
         partials = gather(op, group, (T, (7 if with_moments else 4) + PARTIAL), device, partial)

@@ -16,16 +16,17 @@ extern "C" void clamp_bracket(const float* data, int64_t R, int64_t T, int64_t w
                      : initial_bracket(SingleThread(), Gathered{sketches, t, kSketch}, vocab_size, kept, margin);
 }
 
-extern "C" void clamp_refine(const float* data, int64_t R, int64_t T, int64_t width, const int64_t* target, int64_t,
-                             int64_t, double temperature, int64_t ignore_index, const float* stats, int64_t fields,
-                             int64_t kept, const Bracket* bracket, const float* clamp, Bracket* next_bracket,
+extern "C" void clamp_refine(const float* data, int64_t R, int64_t T, int64_t width, const int64_t* target,
+                             int64_t vocab_start, int64_t vocab_size, double temperature, int64_t ignore_index,
+                             const float* stats, int64_t fields, int64_t kept, const Bracket* bracket, const float* clamp, Bracket* next_bracket,
                              float* next_clamp, float* clamped_entropy, uint32_t* unfinished) {
   const Messages partials{data, R, T, width};
+  const RowSpec spec{vocab_start, vocab_size, static_cast<float>(1.0 / temperature), ignore_index};
   for (int64_t t = 0; t < T; t++) {
     memcpy(next_clamp + t * 4, clamp + t * 4, 4 * sizeof *clamp);
     next_bracket[t] = refine(SingleThread(), Gathered{partials, t, kPartial}, bracket[t], stats + t * fields,
-                             target[t] == ignore_index, static_cast<uint32_t>(kept),
-                             static_cast<float>(1.0 / temperature), next_clamp + t * 4);
+                             target[t] == ignore_index, static_cast<uint32_t>(kept), spec,
+                             next_clamp + t * 4);
     clamped_entropy[t] = next_clamp[t * 4 + 3];
     *unfinished += next_bracket[t].mode != kDone;
   }

@@ -153,6 +153,34 @@ def test_ranks_that_disagree_get_nan_and_one_that_fails_holds_nobody_up(monkeypa
         assert stats.clamped_entropy[[0, 1, 3]].isnan().all()
 
 
+def test_a_rank_that_fails_in_the_second_round_leaves_no_number_to_the_others(monkeypatch):
+    """Where the host does not look, as on a GPU. True fp32 takes two rounds."""
+    monkeypatch.setattr(shards.ranks, "host_may_read", lambda device: False)
+    V = 152064
+    logits, target = real_looking(3, V, torch.float32, -3.0), torch.tensor([0, -100, 5])
+    ranks, original, rounds = ThreadRanks(2, monkeypatch), sharded_clamp.clamp_partial, []
+
+    def fails_once(own, target, bracket, spec):
+        rounds.append(spec.vocab_start)
+        if spec.vocab_start and rounds.count(spec.vocab_start) == 2:
+            raise MemoryError("no memory in the second round")
+        return original(own, target, bracket, spec)
+
+    monkeypatch.setattr(sharded_clamp, "clamp_partial", fails_once)
+
+    def call(rank):
+        own = logits[:, V // 2 * rank : V // 2 * (rank + 1)]
+        try:
+            settings = {"vocab_start": V // 2 * rank, "vocab_size": V}
+            return token_stats(own, target, group=ranks, clamp_p=0.33, **settings).clamped_entropy
+        except MemoryError as error:
+            return str(error)
+
+    found, message = ranks.run(call)
+    assert message == "no memory in the second round" and rounds.count(0) == 2
+    assert found[[0, 2]].isnan().all() and found[1] == 0
+
+
 def test_bits_of_a_row_depend_on_the_row_alone(core, request, monkeypatch):  # noqa: F811
     """Not on other rows, threads or the schedule, strides or alignment; of whole rows and of shards."""
     V = 12003
