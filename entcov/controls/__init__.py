@@ -29,8 +29,8 @@ CONTROLS = Registry(
 make_control = CONTROLS.make
 
 __all__ = [
-    "CONTROLS", "Control", "Effect", "Progress", "Selection", "Shaped", "Shaping", "begin", "clamp_arguments",
-    "make_control", "mini_batch_totals", "needs", "select",
+    "CONTROLS", "Control", "Effect", "Progress", "Selection", "Shaped", "Shaping", "begin", "check_objective",
+    "clamp_arguments", "make_control", "mini_batch_totals", "needs", "select",
 ]  # fmt: skip
 
 
@@ -45,6 +45,16 @@ def clamp_arguments(controls: Sequence[Control]) -> dict[str, Any]:
     if any(clamp != wanted[0][1] for _, clamp in wanted):
         raise ValueError(f"controls must agree on the clamped entropy, got {wanted}")
     return dict(wanted[0][1]) if wanted else {}
+
+
+def check_objective(controls: Sequence[Control], config: PolicyLossConfig) -> None:
+    """Raises ValueError if a control does not go with the objective of the loss."""
+    for control in controls:
+        if control.objectives is not None and config.objective not in control.objectives:
+            raise ValueError(
+                f"objective must be one of {', '.join(control.objectives)} for control {control.name} as it is set, "
+                f"got {config.objective}"
+            )
 
 
 def selects(control: Control) -> bool:
@@ -160,6 +170,7 @@ def select(
 
     def prepared() -> Tokens:
         check_counter("step", step)
+        check_objective(controls, config)
         everything = Tokens.cat(micro_batches)
         for i, control in enumerate(controls):
             if selects(control):
