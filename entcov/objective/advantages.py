@@ -412,7 +412,7 @@ def _group_sum(x: Tensor, group: Tensor) -> Tensor:
 
 
 def _group_max(x: Tensor, group: Tensor) -> Tensor:
-    return torch.full_like(x, -torch.inf).index_reduce_(0, group, x, "amax")[group]
+    return torch.full_like(x, -torch.inf).scatter_reduce_(0, group, x, "amax")[group]
 
 
 def _group_std(centred: Tensor, group: Tensor, size: Tensor) -> Tensor:
