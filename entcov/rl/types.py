@@ -41,8 +41,8 @@ class Rollout:
     weight_version: int  # number of optimizer steps the sampling weights had seen
     text: str = ""  # the response decoded, without the end-of-sequence token
     reward: float | None = None  # None: not scored yet
-    shaped_reward: float | None = None  # after reward shaping; None: not shaped
     timed_out: bool = False  # scored 0 because scoring took too long
+    shaped_reward: float | None = None  # after reward shaping; None: not shaped
     components: dict[str, float] | None = None  # of the reward, where the reward function returns several
     baseline: float | None = None  # reward of a greedy response to the same prompt; None: not sampled
     lag: int = 0  # training steps by which the policy that trains on it is newer
