@@ -1,4 +1,4 @@
-"""KL in the reward: what a response loses for its distance to the reference policy, and the controller of its weight."""
+"""KL in the reward: what a response loses for its distance to the reference policy, and how its weight adapts."""
 
 from __future__ import annotations
 

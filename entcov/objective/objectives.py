@@ -92,7 +92,7 @@ def geo_mean(
 def cispo(
     log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
 ) -> Terms:
-    """-sg[clamp(r, 1 - clip_low, 1 + clip_high)] A logprob: the clip bounds the weight, and no token loses its gradient.
+    """-sg[clamp(r, 1 - clip_low, 1 + clip_high)] A logprob: the clip bounds the weight; no token loses its gradient.
 
     Source: MiniMax-M1, arXiv 2506.13585 (there without a lower bound: clip_low 1); verl "cispo" clamps both
     sides. TRL's loss_type="cispo" clamps at epsilon_high itself, so its epsilon_high is 1 + clip_high.
@@ -160,9 +160,7 @@ def _clipped(ratio: Tensor, advantage: Tensor, config: PolicyLossConfig) -> tupl
     return torch.maximum(pg, bounded), bounded > pg
 
 
-def _response_mean(
-    value: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
-) -> Tensor:
+def _response_mean(value: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None) -> Tensor:
     """[T]: for each token the mean of `value` over the loss tokens of its whole response; no gradient."""
     length = tokens.given("sequence_length", f"objective {config.objective}")
     return (sequences.sum(value) / length.clamp(min=1)).to(value.dtype)

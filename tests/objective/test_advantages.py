@@ -133,7 +133,7 @@ def test_positive_and_negative_sample_reinforcement():
         make_estimator("w_reinforce", weight=-0.1)
 
 
-# ---- the optimal token baseline ----------------------------------------------------------------------------------------
+# ---- the optimal token baseline --------------------------------------------------------------------------------------
 
 
 def path_tokens(sequence, position, logprob, collision):
@@ -145,7 +145,7 @@ def path_tokens(sequence, position, logprob, collision):
 
 
 def test_optimal_token_baseline_hand_values():
-    """Two responses of a group, 2 and 1 tokens. Energies 1 - 2 pi + c: 0.5, 0.25 and 1.5, so paths 0.5, 0.75 and 1.5."""
+    """Two responses of a group, 2 and 1 tokens: energies 1 - 2 pi + c: 0.5, 0.25, 1.5, so paths 0.5, 0.75 and 1.5."""
     table = Responses.of(torch.tensor([1.0, 0.0, 4.0]), torch.tensor([3, 3, 8]), torch.tensor([2, 1, 1]))
     logs = [math.log(0.5), math.log(0.75), math.log(0.125), math.log(0.5)]
     tokens = path_tokens([0, 0, 1, 2], [0, 1, 0, 0], logs, [0.5, 0.75, 0.75, 0.5])
@@ -186,13 +186,13 @@ def test_optimal_token_baseline_names_what_is_missing():
     with pytest.raises(ValueError, match="sequence must hold numbers of the responses, got 3"):
         make_estimator("optimal_token_baseline")(table, tokens)
     tokens.collision = None
-    with pytest.raises(ValueError, match="tokens.collision must be given, the advantage optimal_token_baseline reads it"):
+    with pytest.raises(ValueError, match="tokens.collision must be given, the advantage optimal_token"):
         make_estimator("optimal_token_baseline")(table, tokens)
     with pytest.raises(TypeError, match="handle_zero_tail must be true or false, got 1"):
         make_estimator("optimal_token_baseline", handle_zero_tail=1)
 
 
-# ---- all of them -------------------------------------------------------------------------------------------------------
+# ---- all of them -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [0.1, 1.0, -3.7])

@@ -35,7 +35,7 @@ def test_sums_and_means_by_hand(estimator, kl):
 
 
 def test_controller_trace():
-    """Ziegler's: target 6, horizon 1000, 100 responses a step: +2 % above, -2 % below, in proportion near the target."""
+    """Ziegler's: target 6, horizon 1000, 100 responses a step: +2 % above, -2 % below, in proportion near it."""
     kl = KLInReward(0.2, target=6.0, horizon=1000)
     coef, trace = 0.2, []
     for seen in (60.0, 6.6, 6.0, 0.0):

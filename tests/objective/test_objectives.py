@@ -82,7 +82,7 @@ def test_gspo_bounds_the_mean_log_ratio():
 
 
 def test_geo_mean_hand_values():
-    """Log ratios 0.9 and 0.1 with range 0.4. A = 1: l = 0.4, 0.1, s = e^0.25, no gradient of the first. A = -1: both."""
+    """Log ratios 0.9 and 0.1 with range 0.4. A = 1: l = 0.4, 0.1, s = e^0.25, the first without gradient."""
     config = config_of("geo_mean", clip_low=0.4, clip_high=0.4)
     loss, gradient, metrics = small([0.9, 0.1], [1.0, 1.0], config)
     assert (loss, gradient) == (pytest.approx(-math.exp(0.25)), pytest.approx([0.0, -math.exp(0.25) / 2]))
@@ -132,7 +132,7 @@ def test_the_first_update_has_the_same_gradient_under_every_objective(objective)
 
 
 def padded_loss(objective, tokens, logprob, knobs):
-    """The mean over responses of each response's loss, from [B, L] matrices, gradients by autograd through all of it."""
+    """The mean over responses of each response's loss, from [B, L] matrices, gradients by autograd."""
     rows = [((tokens.sequence == s) & tokens.loss_mask).nonzero().flatten() for s in range(6)]
     losses = []
     for row in rows:
@@ -143,10 +143,10 @@ def padded_loss(objective, tokens, logprob, knobs):
             s = (lp - old).mean().exp()
             losses.append(-torch.min(s * a, s.clamp(low, high) * a))
         elif objective == "geo_mean":
-            l = lp - old
-            inside = l.clamp(-knobs["clip_low"], knobs["clip_high"])
-            l = torch.min(l, inside) if a > 0 else torch.max(l, inside)
-            losses.append(-a * l.mean().exp())
+            log_r = lp - old
+            inside = log_r.clamp(-knobs["clip_low"], knobs["clip_high"])
+            log_r = torch.min(log_r, inside) if a > 0 else torch.max(log_r, inside)
+            losses.append(-a * log_r.mean().exp())
         elif objective == "ppo":
             value = torch.min(r * a, r.clamp(low, high) * a)
             losses.append(-(torch.max(value, knobs["dual_clip"] * a) if a < 0 else value).mean())
@@ -260,7 +260,7 @@ def test_a_control_without_clip(objective):
     )  # fmt: skip
     config = PolicyLossConfig(objective=objective, aggregation="seq-mean-token-mean")
     if objective not in UNCLIPPED:
-        with pytest.raises(ValueError, match=f"objective must be one of ppo, cispo, gpg for a control .* got {objective}"):
+        with pytest.raises(ValueError, match=f"one of ppo, cispo, gpg for a control that drops .* got {objective}"):
             policy_loss(tokens, config, controls=[Fixed(unclipped=True)])
         return
     policy_loss(tokens, config, controls=[Fixed(unclipped=True)])[0].backward()

@@ -15,7 +15,9 @@ STEP_LIMIT = 300.0  # seconds that the responses of one step may keep every sand
 
 
 class Scorer:
-    """Threads that fill in `Rollout.reward` and `Rollout.components`. A context manager; `take` is a sampler's `on_done`, `finish` comes after.
+    """Threads that fill in `Rollout.reward` and `Rollout.components`. A context manager.
+
+    `take` is a sampler's `on_done`, `finish` comes after.
 
     The built-in rewards run in child processes or take microseconds, so they hardly slow the generation: they get one
     thread for each sandbox. A reward function of your own gets one thread, so it need not be thread-safe. Where the
