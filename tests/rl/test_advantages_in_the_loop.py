@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from entcov.rl.batch import pack
 from entcov.rl.collect import Collector, pack_rollouts, unpack_rollouts
 from entcov.rl.config import parse_config
 from entcov.rl.loop import Loop
@@ -111,6 +112,14 @@ def test_kl_leaves_the_reward_before_the_advantage():
     again.load_state_dict(loop.state_dict())
     assert again.kl_reward_coef == loop.kl_reward_coef
     assert again.step()["actor/reward_kl_penalty_coeff"] == loop.kl_reward_coef
+
+
+def test_tokens_keep_the_score():
+    """What controls see of a response's reward is as scored, whatever shaping or KL took off."""
+    batch = pack([Rollout(Prompt(0, Example("test", (), "1"), (5,)), 0, [7], [-1.0], True, 0, reward=1.0)])
+    batch.old_logprob = batch.rollout_logprob
+    batch.responses.reward = batch.responses.reward - 0.5
+    assert batch.loss_tokens(batch.loss_mask, batch.rollout_logprob[batch.loss_mask]).reward.tolist() == [1.0]
 
 
 def test_rejected_tokens_leave_the_loss():
