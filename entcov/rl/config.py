@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from entcov import arguments as check
-from entcov.controls import CONTROLS, Control, check_objective, make_control
+from entcov.controls import CONTROLS, Control, check_composition, check_objective, make_control
 from entcov.objective.advantages import ADVANTAGES, Estimator, make_estimator
 from entcov.objective.kl_in_reward import KLInReward
 from entcov.objective.mismatch import RolloutRejection
@@ -299,12 +299,11 @@ class Config:
                         f"{key}: must be one of {', '.join(known)}, got {check.shown(name)}"
                         + check.suggestion(name, known)
                     )
-        if len(set(self.control)) < len(self.control):
-            raise ValueError(f"control: must not repeat an entry, got {self.control}")
         for name in self.controls:
             _build("controls", make_control, name, self.controls[name])
         for name in self.advantages:
             _build("advantages", make_estimator, name, self.advantages[name])
+        check_composition(self.build_controls())
         check_objective(self.build_controls(), self.loss)
         if self.rollout.group_size < self.build_estimator().smallest_group:
             raise ValueError(
