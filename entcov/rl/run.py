@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from entcov.objective.kl_in_reward import KLInReward
+from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.backend import TransformersBackend
 from entcov.rl.collect import derived_seed
 from entcov.rl.config import Config, ConfigError
@@ -169,8 +169,8 @@ def evaluate_run(
     run_dir = Path(config.run_dir)
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
     # An evaluation compares nothing with the reference policy, so it does not load it.
-    loss = dataclasses.replace(config.loss, kl_coef=0.0)
-    plain = dataclasses.replace(config, loss=loss, kl_in_reward=KLInReward(), control=[])
+    loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
+    plain = dataclasses.replace(config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[])
     loop = build(plain, backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
     if backend.is_rank0:

@@ -334,7 +334,7 @@ FAULTS = (
         ADVANTAGES,
         "weight[order] = path - before",
         "weight[order] = energy",
-        [T_ADVANTAGES + "optimal_token_baseline_hand_values"],
+        [T_ADVANTAGES + "optimal_token_baseline_matches_a_loop_in_any_order"],
     ),
     Fault(
         "token_baseline_runs_on_into_the_next_response",
@@ -350,6 +350,22 @@ FAULTS = (
         "dropped = ~advantages.keep[batch.sequence[batch.loss_mask]]",
         "pass",
         [T_LOOP + "responses_that_the_estimator_drops_leave_the_denominators"],
+    ),
+    Fault(
+        "kl_in_reward_has_no_reference_policy",
+        "entcov/rl/backend.py",
+        "needed = start.reference or needs_reference",
+        "needed = needs_reference",
+        ["tests/rl/test_run.py::test_a_resumed_run_continues_bit_for_bit[reference_kl]"],
+        slow="a whole run",
+    ),
+    Fault(
+        "evaluation_keeps_the_kl_estimator_without_a_weight",
+        "entcov/rl/run.py",
+        "kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)",
+        "kl_coef=0.0)",
+        ["tests/rl/test_run.py::test_evaluation_of_a_finished_run"],
+        slow="a whole run",
     ),
     Fault(
         "greedy_response_is_drawn",
