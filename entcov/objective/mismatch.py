@@ -25,7 +25,8 @@ def importance_weight(
     """The weights of `tis_cap` and whether each is outside of [tis_floor, tis_cap]: [T] float and [T] bool.
 
     The ratio of a token or, with tis_level "sequence", the product of the ratios of all loss tokens of its response
-    (without those that have left the loss); its logarithm is bounded by +-20. tis_mode "truncate" moves a weight to the nearer bound, "mask" makes it 0.
+    (without those that have left the loss); its logarithm is bounded by +-20. tis_mode "truncate" moves a weight to
+    the nearer bound, "mask" makes it 0.
 
         ours                        verl                                   TRL vllm_importance_sampling_mode
         truncate, token | sequence  rollout_is token | sequence            token_truncate | sequence_truncate

@@ -71,7 +71,7 @@ def policy_loss(
 
         pg = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))      -A r alone if a control says `unclipped`
         pg = min(pg, -A dual_clip)                                    where A < 0, if dual_clip (and not unclipped)
-        pg = pg * min(exp(old_logprob - rollout_logprob), tis_cap)    if tis_cap; the weight is a constant
+        pg = pg * min(exp(old_logprob - rollout_logprob), tis_cap)    if tis_cap; see tis_level, tis_mode; a constant
         pg = 0                                                        where a control's keep is False
         loss = sum_t w_t (pg + kl_coef * kl_estimate(logprob, ref_logprob) + sum of penalties)
 

@@ -129,18 +129,18 @@ class PolicyLossConfig:
     "gspo" and "geo_mean" need the aggregation "seq-mean-token-mean".
     """
 
-    objective: str = "ppo"  # a name of OBJECTIVES, see entcov/objective/objectives.py
     clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]; 1 switches the lower side off
     clip_high: float = 0.2  # inf switches the upper side off
     dual_clip: float | None = None  # c > 1: the loss of a token with A < 0 is at most -c A
-    tau_pos: float = 1.0  # sapo: temperature of the gate where A > 0
-    tau_neg: float = 1.05  # sapo: and elsewhere
     aggregation: str = "token-mean"
     max_response_length: int | None = None
     kl_coef: float = 0.0  # weight of the estimated KL(policy || reference)
     kl_estimator: str = "k3"
     # Importance weight of sampling by another program than the trainer: see entcov/objective/mismatch.py.
     tis_cap: float | None = None  # weight min(exp(old_logprob - rollout_logprob), tis_cap)
+    objective: str = "ppo"  # a name of OBJECTIVES, see entcov/objective/objectives.py
+    tau_pos: float = 1.0  # sapo: temperature of the gate where A > 0
+    tau_neg: float = 1.05  # sapo: and elsewhere
     tis_floor: float = 0.0  # lower bound of the weight
     tis_level: str = "token"  # "sequence": one weight a response, the product over its tokens
     tis_mode: str = "truncate"  # "mask": a weight outside of [tis_floor, tis_cap] becomes 0

@@ -134,7 +134,9 @@ class Loop:
     @property
     def _collector(self) -> Collector:
         greedy = "baseline" in self._estimator.needs
-        return Collector(self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn, greedy)
+        return Collector(
+            self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn, greedy_baseline=greedy
+        )
 
     def compute_old_logprobs(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
         """Fills in what the current policy says of the batch; returns the rollout's means for the controls."""
@@ -160,22 +162,24 @@ class Loop:
     def assign_advantages(self, batch: Batch, metrics: dict[str, float]) -> Batch:
         """The batch with its advantages, as the controls shape them, and without what the estimator and they drop.
 
-        Every rank holds the whole rollout and computes the same numbers, so nothing is communicated.
+        Every rank holds the whole rollout and computes the same numbers, so nothing is communicated. Before the
+        controls that is on the CPU: a GPU's sums depend on the order of its threads, and so would what is rejected.
         """
-        tokens = self._scored_tokens(batch)
-        responses = self._less_kl(batch.responses, tokens, metrics)
+        local = batch.to("cpu")
+        tokens = self._scored_tokens(local)
+        responses = self._less_kl(local.responses, tokens, metrics)
         advantages = self._estimator(responses, tokens)
         batch.assign_advantages(advantages.value)
         dropped = torch.zeros_like(tokens.loss_mask)
         if advantages.keep is not None:
-            dropped = ~advantages.keep[batch.sequence[batch.loss_mask]]
+            dropped = ~advantages.keep[local.sequence[local.loss_mask]]
             metrics["training/dropped_responses"] = float((~advantages.keep).double().mean())
         if self.config.rollout_rs.level is not None:
             rejected = self.config.rollout_rs.rejected(tokens)
             metrics["training/rejected_tokens"] = float(rejected.double().mean())
             dropped = dropped | rejected
         if dropped.any():
-            batch.drop(dropped)
+            batch.drop(dropped.to(batch.tokens.device))
             if not batch.num_loss_tokens:
                 return batch.subset([])
         tokens, at = self._scored_tokens(batch), batch.loss_mask

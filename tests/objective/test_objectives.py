@@ -11,7 +11,7 @@ from entcov.objective.objectives import OBJECTIVES, UNCLIPPED
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import OBJECTIVE_KNOBS, SEQUENCE_OBJECTIVES, PolicyLossConfig, Tokens, Totals
-from tests.support.objective_oracle import make_tokens, part
+from tests.support.objective_oracle import NoHostRead, make_tokens, part
 from tests.support.thread_ranks import ThreadRanks
 
 INF = math.inf
@@ -219,6 +219,19 @@ def test_context_parallel_ranks_change_nothing(objective, monkeypatch):
     torch.testing.assert_close(torch.stack([even, odd], 1).flatten(), whole, rtol=1e-12, atol=0)
     for name, value in metrics.items():
         assert float(sums[name] + others[name]) == pytest.approx(float(value), rel=1e-12), name
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_host_synchronisation_on_the_device_path(objective):
+    """The code that any accelerator runs, on the device without data, backward included."""
+    tokens = batch_of()
+    meta = Tokens(**{name: value.to("meta") for name, value in vars(tokens).items() if value is not None})
+    meta.logprob = meta.logprob.detach().requires_grad_()
+    with NoHostRead():
+        sequences, config = SequenceIndex(meta.sequence, 6), config_of(objective, tis_cap=2.0, tis_level="sequence")
+        loss, metrics = policy_loss(meta, config, totals=Totals(22, 6), sequences=sequences)
+        loss.backward()
+    assert loss.is_meta and all(m.is_meta for m in metrics.values())
 
 
 # ---- controls --------------------------------------------------------------------------------------------------------
