@@ -64,8 +64,11 @@ class PolicyActor(ABC):
 
         The controls select over the whole mini-batch, under the current policy, before the first backward pass. The
         micro-batches' losses have the denominators of the mini-batch, so their gradients add up to its gradient.
+
+        Linear warm-up over `warmup_steps` rollouts, then constant: all updates of one rollout have one rate, as in verl.
+        verl counts the rollouts from 0, so its first one has rate 0 and changes no weight; here the first has 1 / warmup.
         """
-        lr = self.config.lr * min(1.0, (self.weight_version + 1) / max(1, self.config.warmup_steps))
+        lr = self.config.lr * min(1.0, step / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         selections, selection_metrics = self._select(batch)

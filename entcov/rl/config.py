@@ -163,7 +163,7 @@ class ActorConfig:
     # megatron: torchrun ... -m megatron_integration train RECIPE
     backend: Literal["transformers", "megatron"] = "transformers"
     lr: Positive = 1e-6
-    warmup_steps: Whole = 10  # optimizer steps of linear warm-up
+    warmup_steps: Whole = 0  # training steps (rollouts) of linear warm-up: step k has lr * min(1, k / warmup_steps)
     weight_decay: NonNegative = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0

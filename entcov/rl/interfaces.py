@@ -57,7 +57,7 @@ class Actor(Protocol):
 
         Args:
             batch: with `old_logprob`, and `ref_logprob` where loss.kl_coef > 0.
-            step: the loop's step, for messages.
+            step: the loop's step, counted from 1: of the warm-up of the learning rate, and for messages.
 
         Raises:
             RuntimeError: the gradient norm is not finite; nothing was updated.

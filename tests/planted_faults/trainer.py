@@ -28,6 +28,7 @@ T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_STALENESS, T_
     )
 )  # fmt: skip
 T_BAD_INPUT = "tests/test_bad_input.py::test_"
+T_RUN = "tests/rl/test_run.py::test_"
 
 FAULTS = (
     # ---- presets -----------------------------------------------------------------------------------------------------
@@ -253,9 +254,16 @@ FAULTS = (
     Fault(
         "learning_rate_warm_up_starts_at_0",
         ACTOR,
-        "(self.weight_version + 1) / max(1,",
-        "self.weight_version / max(1,",
+        "min(1.0, step / max(1,",
+        "min(1.0, (step - 1) / max(1,",
         [T_ACTOR + "updates_are_adamw_by_hand"],
+    ),
+    Fault(
+        "learning_rate_warms_up_over_updates",
+        ACTOR,
+        "min(1.0, step / max(1,",
+        "min(1.0, (self.weight_version + 1) / max(1,",
+        [T_RUN + "the_learning_rate_warms_up_over_training_steps"],
     ),
     Fault(
         "totals_of_the_micro_batch",

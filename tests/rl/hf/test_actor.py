@@ -163,7 +163,7 @@ def test_updates_are_adamw_by_hand(rolled_out):
     for k in range(3):
         gradient, norm = gradient_of(actor.model, batch)
         clipped = gradient * min(1.0, limit / (norm + 1e-6))
-        metrics = actor.update(batch, step=1)
+        metrics = actor.update(batch, step=k + 1)
         assert norm > limit and metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-4)
         rate = lr * (0.5, 1.0, 1.0)[k]
         assert metrics["actor/lr"] == pytest.approx(rate, rel=1e-12)
