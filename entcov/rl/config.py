@@ -135,18 +135,22 @@ class RolloutConfig:
     max_staleness: Annotated[Whole, Field(le=1)] = 0
     # Dynamic sampling (DAPO): groups of equal rewards have no gradient; draw until the step has enough others.
     filter_zero_variance: bool = False
-    max_draws: Count = 3
+    max_draws: Count = 10  # draws of prompts_per_step prompts in one step
+    # Where they leave too few groups: end the run, as the scripts of DAPO and of Cui et al. do, or train on those.
+    on_shortfall: Literal["raise", "accept"] = "raise"
 
     def __post_init__(self):
         if self.filter_zero_variance and self.group_size == 1:
             raise ValueError(
                 "filter_zero_variance: needs group_size > 1, a group of one never differs; got group_size 1"
             )
-        if not self.filter_zero_variance and self.max_draws != RolloutConfig.max_draws:
-            raise ValueError(
-                f"max_draws: has no effect without filter_zero_variance, got {self.max_draws} and "
-                f"filter_zero_variance false; set that to true, or leave max_draws at {RolloutConfig.max_draws}"
-            )
+        for key in ("max_draws", "on_shortfall"):
+            value, default = getattr(self, key), getattr(RolloutConfig, key)
+            if not self.filter_zero_variance and value != default:
+                raise ValueError(
+                    f"{key}: has no effect without filter_zero_variance, got {value} and filter_zero_variance false; "
+                    f"set that to true, or leave {key} at {default}"
+                )
         if not self.max_staleness:
             return
         if self.sampler == "in_process":

@@ -236,6 +236,20 @@ FAULTS = (
         "logprob[at], True, version,",
         [T_LOOP + "kept_rollouts_are_the_same_rollouts"],
     ),
+    Fault(
+        "a_shortfall_is_always_accepted",
+        COLLECT,
+        "1 if accepts else config.prompts_per_step",
+        "1",
+        [T_LOOP + "a_shortfall_ends_the_run_unless_the_recipe_accepts_it"],
+    ),
+    Fault(
+        "a_shortfall_is_accepted_unless_told",
+        "entcov/rl/config.py",
+        'on_shortfall: Literal["raise", "accept"] = "raise"',
+        'on_shortfall: Literal["raise", "accept"] = "accept"',
+        [T_LOOP + "a_shortfall_ends_the_run_unless_the_recipe_accepts_it"],
+    ),
     # ---- the actor ---------------------------------------------------------------------------------------------------
     Fault(
         "learning_rate_warm_up_is_not_applied",

@@ -200,6 +200,19 @@ def test_dynamic_sampling_draws_other_prompts_with_other_noise():
     assert collected.metrics["training/generation_batches"] == 2
 
 
+def test_a_shortfall_ends_the_run_unless_the_recipe_accepts_it():
+    """Of two groups a draw one is kept; the default is that of the papers' scripts, which raise."""
+
+    def collect(**settings):
+        config = loop_of(**{"rollout.filter_zero_variance": True, "rollout.max_draws": 1} | settings).config
+        return Collector(config.rollout, config.seed, Alternating(), Stream(), reward).collect(5, 10)
+
+    with pytest.raises(RuntimeError, match=r"step 5: .* kept 1 groups of 2 in 1 draws, and a step needs 2: "):
+        collect()
+    accepted = collect(**{"rollout.on_shortfall": "accept"})
+    assert [r.prompt.uid for r in accepted.rollouts] == [11, 11] and accepted.position == 12
+
+
 def test_rollouts_of_other_weights_are_refused():
     loop = loop_of(takes_weights=False)
     loop.step()

@@ -109,11 +109,12 @@ def test_a_warm_start_learns(tmp_path):
 
 
 def test_dynamic_sampling_keeps_only_groups_that_teach(tmp_path):
-    rows = run(tmp_path, **{"rollout.filter_zero_variance": True, "rollout.max_draws": 4, "warm_start.steps": 60})
+    draws = {"rollout.filter_zero_variance": True, "rollout.max_draws": 4, "rollout.on_shortfall": "accept"}
+    rows = run(tmp_path, **draws, **{"warm_start.steps": 60})
     assert max(row["training/generation_batches"] for row in rows[1:]) > 1
     assert any(row["training/zero_variance_groups"] > 0 for row in rows[1:])  # described before the filter
-    with pytest.raises(RuntimeError, match="filter_zero_variance left nothing of 48 rollouts.*mean 0.000"):
-        filtered = {"rollout.filter_zero_variance": True, "rollout.max_draws": 2}
+    with pytest.raises(RuntimeError, match="kept 0 groups of 12 in 2 draws, and a step needs 6: .*mean 0.000"):
+        filtered = {"rollout.filter_zero_variance": True, "rollout.max_draws": 2, "rollout.on_shortfall": "accept"}
         run(tmp_path / "hopeless", **filtered, **{"data.reward": "tests.rl.test_run:no_reward"})
 
 

@@ -134,6 +134,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "rollout.max_staleness=1": ("needs sampler vllm",),
     "rollout.max_staleness=2": ("less than or equal to 1, got 2",),
     "rollout.max_draws=5": ("has no effect without filter_zero_variance", "got 5"),
+    "rollout.on_shortfall=accept": ("has no effect without filter_zero_variance", "got accept"),
+    "rollout.on_shortfall=wait": ("'raise' or 'accept'", "got 'wait'"),
     "rollout.filter_zero_variance=true rollout.group_size=1": ("needs group_size > 1",),
     "rollout.vllm.max_num_seqs=8": ("has no effect with rollout.sampler=in_process",),
     "rollout.sampler=vllm rollout.vllm.url=http://x": ("url: belongs to mode server",),
