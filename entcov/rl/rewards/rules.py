@@ -100,6 +100,14 @@ def _score_math(example: Example, response: str) -> float:
     if answer is None:
         lines = _ANSWER_LINE.findall(response)
         answer = lines[-1] if lines else None
+    return _equals_truth(example, answer)
+
+
+def _score_math_boxed(example: Example, response: str) -> float:
+    return _equals_truth(example, last_boxed(response))
+
+
+def _equals_truth(example: Example, answer: str | None) -> float:
     if answer is None or len(answer) > _MAX_ANSWER:
         return 0.0
     boxed_truth = last_boxed(example.ground_truth)
@@ -133,4 +141,9 @@ def _math_pool() -> SandboxPool:
     return SandboxPool("math", limit=_TIME_LIMIT, extra="train")
 
 
-STYLES: dict[str, RewardFunction] = {"exact": score_after_mark, "gsm8k": _score_gsm8k, "math": _score_math}
+STYLES: dict[str, RewardFunction] = {
+    "exact": score_after_mark,
+    "gsm8k": _score_gsm8k,
+    "math": _score_math,
+    "math_boxed": _score_math_boxed,
+}
