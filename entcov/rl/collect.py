@@ -130,10 +130,10 @@ class Collector:
         groups_kept, accepts = len(kept) // config.group_size, config.on_shortfall == "accept"
         if groups_kept < (1 if accepts else config.prompts_per_step):
             raise RuntimeError(
-                f"step {step}: rollout.filter_zero_variance kept {groups_kept} groups of {len(drawn) // config.group_size} "
-                f"in {draw + 1} draws, and a step needs {config.prompts_per_step}: in the others all rewards are equal "
-                f"(mean {mean(r.reward for r in drawn):.3f}). The task is too hard or too easy for this policy; raise "
-                "rollout.max_draws or group_size, "
+                f"step {step}: rollout.filter_zero_variance kept {groups_kept} groups of "
+                f"{len(drawn) // config.group_size} in {draw + 1} draws, and a step needs {config.prompts_per_step}: "
+                f"in the others all rewards are equal (mean {mean(r.reward for r in drawn):.3f}). The task is too hard "
+                "or too easy for this policy; raise rollout.max_draws or group_size, "
                 + ("" if accepts else "train on fewer groups with rollout.on_shortfall=accept, ")
                 + "or switch the filter off"
             )

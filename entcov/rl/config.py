@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
@@ -27,6 +27,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+Share = Annotated[Number, Field(gt=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
@@ -183,6 +184,17 @@ class SourceEvalConfig:
 
     samples: Count | None = None
     temperature: NonNegative | None = None
+    top_p: Share | None = None
+    top_k: Whole | None = None
+
+
+class Sampling(NamedTuple):
+    """How a held-out prompt is sampled: the keys of `EvalConfig` with the same names."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    top_k: int
 
 
 @dataclass(config=_STRICT)
@@ -219,15 +231,16 @@ class EvalConfig:
     prompts: Whole | None = 128  # the first so many of each data source; None: all of val_files; 0: never evaluate
     samples: Count = 4
     temperature: NonNegative = 1.0
+    top_p: Share = 1.0  # sample from the fewest likeliest tokens that hold this share of the probability; 1: from all
+    top_k: Whole = 0  # and from the so many likeliest; 0: from all. Rollouts have neither: docs/training.md
     sources: dict[str, SourceEvalConfig] = dataclasses.field(default_factory=dict)  # by data_source
+    entropy: bool = False  # measure the policy's entropy over the responses: one more forward pass of the actor
 
-    def settings(self, source: str) -> tuple[int, float]:
-        """(samples, temperature) for prompts of this data source."""
+    def settings(self, source: str) -> Sampling:
+        """How prompts of this data source are sampled."""
         own = self.sources.get(source, SourceEvalConfig())
-        return (
-            self.samples if own.samples is None else own.samples,
-            self.temperature if own.temperature is None else own.temperature,
-        )
+        values = ((getattr(own, key), getattr(self, key)) for key in Sampling._fields)
+        return Sampling(*(default if value is None else value for value, default in values))
 
 
 @dataclass(config=_STRICT)
@@ -311,6 +324,12 @@ class Config:
         if self.eval.prompts != 0 and self.data.task is None and not self.data.val_files:
             raise ValueError(
                 f"data.val_files: must be given where eval.prompts is not 0, got none and {self.eval.prompts}"
+            )
+        longest = self.data.max_prompt_length + self.rollout.max_response_length
+        if self.eval.entropy and self.eval.prompts != 0 and self.actor.micro_batch_tokens < longest:
+            raise ValueError(
+                "actor.micro_batch_tokens: must be at least data.max_prompt_length + rollout.max_response_length where "
+                f"eval.entropy is true, got {self.actor.micro_batch_tokens} < {longest}"
             )
         if self.loss.kl_coef == 0 and self.loss.kl_estimator != PolicyLossConfig.kl_estimator:
             raise ValueError(

@@ -151,6 +151,7 @@ class Loop:
         metrics |= {name: float(value) for name, value in covariance_summary(covariance).items()}
         gap = (policy["logprob"] - batch.rollout_logprob)[at].abs()
         metrics["actor/entropy"] = means["entropy"]
+        metrics["actor/entropy_response_mean"] = float(batch.response_means(policy["entropy"]).mean())
         metrics["actor/entropy_drift"] = float((policy["entropy_drift"] * batch.advantage)[at].mean())
         metrics["training/mismatch"], metrics["training/mismatch_max"] = float(gap.mean()), float(gap.max())
         metrics |= spread("critic/advantages", batch.advantage[at].tolist())

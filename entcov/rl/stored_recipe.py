@@ -32,6 +32,7 @@ _FREE_KEYS = (
 # Keys that an evaluation depends on: its prompts, how responses are sampled and scored, and the hardware.
 _KEYS_OF_AN_EVALUATION = (
     "eval.", "data.", "rollout.", "megatron.", "device", "threads", "model.compute_dtype", "model.attn_implementation",
+    "actor.micro_batch_tokens",
 )  # fmt: skip
 
 

@@ -43,3 +43,6 @@ class Rollout:
     reward: float | None = None  # None: not scored yet
     timed_out: bool = False  # scored 0 because scoring took too long
     advantage: float = 0.0
+    entropy: float | None = (
+        None  # the policy's, mean over `tokens`, nats at temperature 1; an evaluation may measure it
+    )

@@ -121,6 +121,7 @@ def test_one_step_by_hand():
     assert totals == pytest.approx({"entropy": 116 / 80, "sampled_entropy": 11.1 / 8})
     expected = {
         "actor/entropy": 116 / 80,
+        "actor/entropy_response_mean": (1.15 + 1.3 + 1.5 + 1.75) / 4,  # each response counts once, whatever its length
         "training/mismatch": 1.0 / 8,  # 0.1 + 0.2 + 0.3 + 0.4, of both signs
         "training/mismatch_max": 0.4,
         "actor/entropy_drift": A * (1 + 4 - 9 + 16 + 25 + 36 - 49 - 64) / 8,

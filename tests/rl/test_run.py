@@ -175,11 +175,15 @@ def test_a_damaged_checkpoint_is_named_and_not_passed_over(tmp_path):
 
 
 def test_evaluation_of_a_finished_run(tmp_path):
-    rows = run(tmp_path, steps=2)
-    config = parse_config(recipe(tmp_path))
+    settings = {"eval.entropy": True, "eval.top_k": 3, "eval.prompts": 8, "rollout.temperature": 0.7}
+    rows = run(tmp_path, **settings, steps=2)
+    config = parse_config(recipe(tmp_path, **settings))
     step, metrics, results = evaluate_run(config)
     key = "val-core/entcov/carry_arithmetic/acc/mean@2"
     assert step == 2 and metrics[key] == rows[-1][key] == results[0].mean and results[0].prompts == 8
+    held_out = "val-aux/entcov/carry_arithmetic/entropy/mean"
+    assert [held_out in row for row in rows] == [True, False, True]
+    assert metrics[held_out] == rows[-1][held_out] == results[0].entropy and 0 < metrics[held_out] < math.log(53)
     config.eval.samples, config.eval.temperature = 1, 0.0
     assert evaluate_run(config, checkpoint=str(tmp_path / "checkpoints" / "step_1"))[0] == 1
     with pytest.raises(FileNotFoundError, match="no checkpoint"):

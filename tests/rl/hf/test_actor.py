@@ -132,6 +132,8 @@ def test_scores_are_the_plain_forward_pass_at_the_samplers_temperature(rolled_ou
     torch.testing.assert_close(scored["logprob"], logprob, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scored["entropy"], entropy, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scored["ref_logprob"], plain_statistics(reference, batch, 0.8)[0], atol=2e-5, rtol=1e-5)
+    entropy = actor.compute_entropy(batch, temperature=1.0)
+    torch.testing.assert_close(entropy, plain_statistics(model, batch, 1.0)[1], atol=2e-5, rtol=1e-5)
 
 
 def test_denominators_are_the_response_tokens_of_the_mini_batch(rolled_out):
