@@ -49,6 +49,7 @@ def test_the_last_word_on_the_command_line_counts():
     assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.3)
     config = load_config(ROOT / "examples/aent_math_1.5b.yaml", ["preset=clip_cov"])
     assert config.control == ["clip_cov"] and config.loss.clip_low == 1.0
+    assert config.loss.dual_clip is None  # not that of the recipe's own setting
 
 
 def test_keys_of_a_recipe_win_over_its_preset(tmp_path):
@@ -81,7 +82,7 @@ def test_the_docs_have_every_setting():
     page = (ROOT / "docs/methods.md").read_text()
     for name, setting in PUBLISHED.items():
         clip = setting.keys.get("loss")
-        cells = [f"clip_low {clip['clip_low']:g}, clip_high {clip['clip_high']:g}"] if clip else []
+        cells = [", ".join(f"{key} {value:g}" for key, value in clip.items() if value is not None)] if clip else []
         for control, values in setting.keys["controls"].items():
             cells.append(f"{control}: " + ", ".join(f"{key} {value:g}" for key, value in values.items()))
         assert f"| `{name}` | {'; '.join(cells)} | {setting.source} |" in page, name
