@@ -52,7 +52,7 @@ class Batch:
 
     def response_means(self, values: Tensor) -> Tensor:
         """[S] float64 on the CPU: the mean of `values` [N] over the tokens of each response."""
-        each, masks = (x.split(self.lengths) for x in (values.double().cpu(), self.loss_mask.cpu()))
+        each, masks = (x.split(self.lengths) for x in (values.cpu().double(), self.loss_mask.cpu()))
         return torch.stack([own[mask].mean() for own, mask in zip(each, masks, strict=True)])
 
     def subset(self, sequences: Sequence[int]) -> Batch:

@@ -106,7 +106,7 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
 
 
 def _with_new_names(tree: DictConfig) -> DictConfig:
-    """The recipe of a run that was stored before keys were renamed."""
+    """The recipe of a run that was stored before keys were renamed, or had another default."""
     raw = OmegaConf.to_container(tree, resolve=False)  # an interpolation may not be resolved yet
     for old, new in RENAMED.items():
         section, name = old.split(".")
@@ -114,6 +114,9 @@ def _with_new_names(tree: DictConfig) -> DictConfig:
             del tree[section][name]
             if value_at(raw, tuple(new.split("."))) is None:  # else an override has set it
                 OmegaConf.update(tree, new, "transformers" if value == "torch" else value)
+    rollout = raw.get("rollout") or {}
+    if rollout.get("max_draws") == 3 and rollout.get("filter_zero_variance") is False:
+        del tree.rollout.max_draws  # the default then; without the filter only today's default may be given
     return tree
 
 

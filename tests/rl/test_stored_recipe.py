@@ -271,6 +271,19 @@ def test_a_run_that_was_stored_under_old_names_goes_on_and_is_evaluated(tmp_path
         go_on(run, config)
 
 
+def test_a_run_that_was_stored_with_the_old_default_of_max_draws_goes_on(tmp_path, recipe_file):
+    """Every key is stored; without the filter max_draws may only be the default, which was 3."""
+    config = load_config(recipe_file())
+    run = tmp_path / "run"
+    run.mkdir()
+    store_recipe(run, config)
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    tree["rollout"]["max_draws"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert load_run(run, [], trusted=False).rollout.max_draws == config.rollout.max_draws
+    go_on(run, config)
+
+
 def test_an_old_name_is_not_resolved_before_the_recipe_is_trusted(tmp_path, recipe_file, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
