@@ -62,7 +62,7 @@ class Actor(Protocol):
         """One optimizer step on a mini-batch; returns its metrics. Collective.
 
         Args:
-            batch: with `old_logprob`, and `ref_logprob` where loss.kl_coef > 0.
+            batch: with `old_logprob`, and `ref_logprob` where there is a reference policy.
             step: the loop's step, counted from 1: of the warm-up of the learning rate, and for messages.
 
         Raises:

@@ -42,7 +42,6 @@ class Rollout:
     text: str = ""  # the response decoded, without the end-of-sequence token
     reward: float | None = None  # None: not scored yet
     timed_out: bool = False  # scored 0 because scoring took too long
-    advantage: float = 0.0
-    entropy: float | None = (
-        None  # the policy's, mean over `tokens`, nats at temperature 1; an evaluation may measure it
-    )
+    shaped_reward: float | None = None  # after reward shaping; None: not shaped
+    lag: int = 0  # training steps by which the policy that trains on it is newer
+    entropy: float | None = None  # the policy's at temperature 1, mean over `tokens`, nats; None: not measured
