@@ -155,6 +155,8 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "actor.max_grad_norm=0": ("greater than 0, got 0",),
     "actor.updates_per_rollout=7": ("must not exceed rollout.prompts_per_step", "7 > 6"),
     "actor.epochs=0": ("got 0",),
+    "actor.warmup_steps=-1": ("greater than or equal to 0, got -1",),
+    "actor.warmup_steps=0.1": ("valid integer",),
     "actor.micro_batch_tokens=1e3": ("valid integer",),
     "actor.packing=sometimes": ("got 'sometimes'",),
     # megatron
@@ -291,6 +293,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "data nosuch": ("nosuch", "dapo_math_17k"),
     "data gsm8k --split dev --source {folder}/x.jsonl": ("split", "dev"),
     "data gsm8k --template nosuch --source {file}": ("template", "nosuch"),
+    "data amc23 --template gsm8k --source {file}": ("template: gsm8k is for GSM8K", "amc23"),
     "data gsm8k --split train --source {folder}/no.jsonl": ("no.jsonl",),
     "data gsm8k --split train --source {file}": (".parquet", ".jsonl"),
     "data gsm8k math --source {file}": ("--source", "one data set"),
