@@ -9,7 +9,7 @@ import torch.distributed as dist
 from entcov import arguments as check
 from entcov.controls.base import Control, Effect, Progress, Selection, Shaping
 from entcov.controls.clip_cov import SCOPES, SEMANTICS
-from entcov.objective.selection import select_kl_cov
+from entcov.objective.selection import select_largest
 from entcov.objective.token_covariance import token_covariance
 from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
 
@@ -69,7 +69,7 @@ class KLCov(Control):
         covariance = token_covariance(
             tokens.logprob, tokens.advantage, tokens.loss_mask, group=group, empty_ok=self.scope == "micro_batch"
         )
-        chosen = select_kl_cov(
+        chosen = select_largest(
             covariance,
             tokens.token_id,
             ratio=self.kl_cov_ratio,
