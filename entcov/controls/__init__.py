@@ -13,10 +13,21 @@ from entcov import arguments as check
 from entcov.controls.adaptive_bonus import AdaptiveBonus
 from entcov.controls.aent import AEnt
 from entcov.controls.base import Control, Effect, Progress, Selection, Shaping, kept_tokens
+from entcov.controls.clip_b import ClipB
 from entcov.controls.clip_cov import ClipCov
+from entcov.controls.clip_v import ClipV
+from entcov.controls.difficulty_bonus import DifficultyBonus
+from entcov.controls.entropic import EntroPIC
+from entcov.controls.entropy_advantage import EntropyAdvantage
 from entcov.controls.entropy_bonus import EntropyBonus
+from entcov.controls.high_entropy_tokens import HighEntropyTokens
 from entcov.controls.kl_cov import KLCov
 from entcov.controls.none import NoControl
+from entcov.controls.perplexity_shaping import PerplexityShaping
+from entcov.controls.position_shaping import PositionShaping
+from entcov.controls.positive_advantage_reweighting import PositiveAdvantageReweighting
+from entcov.controls.relative_entropy import RelativeEntropy
+from entcov.controls.sent import SENT
 from entcov.objective.selection import check_counter
 from entcov.objective.token_covariance import covariance_over, covariance_summary
 from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
@@ -24,8 +35,15 @@ from entcov.registry import Registry
 from entcov.stats.ranks import AllReduces, attempt
 
 CONTROLS = Registry(
-    "control", Control, (NoControl, EntropyBonus, AdaptiveBonus, ClipCov, KLCov, AEnt), "entcov.controls"
-)
+    "control",
+    Control,
+    (
+        NoControl, EntropyBonus, AdaptiveBonus, DifficultyBonus, AEnt, EntroPIC, ClipCov, KLCov, SENT, ClipB, ClipV,
+        HighEntropyTokens, EntropyAdvantage, PositiveAdvantageReweighting, RelativeEntropy, PerplexityShaping,
+        PositionShaping,
+    ),
+    "entcov.controls",
+)  # fmt: skip
 make_control = CONTROLS.make
 
 __all__ = [

@@ -58,12 +58,13 @@ class Selection:
 
     mask: Tensor | None = None  # bool
     drop: Tensor | None = None  # bool
+    weight: Tensor | None = None  # float32 or float64, a number of each token for `apply`
     scalars: dict[str, Tensor] = field(default_factory=dict)  # numbers of the mini-batch for `apply`
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def at(self, index: Any) -> Selection:
         """The selection of the tokens that `index` (a slice, mask or indices) takes."""
-        parts = {name: getattr(self, name) for name in ("mask", "drop")}
+        parts = {name: getattr(self, name) for name in ("mask", "drop", "weight")}
         return replace(self, **{name: None if part is None else part[index] for name, part in parts.items()})
 
 
@@ -85,8 +86,8 @@ class Control:
     """Base of all controls. A concrete control is a dataclass whose fields are its knobs, checked when it is made."""
 
     name: ClassVar[str]  # key in CONTROLS
-    # Of "selection" (calls `select`), "entropy", "clamped_entropy", "ref_logprob": what tokens must have in `select` and
-    # `apply`. `begin` always has the scored entropy and entropy_drift.
+    # Of "selection" (calls `select`), "entropy", "clamped_entropy", "ref_logprob": what tokens must have in `select`
+    # and `apply`. `begin` always has the scored entropy and entropy_drift.
     needs: ClassVar[frozenset[str]] = frozenset()
     state: ClassVar[tuple[str, ...]] = ()  # attributes that change during training: numbers and booleans
     # What a control with "selection" decides on: the mini-batch ("global"), each "micro_batch" alone, or the whole
