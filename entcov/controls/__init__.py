@@ -167,9 +167,9 @@ def select(
     Returns: (selections, metrics). selections[i] goes to `policy_loss` with micro_batches[i]. metrics describe the
         whole mini-batch, are equal on all ranks and must not be added up: actor/cov_mean, actor/cov_max,
         actor/cov_p999 (with no control too), actor/cov_threshold.
-    Collectives: 4 all-reduces for the metrics and 6 (Clip-Cov) or 8 (KL-Cov) more for each control with a selection
-        and global scope, 2 MiB and 2.5 or 3.5 MiB more, for every batch; every rank must call with the same
-        controls.
+    Collectives: 4 all-reduces of 2 MiB in all for the metrics; more for each control with a selection and global scope,
+        for every batch: 6 of 2.5 MiB (Clip-Cov), 8 of 3.5 MiB (KL-Cov, high_entropy_tokens), 1 of some words (EntroPIC),
+        16 or 23 of 7 or 10.5 MiB (SENT, "paper" or "reference"). Every rank must call with the same controls.
     Raises: ValueError where a field is missing, a value is bad or the whole mini-batch has no token under the mask.
         RuntimeError where another rank failed, or was called with another step, config or controls. On an accelerator
         all metrics are NaN there instead (ranks with other controls do not enter as many collectives, though).
@@ -218,4 +218,4 @@ def _no_tokens(micro_batches: Sequence[Tokens]) -> Tokens:
     parts = micro_batches if isinstance(micro_batches, Sequence) else []
     device = next((x.device for part in parts for x in vars(part).values() if isinstance(x, Tensor)), None)
     nothing = torch.zeros(0, device=device)
-    return Tokens(nothing, nothing, nothing, nothing.bool(), token_id=nothing.long())
+    return Tokens(nothing, nothing, nothing, nothing.bool(), entropy=nothing, token_id=nothing.long())
