@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from entcov.controls import Progress, begin, mini_batch_totals, select
+from entcov.controls import begin, mini_batch_totals, select
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import PolicyLossConfig, Tokens
 from entcov.verify import reference
+from tests.support.objective_oracle import PROGRESS
 
 UNCLIPPED = PolicyLossConfig(clip_low=1.0, clip_high=float("inf"))
-PROGRESS = Progress(step=1, steps=10, update=0)
 
 
 def tokens_of(logits: Tensor, action: Tensor, advantage: Tensor, old: Tensor | None = None, **fields: Tensor) -> Tokens:
