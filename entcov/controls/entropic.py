@@ -40,6 +40,7 @@ class EntroPIC(Control):
 
     name: ClassVar[str] = "entropic"
     needs: ClassVar[frozenset[str]] = frozenset({"selection", "entropy"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the weight of positive advantages"})
     state: ClassVar[tuple[str, ...]] = ("integral",)
 
     target: float = 0.1  # nats

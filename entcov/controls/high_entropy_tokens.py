@@ -37,6 +37,7 @@ class HighEntropyTokens(Control):
 
     name: ClassVar[str] = "high_entropy_tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"selection", "entropy"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the loss of low-entropy tokens"})
 
     top_entropy_quantile: float = 0.2  # fraction that is kept; 1 keeps all
     denominator: str = "kept"

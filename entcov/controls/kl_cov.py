@@ -38,6 +38,7 @@ class KLCov(Control):
 
     name: ClassVar[str] = "kl_cov"
     needs: ClassVar[frozenset[str]] = frozenset({"selection"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the penalty on log-ratios"})
 
     kl_cov_ratio: float = 2e-3
     ppo_kl_coef: float = 1.0

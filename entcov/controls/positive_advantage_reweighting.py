@@ -32,6 +32,7 @@ class PositiveAdvantageReweighting(Control):
     """
 
     name: ClassVar[str] = "positive_advantage_reweighting"
+    sets: ClassVar[frozenset[str]] = frozenset({"the weight of positive advantages"})
     state: ClassVar[tuple[str, ...]] = ("current",)
 
     schedule: str = "entropy"

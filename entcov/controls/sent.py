@@ -42,6 +42,7 @@ class SENT(Control):
     """
 
     name: ClassVar[str] = "sent"
+    sets: ClassVar[frozenset[str]] = frozenset({"the loss of low-entropy tokens", "the penalty on log-ratios"})
 
     low_entropy_ratio: float = 0.8
     kl_cov_ratio: float = 2e-4
