@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from entcov.controls import DifficultyBonus, EntroPIC, PositiveAdvantageReweighting, begin, select
+from entcov.controls import AEnt, DifficultyBonus, EntroPIC, PositiveAdvantageReweighting, begin, select
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import PolicyLossConfig, Tokens
 from tests.support.objective_oracle import PROGRESS, make_tokens
@@ -165,3 +165,18 @@ def test_difficulty_bonus_refuses_what_it_cannot_weigh():
     begin([control], tokens, PROGRESS)
     with pytest.raises(ValueError, match="group must be of the rollout that begin was shown"):
         policy_loss(replace(tokens, group=tokens.group + 1), controls=[control])
+
+
+# --- AEnt -------------------------------------------------------------------------------------------------------------
+
+
+def test_aent_s_second_coefficient_is_that_of_the_updates_and_not_of_the_score_before_them():
+    """A run of examples/tiny_cpu.yaml once had 0.02157 in its second step, where the logged entropy gives 0.02140.
+
+    The controller was fed the clamped entropy before the first update, 0.4186; the mean over the step's eight updates,
+    which is what AReaL feeds and what is logged, was 0.4220: 0.03 - 0.05 (H - 0.25).
+    """
+    control = AEnt(0.03, 0.33, True, 0.15, 0.25, 0.05, 0.0, 0.06, warmup=0)
+    control.after_step({"scored/clamped_entropy": 0.4186, "updated/clamped_entropy": 0.4220}, PROGRESS)
+    assert control.coef == pytest.approx(0.02140, abs=5e-6)
+    assert control.coef != pytest.approx(0.02157, abs=5e-5)

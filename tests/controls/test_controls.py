@@ -24,7 +24,9 @@ from entcov.controls import (
 )
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import PolicyLossConfig, Tokens
+from entcov.rl.config import parse_config
 from tests.support.objective_oracle import PROGRESS, top_by_hash
+from tests.support.tiny_run import recipe
 
 CONFIG = PolicyLossConfig()
 
@@ -418,6 +420,14 @@ def test_registry():
         make_control("kl_cov", k_percent=0.2)
     with pytest.raises(ValueError, match="control none has no knob 'x'; it has none"):
         make_control("none", x=1)
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_every_control_is_built_from_a_recipe(name):
+    knobs = KNOBS.get(name, {})
+    config = parse_config(recipe("unused", control=[name], **{f"controls.{name}": knobs}))
+    (control,) = config.build_controls()
+    assert control == make_control(name, **knobs)
 
 
 def test_needs_and_clamp_arguments():
