@@ -370,7 +370,7 @@ def test_a_controller_needs_its_mean(control, moment, key):
 # --- state, registry, validation --------------------------------------------------------------------------------------
 
 KNOBS = {
-    "aent": {"warmup": 1}, "adaptive_bonus": {"rule": "trl"}, "entropic": {}, "positive_advantage_reweighting": {},
+    "aent": {"warmup": 1}, "adaptive_bonus": {"rule": "skywork"}, "entropic": {}, "positive_advantage_reweighting": {},
     "difficulty_bonus": {"entropy_coef": 0.005},
 }  # fmt: skip
 

@@ -552,15 +552,15 @@ FAULTS = (
     Fault(
         "adaptive_bonus_counts_the_target_as_below",
         ADAPTIVE,
-        '("scored/sampled_entropy", False,',
-        '("scored/sampled_entropy", True,',
+        '"skywork": (False,',
+        '"skywork": (True,',
         [T_CONTROLS + "test_trl_trace"],
     ),
     Fault(
         "skywork_rule_watches_the_analytic_entropy",
         ADAPTIVE,
-        '("scored/sampled_entropy", False,',
-        '("updated/entropy", False,',
+        'means, "scored/sampled_entropy")',
+        'means, "updated/entropy")',
         [T_CONTROLS + "test_skywork_trace"],
     ),
     Fault(

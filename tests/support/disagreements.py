@@ -12,6 +12,7 @@ from entcov import linear_token_stats, logit_covariance, token_stats
 from entcov.controls import ClipCov, EntropyBonus, KLCov, select
 from entcov.objective.selection import select_clip_cov, select_largest
 from entcov.objective.token_covariance import covariance_summary, token_covariance
+from entcov.objective.token_means import token_means
 from entcov.objective.tokens import PolicyLossConfig, Tokens
 
 T, WIDTH, D = 5, 16, 12
@@ -71,6 +72,16 @@ def summary(change):
         parts = tokens.logprob, tokens.advantage, tokens.loss_mask
         covariance = token_covariance(*parts, group=group)
         return covariance_summary(change(parts) if odd else covariance, group=group)
+
+    return call
+
+
+def means(change):
+    """`change`: other values."""
+
+    def call(group, rank, world, odd):
+        tokens = batch(rank)
+        return token_means(change if odd else {"entropy": tokens.advantage}, tokens.loss_mask, group=group)
 
     return call
 
@@ -147,6 +158,8 @@ FAILURES = {
     "token_covariance shape": (covariance_with({"advantage": numbers(0, 3)}), r"advantage must have shape \(30,\)"),
     "token_covariance mask": (covariance_with({"mask": numbers(0, 30)}), "mask must be torch.bool"),
     "token_covariance no tensor": (covariance_with({"mask": None}), "mask must be a tensor, got NoneType"),
+    "token_means dtype": (means({"entropy": numbers(0, 30).half()}), "entropy must be torch.float32 or"),
+    "token_means shape": (means({"entropy": numbers(0, 3)}), r"entropy must have shape \(30,\)"),
     "covariance_summary": (summary(lambda parts: None), "covariance must be what token_covariance returns, got None"),
     "select_clip_cov percent": (selection(select_clip_cov, {"ratio": 2}), "ratio must be in"),
     "select_clip_cov low": (selection(select_clip_cov, {"low": "1"}), "low must be a number, got '1'"),
@@ -193,6 +206,8 @@ DISAGREEMENTS = {
     "logit_covariance mask": (logits_pair({"loss_mask": None}), SAME + "loss_mask: rank 0 has given"),
     "token_covariance eps": (covariance_with({"denominator_eps": 1e-8}), SAME + "denominator_eps: rank 0 has 0.0"),
     "token_covariance empty": (covariance_with({"empty_ok": True}), SAME + "empty_ok: rank 0 has False"),
+    "token_means names": (means({"logprob": numbers(0, 30)}), SAME + r"values: rank 0 has \['entropy'\]"),
+    "select_largest rounding": (selection(select_largest, {"round_up": True}), SAME + "round_up: rank 0 has False"),
     "covariance_summary": (summary(lambda parts: token_covariance(*parts)), SAME + "num_tokens: rank 0"),
     "select_clip_cov step": (selection(select_clip_cov, {"step": 5}), SAME + r"step: rank 0 has 4, rank \d has 5"),
     "select_clip_cov low": (selection(select_clip_cov, {"low": 0.0}), SAME + "low: rank 0 has -9.0"),
