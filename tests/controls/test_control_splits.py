@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from entcov import arguments
 from entcov.controls import SENT, EntroPIC, HighEntropyTokens, mini_batch_totals, select
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.token_means import token_means, token_scores
 from entcov.objective.tokens import PolicyLossConfig
+from entcov.stats import ranks as agreement
 from tests.support.objective_oracle import hash64, make_batch, part
 from tests.support.thread_ranks import ThreadRanks
 
@@ -160,3 +162,22 @@ def test_token_means_name_what_is_wrong():
     for control in CONTROLS.values():
         with pytest.raises(ValueError, match=f"tokens.entropy must be given, control {control.name}"):
             select([control], [replace(batch(), entropy=None)], step=0, config=CONFIG)
+
+
+def test_a_rank_that_fails_leaves_no_other_rank_waiting_on_an_accelerator(monkeypatch):
+    """There the host reads nothing: the failed rank enters every collective of every control, without tokens."""
+    monkeypatch.setattr(agreement, "host_may_read", lambda device: False)
+    monkeypatch.setattr(arguments, "readable", lambda tensor: False)
+    controls = [CONTROLS[name] for name in ("80/20, kept", "sent, reference", "entropic, paper")]
+    group = ThreadRanks(2, monkeypatch)
+
+    def on_rank(rank):
+        parts = micro_batches(batch(), rank, 2, 24)
+        try:
+            return select(controls, parts, step=0.5 if rank else 0, config=CONFIG, group=group)[1]
+        except TypeError as error:
+            return str(error)
+
+    metrics, message = group.run(on_rank)
+    assert message == "step must be an integer, got 0.5"
+    assert all(metrics[f"actor/cov_{name}"].isnan() for name in ("mean", "max", "p999"))

@@ -3,6 +3,7 @@
 from tests.planted_faults.fault import Fault
 
 T_TOKENS, T_CONTROLLERS = (f"tests/controls/test_{name}.py::test_" for name in ("token_controls", "controllers"))
+T_SPLITS = "tests/controls/test_control_splits.py::test_"
 DIRECTIONS = "tests/controls/test_entropy_directions.py::test_the_entropy_changes_as_the_formula_of_the_method_says"
 
 FAULTS = (
@@ -194,5 +195,12 @@ FAULTS = (
         'if self.rule == "trl":',
         'if self.rule == "skywork":',
         ["tests/controls/test_controls.py::test_the_rule_of_skywork_moves_once_a_step_and_that_of_trl_once_an_update"],
+    ),
+    Fault(
+        "a_failed_rank_has_no_entropy_for_the_others",
+        "entcov/controls/__init__.py",
+        "entropy=nothing, token_id",
+        "token_id",
+        [T_SPLITS + "a_rank_that_fails_leaves_no_other_rank_waiting_on_an_accelerator"],
     ),
 )
