@@ -417,7 +417,7 @@ def _explain(error: Any) -> str:
         return f"{check.one_line(key, 80)}: unknown key{_suggestion(key)}"
     if error["type"] == "missing":
         return f"{key}: must be given"
-    message = check.one_line(error["msg"].removeprefix("Value error, "), 300)
+    message = check.one_line(error["msg"].removeprefix("Value error, "), 600)
     if error["type"] == "value_error":  # from __post_init__: the message says the value itself
         if not key or message.startswith(key):
             return message

@@ -208,7 +208,7 @@ FAULTS = (
         AGREEMENT,
         "        if self.failure is not None:\n",
         "        if False:\n",
-        [FAILS_BLIND + "[select_kl_cov seed]"],
+        [FAILS_BLIND + "[select_largest seed]"],
     ),
     Fault(
         "rank_that_failed_in_a_gather_blames_another",
@@ -264,7 +264,7 @@ FAULTS = (
         "entcov/objective/selection.py",
         "repeated = sums[1] - _num_bits(sums[2:]).sum()",
         "repeated = 0 * sums[1]",
-        [DISAGREE + "[select_kl_cov one id]", DISAGREE_BLIND + "[select_kl_cov one id]"],
+        [DISAGREE + "[select_largest one id]", DISAGREE_BLIND + "[select_largest one id]"],
     ),
     # ---- the plan ----------------------------------------------------------------------------------------------------
     Fault(
