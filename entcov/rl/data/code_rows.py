@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from entcov.rl.rewards.code import parse_tests
+from entcov.rl.rewards.code import parse_tests, passes
 
 # PRIME's wording, with which the rows of Eurus-2-RL-Data end.
 INSTRUCTION = "\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n```\nat the end."
@@ -94,12 +94,23 @@ def kodcode_solution(row: dict) -> str | None:
 
 
 def kodcode_tests(row: dict) -> str | None:
-    """The tests of a pytest module as single statements; None where it holds anything that these cannot say."""
+    """The tests of the row's pytest module; None where they cannot be judged, or the row's own solution does not pass.
+
+    Raises:
+        IsolationError: this system lacks what confines the solution.
+    """
+    cases = kodcode_statements(_field(row, "test", str, "text"))
+    truth = _usable(json.dumps({"assert_case": cases}))
+    return truth if truth is not None and passes(_field(row, "solution", str, "text"), parse_tests(truth)) else None
+
+
+def kodcode_statements(module: str) -> list[str]:
+    """The tests of a pytest module as single statements; none where it holds anything that these cannot say."""
     try:
-        cases = list(_statements(_field(row, "test", str, "text")))
+        cases = list(_statements(module))
     except _NotPlain:
-        return None
-    return _usable(json.dumps({"assert_case": cases})) if len(cases) <= _MOST_TESTS else None
+        return []
+    return cases if len(cases) <= _MOST_TESTS else []
 
 
 class _NotPlain(Exception):

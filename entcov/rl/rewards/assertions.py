@@ -163,12 +163,22 @@ def _check(node: ast.expr, calls: set[int], bound: frozenset[str], text: str) ->
                 bound |= {generator.target.id}
                 inside += generator.ifs
             inside.append(element)
+        case ast.Compare(_, ops, rights) if any(
+            isinstance(op, (ast.Is, ast.IsNot)) and not _is_unique(right) for op, right in zip(ops, rights, strict=True)
+        ):  # what a program returns comes as a copy
+            raise ValueError(f"is must be followed by None, True, False or a type in a test: {_shown(text)}")
         case _ if isinstance(node, _NODES):
             inside += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
         case _:
             raise ValueError(f"{ast.unparse(node)} is not evaluated in a test: {_shown(text)}")
     for child in inside:
         _check(child, calls, bound, text)
+
+
+def _is_unique(node: ast.expr) -> bool:
+    if isinstance(node, ast.Constant):
+        return node.value is None or isinstance(node.value, bool)
+    return isinstance(node, ast.Name) and node.id in _TYPES
 
 
 def _call(node: ast.Call) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -252,6 +253,15 @@ def test_calls_say_what_came_of_them():
     for wrong in ({"each": 0}, {"limit": -1}, {"most_output": 0}):
         with pytest.raises(ValueError, match="must be positive, got"):
             call_program("", [Call("f")], **wrong)
+
+
+@needs_isolation
+def test_each_call_has_its_own_time():
+    source = "import time\nf = time.sleep"
+    started = time.monotonic()
+    assert len(call_program(source, [Call("f", [0.25])] * 4, each=0.6, limit=60)) == 4
+    assert len(call_program(source, [Call("f", [0]), Call("f", [99])], each=0.3, limit=60)) == 1
+    assert time.monotonic() - started < 30
 
 
 @needs_isolation
