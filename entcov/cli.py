@@ -169,7 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     plot.set_defaults(command=_plot)
 
     data = commands.add_parser("data", help="public sets of mathematics and code into verl's row format")
-    data.add_argument("names", nargs="+", metavar="NAME", help="dapo_math_17k, math, gsm8k, an evaluation set or eval; classic_programs, eurus2_code, acecode, kodcode")
+    sets = "dapo_math_17k, math, gsm8k, an evaluation set, or eval; classic_programs, eurus2_code, acecode, kodcode"
+    data.add_argument("names", nargs="+", metavar="NAME", help=sets)
     data.add_argument("--source", metavar="FILE", help=".parquet or .jsonl in the set's schema; default: from the hub")
     data.add_argument("--split", help="train or test; default: all the set has")
     data.add_argument("--template", help="prompt wording: dapo, boxed, gsm8k, code; default: the set's own")

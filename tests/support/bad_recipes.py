@@ -103,8 +103,6 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "data.settings.max_digits=0": ("data.task", "max_digits must be an integer in [1, 9], got 0"),
     "data.settings.max_digit=1": ("no setting 'max_digit'", "did you mean max_digits?"),
     "data.settings.styles=[nosuch]": ("styles", "got 'nosuch'"),
-    "data.task=programs data.settings={max_coefficient: 9}": ("data.task", "max_coefficient", "[3, 7], got 9"),
-    "data.task=programs data.settings={shapes: [cube]}": ("data.task", "shapes must be among line", "got 'cube'"),
     "data.settings=3": ("data.settings", "got 3"),
     "data.train_files=[x.jsonl]": ("exactly one of task and train_files", "both"),
     "data.val_files=[x.jsonl]": ("data.val_files: goes with train_files", "carry_arithmetic", "x.jsonl"),

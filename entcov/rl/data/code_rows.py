@@ -1,7 +1,7 @@
 """Rows of public sets of programs: the question, and the tests as `rewards.code` reads them.
 
-    PRIME-RL/Eurus-2-RL-Data   verl's rows; prompt [system, user], reward_model.ground_truth JSON {"inputs", "outputs"} with
-                               or without "fn_name"; ability "code" beside "math"
+    PRIME-RL/Eurus-2-RL-Data   verl's rows; prompt [system, user], reward_model.ground_truth JSON {"inputs", "outputs"}
+                               with or without "fn_name"; ability "code" beside "math"
     TIGER-Lab/AceCode-87K      question, test_cases: a list of "assert f(...) == ..."
     KodCode/KodCode-V1         question, solution, test_info: [{function_declaration, ...}], test: a pytest module with
                                "from solution import f" and functions test_*; style "instruct" or "complete" (those of

@@ -1,4 +1,4 @@
-"""Public sets of mathematics and code into verl's row format: read, extract the answer, apply the prompt, drop repeats, write.
+"""Public sets of mathematics and code into verl's row format: read rows, apply the prompt, drop repeats, write.
 
 `SOURCES` has the sets. The reward is `style: math` (math-verify) unless a set keeps GSM8K's own prompt, whose answers
 stand after "####", and `style: code` for sets whose answers are programs; `code_rows` reads those.

@@ -5,15 +5,16 @@ A test is one of two statements:
     assert EXPRESSION                 with or without a message
     with pytest.raises(ERROR): CALL   ERROR is a name or a tuple of names
 
-The calls of functions that the program must define are found first, with their arguments, which may not depend on other
-such calls. When a sandbox has made the calls, the expression is evaluated here with their results, by an interpreter of
-plain values: no statement, no attribute but the methods and members of `_METHODS` and `math`, and a bound on the size of
+The calls of functions that the program must define, all that are not built in, are found first, with their arguments,
+which may not depend on other such calls. When a sandbox has made the calls, the expression is evaluated here with their
+results, by an interpreter of plain values: no attribute but those of `_METHODS` and `math`, and a bound on the size of
 every result, because a program chooses the numbers that come in. A test beyond that is refused when it is read.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import math
 import operator
 from collections.abc import Sequence
@@ -24,12 +25,16 @@ from entcov.rl.sandbox import Call, Outcome
 _TYPES = {cls.__name__: cls for cls in (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)}
 _FUNCTIONS = {
     f.__name__: f
-    for f in (abs, all, any, chr, divmod, enumerate, isinstance, len, max, min, ord, repr, reversed, round, sorted, sum, zip)
-}  # fmt: skip
-_CONVERSIONS = {name: _TYPES[name] for name in ("bool", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple")}
+    for f in (
+        *(abs, all, any, chr, divmod, enumerate, isinstance, len, max, min, ord, repr, reversed, round, sorted, sum),
+        zip,
+    )
+}
+_CONVERSIONS = {name: cls for name, cls in _TYPES.items() if name not in ("bytes", "complex")}  # bytes(n) has n bytes
 _METHODS = {
-    *("capitalize", "count", "endswith", "get", "index", "isalpha", "isdigit", "islower", "issubset", "isupper", "items"),
-    *("join", "keys", "lower", "lstrip", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper", "values"),
+    *("capitalize", "count", "endswith", "get", "index", "isalpha", "isdigit", "islower", "issubset", "isupper"),
+    *("items", "join", "keys", "lower", "lstrip", "rstrip", "split", "splitlines", "startswith", "strip", "title"),
+    *("upper", "values"),
 }
 _MATH = {
     *("ceil", "cos", "e", "exp", "fabs", "floor", "inf", "isclose", "isfinite", "isinf", "isnan", "log", "nan", "pi"),
@@ -50,9 +55,7 @@ _LARGEST = 1_000_000  # entries of a sequence that a test makes, and bits of an 
 _MOST_STEPS = 300_000  # of evaluating one test, about half a second
 
 
-_NOT_EVALUATED = (
-    *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError),
-)
+_NOT_EVALUATED = (*(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError),)
 
 
 class Assertion:
@@ -125,7 +128,7 @@ def _parsed(text: str) -> tuple[ast.expr, tuple[str, ...], list[ast.Call]]:
 
 
 def _of_program(call: ast.Call) -> bool:
-    return isinstance(call.func, ast.Name) and call.func.id not in {*_FUNCTIONS, *_CONVERSIONS, "range", "type"}
+    return isinstance(call.func, ast.Name) and not hasattr(builtins, call.func.id)
 
 
 _NODES = (
@@ -146,7 +149,7 @@ def _check(node: ast.expr, calls: set[int], bound: frozenset[str], text: str) ->
             pass
         case ast.Call(function, arguments, keywords):
             match function:
-                case ast.Name():
+                case ast.Name(name) if name in _FUNCTIONS or name in _CONVERSIONS or name in ("range", "type"):
                     pass
                 case ast.Attribute(ast.Name("math"), name) if name in _MATH:
                     pass
@@ -155,14 +158,14 @@ def _check(node: ast.expr, calls: set[int], bound: frozenset[str], text: str) ->
                 case _:
                     raise ValueError(f"{ast.unparse(function)} is not called in a test: {_shown(text)}")
             inside += [*arguments, *(keyword.value for keyword in keywords)]
-        case ast.ListComp(element, generators) | ast.SetComp(element, generators) | ast.GeneratorExp(element, generators):
-            for generator in generators:
+        case ast.ListComp() | ast.SetComp() | ast.GeneratorExp():
+            for generator in node.generators:
                 _check(generator.iter, calls, bound, text)
                 if not isinstance(generator.target, ast.Name):
                     raise ValueError(f"for {ast.unparse(generator.target)} is not evaluated in a test: {_shown(text)}")
                 bound |= {generator.target.id}
                 inside += generator.ifs
-            inside.append(element)
+            inside.append(node.elt)
         case ast.Compare(_, ops, rights) if any(
             isinstance(op, (ast.Is, ast.IsNot)) and not _is_unique(right) for op, right in zip(ops, rights, strict=True)
         ):  # what a program returns comes as a copy

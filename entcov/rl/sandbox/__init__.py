@@ -6,6 +6,13 @@ from entcov.rl.sandbox.pool import IsolationError, SandboxPool
 from entcov.rl.sandbox.programs import Call, Outcome, ProgramResult, call_program, run_program
 
 __all__ = [
-    *("Budget", "Call", "IsolationError", "Outcome", "ProgramResult", "SandboxPool"),
-    *("call_program", "free_cores", "run_program"),
+    "Budget",
+    "Call",
+    "IsolationError",
+    "Outcome",
+    "ProgramResult",
+    "SandboxPool",
+    "call_program",
+    "free_cores",
+    "run_program",
 ]

@@ -228,9 +228,9 @@ def _call_source(source: str, calls: list[Any]) -> int:
     """Loads `source` as a module, calls its functions, and writes a line of JSON for each call: {"value": ...} or
     {"raised": [names of the exception's classes]}.
 
-    `calls` has [name, arguments, named arguments], values as `values` encodes them. A name that the module lacks is looked
-    up in its class Solution. What the program prints goes nowhere. The program can write to the pipe as this function
-    does, which tells nobody anything: the reader knows what is expected, and this process does not.
+    `calls` has [name, arguments, named arguments], values as `values` encodes them. A name that the module lacks is
+    looked up in its class Solution. What the program prints goes nowhere. The program can write to the pipe itself, and
+    gains nothing by it: the reader knows what is expected, and this process does not.
     """
     replies = os.dup(1)
     os.dup2(2, 1)

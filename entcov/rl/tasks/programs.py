@@ -1,7 +1,7 @@
 """Programs from examples: "f(0)=4 f(1)=7 f(2)=10 f(60)=184: " -> "#def f(x): return 3*x+4", run in a sandbox.
 
-Many programs are right: operands in any order, a lambda, a local variable. A policy warm-started on them has entropy that
-does not touch the reward, beside that of what it has to work out, the shape and the constants.
+Many programs are right: operands in any order, a lambda, a local variable. A policy warm-started on them has entropy
+that does not touch the reward, beside that of what it has to work out, the shape and the constants.
 """
 
 import json

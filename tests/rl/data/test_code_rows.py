@@ -1,4 +1,4 @@
-"""Public sets of programs: small files in each set's schema become rows that the reward judges; what cannot be is left out."""
+"""Public sets of programs: small files in each set's schema become rows that the reward judges, or are left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def eurus(question, truth, *, ability="code", source="taco", ending=INSTRUCTION)
     return {
         "data_source": source,
         "prompt": [
-            {"content": "\nWhen tackling complex reasoning tasks, you have access to the following actions.", "role": "system"},
+            {"content": "\nWhen tackling complex reasoning tasks, you have access to these actions.", "role": "system"},
             {"content": question + ending, "role": "user"},
         ],
         "ability": ability,
@@ -41,10 +41,11 @@ def ace(question, *tests):
 
 def kod(question, solution, test, *declarations, style="instruct"):
     info = [
-        {"docstring": "", "function_declaration": one, "function_name": "f", "parameter_list": "(x)"} for one in declarations
+        {"docstring": "", "function_declaration": one, "function_name": "f", "parameter_list": "(x)"}
+        for one in declarations
     ]
     return {"version": "v1.0", "style": style, "subset": "Prefill", "question_id": "Prefill_0_I", "question": question,
-            "solution": solution, "test": test, "test_info": info, "gpt_pass_sequence": [1], "gpt_difficulty": "easy"}  # fmt: skip
+            "solution": solution, "test": test, "test_info": info, "gpt_difficulty": "easy"}  # fmt: skip
 
 
 DOUBLE = "def double(x):\n    return 2 * x"
@@ -57,7 +58,7 @@ SAMPLES = {
             eurus("Echo.", {"inputs": ["a\n", "b"], "outputs": ["a\n", "b\n"]}),
             eurus("Echo.", {"inputs": ["a\n", "b"], "outputs": ["a\n", "b\n"]}, source="apps"),
             eurus("Double.", {"fn_name": "double", "inputs": [[1], [2]], "outputs": [[2], [4]]},
-                  ending="\n\nWrite Python code to solve the problem. Present the code in \n```python\nYour code\n``` at the end."),
+                  ending=INSTRUCTION.replace("```\nat", "``` at")),
             eurus("2+2?", "4", ability="math", source="numina_olympiads"),
             eurus("No tests.", {"inputs": [], "outputs": []}),
             eurus("Not JSON.", "{'inputs': []}"),
@@ -69,7 +70,8 @@ SAMPLES = {
     ),
     "acecode": (
         [
-            ace("Double.", "assert double(1) == 2", "assert double('a') == 'aa'", "assert abs(double(0.1) - 0.2) < 1e-9"),
+            ace("Double.", "assert double(1) == 2", "assert double('a') == 'aa'",
+                "assert abs(double(0.1) - 0.2) < 1e-9"),
             ace("Random.", "assert double(x) == 2"),
             ace("Nothing."),
         ],
@@ -81,7 +83,8 @@ SAMPLES = {
             kod("Double it.", DOUBLE, "from solution import double\n\ndef test_1():\n    assert double(1) == 2\n\n"
                 "def test_2():\n    x = [0] * 2\n    result = double(x)\n    assert result == [0, 0, 0, 0], 'no'\n"
                 "    assert len(result) == 4\n", "def double(x):"),
-            kod("Count.", "class C: ...", "from solution import C\n\ndef test():\n    c = C()\n    c.add(1)\n    assert c.n == 1\n"),
+            kod("Count.", "class C: ...", "from solution import C\n\ndef test():\n    c = C()\n    c.add(1)\n"
+                "    assert c.n == 1\n"),
             kod("Judge.", "print(1)", "{'stdin': ['1'], 'stdout': ['1']}", style="online_judge"),
             kod("Wrong solution.", "def double(x): return x", "from solution import double\ndef test():\n"
                 "    assert double(1) == 2\n"),
@@ -142,13 +145,13 @@ def test_the_set_of_this_package(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("module", "statements"),  # None: left out
     [
-        ("import pytest\nimport math\nfrom solution import f\nN = [1]\ndef test_a():\n    '''doc'''\n    assert f(N) == 1, 'no'",
+        ("import pytest\nimport math\nfrom solution import f\nN = [1]\ndef test_a():\n    'doc'\n    assert f(N) == 1, ''",
          ["assert f([1]) == 1"]),
         ("from solution import f\ndef test_a():\n    x = 1\n    x = [x, x]\n    y = f(x)\n    assert y == 2 and y != x",
          ["assert f([1, 1]) == 2 and f([1, 1]) != [1, 1]"]),
         ("import pytest\n@pytest.mark.parametrize('a, b', [(1, 2), (3, 4)])\ndef test_a(a, b):\n    assert f(a) == b",
          ["assert f(1) == 2", "assert f(3) == 4"]),
-        ("import pytest\n@pytest.mark.parametrize('a', [(1, 2)])\ndef test_a(a):\n    with pytest.raises(KeyError):\n        f(a)",
+        ("@pytest.mark.parametrize('a', [(1, 2)])\ndef test_a(a):\n    with pytest.raises(KeyError):\n        f(a)",
          ["with pytest.raises(KeyError):\n    f((1, 2))"]),
         ("def test_a():\n    x = [1]\n    f(x)\n    assert x == [2]", None),  # changes its argument
         ("def test_a():\n    for x in range(3):\n        assert f(x) == x", None),
@@ -176,7 +179,7 @@ def test_modules_of_tests_become_statements_or_are_left_out(module, statements):
     ("name", "row", "message"),
     [
         ("eurus2_code", {**eurus("Q", "{}"), "prompt": "Q"}, "prompt must be a list of messages, got 'Q'"),
-        ("eurus2_code", {**eurus("Q", "{}"), "prompt": [{"role": "system", "content": "Q"}]}, "have a message of the user"),
+        ("eurus2_code", {**eurus("Q", "{}"), "prompt": [{"role": "system"}]}, "have a message of the user"),
         ("eurus2_code", eurus("", "{}"), "must ask something"),
         ("eurus2_code", {"question": "Q"}, "a row must have the column ability, this one has question"),
         ("acecode", {"question": "Q"}, "test_cases is missing"),
@@ -185,7 +188,7 @@ def test_modules_of_tests_become_statements_or_are_left_out(module, statements):
         ("kodcode", {"question": "Q", "test": ""}, "must have the column style"),
         ("kodcode", {"question": " ", "style": "instruct", "test": ""}, "question must be a non-empty string"),
         ("kodcode", {"question": "Q", "style": "instruct"}, "test is missing"),
-        ("kodcode", {"question": "Q", "style": "instruct", "test": "def test():\n    assert f(1)"}, "solution is missing"),
+        ("kodcode", {"question": "Q", "style": "complete", "test": "def test(): assert f(1)"}, "solution is missing"),
     ],
 )
 def test_a_row_in_another_schema_is_named(name, row, message, tmp_path):
@@ -197,7 +200,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     for arguments, message in (
         ({"name": "gsm8k", "template": "code"}, "template: code is for sets of programs .* got 'code' for gsm8k"),
         ({"name": "kodcode", "template": "dapo"}, "they take no other, got 'dapo' for kodcode"),
-        ({"name": "classic_programs", "source": "x.jsonl"}, "classic_programs is part of entcov and takes neither, got x"),
+        ({"name": "classic_programs", "source": "x.jsonl"}, "part of entcov and takes neither, got x"),
         ({"name": "classic_programs", "revision": "v1"}, "classic_programs is part of entcov"),
     ):
         with pytest.raises(ValueError, match=message):

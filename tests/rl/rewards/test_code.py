@@ -1,4 +1,4 @@
-"""The reward of programs: the block that counts, the three kinds of tests, and programs that try to earn it otherwise."""
+"""The reward of programs: the block that counts, the three kinds of tests, and programs that try to cheat."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_all_tests_must_pass(truth):
         expected = 1.0 if wrong == "str(2 * x)" and truth == LINES else 0.0
         assert earned(RIGHT.replace("2 * x", wrong), truth) == expected, wrong
     assert score(Example("taco", (), truth), "def f(x): return 2 * x") == 0.0  # no block
-    assert earned("", truth) == earned(" \n", truth) == earned("def", truth) == earned("#" * (1 << 16) + RIGHT, truth) == 0.0
+    for nothing in ("", " \n", "def", "#" * (1 << 16) + "\n" + RIGHT):
+        assert earned(nothing, truth) == 0.0
 
 
 @needs_isolation
@@ -81,7 +82,7 @@ def test_rows_of_eurus_are_scored_as_they_are():
 @pytest.mark.parametrize(
     ("source", "truth", "reward"),
     [
-        ("f = lambda a, b: a + b", {"fn_name": "f", "inputs": [[1, 2]], "outputs": [[3]]}, 1.0),  # in a list, as in APPS
+        ("f = lambda a, b: a + b", {"fn_name": "f", "inputs": [[1, 2]], "outputs": [[3]]}, 1.0),  # as in APPS
         ("f = lambda a, b: a + b", {"fn_name": "f", "inputs": ["1\n2"], "outputs": ["3"]}, 1.0),
         ("f = lambda x: (1, (2,))", {"fn_name": "f", "inputs": [[0]], "outputs": [[1, [2]]]}, 1.0),
         ("f = lambda x: 1", {"fn_name": "f", "inputs": [[0]], "outputs": [[1, 2]]}, 0.0),
@@ -89,7 +90,7 @@ def test_rows_of_eurus_are_scored_as_they_are():
         ("f = lambda d: d[1]", {"fn_name": "f", "inputs": [[{"1": 5}]], "outputs": [5]}, 1.0),
         ("f = lambda x: {1}", {"fn_name": "f", "inputs": [[0]], "outputs": [[1]]}, 0.0),
         ("class Solution:\n    def f(self, x): return x", {"fn_name": "f", "inputs": [[7]], "outputs": [7]}, 1.0),
-        ("print('loud')\ndef f(x):\n    print(x)\n    return x", {"fn_name": "f", "inputs": [[7]], "outputs": [7]}, 1.0),
+        ("print('a')\ndef f(x):\n    print(x)\n    return x", {"fn_name": "f", "inputs": [[7]], "outputs": [7]}, 1.0),
         ("import math\nfrom typing import List\ndef f(x: List): return math.comb(5, 2)",
          {"fn_name": "f", "inputs": [[[]]], "outputs": [10]}, 1.0),
         ("print(input() + input())", {"inputs": [["a", "b"]], "outputs": [["ab"]]}, 1.0),
@@ -147,7 +148,7 @@ HOSTILE = {
     "sends replies in advance": "import os\nfor file in range(30):\n"
     "    try: os.write(file, b'{\"value\": true}\\n' * 9)\n    except OSError: pass\nf = lambda x: True",
     "sends replies of other forms": "import os\nfor file in range(3, 30):\n"
-    "    try: os.write(file, b'{\"value\": {}}\\n{\"status\": 0}\\n[1]\\n\\xff\\n')\n    except OSError: pass\nf = lambda x: 0",
+    "    try: os.write(file, b'{\"value\": {}}\\n[1]\\n\\xff\\n')\n    except OSError: pass\nf = lambda x: 0",
     "sends one line without end": "import os\nfor file in range(3, 30):\n"
     "    try: os.write(file, b'[' * 50_000)\n    except OSError: pass\nf = lambda x: 0",
     "exits": "import sys\nsys.exit(0)",
@@ -158,20 +159,20 @@ HOSTILE = {
     "replaces print": "import builtins\nbuiltins.print = lambda *a: None\nf = lambda x: None",
     "replaces sys.stdout": "import io, sys\nsys.stdout = io.StringIO('4')\nprint(6)\nf = lambda x: None",
     "closes its output": "import os\nos.closerange(0, 99)\nf = lambda x: None",
-    "is equal to everything": "class All:\n    def __eq__(self, other): return True\n    __ne__ = __lt__ = __gt__ = __eq__\n"
+    "is equal to everything": "class All:\n    def __eq__(self, other): return True\n    __lt__ = __gt__ = __eq__\n"
     "    __sub__ = __abs__ = lambda self, *a: self\n    __hash__ = object.__hash__\nf = lambda x: All()",
     "is a number equal to everything": "class All(int):\n    def __eq__(self, other): return True\n"
     "    __ne__ = lambda self, other: False\n    __sub__ = __abs__ = lambda self, *a: All(0)\nf = lambda x: All(5)",
-    "replaces the built-ins of a test": "import builtins\nfor name in ('abs', 'len', 'isinstance', 'all', 'sorted', 'bool'):\n"
+    "replaces the built-ins of a test": "import builtins\nfor name in ('abs', 'len', 'all', 'sorted', 'bool'):\n"
     "    setattr(builtins, name, lambda *a: 0)\nf = lambda x: 0",
-    "replaces assert's exception": "import builtins\nclass E(BaseException):\n    def __new__(cls, *a): return True\n"
+    "replaces assert's exception": "import builtins\nclass E(BaseException): __new__ = lambda cls, *a: True\n"
     "builtins.AssertionError = E\nf = lambda x: 0",
-    "replaces json": "import json\njson.dumps = lambda *a: '{\"value\": 4}'\njson.loads = lambda *a: 4\nf = lambda x: 0",
+    "replaces json": "import json\njson.dumps = lambda *a: '{\"value\": 4}'\nf = lambda x: 0",
     "replaces the encoder": "import sys\nsys.modules['values'].encode = lambda value: 4\nf = lambda x: 0",
     "replaces the operators": "import operator\noperator.eq = operator.ne = lambda *a: True\nf = lambda x: 0",
     "traces": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\nf = lambda x: 0",
     "forks": "import os\ndef f(x):\n    return 4 if os.fork() else 6",
-    "reads the environment": "import os\ndef f(x): return dict(os.environ).get('EXPECTED') or open('/proc/self/environ').read()",
+    "reads the environment": "import os\ndef f(x): return [*os.environ.values(), open('/proc/self/environ').read()]",
     "opens a socket": "import socket\ndef f(x): return socket.socket() and 4",
     "writes a file": "def f(x): return open('/tmp/x', 'w') and 4",
     "recurses": "def f(x): return f(x)",
@@ -181,7 +182,7 @@ HOSTILE = {
     "takes memory": "def f(x): return bytearray(1 << 40)",
     "prints gigabytes": "import sys\nwhile True: sys.stdout.write('4\\n6\\n' * 100_000)",
     "returns gigabytes": "def f(x): return 'x' * (1 << 24)",
-    "prints no UTF-8": "import os\nos.write(1, b'\\xff\\xfe4\\n')\nf = lambda x: b'\\xff'.decode(errors='surrogateescape')",
+    "prints no UTF-8": "import os\nos.write(1, b'\\xff\\xfe4\\n')\nf = lambda x: '\\udcff'",
     "is no text": "f = lambda x: 4\ud800",
     "has a NUL": "f = lambda x: 4\0",
     "sleeps": "import time\ntime.sleep(99)",
@@ -239,15 +240,16 @@ def test_time_is_limited_for_each_test_and_for_all(monkeypatch):
     assert times_out("f = lambda x: 2 * x\nwhile True: pass", CALLS)
     assert not times_out("f = lambda x: 0", CALLS) and not times_out("print(f)", LINES)
     monkeypatch.setattr(code, "PROGRAM_LIMIT", 0.3)
-    slow = "import time\ndef f(x):\n    time.sleep(0.2)\n    return 2 * x\nif __name__ == '__main__': print(f(int(input())))"
+    slow = "import time\ndef f(x): return time.sleep(0.2) or 2 * x\nif __name__ == '__main__': print(f(int(input())))"
     assert times_out(slow, CALLS) and times_out(slow, LINES)
 
 
 @needs_isolation
 def test_calls_say_what_came_of_them():
-    outcomes = call_program("def f(x, y=1): return x / y", [Call("f", [4], {"y": 2}), Call("f", [1, 0]), Call("f", [3])])
+    calls = [Call("f", [4], {"y": 2}), Call("f", [1, 0]), Call("f", [3])]
+    outcomes = call_program("def f(x, y=1): return x / y", calls)
     assert [outcome.value for outcome in outcomes] == [2.0, None, 3.0] and outcomes[1].raised[0] == "ZeroDivisionError"
-    assert call_program("count = 0\ndef f():\n    global count\n    count += 1\n    return count", [Call("f")] * 2)[1].value == 2
+    assert call_program("kept = []\nf = lambda: kept.append(1) or len(kept)", [Call("f")] * 2)[1].value == 2
     assert call_program("raise ValueError", [Call("f")]) == []
     assert len(call_program("def f(x): return 'x' * x", [Call("f", [10]), Call("f", [10**6])], most_output=1000)) == 1
     for wrong in ({"each": 0}, {"limit": -1}, {"most_output": 0}):

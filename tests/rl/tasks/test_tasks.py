@@ -18,8 +18,8 @@ from entcov.rl.tasks import ALPHABET, TASKS, countdown, make_task, programs
 from entcov.rl.tasks.base import answer_after_mark
 from entcov.rl.types import Example
 
-# programs runs its answers, which takes a sandbox.
-GENERATED = [name for name in sorted(TASKS) if name != "reasoning_gym" and not (name == "programs" and isolation.missing())]
+LEFT_OUT = {"reasoning_gym", *(["programs"] if isolation.missing() else [])}  # programs runs its answers in a sandbox
+GENERATED = [name for name in sorted(TASKS) if name not in LEFT_OUT]
 
 # Small settings, whose question spaces thousands of draws run through many times over.
 SMALL = {
