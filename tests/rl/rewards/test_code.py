@@ -10,7 +10,7 @@ import pytest
 from entcov.rl.rewards import code
 from entcov.rl.rewards.code import last_code_block, parse_tests, passes, same_output
 from entcov.rl.rewards.rules import score
-from entcov.rl.sandbox import Budget, Call, call_program, isolation
+from entcov.rl.sandbox import Budget, Call, Outcome, call_program, isolation
 from entcov.rl.types import Example
 
 needs_isolation = pytest.mark.skipif(bool(isolation.missing()), reason=f"this system lacks {isolation.missing()}")
@@ -194,9 +194,10 @@ HOSTILE = {
 @needs_isolation
 @pytest.mark.parametrize("truth", [CALLS, STATEMENTS, LINES], ids=["calls", "statements", "lines"])
 def test_hostile_programs_earn_nothing_and_the_next_program_runs(truth, monkeypatch):
-    monkeypatch.setattr(code, "TEST_LIMIT", 0.3)
     for name, source in HOSTILE.items():
-        assert earned(source, truth) == 0.0, name
+        with monkeypatch.context() as patched:
+            patched.setattr(code, "TEST_LIMIT", 0.2)
+            assert earned(source, truth) == 0.0, name
         assert earned(RIGHT, truth) == 1.0, name
 
 
@@ -257,11 +258,22 @@ def test_calls_say_what_came_of_them():
             call_program("", [Call("f")], **wrong)
 
 
+def test_results_of_any_depth_are_compared_or_wrong(monkeypatch):
+    """A depth that can just be read must not end the run when it is compared."""
+    nested = [1]
+    for depth in range(700):
+        nested = [nested]
+        for truth in (CALLS, STATEMENTS) if depth > 300 else ():
+            tests = parse_tests(truth)
+            monkeypatch.setattr(code, "call_program", lambda *a, value=nested, **k: [Outcome(value)] * 3)
+            assert not tests.passed_by("f")
+
+
 @needs_isolation
 def test_each_call_has_its_own_time():
     source = "import time\nf = time.sleep"
     started = time.monotonic()
-    assert len(call_program(source, [Call("f", [0.25])] * 4, each=0.6, limit=20)) == 4
+    assert len(call_program(source, [Call("f", [0.15])] * 4, each=0.4, limit=20)) == 4
     assert len(call_program(source, [Call("f", [0]), Call("f", [99])], each=0.3, limit=20)) == 1
     assert len(call_program(source, [Call("f", [99])], each=0.3, limit=20)) == 0
     assert time.monotonic() - started < 20
