@@ -95,6 +95,13 @@ constexpr int kSpareBits<BFloat16> = 16;
 template <>
 constexpr int kSpareBits<Float16> = 13;
 
+// order_key() of every lane.
+template <int W>
+ENTCOV_INLINE u32<W> order_keys(f32<W> v) {
+  const u32<W> b = (u32<W>)(v + 0.0f);
+  return b ^ ((u32<W>)((i32<W>)b >> 31) | 0x80000000u);
+}
+
 // ---- the sample -----------------------------------------------------------------------------------------------------
 
 // Reads the sample of plan_sample() into s.upper and returns its size.
@@ -102,9 +109,10 @@ template <class D>
 ENTCOV_INLINE int take_sample(const typename D::storage* x, int columns, Scratch& s) {
   int size = 0;
   const auto take = [&](const typename D::storage* from, int n) __attribute__((always_inline)) {
-    for (int j = 0; j < n; j += 4) {
-      const f32<4> v = n - j < 4 ? widen_tail<D, 4>(from + j, n - j) : D::template widen<4>(from + j);
-      for (int k = 0; k < 4; k++) s.upper[size + j + k] = static_cast<uint16_t>(order_key(v[k]) >> 16);
+    for (int j = 0; j < n; j += 8) {
+      const f32<8> v = n - j < 8 ? widen_tail<D, 8>(from + j, n - j) : D::template widen<8>(from + j);
+      const u16<8> upper = __builtin_convertvector(order_keys<8>(v) >> 16, u16<8>);
+      memcpy(s.upper + size + j, &upper, sizeof upper);
     }
     size += n;
   };
@@ -246,9 +254,8 @@ ENTCOV_INLINE Place radix_select(typename D::storage* list, int64_t listed, KeyR
     memset(count, 0, kBins * sizeof *count);
     for (int64_t i = 0; i < n; i += W) {
       const int real = n - i < W ? static_cast<int>(n - i) : W;
-      const f32<W> v = (real < W ? widen_tail<D, W>(left + i, real) : D::template widen<W>(left + i)) + 0.0f;
-      const u32<W> b = (u32<W>)v, key = b ^ ((u32<W>)((i32<W>)b >> 31) | 0x80000000u);  // order_key()
-      const u32<W> bins = ((key >> kSpare) - lo) >> shift;
+      const f32<W> v = real < W ? widen_tail<D, W>(left + i, real) : D::template widen<W>(left + i);
+      const u32<W> bins = ((order_keys<W>(v) >> kSpare) - lo) >> shift;
       uint32_t bin[W];
       memcpy(bin, &bins, sizeof bins);
       if (real == W)
