@@ -62,10 +62,6 @@ struct RowArgs {
   NanFlag* nan = nullptr;
   const std::unique_ptr<Scratch>* scratch = nullptr;  // one per thread
 
-  template <class T>
-  const T* row(int64_t t) const {
-    return static_cast<const T*>(logits.data) + t * logits.row_stride;
-  }
   Scratch& of_this_thread() const {
 #ifdef _OPENMP
     return *scratch[omp_get_thread_num()];
@@ -77,14 +73,13 @@ struct RowArgs {
 
 template <template <class> class Op>
 Error run(RowArgs args, int threads) {
-  const int64_t T = args.logits.T;
   args.num_columns = args.spec.columns(args.logits.width);
   std::vector<std::unique_ptr<Scratch>> scratch;  // allocated here: an exception in an OpenMP thread would be fatal
-  for (int64_t i = 0; i == 0 || (i < usable_threads(threads) && i < T); i++)
+  for (int64_t i = 0; i == 0 || (i < usable_threads(threads) && i < args.logits.T); i++)
     scratch.push_back(std::make_unique<Scratch>(args.num_columns));
   NanFlag nan;
   args.scratch = scratch.data(), args.nan = &nan;
-  with_dtype(args.logits.dtype, [&](auto d) { for_rows<Op<decltype(d)>>(args, T, T * args.num_columns, threads); });
+  with_dtype(args.logits.dtype, [&](auto d) { for_rows<Op<decltype(d)>>(args, args.logits, threads); });
   return nan.error();
 }
 
@@ -301,7 +296,7 @@ struct ClampedStatsOp {
     }
     const float inv_temperature = a.spec.inv_temperature;
     Scratch& s = a.of_this_thread();
-    const auto* x = a.row<typename D::storage>(t);
+    const auto* x = a.logits.row<typename D::storage>(t);
     typename D::storage* list = s.template list<D>();
     const RowBrackets brackets = initial_brackets(a, x, s);
     KeyRange b = brackets.inner;
@@ -352,7 +347,7 @@ struct SketchOp {
       return;
     }
     Scratch& s = a.of_this_thread();
-    const int m = take_sample<D>(a.row<typename D::storage>(t), static_cast<int>(a.num_columns), s);
+    const int m = take_sample<D>(a.logits.row<typename D::storage>(t), static_cast<int>(a.num_columns), s);
     uint16_t upper[kSketch];
     select_from_sample(s, m, kSketch, [m](int n) { return (2 * n + 1) * m / (2 * kSketch) + 1; }, upper);
     for (int n = 0; n < kSketch; n++) out[n] = key_value(first_key(upper[n], kSpareBits<D>));
@@ -371,7 +366,7 @@ struct PartialOp {
     std::fill(out, out + kWidth, 0.0f);
     if (b.mode == kDone || a.target[t] == a.spec.ignore_index) return;
     Scratch& s = a.of_this_thread();
-    const auto* x = a.row<typename D::storage>(t);
+    const auto* x = a.logits.row<typename D::storage>(t);
     typename D::storage* list = s.template list<D>();
     const BracketPass<D, W> p(x, a.num_columns, a.spec.inv_temperature, {b.lo, b.hi}, list);
     uint32_t used = 0;
