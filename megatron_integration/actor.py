@@ -21,7 +21,7 @@ from torch import Tensor
 
 from entcov.controls import Control
 from entcov.objective.tokens import PolicyLossConfig, Totals
-from entcov.rl.actor import PolicyActor, Selection
+from entcov.rl.actor import PolicyActor, Selections
 from entcov.rl.batch import IGNORE_INDEX, Batch
 from entcov.rl.config import ActorConfig, MegatronConfig
 from entcov.rl.interfaces import PolicyStats
@@ -46,7 +46,7 @@ class MegatronActor(PolicyActor):
     Args:
         model: this rank's shard, from `build_model`, with its weights loaded.
         bridge: its converter.
-        reference: a frozen model of the same layout, where `loss.kl_coef` > 0.
+        reference: a frozen model of the same layout, where `needs_reference`.
         adam_eps: Adam's epsilon. Where gradients are not larger than it, their rounding may move a weight by up to lr.
     """
 
@@ -71,6 +71,7 @@ class MegatronActor(PolicyActor):
                 f"{megatron.optimizer_offload} on {groups.device}"
             )
         self.bridge, self.groups, self.megatron = bridge, groups, megatron
+        self.sequence_group = groups.context_group
         self.selects_by_old_logprob = megatron.selection_logprob == "old"
         # A sequence is padded to a multiple of its parts: 2 C chunks (context parallelism), TP (sequence).
         size = megatron.context_parallel
@@ -184,7 +185,7 @@ class MegatronActor(PolicyActor):
         self._from_last_stage(table)
         return dict(zip(names, table, strict=True))
 
-    def _backward(self, batch: Batch, selections: list[Selection], totals: Totals) -> tuple[dict[str, float], float]:
+    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:
         sizes = [len(replica) for replica in self._replicas(batch)]
         first = sum(sizes[: self.groups.replica])
         own = selections[first : first + sizes[self.groups.replica]]
@@ -201,9 +202,9 @@ class MegatronActor(PolicyActor):
         with self.groups.running():
             self.optimizer.step()
 
-    def _loss(self, micro: MicroBatch, selection: Selection, logits: Tensor, *, totals: Totals):
+    def _loss(self, micro: MicroBatch, selections: Selections, logits: Tensor, *, totals: Totals):
         stats = self._stats(micro, logits, **self.clamp)
-        own = [micro.local(mask) for mask in selection]
+        own = [micro.local(selection) for selection in selections]
         loss, tokens, metrics = self._policy_loss(micro.sequences, micro.rows, stats, own, totals)
         return per_token_loss(loss, tokens, totals, metrics)
 

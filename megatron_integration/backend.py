@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entcov.controls import Control
 from entcov.objective.tokens import PolicyLossConfig
+from entcov.rl.actor import needs_reference
 from entcov.rl.backend import REFERENCE, check_reference
 from entcov.rl.config import ActorConfig, Config, ConfigError, MegatronConfig, RolloutConfig
 from entcov.rl.hf import model as hf
@@ -69,7 +70,7 @@ class MegatronBackend:
                 f"{start.run_dir}"
             )
         folder, initial = start.stored_model.path, None
-        if start.checkpoint is None or loss.kl_coef > 0:  # a resumed run needs it only as the reference
+        if start.checkpoint is None or needs_reference(loss, controls):  # a resumed run needs it only as the reference
             initial = local_folder(self.broadcast_from_rank0(lambda: initial_model(start, self.groups.device)))
         if start.checkpoint is None:
             folder = initial
@@ -77,7 +78,7 @@ class MegatronBackend:
         policy, reference = build_model(bridge, self.groups), None
         if start.checkpoint is None:
             load_hf_weights(bridge, policy, folder, self.groups)
-        if loss.kl_coef > 0:
+        if needs_reference(loss, controls):
             reference = build_model(bridge, self.groups).requires_grad_(False).eval()
             load_hf_weights(bridge, reference, initial, self.groups)
         actor = MegatronActor(

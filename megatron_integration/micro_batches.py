@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from entcov.controls import Selection
 from entcov.rl.batch import IGNORE_INDEX, Batch, micro_batches
 
 
@@ -29,13 +30,13 @@ class MicroBatch:
     target: Tensor  # the logits' leading shape, int64; IGNORE_INDEX where nothing is learned
     rows: Tensor  # [k] int64: entries of `sequences` that are this rank's loss tokens, in the logits' order
 
-    def local(self, mask: Tensor | None) -> Tensor | None:
-        """A selection over the loss tokens of `sequences` -> one over this rank's, in the logits' order."""
-        if mask is None:
+    def local(self, selection: Selection | None) -> Selection | None:
+        """A selection of the loss tokens of `sequences` -> of this rank's, in the logits' order."""
+        if selection is None:
             return None
-        spread = torch.zeros_like(self.sequences.loss_mask)
-        spread[self.sequences.loss_mask] = mask
-        return spread[self.rows]
+        numbers = torch.full(self.sequences.loss_mask.shape, -1, device=self.rows.device)
+        numbers[self.sequences.loss_mask] = torch.arange(self.sequences.num_loss_tokens, device=self.rows.device)
+        return selection.at(numbers[self.rows])
 
 
 def assign_to_replicas(lengths: tuple[int, ...], replicas: int, max_tokens: int, padded: bool) -> list[list[list[int]]]:

@@ -58,6 +58,7 @@ class ProcessGroups:
     context_parallel: int
     data_group: dist.ProcessGroup  # same tensor and pipeline place, all data and context parallel ones
     pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup | None  # the ranks that a sequence is divided over, if there are several
     control: dist.ProcessGroup
 
     @property
@@ -132,6 +133,7 @@ def make_process_groups(config: MegatronConfig, device: torch.device, *, seed: i
         context_parallel=config.context_parallel,
         data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group() if config.context_parallel > 1 else None,
         control=dist.new_group(backend="gloo", timeout=_PATIENCE),
     )
 

@@ -1,7 +1,8 @@
 """Entropy controls: one method a file, one registry, and the selection step that the trainer calls."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 import torch
@@ -11,38 +12,30 @@ from torch import Tensor
 from entcov import arguments as check
 from entcov.controls.adaptive_bonus import AdaptiveBonus
 from entcov.controls.aent import AEnt
-from entcov.controls.base import Control, Effect
+from entcov.controls.base import Control, Effect, Progress, Selection, Shaping, kept_tokens
 from entcov.controls.clip_cov import ClipCov
 from entcov.controls.entropy_bonus import EntropyBonus
 from entcov.controls.kl_cov import KLCov
 from entcov.controls.none import NoControl
 from entcov.objective.selection import check_counter
 from entcov.objective.token_covariance import covariance_over, covariance_summary
-from entcov.objective.tokens import PolicyLossConfig, Tokens
+from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
+from entcov.registry import Registry
 from entcov.stats.ranks import AllReduces, attempt
 
-CONTROLS: dict[str, type[Control]] = {
-    cls.name: cls for cls in (NoControl, EntropyBonus, AdaptiveBonus, ClipCov, KLCov, AEnt)
-}
+CONTROLS = Registry(
+    "control", Control, (NoControl, EntropyBonus, AdaptiveBonus, ClipCov, KLCov, AEnt), "entcov.controls"
+)
+make_control = CONTROLS.make
 
-__all__ = ["CONTROLS", "Control", "Effect", "clamp_arguments", "make_control", "needs", "select"]
-
-
-def make_control(name: str, **knobs: Any) -> Control:
-    """The control called `name` with the given knobs; an unknown name or knob is an error that lists the known ones."""
-    check.one_of("control name", name, CONTROLS)
-    known = {field.name for field in fields(CONTROLS[name])}
-    for knob in knobs:
-        if knob not in known:
-            raise ValueError(
-                f"control {name} has no knob {knob!r}; it has {', '.join(sorted(known)) or 'none'}"
-                + check.suggestion(knob, known)
-            )
-    return CONTROLS[name](**knobs)
+__all__ = [
+    "CONTROLS", "Control", "Effect", "Progress", "Selection", "Shaped", "Shaping", "begin", "check_composition",
+    "clamp_arguments", "make_control", "mini_batch_totals", "needs", "select",
+]  # fmt: skip
 
 
 def needs(controls: Sequence[Control]) -> frozenset[str]:
-    """What the trainer must compute for these controls: of "selection", "entropy", "clamped_entropy"."""
+    """What the trainer must compute for these controls, see `Control.needs`."""
     return frozenset().union(*(control.needs for control in controls))
 
 
@@ -54,6 +47,96 @@ def clamp_arguments(controls: Sequence[Control]) -> dict[str, Any]:
     return dict(wanted[0][1]) if wanted else {}
 
 
+def check_composition(controls: Sequence[Control]) -> None:
+    """Raises ValueError for controls that make no sense together, by their names and the reason."""
+    for a, b in combinations(controls, 2):
+        if a.name == b.name:
+            raise ValueError(f"control: must not repeat an entry, got {a.name} twice")
+        if NoControl.name in (a.name, b.name):
+            raise ValueError(f"control: none stands for no control and must be alone, got {a.name}, {b.name}")
+        for one in sorted(a.sets & b.sets):
+            raise ValueError(f"control: {a.name} and {b.name} both set {one}; choose one of them")
+    clamp_arguments(controls)
+
+
+def selects(control: Control) -> bool:
+    """Whether the control's `select` is called."""
+    return "selection" in control.needs and control.scope != "rollout"
+
+
+@dataclass
+class Shaped:
+    """What all controls together decided of a rollout; tensors are [T]."""
+
+    advantage: Tensor
+    drop: Tensor | None = None  # bool: these tokens leave the loss and its denominators
+    selected: dict[str, Tensor] = field(default_factory=dict)  # by the control's name: the mask of its selections
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def begin(controls: Sequence[Control], rollout: Tokens, progress: Progress) -> Shaped:
+    """Calls `begin` of every control with the same `rollout`, and joins what they decide, whatever their order.
+
+    advantage = advantage * (product of all multipliers) + (sum of all bonuses); a token is dropped if one control drops
+    it.
+
+    Args:
+        rollout: the loss tokens of the whole rollout, `loss_mask` True everywhere; see `Control.begin`.
+    Raises: ValueError or TypeError that names the control, for a tensor of another shape or dtype, an advantage that is
+        not finite, or a control of scope "rollout" that selects nothing.
+    Collectives: none. Nothing is mutated.
+    """
+    advantage, bonus, shaped = rollout.advantage, torch.zeros_like(rollout.advantage), Shaped(rollout.advantage)
+    for control in controls:
+        shaping = control.begin(rollout, progress) or Shaping()
+        for name in ("multiplier", "bonus", "drop", "selected"):
+            value, dtypes = getattr(shaping, name), (torch.float32, torch.float64)
+            if value is not None:
+                dtypes = dtypes if name in ("multiplier", "bonus") else (torch.bool,)
+                check.vector(f"{name} of control {control.name}", value, dtypes, advantage)
+        if shaping.multiplier is not None:
+            advantage = advantage * shaping.multiplier
+        if shaping.bonus is not None:
+            bonus = bonus + shaping.bonus
+        if shaping.drop is not None:
+            shaped.drop = shaping.drop if shaped.drop is None else shaped.drop | shaping.drop
+        if control.scope == "rollout":
+            if shaping.selected is None:
+                raise ValueError(f"control {control.name} has scope rollout and must select tokens in begin, got None")
+            shaped.selected[control.name] = shaping.selected
+        shaped.metrics |= shaping.metrics
+    shaped.advantage = (advantage + bonus).to(rollout.advantage.dtype)
+    check.finite("advantage", shaped.advantage)
+    return shaped
+
+
+def mini_batch_totals(
+    micro_batches: Sequence[Tokens],
+    selections: Sequence[Sequence[Selection | None]],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Totals:
+    """The denominators of a mini-batch after `select`: without the tokens that a control drops.
+
+    Args:
+        micro_batches: those of this rank, whole sequences, with `sequence`; numbers differ between ranks.
+        selections: as `select` returned them.
+        group: data-parallel group. None: this process has the whole mini-batch.
+    Returns: Totals of 0-d int64 tensors, at least 1, so that a mini-batch of which all is dropped has loss 0.
+    Collectives: 1 all-reduce of 16 bytes where there is a group.
+    """
+    kept = [kept_tokens(tokens, chosen) for tokens, chosen in zip(micro_batches, selections, strict=True)]
+    everything = Tokens.cat(micro_batches)
+    if everything.sequence is None:
+        raise ValueError("tokens.sequence must be given, mini_batch_totals counts by it; got None")
+    mask = torch.cat(kept)
+    counts = torch.stack([mask.sum(), torch.as_tensor(everything.sequence[mask].unique().numel(), device=mask.device)])
+    if group is not None:
+        dist.all_reduce(counts, group=group)
+    return Totals(*counts.clamp(min=1))
+
+
 @torch.no_grad()
 def select(
     controls: Sequence[Control],
@@ -62,11 +145,12 @@ def select(
     step: int,
     config: PolicyLossConfig,
     group: dist.ProcessGroup | None = None,
-) -> tuple[list[list[Tensor | None]], dict[str, Tensor]]:
+) -> tuple[list[list[Selection | None]], dict[str, Tensor]]:
     """Selections of one optimizer mini-batch, and the covariance of its tokens.
 
     Controls with scope "global" choose the same tokens however the mini-batch is split into micro-batches and over
-    ranks; those with scope "micro_batch" see one micro-batch at a time.
+    ranks; those with scope "micro_batch" see one micro-batch at a time. Those with scope "rollout" have chosen in
+    `begin`, and have None here.
 
     Args:
         micro_batches: all micro-batches of this rank, at least one, which may be empty of loss tokens; `logprob` is
@@ -84,16 +168,16 @@ def select(
         RuntimeError where another rank failed, or was called with another step, config or controls. On an accelerator
         all metrics are NaN there instead (ranks with other controls do not enter as many collectives, though).
     """
-    alone: dict[int, list[Tensor]] = {}  # selections of the controls that see one micro-batch at a time
+    alone: dict[int, list[Selection]] = {}  # selections of the controls that see one micro-batch at a time
 
     def prepared() -> Tokens:
         check_counter("step", step)
         everything = Tokens.cat(micro_batches)
         for i, control in enumerate(controls):
-            if "selection" in control.needs:
+            if selects(control):
                 control.check(everything)
                 if control.scope == "micro_batch":
-                    alone[i] = [control.select(tokens, step=step, config=config)[0] for tokens in micro_batches]
+                    alone[i] = [control.select(tokens, step=step, config=config) for tokens in micro_batches]
         return everything
 
     everything, failure = attempt(prepared, group)
@@ -108,17 +192,17 @@ def select(
     parts = everything.logprob, everything.advantage, everything.loss_mask
     covariance = covariance_over(ranks, *parts, 0.0, failure is not None)
     metrics = covariance_summary(covariance, group=group)
-    sizes = [len(tokens.loss_mask) for tokens in micro_batches]
-    columns: list[Sequence[Tensor | None]] = []
+    ends = list(accumulate((len(tokens.loss_mask) for tokens in micro_batches), initial=0))
+    columns: list[Sequence[Selection | None]] = []
     for i, control in enumerate(controls):
-        if "selection" not in control.needs:
+        if not selects(control):
             columns.append([None] * len(micro_batches))
         elif control.scope == "micro_batch":
-            columns.append(alone.get(i, [everything.loss_mask] * len(micro_batches)))
+            columns.append(alone.get(i, [Selection(everything.loss_mask)] * len(micro_batches)))
         else:
-            mask, extra = control.select(everything, step=step, config=config, group=group)
-            metrics.update(extra)
-            columns.append(mask.split(sizes))
+            chosen = control.select(everything, step=step, config=config, group=group)
+            metrics.update(chosen.metrics)
+            columns.append([chosen.at(slice(a, b)) for a, b in pairwise(ends)])
     ranks.finish()
     return [[column[i] for column in columns] for i in range(len(micro_batches))], metrics
 

@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from entcov import arguments as check
-from entcov.controls.base import Control, Effect, step_mean
+from entcov.controls.base import Control, Effect, Progress, Selection, finite_mean
 from entcov.objective.tokens import Tokens
 
 # rule: (entropy it reads, whether an entropy on the target counts as below it, delta, coef_max)
-RULES = {"skywork": ("sampled_entropy", False, 1e-4, 5e-3), "trl": ("entropy", True, 5e-3, 1.0)}
+RULES = {"skywork": ("scored/sampled_entropy", False, 1e-4, 5e-3), "trl": ("updated/entropy", True, 5e-3, 1.0)}
 
 
 @dataclass
@@ -29,6 +27,7 @@ class AdaptiveBonus(Control):
 
     name: ClassVar[str] = "adaptive_bonus"
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus"})
     state: ClassVar[tuple[str, ...]] = ("coef", "enabled")
 
     rule: str = "skywork"
@@ -56,13 +55,13 @@ class AdaptiveBonus(Control):
         """The coefficient of the coming step."""
         return self.coef if self.enabled else 0.0
 
-    def apply(self, tokens: Tokens, selected: Tensor | None) -> Effect:
+    def apply(self, tokens: Tokens, selection: Selection | None) -> Effect:
         return Effect(penalty=-self.applied * tokens.entropy) if self.applied > 0 else Effect()
 
-    def after_step(self, totals: dict[str, float]) -> dict[str, float]:
+    def after_step(self, means: dict[str, float], progress: Progress) -> dict[str, float]:
         used = self.applied
         name, on_target_is_below, _, _ = RULES[self.rule]
-        entropy = step_mean(self.name, totals, name)
+        entropy = finite_mean(self.name, means, name)
         self.enabled = entropy < self.target or (on_target_is_below and entropy == self.target)
         moved = self.coef + (self.delta if self.enabled else -self.delta)
         self.coef = float(min(max(moved, self.coef_min), self.coef_max))

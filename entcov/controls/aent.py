@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from entcov import arguments as check
-from entcov.controls.base import Control, Effect, step_mean
+from entcov.controls.base import Control, Effect, Progress, Selection, finite_mean
 from entcov.objective.tokens import Tokens
 
 
@@ -14,7 +12,8 @@ from entcov.objective.tokens import Tokens
 class AEnt(Control):
     """Adds -coef * H~ to every token's loss, H~ the entropy of the policy renormalised over its likelier tokens.
 
-    H~ leaves out the int(V * clamp_p) lowest logits. With H~ the mean over the step's tokens, after each step
+    H~ leaves out the int(V * clamp_p) lowest logits. With H~ the mean over the tokens of the
+    step's updates, each under the policy before the update, after each step
         g    = min(0, H~ - entropy_low) + max(0, H~ - entropy_high)        0 inside the band
         coef = clip(coef - coef_lr * g, coef_min, coef_max)
     `warmup` is the number of steps, counted from 1, that leave coef alone. (AReaL's code adapts where step > warmup,
@@ -27,6 +26,7 @@ class AEnt(Control):
 
     name: ClassVar[str] = "aent"
     needs: ClassVar[frozenset[str]] = frozenset({"clamped_entropy"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus"})
     state: ClassVar[tuple[str, ...]] = ("coef", "steps")
 
     entropy_coef: float = 2e-3  # initial
@@ -63,12 +63,12 @@ class AEnt(Control):
     def clamp(self) -> dict[str, Any]:
         return {"clamp_p": self.clamp_p}
 
-    def apply(self, tokens: Tokens, selected: Tensor | None) -> Effect:
+    def apply(self, tokens: Tokens, selection: Selection | None) -> Effect:
         return Effect(penalty=-self.coef * tokens.clamped_entropy) if self.coef > 0 else Effect()
 
-    def after_step(self, totals: dict[str, float]) -> dict[str, float]:
+    def after_step(self, means: dict[str, float], progress: Progress) -> dict[str, float]:
         used = self.coef
-        entropy = step_mean(self.name, totals, "clamped_entropy")
+        entropy = finite_mean(self.name, means, "updated/clamped_entropy")
         self.steps += 1
         if self.adaptive and self.steps > self.warmup:
             outside = min(0.0, entropy - self.entropy_low) + max(0.0, entropy - self.entropy_high)

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import arguments as check
-from entcov.controls.base import Control, Effect
+from entcov.controls.base import Control, Effect, Progress, Selection, Shaping
 from entcov.objective.selection import select_clip_cov
 from entcov.objective.token_covariance import token_covariance
 from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
 
 SEMANTICS = ("paper", "reference")
-SCOPES = ("global", "micro_batch")
+SCOPES = ("global", "micro_batch", "rollout")
 
 
 @dataclass
@@ -26,7 +26,8 @@ class ClipCov(Control):
                (max(int(ratio N), 1)), open interval, tokens that the PPO clip stops are no candidates, 1e-8 in the
                means' denominators. The draw is by hash in both; the reference's own depends on the global generator.
     scope      "global" (default): N and the means are those of the mini-batch. "micro_batch": of each micro-batch on
-               each rank alone, as the reference code computes them.
+               each rank alone, as the reference code computes them. "rollout": of the whole rollout under the policy
+               that scored it, drawn once and the same in all updates, as eq. 10 says of the rollout batch.
     Why these defaults: the paper's count is a fraction of the batch for every batch size, while the reference's floor
     of one token a micro-batch makes the strength depend on how the batch is split, and one sequence a micro-batch
     selects nothing, because its advantage is constant. Zero strength is clip_cov_ratio=0 with semantics "paper".
@@ -62,7 +63,7 @@ class ClipCov(Control):
     @torch.no_grad()
     def select(
         self, tokens: Tokens, *, step: int, config: PolicyLossConfig, group: dist.ProcessGroup | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> Selection:
         reference = self.semantics == "reference"
         covariance = token_covariance(
             tokens.logprob,
@@ -72,7 +73,7 @@ class ClipCov(Control):
             denominator_eps=1e-8 if reference else 0.0,
             empty_ok=self.scope == "micro_batch",
         )
-        selection = select_clip_cov(
+        chosen = select_clip_cov(
             covariance,
             tokens.token_id,
             ratio=self.clip_cov_ratio,
@@ -85,10 +86,16 @@ class ClipCov(Control):
             exclude=_ppo_clipped(tokens, config) if reference else None,
             group=group,
         )
-        return selection.mask, {}
+        return Selection(chosen.mask)
 
-    def apply(self, tokens: Tokens, selected: Tensor | None) -> Effect:
-        return Effect(keep=~selected, metrics={"actor/cov_clipfrac": selected})
+    def begin(self, rollout: Tokens, progress: Progress) -> Shaping | None:
+        if self.scope != "rollout":
+            return None
+        self.check(rollout)  # the ratio is 1 for every token: the PPO clip stops none
+        return Shaping(selected=self.select(rollout, step=progress.update, config=PolicyLossConfig()).mask)
+
+    def apply(self, tokens: Tokens, selection: Selection | None) -> Effect:
+        return Effect(keep=~selection.mask, metrics={"actor/cov_clipfrac": selection.mask})
 
 
 def _ppo_clipped(tokens: Tokens, config: PolicyLossConfig) -> Tensor:

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from entcov import arguments as check
-from entcov.controls.base import Control, Effect
+from entcov.controls.base import Control, Effect, Progress, Selection
 from entcov.objective.tokens import Tokens
 
 
@@ -21,14 +19,15 @@ class EntropyBonus(Control):
 
     name: ClassVar[str] = "entropy_bonus"
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus"})
 
     entropy_coef: float = 5e-3
 
     def __post_init__(self) -> None:
         check.number("entropy_coef", self.entropy_coef, 0.0)
 
-    def apply(self, tokens: Tokens, selected: Tensor | None) -> Effect:
+    def apply(self, tokens: Tokens, selection: Selection | None) -> Effect:
         return Effect(penalty=-self.entropy_coef * tokens.entropy) if self.entropy_coef > 0 else Effect()
 
-    def after_step(self, totals: dict[str, float]) -> dict[str, float]:
+    def after_step(self, means: dict[str, float], progress: Progress) -> dict[str, float]:
         return {"actor/entropy_coef": float(self.entropy_coef)}

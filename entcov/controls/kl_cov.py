@@ -5,10 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from entcov import arguments as check
-from entcov.controls.base import Control, Effect
+from entcov.controls.base import Control, Effect, Progress, Selection, Shaping
 from entcov.controls.clip_cov import SCOPES, SEMANTICS
 from entcov.objective.selection import select_kl_cov
 from entcov.objective.token_covariance import token_covariance
@@ -24,7 +23,8 @@ class KLCov(Control):
                N) tokens, penalty an estimate of KL(old || current), r - 1 - log r with r = exp(logprob - old_logprob)
                (unbiased in value and gradient for tokens sampled from the old policy), and the loss's own clip stays.
     scope      "global" (default): N and the means are those of the mini-batch. "micro_batch": of each micro-batch on
-               each rank alone, as the reference code computes them.
+               each rank alone, as the reference code computes them. "rollout": of the whole rollout under the policy
+               that scored it, chosen once and the same in all updates.
     Why these defaults: every published number comes from the reference penalty, which the paper's own listing prints
     too, and its coefficient of 1 means something else under "paper": near r = 1 the gradient of |log r| has size 1,
     that of r - 1 - log r has size |r - 1|. The scope is global because per micro-batch other tokens are chosen for
@@ -65,11 +65,11 @@ class KLCov(Control):
     @torch.no_grad()
     def select(
         self, tokens: Tokens, *, step: int, config: PolicyLossConfig, group: dist.ProcessGroup | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> Selection:
         covariance = token_covariance(
             tokens.logprob, tokens.advantage, tokens.loss_mask, group=group, empty_ok=self.scope == "micro_batch"
         )
-        selection = select_kl_cov(
+        chosen = select_kl_cov(
             covariance,
             tokens.token_id,
             ratio=self.kl_cov_ratio,
@@ -78,14 +78,21 @@ class KLCov(Control):
             at_least=1 if self.semantics == "reference" else 0,
             group=group,
         )
-        return selection.mask, {"actor/cov_threshold": selection.threshold}
+        return Selection(chosen.mask, metrics={"actor/cov_threshold": chosen.threshold})
 
-    def apply(self, tokens: Tokens, selected: Tensor | None) -> Effect:
+    def begin(self, rollout: Tokens, progress: Progress) -> Shaping | None:
+        if self.scope != "rollout":
+            return None
+        self.check(rollout)
+        chosen = self.select(rollout, step=progress.update, config=PolicyLossConfig())
+        return Shaping(selected=chosen.mask, metrics={name: float(v) for name, v in chosen.metrics.items()})
+
+    def apply(self, tokens: Tokens, selection: Selection | None) -> Effect:
         reference = self.semantics == "reference"
-        effect = Effect(unclipped=reference, metrics={"actor/cov_klfrac": selected})
+        effect = Effect(unclipped=reference, metrics={"actor/cov_klfrac": selection.mask})
         if self.ppo_kl_coef > 0:
             # Set to 0 before, not multiplied by 0 after: an infinite ratio elsewhere must not become NaN.
-            log_ratio = torch.where(selected, tokens.logprob - tokens.old_logprob, 0.0)
+            log_ratio = torch.where(selection.mask, tokens.logprob - tokens.old_logprob, 0.0)
             if reference:
                 penalty = log_ratio.abs()
             else:

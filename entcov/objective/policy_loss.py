@@ -5,12 +5,14 @@ of micro-batches and of data-parallel ranks add up to the loss of the mini-batch
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from entcov import arguments as check
-from entcov.controls.base import Control
+from entcov.controls.base import Control, Selection, kept_tokens
+from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import KL_ESTIMATORS, LOG_RATIO_BOUND, PolicyLossConfig, Tokens, Totals
 
 KL_BOUND = 10.0  # verl's bound on k3
@@ -50,7 +52,8 @@ def policy_loss(
     *,
     totals: Totals | None = None,
     controls: Sequence[Control] = (),
-    selections: Sequence[Tensor | None] | None = None,
+    selections: Sequence[Selection | None] | None = None,
+    sequences: SequenceIndex | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy-gradient loss of one micro-batch, with any list of entropy controls.
 
@@ -68,14 +71,16 @@ def policy_loss(
               1 / (num_sequences * max_response_length)    seq-mean-token-sum-norm
 
     Controls compose: multipliers multiply, keep masks intersect, penalties add, and one `unclipped` is enough. A
-    dropped token (keep False) has no policy-gradient value and no gradient, and still counts in every denominator.
+    token with keep False has no policy-gradient value and no gradient, and still counts in every denominator. A token
+    that a selection drops is treated as outside the mask; `totals` must be without it (`controls.mini_batch_totals`).
 
     Args:
         tokens: one micro-batch. `sequence_length` is read by seq-mean-token-mean and by totals=None with a seq-*
             aggregation, `ref_logprob` if kl_coef > 0, `rollout_logprob` if tis_cap is set.
         totals: denominators of the mini-batch. None: this micro-batch is all of it (whole sequences only).
         controls: entropy controls, see entcov/controls/base.py.
-        selections: one entry a control, [T] bool or None, as `entcov.controls.select` returns them.
+        selections: one entry a control, as `entcov.controls.select` returns them.
+        sequences: where a term needs sums over responses; default: made of `tokens.sequence`, whole responses.
     Returns: (loss, metrics). loss is a 0-d tensor; the losses of all micro-batches and ranks ADD UP to that of the
         mini-batch. Where a data-parallel wrapper averages gradients over ranks, multiply by the number of ranks.
         metrics are 0-d float64 tensors that add up in the same way: actor/loss, actor/pg_loss, actor/pg_clipfrac,
@@ -92,7 +97,8 @@ def policy_loss(
     """
     for name in ("logprob", "old_logprob", "advantage"):
         check.finite(name, getattr(tokens, name), tokens.loss_mask)
-    tokens = tokens.masked()
+    pairs = _pairs(tokens, controls, selections)
+    tokens = _without_dropped(tokens, [chosen for _, chosen in pairs], config, sequences).masked()
     mask = tokens.loss_mask
     if totals is None:
         totals = _own_totals(tokens, config)
@@ -102,7 +108,7 @@ def policy_loss(
     def add_mean(name: str, value: Tensor) -> None:
         metrics[name] = torch.where(mask, value.detach().double(), 0.0).sum() / totals.num_tokens
 
-    effects = [control.apply(tokens, chosen) for control, chosen in _pairs(tokens, controls, selections)]
+    effects = [control.apply(tokens, chosen) for control, chosen in pairs]
     advantage = tokens.advantage
     for effect in effects:
         if effect.multiplier is not None:
@@ -196,17 +202,46 @@ def _weights(tokens: Tokens, config: PolicyLossConfig, totals: Totals) -> Tensor
     return weight
 
 
-def _pairs(tokens: Tokens, controls: Sequence[Control], selections: Sequence[Tensor | None] | None):
-    """Yields (control, its selection), after a check that the fields which the control needs are given."""
+def _without_dropped(
+    tokens: Tokens, selections: Sequence[Selection | None], config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Tokens:
+    """The tokens with those outside the mask that a selection drops, and the responses' lengths without them."""
+    if all(selection is None or selection.drop is None for selection in selections):
+        return tokens
+    mask = kept_tokens(tokens, selections)
+    length = tokens.sequence_length
+    if config.aggregation != "token-mean":
+        length = sequence_index(tokens, sequences).sum(mask).long()
+    return replace(tokens, loss_mask=mask, sequence_length=length)
+
+
+def sequence_index(tokens: Tokens, sequences: SequenceIndex | None) -> SequenceIndex:
+    """`sequences`, by default those of `tokens.sequence`."""
+    if sequences is None:
+        return SequenceIndex.of(_field(tokens, "sequence", "a sum over responses"))
+    check.vector("sequences.index", sequences.index, (torch.int64,), tokens.logprob)
+    return sequences
+
+
+def _pairs(
+    tokens: Tokens, controls: Sequence[Control], selections: Sequence[Selection | None] | None
+) -> list[tuple[Control, Selection | None]]:
+    """(control, its selection) of all controls, after a check that the fields which the control needs are given."""
     if selections is None:
         selections = [None] * len(controls)
     if len(selections) != len(controls):
         raise ValueError(f"selections must have one entry a control: {len(controls)} controls, {len(selections)} given")
-    for control, chosen in zip(controls, selections, strict=True):
-        for name in sorted(control.needs & {"entropy", "clamped_entropy"}):
+    pairs = list(zip(controls, selections, strict=True))
+    for control, chosen in pairs:
+        for name in sorted(control.needs - {"selection"}):
             _field(tokens, name, f"control {control.name}")
         if "selection" in control.needs and chosen is None:
-            raise ValueError(f"selections must hold entcov.controls.select's mask for {control.name}, got None")
-        if chosen is not None:
-            check.vector(f"selection of control {control.name}", chosen, (torch.bool,), tokens.logprob)
-        yield control, chosen
+            raise ValueError(f"selections must hold what entcov.controls.select chose for {control.name}, got None")
+        if chosen is None:
+            continue
+        if not isinstance(chosen, Selection):
+            raise TypeError(f"selection of control {control.name} must be a Selection, got {type(chosen).__name__}")
+        for part in (chosen.mask, chosen.drop):
+            if part is not None:
+                check.vector(f"selection of control {control.name}", part, (torch.bool,), tokens.logprob)
+    return pairs

@@ -16,6 +16,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 LOG_RATIO_BOUND = 20.0  # verl's vanilla loss: exp(20) = 5e8 still leaves room in float32
 
 _FLOAT = (torch.float32, torch.float64)
+_INTEGER = ("sequence_length", "token_id", "sequence", "position", "group", "lag")
 
 
 @dataclass
@@ -31,17 +32,23 @@ class Tokens:
     loss_mask: Tensor  # bool
     entropy: Tensor | None = None  # nats
     clamped_entropy: Tensor | None = None  # nats
+    entropy_drift: Tensor | None = None  # of token_stats: d entropy / d step along the token's policy gradient
     ref_logprob: Tensor | None = None  # of the reference policy
     rollout_logprob: Tensor | None = None  # as the sampler reported it
     sequence_length: Tensor | None = None  # int64, number of loss tokens in the token's whole sequence
     token_id: Tensor | None = None  # int64, number of the token in the rollout batch: the same for every split
+    sequence: Tensor | None = None  # int64, number of the token's response in the rollout batch
+    position: Tensor | None = None  # int64, of the token in its response, from 0
+    reward: Tensor | None = None  # of the token's response, as scored: before shaping
+    group: Tensor | None = None  # int64, responses to the same prompt share it
+    lag: Tensor | None = None  # int64, training steps by which the policy is newer than the one that sampled
 
     def __post_init__(self) -> None:
         check.vector("logprob", self.logprob, _FLOAT)
         check.vector("loss_mask", self.loss_mask, (torch.bool,), self.logprob)
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            if field.name in ("sequence_length", "token_id"):
+            if field.name in _INTEGER:
                 if value is not None:
                     check.vector(field.name, value, (torch.int64,), self.logprob)
             elif field.name != "loss_mask" and (value is not None or field.name in ("old_logprob", "advantage")):

@@ -69,7 +69,7 @@ class Settings:
     overlap: bool = False
     recompute: str = "none"
     optimizer_offload: float = 0.0
-    reference: bool = False  # a frozen copy of the policy, where loss.kl_coef > 0
+    reference: bool = False  # a frozen copy of the policy, where the loss or a control compares with it
     selection: bool = False  # a control selects tokens by covariance
     select_on_first_update: bool = False  # a forward pass for it on the first update too
     clamped_entropy: bool = False
@@ -163,7 +163,7 @@ def settings_from(
             (config.rollout, ("prompts_per_step", "group_size")),
             (config.actor, ("micro_batch_tokens", "epochs")),
         ) for name in names},
-        reference=config.loss.kl_coef > 0,
+        reference=config.loss.kl_coef > 0 or any("ref_logprob" in c.needs for c in controls),
         selection=any("selection" in c.needs for c in controls),
         select_on_first_update=megatron.selection_logprob == "recompute",
         clamped_entropy=any("clamped_entropy" in c.needs for c in controls),

@@ -6,31 +6,49 @@ A backend's actor adds the passes through its model: `_forward`, `_micro_batches
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from entcov.controls import Control, clamp_arguments, needs, select
+from entcov.controls import (
+    Control,
+    Selection,
+    clamp_arguments,
+    kept_tokens,
+    mini_batch_totals,
+    needs,
+    select,
+    selects,
+)
 from entcov.objective.policy_loss import policy_loss
+from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
 from entcov.rl.batch import Batch
 from entcov.rl.config import ActorConfig
 from entcov.rl.interfaces import PolicyStats
 from entcov.stats.token_stats import TokenStats
 
-Selection = list[Tensor | None]  # of one micro-batch: a mask over its loss tokens for each control that selects
+Selections = list[Selection | None]  # of the loss tokens of one micro-batch: one entry a control
+
+
+def needs_reference(loss: PolicyLossConfig, controls: Sequence[Control]) -> bool:
+    """Whether the reference policy, that of the run's start, is kept and scores every rollout."""
+    return loss.kl_coef > 0 or "ref_logprob" in needs(controls)
 
 
 class PolicyActor(ABC):
     """An `entcov.rl.interfaces.Actor` without its model's passes.
 
     Args:
-        reference: a frozen model, where `loss.kl_coef` > 0.
+        reference: a frozen model, where `needs_reference`.
         temperature: the policy is softmax(logits / temperature).
     """
 
     optimizer: Any  # has `param_groups`
+    sequence_group: ProcessGroup | None = None  # the ranks that a sequence's tokens are divided over
     selects_by_old_logprob = True  # on the first update after a rollout, where the policy is still the old one
 
     def __init__(
@@ -43,8 +61,11 @@ class PolicyActor(ABC):
         temperature: float,
         reference: nn.Module | None = None,
     ):
-        if loss.kl_coef > 0 and reference is None:
-            raise ValueError(f"reference: a reference model is needed where loss.kl_coef > 0, got {loss.kl_coef}")
+        if needs_reference(loss, controls) and reference is None:
+            raise ValueError(
+                f"reference: a reference model is needed where loss.kl_coef > 0 (got {loss.kl_coef}) or a control "
+                f"compares with it (got {[control.name for control in controls]})"
+            )
         self.model, self.reference = model, reference
         self.config, self.loss, self.controls = config, loss, list(controls)
         self.temperature = temperature
@@ -68,8 +89,7 @@ class PolicyActor(ABC):
         lr = self.config.lr * min(1.0, (self.weight_version + 1) / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        selections, selection_metrics = self._select(batch)
-        totals = Totals(num_tokens=batch.num_loss_tokens, num_sequences=batch.num_sequences)
+        selections, selection_metrics, totals = self._select(batch)
         metrics, grad_norm = self._backward(batch, selections, totals)
         if not math.isfinite(grad_norm):
             raise RuntimeError(
@@ -82,32 +102,48 @@ class PolicyActor(ABC):
         metrics |= {name: float(value) for name, value in selection_metrics.items()}
         return metrics | {"actor/grad_norm": grad_norm, "actor/lr": lr}
 
-    def _select(self, batch: Batch) -> tuple[list[Selection], dict[str, Tensor]]:
-        """The controls' selections for every micro-batch of all ranks, and their metrics.
+    def _select(self, batch: Batch) -> tuple[list[Selections], dict[str, Tensor], Totals]:
+        """The controls' selections for every micro-batch of all ranks, their metrics, the mini-batch's denominators.
 
         Every rank has the whole mini-batch and computes the same integers, so nothing is communicated.
         """
         micro_batches = self._micro_batches(batch)
-        if "selection" not in needs(self.controls):
-            return [[None] * len(self.controls) for _ in micro_batches], {}
-        fresh = batch.logprob_version == self.weight_version
-        if fresh and self.selects_by_old_logprob:
-            logprob = batch.old_logprob
-        else:
-            with torch.no_grad():
-                logprob = self._forward(self.model, batch, ["logprob"])["logprob"]
-        tokens = [
-            loss_tokens(micro, micro.loss_mask, logprob[index[micro.loss_mask]]) for micro, index in micro_batches
-        ]
-        return select(self.controls, tokens, step=self.weight_version, config=self.loss)
+        metrics: dict[str, Tensor] = {}
+        totals = Totals(num_tokens=batch.num_loss_tokens, num_sequences=batch.num_sequences)
+        selections: list[Selections] = [[None] * len(self.controls) for _ in micro_batches]
+        if any(selects(control) for control in self.controls):
+            stats = self._selection_stats(batch)
+            tokens = [
+                micro.loss_tokens(micro.loss_mask, **{name: x[index[micro.loss_mask]] for name, x in stats.items()})
+                for micro, index in micro_batches
+            ]
+            selections, metrics = select(self.controls, tokens, step=self.weight_version, config=self.loss)
+            if any(chosen is not None and chosen.drop is not None for row in selections for chosen in row):
+                totals = mini_batch_totals(tokens, selections)
+        for i, control in enumerate(self.controls):
+            if control.name in batch.selected:  # chosen in `begin`
+                for row, (micro, _) in zip(selections, micro_batches, strict=True):
+                    row[i] = Selection(micro.selected[control.name][micro.loss_mask])
+        return selections, metrics, totals
+
+    def _selection_stats(self, batch: Batch) -> PolicyStats:
+        """What the controls select by, under the current policy."""
+        names = ["logprob", *(["entropy"] if "entropy" in needs(list(filter(selects, self.controls))) else [])]
+        if batch.logprob_version == self.weight_version and self.selects_by_old_logprob:
+            return {name: getattr(batch, "old_logprob" if name == "logprob" else name) for name in names}
+        with torch.no_grad():
+            return self._forward(self.model, batch, names)
 
     def _policy_loss(
-        self, micro: Batch, at: Tensor, stats: TokenStats, selection: Selection, totals: Totals
+        self, micro: Batch, at: Tensor, stats: TokenStats, selections: Selections, totals: Totals
     ) -> tuple[Tensor, Tokens, dict[str, Tensor]]:
-        """(loss, its tokens, metrics) of the entries `at` of a micro-batch; `stats` and `selection` hold these."""
-        tokens = loss_tokens(micro, at, stats.logprob, entropy=stats.entropy, clamped_entropy=stats.clamped_entropy)
-        loss, metrics = policy_loss(tokens, self.loss, totals=totals, controls=self.controls, selections=selection)
-        return loss, tokens, metrics
+        """(loss, its tokens, metrics) of the entries `at` of a micro-batch; `stats` and `selections` hold these."""
+        tokens = micro.loss_tokens(at, stats.logprob, entropy=stats.entropy, clamped_entropy=stats.clamped_entropy)
+        sequences = SequenceIndex(micro.sequence[at], micro.num_sequences, self.sequence_group)
+        loss, metrics = policy_loss(
+            tokens, self.loss, totals=totals, controls=self.controls, selections=selections, sequences=sequences
+        )
+        return loss, replace(tokens, loss_mask=kept_tokens(tokens, selections)), metrics
 
     @abstractmethod
     def _micro_batches(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
@@ -118,24 +154,9 @@ class PolicyActor(ABC):
         """The fields `names` of `token_stats(..., **options)`, as `compute_logprobs` returns them. Collective."""
 
     @abstractmethod
-    def _backward(self, batch: Batch, selections: list[Selection], totals: Totals) -> tuple[dict[str, float], float]:
+    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:
         """Leaves the mini-batch's gradient in the model; its metrics, and the norm before clipping. Collective."""
 
     @abstractmethod
     def _take_step(self) -> None:
         """The optimizer's step along the gradient of `_backward`, clipped to `config.max_grad_norm`. Collective."""
-
-
-def loss_tokens(micro: Batch, at: Tensor, logprob: Tensor, **statistics: Tensor | None) -> Tokens:
-    """The loss's view of the entries `at` (mask or indices) of a micro-batch; `logprob` and `statistics` hold these."""
-    return Tokens(
-        logprob=logprob,
-        old_logprob=micro.old_logprob[at],
-        advantage=micro.advantage[at],
-        loss_mask=micro.loss_mask[at],
-        ref_logprob=None if micro.ref_logprob is None else micro.ref_logprob[at],
-        rollout_logprob=micro.rollout_logprob[at],
-        sequence_length=micro.sequence_length[at],
-        token_id=micro.token_id[at],
-        **statistics,
-    )

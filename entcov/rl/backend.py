@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entcov.controls import Control
 from entcov.objective.tokens import PolicyLossConfig
+from entcov.rl.actor import needs_reference
 from entcov.rl.config import ActorConfig, Config, RolloutConfig
 from entcov.rl.hf.actor import TransformersActor
 from entcov.rl.hf.model import build_model, save_model
@@ -52,7 +53,7 @@ class TransformersBackend:
         fresh = start.checkpoint is None
         if fresh and start.warm_start is not None:
             start.warm_start(policy)
-        reference = reference_policy(policy, start.run_dir, fresh=fresh) if loss.kl_coef > 0 else None
+        reference = reference_policy(policy, start.run_dir, fresh=fresh) if needs_reference(loss, controls) else None
         return TransformersActor(policy, config, loss, controls, temperature=temperature, reference=reference)
 
     def build_sampler(
@@ -93,4 +94,4 @@ def reference_policy(policy: nn.Module, run_dir: Path, *, fresh: bool) -> nn.Mod
 def check_reference(stored: Path) -> None:
     """Raises CheckpointError unless the folder holds what a fresh run has stored there."""
     if problem := damage(stored, REFERENCE):
-        raise CheckpointError(f"{problem}; without it a run with loss.kl_coef > 0 cannot go on")
+        raise CheckpointError(f"{problem}; without it a run that compares with the reference cannot go on")

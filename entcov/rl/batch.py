@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from entcov.objective.responses import Responses
+from entcov.objective.tokens import Tokens
 from entcov.rl.types import Rollout
 
 IGNORE_INDEX = -100
@@ -32,13 +35,29 @@ class Batch:
     sequence_length: Tensor  # int64, response tokens in this token's sequence
     advantage: Tensor
     rollout_logprob: Tensor
+    responses: Responses  # S of them: what is known of whole responses
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
+    entropy: Tensor | None = None  # this and the next two of the policy that scored, as `old_logprob`
+    clamped_entropy: Tensor | None = None
+    entropy_drift: Tensor | None = None
+    selected: dict[str, Tensor] = field(default_factory=dict)  # by control: tokens that it chose for all updates
     logprob_version: int | None = None  # the actor's weight_version that `old_logprob` comes from
 
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
+
+    @property
+    def sequence(self) -> Tensor:
+        """[N] int64: the number in this batch of each token's sequence."""
+        lengths = torch.tensor(self.lengths, device=self.tokens.device)
+        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+
+    def response_position(self) -> Tensor:
+        """[N] int64: where `loss_mask` may be True, the position in the response of the token that is predicted."""
+        prompt = torch.tensor(self.lengths, device=self.tokens.device) - self.responses.length
+        return self.position - (prompt - 1)[self.sequence]
 
     @property
     def num_loss_tokens(self) -> int:
@@ -52,26 +71,73 @@ class Batch:
 
     def subset(self, sequences: Sequence[int]) -> Batch:
         """The sequences with these indices, in this order."""
-        index = self.positions(sequences)
-        return replace(
-            self,
-            lengths=tuple(self.lengths[s] for s in sequences),
-            **{name: value[index] for name, value in self._tensors().items()},
-        )
+        index, rows = self.positions(sequences), torch.tensor(sequences, dtype=torch.int64, device=self.tokens.device)
+        lengths = tuple(self.lengths[s] for s in sequences)
+        return self._map(lambda value: value[index], lengths=lengths, responses=self.responses.at(rows))
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+        return self._map(lambda value: value.to(device), responses=self.responses.to(device))
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _map(self, change: Callable[[Tensor], Tensor], **others: Any) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        others |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, selected={name: change(mask) for name, mask in self.selected.items()}, **others)
+
+    def assign_scores(self, stats: Mapping[str, Tensor], version: int) -> None:
+        """Sets what an actor's `compute_logprobs` returned, and the weight_version that it had."""
+        self.old_logprob, self.ref_logprob = stats["logprob"], stats.get("ref_logprob")
+        self.entropy, self.entropy_drift = stats["entropy"], stats["entropy_drift"]
+        self.clamped_entropy = stats.get("clamped_entropy")
+        self.logprob_version = version
+
+    def assign_advantages(self, advantage: Tensor) -> None:
+        """Sets the advantages of the loss tokens: [S], one of each response, or one of each loss token in order."""
+        if advantage.shape == (self.num_sequences,):
+            self.advantage = torch.where(self.loss_mask, advantage.to(self.advantage)[self.sequence], 0.0)
+        else:
+            self.advantage = torch.zeros_like(self.advantage)
+            self.advantage[self.loss_mask] = advantage.to(self.advantage)
+
+    def drop(self, dropped: Tensor) -> None:
+        """Takes loss tokens out of the loss; `dropped` [n] bool, one entry of each loss token in order."""
+        self.loss_mask = self.loss_mask.clone()
+        self.loss_mask[self.loss_mask.clone()] = ~dropped
+        self.target = torch.where(self.loss_mask, self.target, IGNORE_INDEX)
+        left = torch.zeros(self.num_sequences, dtype=torch.int64, device=self.target.device)
+        left.index_add_(0, self.sequence, self.loss_mask.long())
+        self.sequence_length = left[self.sequence]
+        self.advantage = torch.where(self.loss_mask, self.advantage, 0.0)
+
+    def loss_tokens(self, at: Tensor, logprob: Tensor, **statistics: Tensor | None) -> Tokens:
+        """The loss's view of the entries `at` (mask or indices); `logprob` and `statistics` hold these entries."""
+
+        def taken(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[at]
+
+        sequence, responses = self.sequence[at], self.responses
+        return Tokens(
+            logprob=logprob,
+            old_logprob=self.old_logprob[at],
+            advantage=self.advantage[at],
+            loss_mask=self.loss_mask[at],
+            ref_logprob=taken(self.ref_logprob),
+            rollout_logprob=self.rollout_logprob[at],
+            sequence_length=self.sequence_length[at],
+            token_id=self.token_id[at],
+            sequence=responses.number[sequence],
+            position=self.response_position()[at],
+            reward=responses.score[sequence],
+            group=responses.group[sequence],
+            lag=responses.lag[sequence],
+            **statistics,
+        )
 
 
 def pack(rollouts: Sequence[Rollout]) -> Batch:
-    """Lays the rollouts end to end, with their advantages and sampler log-probabilities on the response tokens."""
+    """Lays the rollouts end to end, with the sampler's log-probabilities on the response tokens; advantages are 0."""
     if not rollouts:
         raise ValueError("rollouts: there must be at least one to train on, got 0")
-    columns: dict[str, list] = {k: [] for k in ("tokens", "position", "target", "token_id", "length", "adv", "logprob")}
+    columns: dict[str, list] = {k: [] for k in ("tokens", "position", "target", "token_id", "length", "logprob")}
     lengths = []
     for s, rollout in enumerate(rollouts):
         prompt, response = list(rollout.prompt.tokens), rollout.tokens
@@ -87,7 +153,6 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         columns["target"] += [IGNORE_INDEX] * unlearned + response + [IGNORE_INDEX]
         columns["token_id"] += range(s * _POSITIONS_PER_SEQUENCE, s * _POSITIONS_PER_SEQUENCE + n)
         columns["length"] += [len(response)] * n
-        columns["adv"] += [0.0] * unlearned + [rollout.advantage] * len(response) + [0.0]
         columns["logprob"] += [0.0] * unlearned + rollout.logprob + [0.0]
         lengths.append(n)
     target = torch.tensor(columns["target"])
@@ -99,8 +164,23 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         loss_mask=target != IGNORE_INDEX,
         token_id=torch.tensor(columns["token_id"]),
         sequence_length=torch.tensor(columns["length"]),
-        advantage=torch.tensor(columns["adv"], dtype=torch.float32),
+        advantage=torch.zeros(len(target)),
         rollout_logprob=torch.tensor(columns["logprob"], dtype=torch.float32),
+        responses=_table(rollouts),
+    )
+
+
+def _table(rollouts: Sequence[Rollout]) -> Responses:
+    """A rollout that was not scored has reward 0."""
+    score = [0.0 if r.reward is None else r.reward for r in rollouts]
+    shaped = [own if r.shaped_reward is None else r.shaped_reward for own, r in zip(score, rollouts, strict=True)]
+    return Responses(
+        reward=torch.tensor(shaped, dtype=torch.float32),
+        score=torch.tensor(score, dtype=torch.float32),
+        group=torch.tensor([r.prompt.uid for r in rollouts]),
+        length=torch.tensor([len(r.tokens) for r in rollouts]),
+        number=torch.arange(len(rollouts)),
+        lag=torch.tensor([r.lag for r in rollouts]),
     )
 
 
@@ -138,6 +218,8 @@ def mini_batches(groups: Sequence[int], count: int) -> list[list[int]]:
     for s, g in enumerate(groups):
         members.setdefault(g, []).append(s)
     keys = list(members)
+    if not keys:
+        return []
     count = min(count, len(keys))
     bounds = [round(i * len(keys) / count) for i in range(count + 1)]
     return [[s for g in keys[a:b] for s in members[g]] for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -56,7 +56,7 @@ class Actor(Protocol):
         """One optimizer step on a mini-batch; returns its metrics. Collective.
 
         Args:
-            batch: with `old_logprob`, and `ref_logprob` where loss.kl_coef > 0.
+            batch: with `old_logprob`, and `ref_logprob` where there is a reference policy.
             step: the loop's step, for messages.
 
         Raises:

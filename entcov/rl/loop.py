@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from entcov.controls import Control
+from entcov.controls import Control, Progress, begin
 from entcov.objective.advantages import ADVANTAGES
 from entcov.objective.token_covariance import covariance_summary, token_covariance
 from entcov.rl.batch import Batch, mini_batches, pack
@@ -31,6 +31,8 @@ from entcov.rl.interfaces import Actor, Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.threads import in_background
 from entcov.rl.types import Rollout
+
+_ENTROPIES = ("actor/entropy", "actor/sampled_entropy", "actor/clamped_entropy")  # of the updates' metrics
 
 
 @dataclass
@@ -70,15 +72,18 @@ class Loop:
         rollouts = self.rollouts(step, metrics)
         if self.config.rollout.max_staleness:
             self._next = in_background(lambda: self._collector.collect(step + 1, self.position), "entcov-rollouts")
-        self.assign_advantages(rollouts)
         batch = pack(rollouts).to(self.actor.device)
+        tokens = len(batch.tokens)
         with timed(self._seconds, "old_log_prob"):
-            step_means = self.compute_old_logprobs(batch, metrics)
+            scored = self.compute_old_logprobs(batch, metrics)
+        with timed(self._seconds, "adv"):
+            batch = self.assign_advantages(batch, metrics)
         self.unstorable = f"step {step} has begun to change the weights"
         with timed(self._seconds, "update_actor"):
-            self.update(batch, rollouts, step, metrics)
-        for control in self.controls:
-            metrics |= control.after_step(step_means)
+            updated = self.update(batch, step, metrics)
+        if metrics["training/updates"]:
+            for control in self.controls:
+                metrics |= control.after_step(scored | updated, self._progress())
         if self._next is not None:
             self.phase("rollout")
             with timed(self._seconds, "gen_wait"):  # by how much sampling took longer than the update
@@ -90,7 +95,6 @@ class Loop:
         self.steps_done, self._before, self.unstorable = step, None, ""
 
         seconds = time.perf_counter() - started
-        tokens = len(batch.tokens)
         metrics |= {f"timing_s/{name}": value for name, value in self._seconds.items()}
         metrics |= {"timing_s/step": seconds, "perf/total_num_tokens": tokens, "perf/throughput": tokens / seconds}
         return metrics
@@ -114,28 +118,19 @@ class Loop:
                     f"step {step}: a rollout was sampled by weights of version {rollout.weight_version}; with "
                     f"rollout.max_staleness={self.config.rollout.max_staleness} it must be one of {sorted(lags)}"
                 )
-        metrics["training/staleness"] = mean(lags[rollout.weight_version] for rollout in collected.rollouts)
+            rollout.lag = lags[rollout.weight_version]
+        metrics["training/staleness"] = mean(rollout.lag for rollout in collected.rollouts)
         return collected.rollouts
 
     @property
     def _collector(self) -> Collector:
         return Collector(self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn)
 
-    def assign_advantages(self, rollouts: list[Rollout]) -> None:
-        advantage = ADVANTAGES[self.config.advantage](
-            torch.tensor([r.reward for r in rollouts]),
-            torch.tensor([r.prompt.uid for r in rollouts]),
-            torch.tensor([len(r.tokens) for r in rollouts]),
-        )
-        for rollout, value in zip(rollouts, advantage.tolist(), strict=True):
-            rollout.advantage = value
-
     def compute_old_logprobs(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
-        """Fills `batch.old_logprob` with the trainer's own values; returns the step's means for the controls."""
+        """Fills in what the current policy says of the batch; returns the rollout's means for the controls."""
         self.phase("old log-probs")
         policy = self.actor.compute_logprobs(batch)
-        batch.old_logprob, batch.ref_logprob = policy["logprob"], policy.get("ref_logprob")
-        batch.logprob_version = self.actor.weight_version
+        batch.assign_scores(policy, self.actor.weight_version)
         at = batch.loss_mask
         bad = int((~policy["logprob"].isfinite() & at).sum())
         if bad:
@@ -145,28 +140,77 @@ class Loop:
                 "are not: its weights or logits hold NaN or infinities. Nothing was updated; go back to a checkpoint. "
                 "On GPUs, ranks called differently get NaN too; TORCH_DISTRIBUTED_DEBUG=DETAIL names what differs"
             )
-        means = {name: float(policy[name][at].mean()) for name in policy if name.endswith("entropy")}
-        means["sampled_entropy"] = -float(policy["logprob"][at].mean())
-        covariance = token_covariance(policy["logprob"], batch.advantage, at)
-        metrics |= {name: float(value) for name, value in covariance_summary(covariance).items()}
+        means = {f"scored/{name}": float(policy[name][at].mean()) for name in policy if name.endswith("entropy")}
+        means["scored/sampled_entropy"] = -float(policy["logprob"][at].mean())
         gap = (policy["logprob"] - batch.rollout_logprob)[at].abs()
-        metrics["actor/entropy"] = means["entropy"]
-        metrics["actor/entropy_drift"] = float((policy["entropy_drift"] * batch.advantage)[at].mean())
+        metrics["actor/entropy"] = means["scored/entropy"]
         metrics["training/mismatch"], metrics["training/mismatch_max"] = float(gap.mean()), float(gap.max())
-        metrics |= spread("critic/advantages", batch.advantage[at].tolist())
         return means
 
-    def update(self, batch: Batch, rollouts: list[Rollout], step: int, metrics: dict[str, float]) -> None:
-        """Updates on every mini-batch once per epoch. The metrics are means over these updates."""
-        groups = mini_batches([r.prompt.uid for r in rollouts], self.config.actor.updates_per_rollout)
+    def assign_advantages(self, batch: Batch, metrics: dict[str, float]) -> Batch:
+        """The batch with its advantages, as the controls shape them, and without what they drop.
+
+        Every rank holds the whole rollout and computes the same numbers, so nothing is communicated.
+        """
+        responses = batch.responses
+        batch.assign_advantages(ADVANTAGES[self.config.advantage](responses.reward, responses.group, responses.length))
+        at = batch.loss_mask
+        tokens = batch.loss_tokens(
+            at, batch.old_logprob[at], entropy=batch.entropy[at], entropy_drift=batch.entropy_drift[at],
+            clamped_entropy=None if batch.clamped_entropy is None else batch.clamped_entropy[at],
+        )  # fmt: skip
+        shaped = begin(self.controls, tokens, self._progress())
+        batch.assign_advantages(shaped.advantage)
+        for name, chosen in shaped.selected.items():
+            batch.selected[name] = torch.zeros_like(at)
+            batch.selected[name][at] = chosen
+        covariance = token_covariance(tokens.logprob, shaped.advantage, tokens.loss_mask)
+        metrics |= {name: float(value) for name, value in covariance_summary(covariance).items()}
+        metrics["actor/entropy_drift"] = float((tokens.entropy_drift * shaped.advantage).mean())
+        metrics |= spread("critic/advantages", shaped.advantage.tolist()) | shaped.metrics
+        if shaped.drop is not None:
+            batch.drop(shaped.drop)
+            metrics["training/dropped_tokens"] = float(shaped.drop.double().mean())
+        batch.entropy_drift = batch.clamped_entropy = None  # no update reads them
+        kept = batch.sequence[batch.loss_mask].unique().tolist()
+        return batch if len(kept) == batch.num_sequences else batch.subset(kept)
+
+    def update(self, batch: Batch, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Updates on every mini-batch once per epoch; returns the means over the tokens of all updates.
+
+        The metrics are means over these updates. A batch of which controls have dropped everything has none.
+        """
+        groups = mini_batches(batch.responses.group.tolist(), self.config.actor.updates_per_rollout)
         gathered: dict[str, list[float]] = defaultdict(list)
+        weights: list[int] = []  # tokens of each update
         for epoch in range(self.config.actor.epochs):
             order = np.random.default_rng(derived_seed(self.config.seed, step, epoch, 1)).permutation(len(groups))
             for number, g in enumerate(order):
                 self.phase(f"update {epoch * len(groups) + number + 1}/{self.config.actor.epochs * len(groups)}")
-                for name, value in self.actor.update(batch.subset(groups[g]), step=step).items():
+                mini_batch = batch.subset(groups[g])
+                own = self.actor.update(mini_batch, step=step)
+                weights.append(mini_batch.num_loss_tokens)
+                for name, value in own.items():
                     gathered[name].append(value)
+                means = {name.removeprefix("actor/"): own[name] for name in _ENTROPIES if name in own}
+                for control in self.controls:
+                    control.after_update(means, self._progress())
+        metrics["training/updates"] = len(weights)
         metrics |= {name: mean(values) for name, values in gathered.items() if name not in metrics}
+        return {
+            name.replace("actor/", "updated/"): float(np.average(gathered[name], weights=weights))
+            for name in _ENTROPIES
+            if name in gathered
+        }
+
+    def _progress(self) -> Progress:
+        config, rows = self.config, self.stream.num_rows
+        done = {"step": self.steps_done + 1, "steps": config.steps, "update": self.actor.weight_version}
+        if rows is None:
+            return Progress(**done)
+        first = max(0, self.position - config.rollout.prompts_per_step)  # position: after the step's prompts
+        planned = -(-config.steps * config.rollout.prompts_per_step // rows)
+        return Progress(**done, epoch=first // rows + 1, epochs=max(planned, first // rows + 1))
 
     def sync_weights(self) -> None:
         self.sampler.sync(self.actor.weight_version, self.actor.named_weights)

@@ -167,8 +167,8 @@ def evaluate_run(
     run_dir = Path(config.run_dir)
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
     # An evaluation compares nothing with the reference policy, so it does not load it.
-    without_reference = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_coef=0.0))
-    loop = build(without_reference, backend, found)
+    plain = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_coef=0.0), control=[])
+    loop = build(plain, backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
     if backend.is_rank0:
         result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}

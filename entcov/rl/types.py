@@ -42,4 +42,5 @@ class Rollout:
     text: str = ""  # the response decoded, without the end-of-sequence token
     reward: float | None = None  # None: not scored yet
     timed_out: bool = False  # scored 0 because scoring took too long
-    advantage: float = 0.0
+    shaped_reward: float | None = None  # after reward shaping; None: not shaped
+    lag: int = 0  # training steps by which the policy that trains on it is newer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from entcov.objective.tokens import Totals
-from entcov.rl.actor import PolicyActor, Selection
+from entcov.rl.actor import PolicyActor, Selections
 from entcov.rl.batch import Batch, micro_batches
 from entcov.rl.config import ActorConfig
 from entcov.rl.hf.model import batch_token_stats
@@ -51,12 +51,12 @@ class TransformersActor(PolicyActor):
             table[:, index[micro.loss_mask]] = torch.stack([getattr(stats, name) for name in names])
         return dict(zip(names, table, strict=True))
 
-    def _backward(self, batch: Batch, selections: list[Selection], totals: Totals) -> tuple[dict[str, float], float]:
+    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:
         metrics: dict[str, float] = defaultdict(float)
         self.optimizer.zero_grad(set_to_none=True)
-        for (micro, _), selection in zip(self._micro_batches(batch), selections, strict=True):
+        for (micro, _), chosen in zip(self._micro_batches(batch), selections, strict=True):
             stats = self._stats(self.model, micro, **self.clamp)
-            loss, _, sums = self._policy_loss(micro, micro.loss_mask, stats, selection, totals)
+            loss, _, sums = self._policy_loss(micro, micro.loss_mask, stats, chosen, totals)
             loss.backward()
             for name, value in sums.items():
                 metrics[name] += float(value)
