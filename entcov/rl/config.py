@@ -37,7 +37,6 @@ Whole = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
 Bytes = Annotated[int, Field(strict=True, ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 _SHOWN_OFFENDERS = 10
-RENAMED = {"actor.engine": "actor.backend", "rollout.engine": "rollout.sampler"}  # old key -> its name now
 
 
 @dataclass(config=_STRICT)
@@ -432,8 +431,6 @@ def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
 
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    if key in RENAMED:
-        return f"{key}: has the name {RENAMED[key]} now"
     if error["type"] == "unexpected_keyword_argument":
         return f"{check.one_line(key, 80)}: unknown key{_suggestion(key)}"
     if error["type"] == "missing":

@@ -121,8 +121,6 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "warm_start.warmup_steps=x": ("got 'x'",),
     'warm_start.cache_dir=""': ("at least 1 character",),
     # rollouts
-    "rollout.engine=vllm": ("rollout.engine: has the name rollout.sampler now",),
-    "actor.engine=torch": ("actor.engine: has the name actor.backend now",),
     "rollout.sampler=vlm": ("'in_process' or 'vllm'", "got 'vlm'"),
     "rollout.temperature=0": ("greater than 0, got 0",),
     "rollout.temperature=.nan": ("finite number, got nan",),
