@@ -55,6 +55,10 @@ CONTROLS = {
     "aent": {"control": ["aent"], "controls": {"aent": {"warmup": 1, "coef_lr": 0.01}}},
     "adaptive_bonus": {"control": ["adaptive_bonus"]},
     "entropy_bonus": {"control": ["entropy_bonus"]},
+    "several_controls": {
+        "control": ["entropic", "difficulty_bonus", "high_entropy_tokens", "clip_b", "relative_entropy"],
+        "controls": {"entropic": {"prob_threshold": 0.5}, "difficulty_bonus": {"entropy_coef": 0.005}},
+    },
     "reference_kl": {"loss": {"kl_coef": 0.05}},
     "several_epochs": {"actor.epochs": 2, "advantage": "reinforce_pp", "loss": {"aggregation": "seq-mean-token-mean"}},
 }
