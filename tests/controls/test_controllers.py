@@ -171,12 +171,12 @@ def test_difficulty_bonus_refuses_what_it_cannot_weigh():
 
 
 def test_aent_s_second_coefficient_is_that_of_the_updates_and_not_of_the_score_before_them():
-    """A run of examples/tiny_cpu.yaml once had 0.02157 in its second step, where the logged entropy gives 0.02140.
+    """Numbers of examples/tiny_cpu.yaml with control=[aent]: coefficient 0.03, step size 0.05, band up to 0.25.
 
-    The controller was fed the clamped entropy before the first update, 0.4186; the mean over the step's eight updates,
-    which is what AReaL feeds and what is logged, was 0.4220: 0.03 - 0.05 (H - 0.25).
+    In its first step the clamped entropy was 0.463062 before the first update, and 0.458332 in the mean over the tokens
+    of its eight updates, which is what the authors' code feeds: 0.03 - 0.05 (0.458332 - 0.25) = 0.0195834.
     """
     control = AEnt(0.03, 0.33, True, 0.15, 0.25, 0.05, 0.0, 0.06, warmup=0)
-    control.after_step({"scored/clamped_entropy": 0.4186, "updated/clamped_entropy": 0.4220}, PROGRESS)
-    assert control.coef == pytest.approx(0.02140, abs=5e-6)
-    assert control.coef != pytest.approx(0.02157, abs=5e-5)
+    control.after_step({"scored/clamped_entropy": 0.463062, "updated/clamped_entropy": 0.458332}, PROGRESS)
+    assert control.coef == pytest.approx(0.0195834, abs=1e-7)
+    assert control.coef != pytest.approx(0.0193469, abs=1e-5)  # of the score
