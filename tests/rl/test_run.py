@@ -54,7 +54,6 @@ CONTROLS = {
     "kl_cov": {"control": ["kl_cov"], "controls": {"kl_cov": {"kl_cov_ratio": 0.2}}},
     "aent": {"control": ["aent"], "controls": {"aent": {"warmup": 1, "coef_lr": 0.01}}},
     "adaptive_bonus": {"control": ["adaptive_bonus"]},
-    "entropy_bonus": {"control": ["entropy_bonus"]},
     "several_controls": {
         "control": ["entropic", "difficulty_bonus", "high_entropy_tokens", "clip_b", "relative_entropy"],
         "controls": {"entropic": {"prob_threshold": 0.5}, "difficulty_bonus": {"entropy_coef": 0.005}},
