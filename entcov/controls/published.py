@@ -23,12 +23,20 @@ class Setting:
     keys: dict[str, Any]
 
 
-def _setting(source: str, control: str | None, clip: tuple[float, float] | None, **knobs: Any) -> Setting:
-    """One control with its knobs (None: no control), and the PPO clip (low, high) (None: not published)."""
-    keys = {"control": [control] if control else [], "controls": {control: knobs} if control else {}}
-    return Setting(source, keys | ({"loss": {"clip_low": clip[0], "clip_high": clip[1]}} if clip else {}))
+def _setting(
+    source: str, control: str | None, clip: tuple[float, float] | None, dual_clip: float | None = None, **knobs: Any
+) -> Setting:
+    """One control with its knobs (None: no control), and the PPO clip (low, high) (None: not published).
+
+    A setting with a clip says whether there is a dual clip, so that it replaces that of another setting.
+    """
+    keys: dict[str, Any] = {"control": [control] if control else [], "controls": {control: knobs} if control else {}}
+    if clip:
+        keys["loss"] = {"clip_low": clip[0], "clip_high": clip[1], "dual_clip": dual_clip}
+    return Setting(source, keys)
 
 
+# Cui et al.: their fork's loss has the dual clip commented out, so the scripts' 10 has no effect. Shen: verl's default.
 PUBLISHED: dict[str, Setting] = {
     "grpo": _setting(f"{_CUI} 4.3, the baseline", None, (0.2, 0.2)),
     "clip_higher": _setting(f"DAPO, arXiv 2503.14476; {_CUI} 4.3", None, (0.2, 0.28)),
@@ -43,12 +51,12 @@ PUBLISHED: dict[str, Setting] = {
     # Found for models of 1.5 billion parameters. The band may not suit another model: compare it with actor/entropy
     # before the warm-up ends.
     "aent_math": _setting(
-        f"{_SHEN} MATH, Qwen2.5-Math-1.5B", "aent", (0.2, 0.2),
+        f"{_SHEN} MATH, Qwen2.5-Math-1.5B", "aent", (0.2, 0.2), 3.0,
         entropy_coef=2e-3, clamp_p=0.33, entropy_low=0.15, entropy_high=0.24, coef_lr=2e-3, coef_min=6e-4,
         coef_max=9e-3, warmup=30,
     ),
     "aent_openr1": _setting(
-        f"{_SHEN} OpenR1, DeepSeek-R1-Distill-Qwen-1.5B", "aent", (0.2, 0.2),
+        f"{_SHEN} OpenR1, DeepSeek-R1-Distill-Qwen-1.5B", "aent", (0.2, 0.2), 3.0,
         entropy_coef=3e-4, clamp_p=0.25, entropy_low=0.35, entropy_high=0.62, coef_lr=1e-4, coef_min=4e-5,
         coef_max=1e-3, warmup=156,
     ),

@@ -22,6 +22,8 @@ from entcov.rl.types import Prompt, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+_SCORES = ("components", "baseline")  # fields of a rollout that are packed as columns
+
 
 def derived_seed(seed: int, *path: int) -> int:
     """A 63-bit seed that depends on every number of the path."""
@@ -63,6 +65,7 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
             (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward, r.timed_out)
             for r in rollouts
         ],
+        **{name: [getattr(r, name) for r in rollouts] for name in _SCORES},
     }
 
 
@@ -75,6 +78,9 @@ def unpack_rollouts(packed: dict[str, Any], prompts: Mapping[int, Prompt]) -> li
         # Checkpoints of earlier versions do not say whether the time for a reward ran out.
         rollouts.append(Rollout(prompts[uid], sample, tokens[at], logprob[at], finished, version, text, *scored))
         start += length
+    for name in _SCORES:  # checkpoints of earlier versions have none of them
+        for rollout, value in zip(rollouts, packed.get(name, [None] * len(rollouts)), strict=True):
+            setattr(rollout, name, value)
     return rollouts
 
 
@@ -87,18 +93,19 @@ class Collector:
     sampler: Sampler
     stream: PromptStream
     reward_fn: RewardFunction
+    greedy_baseline: bool = False  # sample one greedy response to each prompt too, for `Rollout.baseline`
 
     def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
         """The rollouts of `step`, from the prompts at `position` and after it.
 
         With dynamic sampling (`filter_zero_variance`) groups whose rewards are all equal are dropped and more prompts
-        are drawn, up to `max_draws` times.
+        are drawn, up to `max_draws` times. `on_shortfall: accept` goes on with fewer groups where that is not enough.
 
         Args:
             phase: called with the name of each phase.
 
         Raises:
-            RuntimeError: dynamic sampling has left nothing.
+            RuntimeError: dynamic sampling has left too few groups, or with `on_shortfall: accept` none.
         """
         config = self.config
         seconds: dict[str, float] = defaultdict(float)
@@ -107,18 +114,25 @@ class Collector:
         for draw in range(config.max_draws if config.filter_zero_variance else 1):
             with Scorer(self.reward_fn) as scorer:
                 phase("rollout")
+                prompts = self.stream.take(position, config.prompts_per_step)
+                options = {
+                    "max_response_length": config.max_response_length,
+                    "seed": derived_seed(self.seed, step, draw),
+                    "on_done": scorer.take,
+                }
+                greedy: list[Rollout] = []
                 with timed(seconds, "gen"):
                     fresh = self.sampler.generate(
-                        self.stream.take(position, config.prompts_per_step),
-                        group_size=config.group_size,
-                        temperature=config.temperature,
-                        max_response_length=config.max_response_length,
-                        seed=derived_seed(self.seed, step, draw),
-                        on_done=scorer.take,
+                        prompts, group_size=config.group_size, temperature=config.temperature, **options
                     )
+                    if self.greedy_baseline:
+                        greedy = self.sampler.generate(prompts, group_size=1, temperature=0.0, **options)
                 phase("reward")
                 with timed(seconds, "reward"):  # the time that scoring takes after the last response is complete
-                    scorer.finish(fresh)
+                    scorer.finish([*fresh, *greedy])
+            baselines = {rollout.prompt.uid: rollout.reward for rollout in greedy}
+            for rollout in fresh:
+                rollout.baseline = baselines.get(rollout.prompt.uid)
             position += config.prompts_per_step
             drawn += fresh
             groups = [fresh[i : i + config.group_size] for i in range(0, len(fresh), config.group_size)]
@@ -127,11 +141,15 @@ class Collector:
             kept += [r for g in groups for r in g]
             if len(kept) >= config.prompts_per_step * config.group_size:
                 break
-        if not kept:
+        groups_kept, accepts = len(kept) // config.group_size, config.on_shortfall == "accept"
+        if groups_kept < (1 if accepts else config.prompts_per_step):
             raise RuntimeError(
-                f"step {step}: rollout.filter_zero_variance left nothing of {len(drawn)} rollouts: in every group all "
-                f"rewards are equal (mean {mean(r.reward for r in drawn):.3f}). The task is too hard or too easy for "
-                "this policy; raise rollout.max_draws or group_size, or switch the filter off"
+                f"step {step}: rollout.filter_zero_variance kept {groups_kept} groups of "
+                f"{len(drawn) // config.group_size} in {draw + 1} draws, and a step needs {config.prompts_per_step}: "
+                f"in the others all rewards are equal (mean {mean(r.reward for r in drawn):.3f}). The task is too hard "
+                "or too easy for this policy; raise rollout.max_draws or group_size, "
+                + ("" if accepts else "train on fewer groups with rollout.on_shortfall=accept, ")
+                + "or switch the filter off"
             )
         metrics = _described(drawn, config.group_size) | {"training/generation_batches": draw + 1}
         metrics |= {f"timing_s/{name}": value for name, value in seconds.items()}
@@ -150,12 +168,18 @@ def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
     groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
     return {
         **spread("critic/score", [r.reward for r in drawn]),
+        **_component_means(drawn),
         "reward/timeouts": float(sum(r.timed_out for r in drawn)),
         **spread("response_length", [len(r.tokens) for r in drawn]),
         "response_length/clip_ratio": mean(not r.finished for r in drawn),
         "prompt_length/mean": mean(len(r.prompt.tokens) for r in drawn),
         "training/zero_variance_groups": mean(all(r.reward == g[0].reward for r in g) for g in groups),
     }
+
+
+def _component_means(drawn: list[Rollout]) -> dict[str, float]:
+    names = drawn[0].components or ()
+    return {f"critic/score/{name}": mean((r.components or {}).get(name, 0.0) for r in drawn) for name in names}
 
 
 def mean(values) -> float:

@@ -55,6 +55,7 @@ def test_the_last_word_on_the_command_line_counts():
     assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.3)
     config = load_config(ROOT / "examples/aent_math_1.5b.yaml", ["preset=clip_cov"])
     assert config.control == ["clip_cov"] and config.loss.clip_low == 1.0
+    assert config.loss.dual_clip is None  # not that of the recipe's own setting
 
 
 def test_keys_of_a_recipe_win_over_its_preset(tmp_path):
@@ -87,7 +88,9 @@ def test_the_docs_have_every_setting():
     page = (ROOT / "docs/methods.md").read_text()
 
     def shown(values):
-        return ", ".join(f"{key} {x if isinstance(x, str) else format(x, 'g')}" for key, x in values.items())
+        return ", ".join(
+            f"{key} {x if isinstance(x, str) else format(x, 'g')}" for key, x in values.items() if x is not None
+        )
 
     for name, setting in PUBLISHED.items():
         loss = setting.keys.get("loss")

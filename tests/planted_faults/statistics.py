@@ -150,6 +150,13 @@ FAULTS = (
         ["tests/ops/test_contract.py::test_the_way_around_the_dispatcher_gives_the_same_bits"],
     ),
     Fault(
+        "an_op_that_is_dispatched_loses_its_temperature",
+        CORE,
+        "RowSpec(*args[at : at + count])",
+        "RowSpec(*args[at : at + 2])",
+        ["tests/ops/test_contract.py::test_the_way_around_the_dispatcher_gives_the_same_bits"],
+    ),
+    Fault(
         "ops_drop_gradients_silently",
         CORE,
         "if torch.is_grad_enabled() and any(",
