@@ -9,13 +9,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from entcov.controls import AEnt, DifficultyBonus, EntroPIC, PositiveAdvantageReweighting, begin, select
+from entcov.controls import (
+    SENT,
+    AEnt,
+    DifficultyBonus,
+    EntroPIC,
+    PositiveAdvantageReweighting,
+    begin,
+    check_objective,
+    select,
+)
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import PolicyLossConfig, Tokens
 from tests.support.objective_oracle import PROGRESS, make_tokens
 
 CONFIG = PolicyLossConfig()
 UNCLIPPED = PolicyLossConfig(clip_low=1.0, clip_high=math.inf)
+GSPO = PolicyLossConfig(objective="gspo", aggregation="seq-mean-token-mean")
 
 
 def loss_of(tokens, controls, config=CONFIG):
@@ -86,6 +96,14 @@ def test_entropic_without_an_error_or_a_likely_token_is_the_plain_loss(semantics
     assert torch.equal(loss_of(tokens, [none])[1], loss_of(tokens, [])[1])
     some = EntroPIC(target=0.01, semantics=semantics, prob_threshold=0.3)
     assert not torch.equal(loss_of(tokens, [some])[1], loss_of(tokens, [])[1])
+
+
+@pytest.mark.parametrize("control", [EntroPIC, SENT])
+def test_the_reference_forms_refuse_objectives_of_whole_responses(control):
+    check_objective([control(semantics="paper")], GSPO)
+    check_objective([control()], PolicyLossConfig(objective="cispo"))
+    with pytest.raises(ValueError, match=f"objective must be one of ppo, cispo, gpg for control {control.name}.* gspo"):
+        check_objective([control()], GSPO)
 
 
 def test_an_infinite_ratio_of_an_unlikely_token_stays_out_of_entropic():
