@@ -41,7 +41,7 @@ class EntroPIC(Control):
 
     name: ClassVar[str] = "entropic"
     needs: ClassVar[frozenset[str]] = frozenset({"selection", "entropy"})
-    sets: ClassVar[frozenset[str]] = frozenset({"the weight of positive advantages"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the weight of positive advantages", "the target of the entropy"})
     state: ClassVar[tuple[str, ...]] = ("integral",)
 
     target: float = 0.1  # nats
