@@ -16,8 +16,9 @@ from pydantic.dataclasses import dataclass
 from entcov import arguments as check
 from entcov.controls import CONTROLS, Control, make_control
 from entcov.objective.advantages import ADVANTAGES
+from entcov.objective.prime import Prime
 from entcov.objective.tokens import PolicyLossConfig
-from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolved, texts, value_at
+from entcov.rl.recipe import ConfigError, interpolations, naming, read_recipe, resolved, texts, value_at
 from entcov.rl.record.durable import atomic_write
 
 _STRICT = ConfigDict(extra="forbid")
@@ -174,6 +175,20 @@ class ActorConfig:
 
 
 @dataclass(config=_STRICT)
+class PrimeConfig:
+    """The reward model of `advantage: prime`, see entcov/rl/reward_model.py. Defaults: the authors' settings."""
+
+    path: Text | None = None  # its first weights, which are also what it is compared with; default: the policy's own
+    beta_train: Positive = 0.05  # reward of a token = beta_train * (log pi_rm - log pi_ref)
+    update: Literal["before", "after", "none"] = "before"  # its step, before or after the rewards are computed
+    updates_per_rollout: Count = 1  # mini-batches a rollout batch is divided into. The authors' script: 4
+    lr: Positive = 1e-6
+    warmup_steps: Whole = 0
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 10.0
+
+
+@dataclass(config=_STRICT)
 class SourceEvalConfig:
     """How one data source is evaluated where it differs from the rest; None: as `eval` says."""
 
@@ -264,6 +279,8 @@ class Config:
     megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
     loss: _LossConfig = dataclasses.field(default_factory=_LossConfig)  # type: ignore[valid-type]
     advantage: str = "grpo"
+    advantages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
+    prime: PrimeConfig = dataclasses.field(default_factory=PrimeConfig)
     control: list[Text] = dataclasses.field(default_factory=list)  # names of the entropy controls to use, in order
     controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -281,8 +298,8 @@ class Config:
 
     def __post_init__(self):
         for key, names, known in (
-            ("advantage", [self.advantage], ADVANTAGES), ("control", self.control, CONTROLS),
-            ("controls", self.controls, CONTROLS),
+            ("advantage", [self.advantage], [*ADVANTAGES, Prime.name]), ("advantages", self.advantages, [Prime.name]),
+            ("control", self.control, CONTROLS), ("controls", self.controls, CONTROLS),
         ):  # fmt: skip
             for name in names:
                 if name not in known:
@@ -292,6 +309,9 @@ class Config:
                     )
         if len(set(self.control)) < len(self.control):
             raise ValueError(f"control: must not repeat an entry, got {self.control}")
+        for name, knobs in self.advantages.items():
+            with naming(f"advantages.{name}"):
+                Prime(**knobs)
         for name in self.controls:
             _build_control(name, self.controls[name])
         if self.actor.updates_per_rollout > self.rollout.prompts_per_step:
@@ -343,6 +363,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     for section, choice, wanted, chosen in (
         ("megatron.", "actor.backend", "megatron", config.actor.backend),
         ("rollout.vllm.", "rollout.sampler", "vllm", config.rollout.sampler),
+        ("prime.", "advantage", "prime", config.advantage),
     ):
         # A recipe may hold settings of a backend or sampler that it does not use; an override of one is a mistake.
         for key in changed:

@@ -22,12 +22,13 @@ import torch
 
 from entcov.controls import Control, Progress, begin
 from entcov.objective.advantages import ADVANTAGES
+from entcov.objective.prime import Prime
 from entcov.objective.token_covariance import covariance_summary, token_covariance
 from entcov.rl.batch import Batch, mini_batches, pack
 from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, timed
 from entcov.rl.config import Config
 from entcov.rl.data.stream import PromptStream
-from entcov.rl.interfaces import Actor, Sampler
+from entcov.rl.interfaces import Actor, RewardModel, Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.threads import in_background
 from entcov.rl.types import Rollout
@@ -49,6 +50,7 @@ class Loop:
     stream: PromptStream
     controls: Sequence[Control]
     reward_fn: RewardFunction
+    reward_model: RewardModel | None = None
     phase: Callable[[str], None] = lambda name: None  # called with the name of each phase, for the display
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
@@ -76,6 +78,12 @@ class Loop:
         tokens = len(batch.tokens)
         with timed(self._seconds, "old_log_prob"):
             scored = self.compute_old_logprobs(batch, metrics)
+        if self.reward_model is not None:
+            self.phase("reward model")
+            self.unstorable = f"step {step} has begun to change the reward model"
+            with timed(self._seconds, "reward_model"):
+                batch.token_reward, found = self.reward_model.token_rewards(batch, step=step)
+            metrics |= found
         with timed(self._seconds, "adv"):
             batch = self.assign_advantages(batch, metrics)
         self.unstorable = f"step {step} has begun to change the weights"
@@ -155,13 +163,17 @@ class Loop:
 
         Every rank holds the whole rollout and computes the same numbers, so nothing is communicated.
         """
-        responses = batch.responses
-        batch.assign_advantages(ADVANTAGES[self.config.advantage](responses.reward, responses.group, responses.length))
-        at = batch.loss_mask
+        responses, at = batch.responses, batch.loss_mask
         tokens = batch.loss_tokens(
             at, batch.old_logprob[at], entropy=batch.entropy[at], entropy_drift=batch.entropy_drift[at],
             clamped_entropy=None if batch.clamped_entropy is None else batch.clamped_entropy[at],
         )  # fmt: skip
+        if self.config.advantage == Prime.name:
+            advantage = Prime(**self.config.advantages.get(Prime.name, {}))(responses, tokens)
+        else:
+            advantage = ADVANTAGES[self.config.advantage](responses.reward, responses.group, responses.length)
+        batch.assign_advantages(advantage)
+        tokens.advantage = batch.advantage[at]
         shaped = begin(self.controls, tokens, self._progress())
         batch.assign_advantages(shaped.advantage)
         for name, chosen in shaped.selected.items():
@@ -231,6 +243,7 @@ class Loop:
         return state | {
             "next": None if ahead is None else ahead.result().state_dict(),
             "actor": self.actor.state_dict(),
+            "reward_model": None if self.reward_model is None else self.reward_model.state_dict(),
         }
 
     def _here(self) -> dict[str, Any]:
@@ -251,6 +264,8 @@ class Loop:
         self.steps_done, self.position = state["steps_done"], state["position"]
         self.unstorable, self._before = "", None
         self.actor.load_state_dict(state["actor"])
+        if self.reward_model is not None:
+            self.reward_model.load_state_dict(state["reward_model"])
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)
         torch.set_rng_state(state["torch_rng"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from entcov.objective.prime import Prime
 from entcov.rl.backend import TransformersBackend
 from entcov.rl.collect import derived_seed
 from entcov.rl.config import Config, ConfigError
@@ -70,7 +71,8 @@ def build(
     controls, reward_fn = config.build_controls(), load_reward(config.data.reward)
     actor = backend.build_actor(config.actor, config.loss, controls, config.rollout.temperature, start)
     sampler = backend.build_sampler(config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn)
-    return Loop(config, actor, sampler, stream, controls, reward_fn, phase=phase)
+    reward_model = backend.build_reward_model(config.prime, start, actor) if config.advantage == Prime.name else None
+    return Loop(config, actor, sampler, stream, controls, reward_fn, reward_model, phase=phase)
 
 
 def train(
@@ -166,8 +168,9 @@ def evaluate_run(
     backend = backend or TransformersBackend(config.device)
     run_dir = Path(config.run_dir)
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
-    # An evaluation compares nothing with the reference policy, so it does not load it.
-    plain = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_coef=0.0), control=[])
+    # An evaluation needs neither the reference policy nor a reward model.
+    loss = dataclasses.replace(config.loss, kl_coef=0.0)
+    plain = dataclasses.replace(config, loss=loss, control=[], advantage="grpo")
     loop = build(plain, backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
     if backend.is_rank0:
@@ -293,7 +296,8 @@ class _Run:
         self.progress.phase("checkpoint")
         step, loop = self.loop.steps_done, self.loop
         folder, keep = Path(self.config.run_dir) / "checkpoints", self.config.checkpoint.keep + more
-        self.backend.save(folder, step, loop.actor, loop.stream.tokenizer, loop.state_dict(), keep)
+        models = loop.actor, loop.reward_model
+        self.backend.save(folder, step, *models, loop.stream.tokenizer, loop.state_dict(), keep)
         self.stored = step
 
     def evaluation(self, step: int) -> dict[str, float]:
