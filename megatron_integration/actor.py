@@ -63,6 +63,7 @@ class MegatronModel(TrainedModel):
         **options: Any,
     ):
         super().__init__(model, config, *arguments, **options)
+        config = self.config  # a reward model's is not the actor's
         if megatron.optimizer_offload and groups.device.type != "cuda":
             raise ValueError(
                 f"megatron.optimizer_offload: needs a GPU to move optimizer state away from, got "

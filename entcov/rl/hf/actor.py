@@ -23,6 +23,7 @@ class TransformersModel(TrainedModel):
 
     def __init__(self, model: nn.Module, config: ActorConfig, *arguments: Any, **options: Any):
         super().__init__(model, config, *arguments, **options)
+        config = self.config  # a reward model's is not the actor's
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
