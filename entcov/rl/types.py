@@ -41,6 +41,6 @@ class Rollout:
     weight_version: int  # number of optimizer steps the sampling weights had seen
     text: str = ""  # the response decoded, without the end-of-sequence token
     reward: float | None = None  # None: not scored yet
-    shaped_reward: float | None = None  # after reward shaping; None: not shaped
     timed_out: bool = False  # scored 0 because scoring took too long
+    shaped_reward: float | None = None  # after reward shaping; None: not shaped
     lag: int = 0  # training steps by which the policy that trains on it is newer
