@@ -95,6 +95,6 @@ def test_keys_of_a_reward_model_that_is_not_used(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model: {path: x}\ndata: {task: carry_arithmetic}\nrun_dir: x\nprime: {lr: 1.0e-5}\n")
     assert load_config(path).prime.lr == 1e-5
-    with pytest.raises(ConfigError, match="prime.beta_train: has no effect with advantage=grpo; it needs advantage=prime"):
+    with pytest.raises(ConfigError, match="prime.beta_train: has no effect with advantage=grpo; it needs"):
         load_config(path, ["prime.beta_train=0.1"])
     assert load_config(path, ["prime.beta_train=0.1", "advantage=prime"]).prime.beta_train == 0.1

@@ -16,7 +16,7 @@ from megatron_integration.bridge import build_model, load_hf_weights, make_bridg
 from megatron_integration.checkpoint import load_sharded, save_sharded
 from tests.support.megatron_cases import ADAM_EPS, actor_config, laid_out, load
 
-CONFIG = PrimeConfig(beta_train=0.5, lr=1e-3, updates_per_rollout=2, weight_decay=0.0)
+CONFIG = PrimeConfig(beta_train=0.5, lr=1e-3, updates_per_rollout=2)
 
 
 def prime(folder: Path, case: dict[str, Any]) -> str | None:
@@ -33,13 +33,13 @@ def prime(folder: Path, case: dict[str, Any]) -> str | None:
 
     for number, layout_of in enumerate(case["layouts"]):
         with laid_out(**layout_of) as (megatron, layout):
+            config = actor_config(packing=megatron.context_parallel > 1)
 
-            def start(megatron=megatron, layout=layout) -> MegatronRewardModel:
+            def start(megatron=megatron, layout=layout, config=config) -> MegatronRewardModel:
                 bridge = make_bridge(str(source), megatron, layout, dtype=torch.float32)
                 models = [build_model(bridge, layout) for _ in range(2)]
                 for one in models:
                     load_hf_weights(bridge, one, str(source), layout)
-                config = actor_config(packing=case["packing"])
                 own, reference = models
                 return MegatronRewardModel(
                     own, bridge, layout, config, megatron, CONFIG, reference=reference, adam_eps=ADAM_EPS

@@ -1,4 +1,4 @@
-"""PRIME's reward model on transformers: its gradient, its moments, no division of the batch changes it, and it learns."""
+"""PRIME's reward model on transformers: its gradient, its moments, divisions of the batch, and that it learns."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def test_one_step_is_that_of_the_cross_entropy_of_whole_responses(rolled_out):
     right = (logit > 0) == (batch.responses.score > 0.5)
     assert metrics["reward_model/dpo_acc_abs_before"] == pytest.approx(float(right.double().mean()))
     assert metrics["reward_model/lr"] == 1e-2
+    assert reward_model(model, {"weight_decay": 0.3}).optimizer.param_groups[0]["weight_decay"] == 0.3
 
 
 @pytest.mark.parametrize("update", ["before", "after", "none"])
