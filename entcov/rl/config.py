@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from entcov import arguments as check
-from entcov.controls import CONTROLS, Control, make_control
+from entcov.controls import CONTROLS, Control, check_composition, make_control
 from entcov.objective.advantages import ADVANTAGES
 from entcov.objective.prime import Prime
 from entcov.objective.tokens import PolicyLossConfig
@@ -307,13 +307,12 @@ class Config:
                         f"{key}: must be one of {', '.join(known)}, got {check.shown(name)}"
                         + check.suggestion(name, known)
                     )
-        if len(set(self.control)) < len(self.control):
-            raise ValueError(f"control: must not repeat an entry, got {self.control}")
         for name, knobs in self.advantages.items():
             with naming(f"advantages.{name}"):
                 Prime(**knobs)
         for name in self.controls:
             _build_control(name, self.controls[name])
+        check_composition(self.build_controls())
         if self.actor.updates_per_rollout > self.rollout.prompts_per_step:
             raise ValueError(
                 "actor.updates_per_rollout: must not exceed rollout.prompts_per_step (a mini-batch holds whole "
