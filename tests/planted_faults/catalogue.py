@@ -1,6 +1,6 @@
 """Every planted fault."""
 
-from tests.planted_faults import confinement, megatron, objective, statistics, storage, trainer
+from tests.planted_faults import confinement, megatron, objective, prime, statistics, storage, trainer
 
 FAULTS = (
     *objective.FAULTS,
@@ -9,4 +9,5 @@ FAULTS = (
     *confinement.FAULTS,
     *statistics.FAULTS,
     *megatron.FAULTS,
+    *prime.FAULTS,
 )

@@ -17,6 +17,7 @@ LOOP, COLLECT, ACTOR, HF_ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, BAC
         "backend",
     )
 )
+TRAINED = "entcov/rl/trained_model.py"
 INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (
     f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "hf/model_config")
 )
@@ -295,21 +296,21 @@ FAULTS = (
     # ---- the actor ---------------------------------------------------------------------------------------------------
     Fault(
         "learning_rate_warm_up_is_not_applied",
-        ACTOR,
+        TRAINED,
         'group["lr"] = lr\n',
         "pass\n",
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
     Fault(
         "learning_rate_does_not_warm_up",
-        ACTOR,
+        TRAINED,
         "lr = self.config.lr * min(1.0, ",
         "lr = self.config.lr * max(1.0, 0 * ",
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
     Fault(
         "learning_rate_warm_up_starts_at_0",
-        ACTOR,
+        TRAINED,
         "(self.weight_version + 1) / max(1,",
         "self.weight_version / max(1,",
         [T_ACTOR + "updates_are_adamw_by_hand"],
@@ -344,7 +345,7 @@ FAULTS = (
     ),
     Fault(
         "infinite_gradients_update",
-        ACTOR,
+        TRAINED,
         "if not math.isfinite(grad_norm):",
         "if False:",
         [T_ACTOR + "a_gradient_that_is_not_finite_changes_nothing"],
