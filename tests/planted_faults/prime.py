@@ -15,6 +15,8 @@ ONE_STEP = T_MODEL + "one_step_is_that_of_the_cross_entropy_of_whole_responses"
 ANY_DIVISION = T_MODEL + "no_division_of_the_batch_changes_the_rewards_or_the_step"
 MOMENT = T_MODEL + "the_step_precedes_the_rewards_or_follows_them"
 
+RUNS = "three runs of the trainer take two seconds"
+
 FAULTS = (
     # ---- PRIME's rewards and advantages ------------------------------------------------------------------------------
     Fault(
@@ -36,7 +38,7 @@ FAULTS = (
         PRIME,
         "(size - 1).clamp(min=1)",
         "size",
-        [T_PRIME + "one_group_by_hand"],
+        [T_PRIME + "against_loops_with_groups_of_different_sizes_in_any_order"],
     ),
     Fault(
         "the_outcome_rewards_every_token",
@@ -122,7 +124,8 @@ FAULTS = (
         LOOP,
         'self.unstorable = f"step {step} has begun to change the reward model"',
         "pass",
-        [HALF_A_STEP],
+        [HALF_A_STEP + "[assign_advantages]"],
+        slow=RUNS,
     ),
     Fault(
         "a_resumed_reward_model_has_a_new_optimizer",
@@ -137,6 +140,7 @@ FAULTS = (
         "            folder = str(start.checkpoint.file(REWARD_MODEL))\n",
         '            folder = str(start.checkpoint.file("model"))\n',
         [RESUMED],
+        slow=RUNS,
     ),
     Fault(
         "a_reward_model_with_another_vocabulary",
@@ -144,6 +148,7 @@ FAULTS = (
         "if size != policy:",
         "if size > policy:",
         [T_RUN + "a_reward_model_of_its_own_first_weights"],
+        slow=RUNS,
     ),
     Fault(
         "an_override_of_a_reward_model_that_is_not_used",

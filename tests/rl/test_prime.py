@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from entcov.rl.config import ConfigError, load_config, parse_config
-from entcov.rl.hf.actor import TransformersActor
+from entcov.rl.loop import Loop
 from entcov.rl.record.checkpoint import load_latest
 from entcov.rl.run import evaluate_run, train
 from tests.support.tiny_run import recipe, timeless
@@ -53,24 +53,20 @@ def test_a_resumed_run_continues_bit_for_bit(straight, tmp_path):
     assert step == 3 and metrics
 
 
-def test_a_run_that_fails_between_the_two_models_steps_keeps_neither(straight, tmp_path, monkeypatch, capsys):
-    update, calls = TransformersActor.update, []
+@pytest.mark.parametrize("method", ["assign_advantages", "update"])
+def test_a_run_that_fails_between_the_two_models_steps_keeps_neither(straight, tmp_path, monkeypatch, capsys, method):
+    """In step 2, when the reward model has taken its steps and the policy none."""
+    whole = getattr(Loop, method)
 
-    def failing(self, batch, *, step):
-        calls.append(step)
-        if step == 2:
-            raise OSError("the policy's update failed")
-        return update(self, batch, step=step)
+    def failing(self, *arguments):
+        if self.steps_done == 1:
+            raise OSError("half way")
+        return whole(self, *arguments)
 
-    monkeypatch.setattr(TransformersActor, "update", failing)
-    with pytest.raises(OSError, match="the policy's update failed"):
-        run(tmp_path, **{"checkpoint.every": 0})
-    assert "step 1 is lost: step 2 has begun to change the weights" in capsys.readouterr().err
-    assert load_latest(tmp_path / "checkpoints").step == 0
-    monkeypatch.undo()
-    monkeypatch.setattr("entcov.rl.loop.Loop.assign_advantages", lambda *a: (_ for _ in ()).throw(OSError("half way")))
+    monkeypatch.setattr(Loop, method, failing)
     with pytest.raises(OSError, match="half way"):
-        run(tmp_path)
+        run(tmp_path, **{"checkpoint.every": 0})
+    assert "step 1 is lost: step 2 has begun to change the" in capsys.readouterr().err
     assert load_latest(tmp_path / "checkpoints").step == 0
     monkeypatch.undo()
     assert (run(tmp_path), weights(tmp_path)) == straight
