@@ -79,7 +79,7 @@ class MegatronBackend:
         policy, reference = build_model(bridge, self.groups), None
         if start.checkpoint is None:
             load_hf_weights(bridge, policy, folder, self.groups)
-        if needs_reference(loss, controls):
+        if start.reference or needs_reference(loss, controls):
             reference = self._frozen(bridge, self._initial_folder(start))
         actor = MegatronActor(
             policy, bridge, self.groups, config, self.config, loss, controls,

@@ -30,7 +30,7 @@ make_control = CONTROLS.make
 
 __all__ = [
     "CONTROLS", "Control", "Effect", "Progress", "Selection", "Shaped", "Shaping", "begin", "check_composition",
-    "clamp_arguments", "make_control", "mini_batch_totals", "needs", "select",
+    "check_objective", "clamp_arguments", "make_control", "mini_batch_totals", "needs", "select",
 ]  # fmt: skip
 
 
@@ -57,6 +57,16 @@ def check_composition(controls: Sequence[Control]) -> None:
         for one in sorted(a.sets & b.sets):
             raise ValueError(f"control: {a.name} and {b.name} both set {one}; choose one of them")
     clamp_arguments(controls)
+
+
+def check_objective(controls: Sequence[Control], config: PolicyLossConfig) -> None:
+    """Raises ValueError if a control does not go with the objective of the loss."""
+    for control in controls:
+        if control.objectives is not None and config.objective not in control.objectives:
+            raise ValueError(
+                f"objective must be one of {', '.join(control.objectives)} for control {control.name} as it is set, "
+                f"got {config.objective}"
+            )
 
 
 def selects(control: Control) -> bool:
@@ -172,6 +182,7 @@ def select(
 
     def prepared() -> Tokens:
         check_counter("step", step)
+        check_objective(controls, config)
         everything = Tokens.cat(micro_batches)
         for i, control in enumerate(controls):
             if selects(control):

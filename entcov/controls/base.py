@@ -101,6 +101,11 @@ class Control:
         return None
 
     @property
+    def objectives(self) -> tuple[str, ...] | None:
+        """The objectives of the loss that the control goes with, see entcov/objective/objectives.py; None: all."""
+        return None
+
+    @property
     def clamp(self) -> dict[str, Any]:
         """Arguments of `token_stats` that "clamped_entropy" needs, for example {"clamp_p": 0.33}."""
         return {}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from entcov import arguments as check
 from entcov.controls.base import Control, Effect, Progress, Selection, Shaping
 from entcov.controls.clip_cov import SCOPES, SEMANTICS
+from entcov.objective.objectives import UNCLIPPED
 from entcov.objective.selection import select_kl_cov
 from entcov.objective.token_covariance import token_covariance
 from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
@@ -52,6 +53,11 @@ class KLCov(Control):
         check.one_of("semantics", self.semantics, SEMANTICS)
         check.one_of("scope", self.scope, SCOPES)
         check.integer("seed", self.seed, 0)
+
+    @property
+    def objectives(self) -> tuple[str, ...] | None:
+        """The reference form drops the clip of single tokens."""
+        return UNCLIPPED if self.semantics == "reference" else None
 
     @property
     def baseline_knobs(self) -> dict[str, Any] | None:

@@ -13,22 +13,17 @@ what is centred over what are those of the authors' code, verl-recipe prime/prim
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from entcov import arguments as check
-from entcov.objective.advantages import VARIANCE_EPS
-from entcov.objective.responses import Responses
-from entcov.objective.tokens import Tokens
 
 NORMS = ("batch_norm", "none")
 NORM_EPS = 1e-6
-_MOST = 1e6  # of a coefficient: the whitening takes a common factor away
+VARIANCE_EPS = 1e-8  # of verl's masked_whiten
 _FLOAT = (torch.float32, torch.float64)
 
 
@@ -167,25 +162,3 @@ def _ends(value: Tensor, length: Tensor, name: str) -> Tensor:
     if (total := int(ends[-1]) if len(ends) else 0) != len(value):
         raise ValueError(f"length must add up to the {len(value)} tokens of {name}, got {total}")
     return ends
-
-
-@dataclass
-class Prime:
-    """`prime_advantage` of the rewards that the reward model gave the tokens, and of the responses' rewards."""
-
-    name: ClassVar[str] = "prime"
-    reward_dpo_coef: float = 5.0
-    reward_gt_coef: float = 5.0
-    prime_norm: str = "batch_norm"
-
-    def __post_init__(self) -> None:
-        check.number("reward_dpo_coef", self.reward_dpo_coef, 0.0, _MOST)
-        check.number("reward_gt_coef", self.reward_gt_coef, 0.0, _MOST)
-        check.one_of("prime_norm", self.prime_norm, NORMS)
-        if self.reward_dpo_coef == self.reward_gt_coef == 0:
-            raise ValueError("reward_dpo_coef and reward_gt_coef must not both be 0: every advantage would be 0")
-
-    def __call__(self, responses: Responses, tokens: Tokens) -> Tensor:
-        if tokens.token_reward is None:
-            raise ValueError("tokens.token_reward must be given for the advantage prime, got None")
-        return prime_advantage(tokens.token_reward, responses.reward, responses.group, responses.length, **vars(self))

@@ -169,6 +169,7 @@ def settings_from(
         raise ValueError(f"mean_response: must be in [1, rollout.max_response_length = {limit}], got {mean_response}")
     megatron, vllm = config.megatron, config.rollout.vllm
     controls = config.build_controls()
+    reward_model = "token_reward" in config.build_estimator().needs
     return Settings(
         shape=shape_of(config.model.path, config.model.config),
         gpu=gpu,
@@ -182,12 +183,12 @@ def settings_from(
             (config.rollout, ("prompts_per_step", "group_size")),
             (config.actor, ("micro_batch_tokens", "epochs")),
         ) for name in names},
-        reference=config.loss.kl_coef > 0 or any("ref_logprob" in c.needs for c in controls),
-        reward_model=config.advantage == "prime",
+        reference=config.loss.kl_coef > 0
+        or config.kl_in_reward.coef > 0
+        or any("ref_logprob" in c.needs for c in controls),
+        reward_model=reward_model,
         reward_model_path=config.prime.path is not None,
-        reward_model_updates=(
-            config.prime.updates_per_rollout if config.advantage == "prime" and config.prime.update != "none" else 0
-        ),
+        reward_model_updates=config.prime.updates_per_rollout * (reward_model and config.prime.update != "none"),
         selection=any("selection" in c.needs for c in controls),
         select_on_first_update=megatron.selection_logprob == "recompute",
         clamped_entropy=any("clamped_entropy" in c.needs for c in controls),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from entcov.objective.prime import Prime
+from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.backend import TransformersBackend
 from entcov.rl.collect import derived_seed
 from entcov.rl.config import Config, ConfigError
@@ -64,14 +64,17 @@ def build(
         warm_started(policy, stream=stream, config=config, on_step=on_warm_start)
 
     start = Start(
-        config.model, config.seed, Path(config.run_dir), checkpoint, warm_start if config.warm_start.steps else None
-    )
+        config.model, config.seed, Path(config.run_dir), checkpoint, warm_start if config.warm_start.steps else None,
+        reference=config.kl_in_reward.coef > 0,
+    )  # fmt: skip
     tokenizer = model_tokenizer(start.stored_model)
     stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
     controls, reward_fn = config.build_controls(), load_reward(config.data.reward)
     actor = backend.build_actor(config.actor, config.loss, controls, config.rollout.temperature, start)
     sampler = backend.build_sampler(config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn)
-    reward_model = backend.build_reward_model(config.prime, start, actor) if config.advantage == Prime.name else None
+    reward_model = None
+    if "token_reward" in config.build_estimator().needs:
+        reward_model = backend.build_reward_model(config.prime, start, actor)
     return Loop(config, actor, sampler, stream, controls, reward_fn, reward_model, phase=phase)
 
 
@@ -169,8 +172,10 @@ def evaluate_run(
     run_dir = Path(config.run_dir)
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
     # An evaluation needs neither the reference policy nor a reward model.
-    loss = dataclasses.replace(config.loss, kl_coef=0.0)
-    plain = dataclasses.replace(config, loss=loss, control=[], advantage="grpo")
+    loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
+    plain = dataclasses.replace(
+        config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[], advantage=Config.advantage
+    )
     loop = build(plain, backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
     if backend.is_rank0:

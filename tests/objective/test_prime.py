@@ -6,7 +6,8 @@ import statistics
 import pytest
 import torch
 
-from entcov.objective.prime import Prime, ordered_pairs, outcome_loss, prime_advantage, token_rewards
+from entcov.objective.advantages import Prime
+from entcov.objective.prime import ordered_pairs, outcome_loss, prime_advantage, token_rewards
 from entcov.objective.responses import Responses
 from entcov.objective.tokens import Tokens
 
@@ -115,9 +116,11 @@ def test_the_estimator_reads_the_tokens_rewards_and_the_shaped_reward():
     tokens = Tokens(nothing, nothing, nothing, nothing == 0, token_reward=torch.tensor(REWARD))
     responses = Responses.of(torch.tensor(OUTCOME), torch.tensor([4, 4]), torch.tensor(LENGTH))
     responses.score = torch.tensor([0.0, 0.0])
-    assert Prime(prime_norm="none")(responses, tokens).tolist() == pytest.approx(advantage(prime_norm="none"), rel=1e-5)
+    assert Prime(prime_norm="none")(responses, tokens).value.tolist() == pytest.approx(
+        advantage(prime_norm="none"), rel=1e-5
+    )
     tokens.token_reward = None
-    with pytest.raises(ValueError, match=r"tokens.token_reward must be given for the advantage prime, got None"):
+    with pytest.raises(ValueError, match=r"tokens.token_reward must be given, the advantage prime reads it; got None"):
         Prime()(responses, tokens)
 
 

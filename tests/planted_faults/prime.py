@@ -63,9 +63,9 @@ FAULTS = (
     ),
     Fault(
         "the_shaped_reward_does_not_reach_the_advantage",
-        PRIME,
-        "tokens.token_reward, responses.reward, responses",
-        "tokens.token_reward, responses.score, responses",
+        "entcov/objective/advantages.py",
+        "parts = responses.reward, responses.group, responses.length",
+        "parts = responses.score, responses.group, responses.length",
         [T_PRIME + "the_estimator_reads_the_tokens_rewards_and_the_shaped_reward"],
     ),
     # ---- the reward model --------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from entcov.rl.sandbox import SandboxPool
 from entcov.rl.tasks.base import TASKS, import_object, score_after_mark
 from entcov.rl.types import Example
 
-RewardFunction = Callable[[Example, str], float]
+# One number, or several by name, whose sum is the reward (the advantage gdpo normalises each alone).
+RewardFunction = Callable[[Example, str], float | dict[str, float]]
 
 MATH_SOURCES = (
     "DigitalLearningGmbH/MATH-lighteval",
@@ -41,7 +42,8 @@ def score(example: Example, response: str) -> float:
 def load_reward(spec: str | None) -> RewardFunction:
     """The reward function that a recipe names: None for `score`, or "module:function" for your own.
 
-    Your function gets (example, response text) and returns a finite number.
+    Your function gets (example, response text) and returns a finite number, or a dict of them with the same keys for
+    every response, whose sum is the reward.
     """
     if spec is None:
         return score
