@@ -62,7 +62,7 @@ class GRPO(Estimator):
 
     scale_rewards  "group" (default): the std of the group. "batch": of all rewards. "none": no division (dr_grpo).
     A group of one has std 1. Source: Shao et al., DeepSeekMath, arXiv 2402.03300; scale_rewards is TRL's, with its
-    "batch" from Liu et al., arXiv 2508.08221; TRL adds 1e-4 to the std.
+    "batch" from "Tricks or Traps?" (Lite PPO), arXiv 2508.08221; TRL adds 1e-4 to the std.
     """
 
     name: ClassVar[str] = "grpo"
@@ -201,7 +201,7 @@ class GDPO(Estimator):
 
     The reward function returns a dict of components, the same names for every response; the score is their plain sum.
     weights  by component; None: 1 for each. Reward shaping and kl_in_reward change the sum, which this does not read.
-    Source: Liu et al., arXiv 2601.05242; code: NVlabs/GDPO, which whitens over tokens,
+    Source: GDPO, arXiv 2601.05242; code: NVlabs/GDPO, which whitens over tokens,
         (x - mean) / sqrt(var + 1e-8). TRL's multi_objective_aggregation="normalize_then_sum" takes the mean and the
         std over responses instead, and 1e-4 in both divisions.
     """

@@ -27,7 +27,7 @@ class KLInReward:
     target   with it the coefficient adapts after each step, coef *= 1 + clip(kl / target - 1, -0.2, 0.2) n / horizon,
              with n the responses of the step and kl the mean over them of the mean over their tokens. None: fixed.
     horizon  of the controller, in responses.
-    Source: Ziegler et al., arXiv 1909.08593, section 2.2 (the controller); verl's use_kl_in_reward, kl_penalty (which
+    Source: Ziegler et al., arXiv 1909.08593 (the controller); verl's use_kl_in_reward, kl_penalty (which
         calls k1 "kl") and kl_ctrl, with the same numbers.
     """
 
