@@ -1,7 +1,6 @@
 """The Megatron backend: Megatron-Core in the processes that torchrun started."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from entcov.controls import Control
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.actor import needs_reference
-from entcov.rl.backend import REFERENCE, REWARD_MODEL, check_reference, check_vocabulary
+from entcov.rl.backend import REFERENCE, REWARD_MODEL, check_reference
 from entcov.rl.config import ActorConfig, Config, ConfigError, MegatronConfig, PrimeConfig, RolloutConfig
 from entcov.rl.hf import model as hf
 from entcov.rl.hf.model_config import check_context
 from entcov.rl.interfaces import Sampler, Start
 from entcov.rl.preflight import check_recipe
-from entcov.rl.recipe import naming
 from entcov.rl.record.checkpoint import save_checkpoint
 from entcov.rl.record.sealed import replace_sealed
 from entcov.rl.rewards.rules import RewardFunction
@@ -91,9 +89,7 @@ class MegatronBackend:
 
     def build_reward_model(self, config: PrimeConfig, start: Start, actor: MegatronActor) -> MegatronRewardModel:
         folder = self._initial_folder(start) if config.path is None else local_folder(config.path)
-        with naming("prime.path") if config.path is not None else nullcontext():
-            bridge = make_bridge(folder, self.config, self.groups, dtype=actor.bridge.dtype)
-            check_vocabulary(folder, bridge.hf_config.vocab_size, actor.bridge.hf_config.vocab_size)
+        bridge = make_bridge(folder, self.config, self.groups, dtype=actor.bridge.dtype)
         shared = actor.reference if config.path is None else None
         model = build_model(bridge, self.groups)
         if start.checkpoint is None:

@@ -374,6 +374,7 @@ class Prime(Estimator):
             raise ValueError("reward_dpo_coef and reward_gt_coef must not both be 0: every advantage would be 0")
 
     def __call__(self, responses: Responses, tokens: Tokens | None = None) -> Advantages:
+        _groups(responses)  # for its checks
         if tokens is None:
             raise ValueError(f"tokens must be given for the advantage {self.name}, got None")
         reward = tokens.given("token_reward", f"the advantage {self.name}")

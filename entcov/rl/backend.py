@@ -13,14 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from entcov.controls import Control
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.actor import needs_reference
-from entcov.rl.config import ActorConfig, Config, ConfigError, PrimeConfig, RolloutConfig
+from entcov.rl.config import ActorConfig, Config, PrimeConfig, RolloutConfig
 from entcov.rl.hf.actor import TransformersActor, TransformersRewardModel
 from entcov.rl.hf.model import build_model, save_model
 from entcov.rl.hf.model_config import check_context
 from entcov.rl.hf.sampler import InProcessSampler
 from entcov.rl.interfaces import Sampler, Start
 from entcov.rl.preflight import check_recipe, resolve_device
-from entcov.rl.recipe import naming
 from entcov.rl.record.checkpoint import load_plain, save_checkpoint
 from entcov.rl.record.sealed import CheckpointError, damage, replace_sealed
 from entcov.rl.rewards.rules import RewardFunction
@@ -65,7 +64,7 @@ class TransformersBackend:
     ) -> TransformersRewardModel:
         policy, fresh = actor.model, start.checkpoint is None
         if config.path is not None:
-            reference = self._other_model(config.path, start, policy.config.vocab_size).requires_grad_(False).eval()
+            reference = self._other_model(config.path, start).requires_grad_(False).eval()
         elif actor.reference is not None:
             reference = actor.reference
         else:
@@ -73,18 +72,14 @@ class TransformersBackend:
         if fresh:
             model = copy.deepcopy(reference).requires_grad_(True).train()
         else:
-            folder = str(start.checkpoint.file(REWARD_MODEL))
-            model = self._other_model(folder, start, policy.config.vocab_size)
+            model = self._other_model(str(start.checkpoint.file(REWARD_MODEL)), start)
         return TransformersRewardModel(model, actor.config, config, reference=reference)
 
-    def _other_model(self, path: str, start: Start, vocab_size: int) -> nn.Module:
+    def _other_model(self, path: str, start: Start) -> nn.Module:
         """The model in a folder, with the policy's tokenizer, precision and attention."""
         tokenizer = start.stored_model.tokenizer or start.stored_model.path
         settings = dataclasses.replace(start.model, path=path, config=None, tokenizer=tokenizer)
-        with naming("prime.path"):
-            model, _ = build_model(settings, seed=start.seed, device=resolve_device(self.device))
-        check_vocabulary(path, model.config.vocab_size, vocab_size)
-        return model
+        return build_model(settings, seed=start.seed, device=resolve_device(self.device))[0]
 
     def build_sampler(
         self, config: RolloutConfig, max_prompt_length: int, start: Start, actor: TransformersActor,
@@ -121,14 +116,6 @@ def reference_policy(policy: nn.Module, run_dir: Path, *, fresh: bool) -> nn.Mod
         check_reference(stored)
         reference.load_state_dict(load_plain(stored / "weights.pt", map_location="cpu"))
     return reference.requires_grad_(False).eval()
-
-
-def check_vocabulary(path: str, size: int, policy: int) -> None:
-    """Raises where the tokens of a reward model are not those of the policy, of which their numbers are all we see."""
-    if size != policy:
-        raise ConfigError(
-            f"prime.path: must hold a model with the policy's vocabulary of {policy} tokens, got {size} in {path!r}"
-        )
 
 
 def check_reference(stored: Path) -> None:

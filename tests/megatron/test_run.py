@@ -126,7 +126,7 @@ def test_vllm_rollouts_with_tensor_parallelism_give_the_torch_path_with_vllm(tmp
     pytest.importorskip("vllm")
     # vLLM's CPU attention has heads of 32 and more; every rank has an engine and takes half of the prompts.
     changes = CHANGES | {"model.config.head_dim": 32, "rollout.sampler": "vllm", "rollout.vllm": {"max_num_seqs": 8}}
-    changes |= {"steps": 2, "eval": {"prompts": 0}, "checkpoint": {"every": 0}}
+    changes |= {"advantage": "grpo", "steps": 2, "eval": {"prompts": 0}, "checkpoint": {"every": 0}}
     megatron, alone, log = tmp_path / "megatron", tmp_path / "torch", tmp_path / "log"
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(OmegaConf.to_yaml(OmegaConf.create(recipe(megatron, **changes))))
