@@ -209,9 +209,8 @@ class MegatronModel(TrainedModel):
 
     def _stats(self, micro: MicroBatch, logits: Tensor, **options: Any) -> TokenStats:
         """Statistics of this rank's loss tokens, [k] each, in the logits' order."""
-        stats = logits_stats(
-            logits, micro.target, vocab_size=self.bridge.hf_config.vocab_size, temperature=self.temperature, **options
-        )
+        options = {"temperature": self.temperature} | options
+        stats = logits_stats(logits, micro.target, vocab_size=self.bridge.hf_config.vocab_size, **options)
         at = micro.target != IGNORE_INDEX
         return TokenStats(*(None if value is None else value[at] for value in stats))
 

@@ -10,7 +10,7 @@ from entcov import arguments as check
 from entcov.controls.base import Control, Effect, Progress, Selection, Shaping
 from entcov.controls.clip_cov import SCOPES, SEMANTICS
 from entcov.objective.objectives import UNCLIPPED
-from entcov.objective.selection import select_kl_cov
+from entcov.objective.selection import select_largest
 from entcov.objective.token_covariance import token_covariance
 from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
 
@@ -39,6 +39,7 @@ class KLCov(Control):
 
     name: ClassVar[str] = "kl_cov"
     needs: ClassVar[frozenset[str]] = frozenset({"selection"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the penalty on log-ratios"})
 
     kl_cov_ratio: float = 2e-3
     ppo_kl_coef: float = 1.0
@@ -75,7 +76,7 @@ class KLCov(Control):
         covariance = token_covariance(
             tokens.logprob, tokens.advantage, tokens.loss_mask, group=group, empty_ok=self.scope == "micro_batch"
         )
-        chosen = select_kl_cov(
+        chosen = select_largest(
             covariance,
             tokens.token_id,
             ratio=self.kl_cov_ratio,

@@ -242,4 +242,7 @@ def _pairs(
         for part in (chosen.mask, chosen.drop):
             if part is not None:
                 check.vector(f"selection of control {control.name}", part, (torch.bool,), tokens.logprob)
+        if chosen.weight is not None:
+            floats = (torch.float32, torch.float64)
+            check.vector(f"weight of control {control.name}", chosen.weight, floats, tokens.logprob)
     return pairs

@@ -69,6 +69,10 @@ class PolicyActor(TrainedModel):
             stats["ref_logprob"] = self._forward(self.reference, batch, ["logprob"])["logprob"]
         return stats
 
+    @torch.no_grad()
+    def compute_entropy(self, batch: Batch, *, temperature: float) -> Tensor:
+        return self._forward(self.model, batch, ["entropy"], temperature=temperature)["entropy"]
+
     def update(self, batch: Batch, *, step: int) -> dict[str, float]:
         """One optimizer step on a mini-batch, on every rank.
 

@@ -71,6 +71,11 @@ class Batch:
         pieces = [torch.arange(starts[s], starts[s + 1]) for s in sequences]
         return torch.cat([torch.empty(0, dtype=torch.int64), *pieces]).to(self.tokens.device)
 
+    def response_means(self, values: Tensor) -> Tensor:
+        """[S] float64 on the CPU: the mean of `values` [N] over the tokens of each response."""
+        each, masks = (x.split(self.lengths) for x in (values.cpu().double(), self.loss_mask.cpu()))
+        return torch.stack([own[mask].mean() for own, mask in zip(each, masks, strict=True)])
+
     def subset(self, sequences: Sequence[int]) -> Batch:
         """The sequences with these indices, in this order."""
         index, rows = self.positions(sequences), torch.tensor(sequences, dtype=torch.int64, device=self.tokens.device)

@@ -99,13 +99,13 @@ class Collector:
         """The rollouts of `step`, from the prompts at `position` and after it.
 
         With dynamic sampling (`filter_zero_variance`) groups whose rewards are all equal are dropped and more prompts
-        are drawn, up to `max_draws` times.
+        are drawn, up to `max_draws` times. `on_shortfall: accept` goes on with fewer groups where that is not enough.
 
         Args:
             phase: called with the name of each phase.
 
         Raises:
-            RuntimeError: dynamic sampling has left nothing.
+            RuntimeError: dynamic sampling has left too few groups, or with `on_shortfall: accept` none.
         """
         config = self.config
         seconds: dict[str, float] = defaultdict(float)
@@ -141,11 +141,15 @@ class Collector:
             kept += [r for g in groups for r in g]
             if len(kept) >= config.prompts_per_step * config.group_size:
                 break
-        if not kept:
+        groups_kept, accepts = len(kept) // config.group_size, config.on_shortfall == "accept"
+        if groups_kept < (1 if accepts else config.prompts_per_step):
             raise RuntimeError(
-                f"step {step}: rollout.filter_zero_variance left nothing of {len(drawn)} rollouts: in every group all "
-                f"rewards are equal (mean {mean(r.reward for r in drawn):.3f}). The task is too hard or too easy for "
-                "this policy; raise rollout.max_draws or group_size, or switch the filter off"
+                f"step {step}: rollout.filter_zero_variance kept {groups_kept} groups of "
+                f"{len(drawn) // config.group_size} in {draw + 1} draws, and a step needs {config.prompts_per_step}: "
+                f"in the others all rewards are equal (mean {mean(r.reward for r in drawn):.3f}). The task is too hard "
+                "or too easy for this policy; raise rollout.max_draws or group_size, "
+                + ("" if accepts else "train on fewer groups with rollout.on_shortfall=accept, ")
+                + "or switch the filter off"
             )
         metrics = _described(drawn, config.group_size) | {"training/generation_batches": draw + 1}
         metrics |= {f"timing_s/{name}": value for name, value in seconds.items()}

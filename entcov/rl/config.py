@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
@@ -30,13 +30,13 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+Share = Annotated[Number, Field(gt=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
 Bytes = Annotated[int, Field(strict=True, ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 _SHOWN_OFFENDERS = 10
-RENAMED = {"actor.engine": "actor.backend", "rollout.engine": "rollout.sampler"}  # old key -> its name now
 
 
 @dataclass(config=_STRICT)
@@ -138,18 +138,22 @@ class RolloutConfig:
     max_staleness: Annotated[Whole, Field(le=1)] = 0
     # Dynamic sampling (DAPO): groups of equal rewards have no gradient; draw until the step has enough others.
     filter_zero_variance: bool = False
-    max_draws: Count = 3
+    max_draws: Count = 10  # draws of prompts_per_step prompts in one step
+    # Where they leave too few groups: end the run, as the scripts of DAPO and of Cui et al. do, or train on those.
+    on_shortfall: Literal["raise", "accept"] = "raise"
 
     def __post_init__(self):
         if self.filter_zero_variance and self.group_size == 1:
             raise ValueError(
                 "filter_zero_variance: needs group_size > 1, a group of one never differs; got group_size 1"
             )
-        if not self.filter_zero_variance and self.max_draws != RolloutConfig.max_draws:
-            raise ValueError(
-                f"max_draws: has no effect without filter_zero_variance, got {self.max_draws} and "
-                f"filter_zero_variance false; set that to true, or leave max_draws at {RolloutConfig.max_draws}"
-            )
+        for key in ("max_draws", "on_shortfall"):
+            value, default = getattr(self, key), getattr(RolloutConfig, key)
+            if not self.filter_zero_variance and value != default:
+                raise ValueError(
+                    f"{key}: has no effect without filter_zero_variance, got {value} and filter_zero_variance false; "
+                    f"set that to true, or leave {key} at {default}"
+                )
         if not self.max_staleness:
             return
         if self.sampler == "in_process":
@@ -166,7 +170,7 @@ class ActorConfig:
     # megatron: torchrun ... -m megatron_integration train RECIPE
     backend: Literal["transformers", "megatron"] = "transformers"
     lr: Positive = 1e-6
-    warmup_steps: Whole = 10  # optimizer steps of linear warm-up
+    warmup_steps: Whole = 0  # training steps (rollouts) of linear warm-up: step k has lr * min(1, k / warmup_steps)
     weight_decay: NonNegative = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
@@ -196,6 +200,17 @@ class SourceEvalConfig:
 
     samples: Count | None = None
     temperature: NonNegative | None = None
+    top_p: Share | None = None
+    top_k: Whole | None = None
+
+
+class Sampling(NamedTuple):
+    """How a held-out prompt is sampled: the keys of `EvalConfig` with the same names."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    top_k: int
 
 
 @dataclass(config=_STRICT)
@@ -232,15 +247,16 @@ class EvalConfig:
     prompts: Whole | None = 128  # the first so many of each data source; None: all of val_files; 0: never evaluate
     samples: Count = 4
     temperature: NonNegative = 1.0
+    top_p: Share = 1.0  # sample from the fewest likeliest tokens that hold this share of the probability; 1: from all
+    top_k: Whole = 0  # and from the so many likeliest; 0: from all. Rollouts have neither: docs/training.md
     sources: dict[str, SourceEvalConfig] = dataclasses.field(default_factory=dict)  # by data_source
+    entropy: bool = False  # measure the policy's entropy over the responses: one more forward pass of the actor
 
-    def settings(self, source: str) -> tuple[int, float]:
-        """(samples, temperature) for prompts of this data source."""
+    def settings(self, source: str) -> Sampling:
+        """How prompts of this data source are sampled."""
         own = self.sources.get(source, SourceEvalConfig())
-        return (
-            self.samples if own.samples is None else own.samples,
-            self.temperature if own.temperature is None else own.temperature,
-        )
+        values = ((getattr(own, key), getattr(self, key)) for key in Sampling._fields)
+        return Sampling(*(default if value is None else value for value, default in values))
 
 
 @dataclass(config=_STRICT)
@@ -339,6 +355,12 @@ class Config:
             raise ValueError(
                 f"data.val_files: must be given where eval.prompts is not 0, got none and {self.eval.prompts}"
             )
+        longest = self.data.max_prompt_length + self.rollout.max_response_length
+        if self.eval.entropy and self.eval.prompts != 0 and self.actor.micro_batch_tokens < longest:
+            raise ValueError(
+                "actor.micro_batch_tokens: must be at least data.max_prompt_length + rollout.max_response_length where "
+                f"eval.entropy is true, got {self.actor.micro_batch_tokens} < {longest}"
+            )
         if self.loss.kl_coef == 0 and self.loss.kl_estimator != PolicyLossConfig.kl_estimator:
             raise ValueError(
                 f"loss.kl_estimator: has no effect where loss.kl_coef is 0, got {self.loss.kl_estimator!r}; set "
@@ -425,13 +447,11 @@ def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
 
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    if key in RENAMED:
-        return f"{key}: has the name {RENAMED[key]} now"
     if error["type"] == "unexpected_keyword_argument":
         return f"{check.one_line(key, 80)}: unknown key{_suggestion(key)}"
     if error["type"] == "missing":
         return f"{key}: must be given"
-    message = check.one_line(error["msg"].removeprefix("Value error, "), 300)
+    message = check.one_line(error["msg"].removeprefix("Value error, "), 600)
     if error["type"] == "value_error":  # from __post_init__: the message says the value itself
         if not key or message.startswith(key):
             return message

@@ -163,6 +163,7 @@ class Loop:
         means["scored/sampled_entropy"] = -float(policy["logprob"][at].mean())
         gap = (policy["logprob"] - batch.rollout_logprob)[at].abs()
         metrics["actor/entropy"] = means["scored/entropy"]
+        metrics["actor/entropy_response_mean"] = float(batch.response_means(policy["entropy"]).mean())
         metrics["training/mismatch"], metrics["training/mismatch_max"] = float(gap.mean()), float(gap.max())
         return means
 

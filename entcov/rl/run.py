@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from entcov.rl.backend import TransformersBackend
 from entcov.rl.collect import derived_seed
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.data.stream import PromptStream
-from entcov.rl.evaluation import SourceResult, evaluate, summarize
+from entcov.rl.evaluation import SourceResult, evaluate, response_entropy, summarize
 from entcov.rl.hf.model_config import model_tokenizer
 from entcov.rl.hf.warm_start import warm_started
 from entcov.rl.interfaces import Backend, Start
@@ -199,6 +200,7 @@ def _checkpoint(run_dir: Path, path: str | None) -> Checkpoint:
 def _evaluate(
     config: Config, loop: Loop, progress: Callable[[int, int], None] | None = None
 ) -> tuple[dict[str, float], list[Rollout]]:
+    at_once = config.rollout.prompts_per_step * config.rollout.group_size
     return evaluate(
         loop.sampler,
         loop.stream.held_out(config.eval.prompts),
@@ -207,6 +209,7 @@ def _evaluate(
         max_response_length=config.rollout.max_response_length,
         seed=derived_seed(config.seed, _EVAL_SEED),  # the same draws at every step: less noise in the curve
         progress=progress,
+        entropy_of=partial(response_entropy, loop.actor, at_once=at_once) if config.eval.entropy else None,
     )
 
 

@@ -46,10 +46,13 @@ class TrainedModel(ABC):
 
         The micro-batches' losses have the denominators of the mini-batch, so their gradients add up to its gradient.
 
+        The learning rate warms up over `warmup_steps` rollouts, with one rate for all updates of a rollout, as in verl.
+        verl counts the rollouts from 0, so that its first one changes no weight; here `step` counts from 1.
+
         Raises:
             RuntimeError: the gradient norm is not finite; nothing was updated.
         """
-        lr = self.config.lr * min(1.0, (self.weight_version + 1) / max(1, self.config.warmup_steps))
+        lr = self.config.lr * min(1.0, step / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         metrics, grad_norm = self._backward(batch, selections, totals)
@@ -79,7 +82,10 @@ class TrainedModel(ABC):
 
     @abstractmethod
     def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str], **options: Any) -> PolicyStats:
-        """The fields `names` of `token_stats(..., **options)`, each [N]: 0 outside the loss mask. Collective."""
+        """The fields `names` of `token_stats(..., **options)`, each [N]: 0 outside the loss mask. Collective.
+
+        The temperature is the model's, unless the options have another.
+        """
 
     @abstractmethod
     def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:

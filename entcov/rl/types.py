@@ -46,3 +46,4 @@ class Rollout:
     components: dict[str, float] | None = None  # of the reward, where the reward function returns several
     baseline: float | None = None  # reward of a greedy response to the same prompt; None: not sampled
     lag: int = 0  # training steps by which the policy that trains on it is newer
+    entropy: float | None = None  # the policy's at temperature 1, mean over `tokens`, nats; None: not measured

@@ -35,6 +35,9 @@ CHANGES = {
     # Without its steps and the norm, which would blow rounding up; test_parity.py has the steps.
     "prime": {"update": "none"},
     "advantages": {"prime": {"prime_norm": "none"}},
+    "rollout.temperature": 0.9,
+    "eval.entropy": True,  # at temperature 1
+    "eval.top_k": 3,
 }
 LIMIT = 300.0  # seconds that any wait may take before the test gives up
 

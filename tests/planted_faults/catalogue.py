@@ -3,6 +3,7 @@
 from tests.planted_faults import (
     advantages,
     confinement,
+    controls,
     megatron,
     objective,
     prime,
@@ -14,6 +15,7 @@ from tests.planted_faults import (
 FAULTS = (
     *objective.FAULTS,
     *advantages.FAULTS,
+    *controls.FAULTS,
     *trainer.FAULTS,
     *storage.FAULTS,
     *confinement.FAULTS,

@@ -5,7 +5,7 @@ from tests.planted_faults.fault import Fault
 LOSSES, OBJECTIVES, MISMATCH, COVARIANCE = (
     f"entcov/objective/{name}.py" for name in ("policy_loss", "objectives", "mismatch", "token_covariance")
 )
-TOKENS = "entcov/objective/tokens.py"
+TOKENS, MEANS = "entcov/objective/tokens.py", "entcov/objective/token_means.py"
 RADIX = "entcov/objective/radix_select.py"
 SELECTION = "entcov/objective/selection.py"
 SELECT, CLIP_COV, KL_COV = (f"entcov/controls/{name}.py" for name in ("__init__", "clip_cov", "kl_cov"))
@@ -218,7 +218,7 @@ FAULTS = (
     # ---- covariance and selections -----------------------------------------------------------------------------------
     Fault(
         "means_of_one_rank",
-        COVARIANCE,
+        MEANS,
         "    sums = ranks.sum(sums)\n",
         "    ranks.sum(sums.clone())\n",
         [RANKS],
@@ -239,14 +239,14 @@ FAULTS = (
     ),
     Fault(
         "masked_tokens_count_in_the_means",
-        COVARIANCE,
+        MEANS,
         "torch.stack([mask.sum(), bad.sum()])",
         "torch.stack([torch.ones_like(mask).sum(), bad.sum()])",
         [T_COVARIANCE + "test_covariance_hand_values"],
     ),
     Fault(
         "denominator_eps_ignored",
-        COVARIANCE,
+        MEANS,
         "/ (num_tokens + denominator_eps)",
         "/ num_tokens",
         [T_COVARIANCE + "test_denominator_eps_is_masked_means"],
@@ -254,15 +254,15 @@ FAULTS = (
     Fault(
         "count_is_rounded",
         SELECTION,
-        "(covariance.num_tokens.double() * ratio).long()",
-        "(covariance.num_tokens.double() * ratio).round().long()",
+        "n = share.long()",
+        "n = share.round().long()",
         [ORACLE],
     ),
     Fault(
         "count_is_one_more",
         SELECTION,
-        "(covariance.num_tokens.double() * ratio).long()",
-        "((covariance.num_tokens.double() * ratio).long() + 1)",
+        "n = share.long()",
+        "n = (share.long() + 1)",
         [ORACLE, T_CONTROLS + "test_reference_counts_depend_on_the_split_and_ours_do_not"],
     ),
     Fault(
@@ -289,8 +289,8 @@ FAULTS = (
     Fault(
         "masked_tokens_are_candidates",
         SELECTION,
-        "candidate, value = covariance.mask, covariance.value",
-        "candidate, value = torch.ones_like(covariance.mask), covariance.value",
+        "candidate, value = scores.mask, scores.value",
+        "candidate, value = torch.ones_like(scores.mask), scores.value",
         [T_COVARIANCE + "test_masked_tokens_are_never_drawn"],
     ),
     Fault(
@@ -486,15 +486,15 @@ FAULTS = (
     Fault(
         "adaptive_bonus_counts_the_target_as_below",
         ADAPTIVE,
-        '("scored/sampled_entropy", False,',
-        '("scored/sampled_entropy", True,',
+        '"skywork": (False,',
+        '"skywork": (True,',
         [T_CONTROLS + "test_trl_trace"],
     ),
     Fault(
         "skywork_rule_watches_the_analytic_entropy",
         ADAPTIVE,
-        '("scored/sampled_entropy", False,',
-        '("updated/entropy", False,',
+        'means, "scored/sampled_entropy")',
+        'means, "updated/entropy")',
         [T_CONTROLS + "test_skywork_trace"],
     ),
     Fault(

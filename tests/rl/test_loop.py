@@ -56,6 +56,7 @@ def test_one_step_by_hand():
     })  # fmt: skip
     expected = {
         "actor/entropy": 116 / 80,
+        "actor/entropy_response_mean": (1.15 + 1.3 + 1.5 + 1.75) / 4,  # each response counts once, whatever its length
         "training/mismatch": 1.0 / 8,  # 0.1 + 0.2 + 0.3 + 0.4, of both signs
         "training/mismatch_max": 0.4,
         "actor/entropy_drift": A * (1 + 4 - 9 + 16 + 25 + 36 - 49 - 64) / 8,
@@ -199,6 +200,19 @@ def test_dynamic_sampling_draws_other_prompts_with_other_noise():
     assert [r.prompt.uid for r in collected.rollouts] == [11, 11, 13, 13] and collected.position == 14
     assert collected.metrics["training/zero_variance_groups"] == 0.5  # of all four groups
     assert collected.metrics["training/generation_batches"] == 2
+
+
+def test_a_shortfall_ends_the_run_unless_the_recipe_accepts_it():
+    """Of two groups a draw one is kept; the default is that of the papers' scripts, which raise."""
+
+    def collect(**settings):
+        config = loop_of(**{"rollout.filter_zero_variance": True, "rollout.max_draws": 1} | settings).config
+        return Collector(config.rollout, config.seed, Alternating(), Stream(), reward).collect(5, 10)
+
+    with pytest.raises(RuntimeError, match=r"step 5: .* kept 1 groups of 2 in 1 draws, and a step needs 2: "):
+        collect()
+    accepted = collect(**{"rollout.on_shortfall": "accept"})
+    assert [r.prompt.uid for r in accepted.rollouts] == [11, 11] and accepted.position == 12
 
 
 def test_rollouts_of_other_weights_are_refused():

@@ -69,7 +69,8 @@ class TransformersModel(TrainedModel):
         self.optimizer.step()
 
     def _stats(self, model: nn.Module, micro: Batch, **options: Any) -> TokenStats:
-        return batch_token_stats(model, micro, packing=self.config.packing, temperature=self.temperature, **options)
+        options = {"temperature": self.temperature} | options
+        return batch_token_stats(model, micro, packing=self.config.packing, **options)
 
 
 class TransformersActor(TransformersModel, PolicyActor):

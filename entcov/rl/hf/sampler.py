@@ -38,6 +38,8 @@ class InProcessSampler:
         temperature: float,
         max_response_length: int,
         seed: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
@@ -57,7 +59,7 @@ class InProcessSampler:
             chosen = order[start : start + per_batch]
             rows = [i * group_size + g for i in chosen for g in range(group_size)]
             responses = self._generate_batch(
-                [prompts[i] for i in chosen], group_size, temperature, max_response_length, noise[rows]
+                [prompts[i] for i in chosen], group_size, (temperature, top_p, top_k), max_response_length, noise[rows]
             )
             for row, (tokens, logprob) in zip(rows, responses, strict=True):
                 prompt, sample = prompts[row // group_size], row % group_size
@@ -69,7 +71,7 @@ class InProcessSampler:
         self.model.train(was_training)
         return out  # type: ignore[return-value]  # every row was filled
 
-    def _generate_batch(self, prompts, group_size, temperature, max_response_length, noise):
+    def _generate_batch(self, prompts, group_size, how, max_response_length, noise):
         device = self.model.device
         noise, eos_id = noise.to(device), self.tokenizer.eos_token_id
         width = max(len(p.tokens) for p in prompts)
@@ -88,7 +90,7 @@ class InProcessSampler:
         logprob = torch.zeros((len(rows), max_response_length), dtype=torch.float32, device=device)
         length = torch.full((len(rows),), max_response_length, device=device)
         for t in range(max_response_length):
-            token, token_logprob = draw(logits, temperature, noise[rows, t])
+            token, token_logprob = draw(logits, noise[rows, t], *how)
             tokens[rows, t], logprob[rows, t] = token, token_logprob
             done = token == eos_id
             length[rows[done]] = t + 1
@@ -116,24 +118,43 @@ class InProcessSampler:
         return out.logits[:, -1]
 
 
-def draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
     """One token a row by inverting the distribution function at `uniform`, and its log-probability.
 
     Args:
         logits: [B, V].
-        temperature: 0 takes the likeliest token instead.
         uniform: [B] float64 in [0, 1).
+        temperature: 0 takes the likeliest token instead.
+        top_p, top_k: see `likeliest`.
 
     Returns:
-        token [B] int64, and logprob [B] float32 under softmax(logits / temperature), or softmax(logits) at 0.
+        token [B] int64, and logprob [B] float32 under softmax(likeliest(logits / temperature)); softmax(logits) at 0.
     """
     logits = logits.float()
     if temperature == 0:
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    logp = (logits / temperature).log_softmax(-1)
+    logp = likeliest(logits / temperature, top_p, top_k).log_softmax(-1)
     cumulative = logp.double().exp().cumsum(-1)
     point = uniform[:, None] * cumulative[:, -1:]  # the sum is 1 but for rounding
     # The first column whose cumulative mass exceeds the point: a token of probability 0 is never it.
     token = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[1] - 1)
     return token[:, 0], logp.gather(1, token)[:, 0]
+
+
+def likeliest(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    """The logits [B, V] with -inf in place of all but the `top_k` largest (0: all), as vLLM removes them.
+
+    Of those, `top_p` < 1 keeps the fewest likeliest that hold this share of their probability. A logit that equals the
+    smallest of the `top_k` stays too.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        mass = ordered.double().softmax(-1)
+        beyond = mass.cumsum(-1) - mass >= top_p  # those before it hold the share already
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return logits

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
+from entcov.rl.rewards.code import CODE_SOURCES, score_code
 from entcov.rl.sandbox import SandboxPool
 from entcov.rl.tasks.base import TASKS, import_object, score_after_mark
 from entcov.rl.types import Example
@@ -68,8 +69,10 @@ def _scorer(example: Example) -> RewardFunction:
         return _score_gsm8k
     if source in MATH_SOURCES or source.lower().startswith(("aime", "amc")):
         return _score_math
+    if source in CODE_SOURCES:
+        return score_code
     known = [*(f"entcov/{name}" for name in sorted(TASKS) if name != "reasoning_gym"), "reasoning_gym/DATASET"]
-    known += ["openai/gsm8k", *MATH_SOURCES, "aime*", "amc*"]
+    known += ["openai/gsm8k", *MATH_SOURCES, "aime*", "amc*", *CODE_SOURCES]
     raise ValueError(
         f"no reward for data_source {source!r}; known: {', '.join(known)}. Other data can set reward_model.style to "
         f"{', '.join(STYLES)}, or bring a reward function of its own as 'module:function'"
@@ -102,6 +105,14 @@ def _score_math(example: Example, response: str) -> float:
     if answer is None:
         lines = _ANSWER_LINE.findall(response)
         answer = lines[-1] if lines else None
+    return _equals_truth(example, answer)
+
+
+def _score_math_boxed(example: Example, response: str) -> float:
+    return _equals_truth(example, last_boxed(response))
+
+
+def _equals_truth(example: Example, answer: str | None) -> float:
     if answer is None or len(answer) > _MAX_ANSWER:
         return 0.0
     boxed_truth = last_boxed(example.ground_truth)
@@ -135,4 +146,10 @@ def _math_pool() -> SandboxPool:
     return SandboxPool("math", limit=_TIME_LIMIT, extra="train")
 
 
-STYLES: dict[str, RewardFunction] = {"exact": score_after_mark, "gsm8k": _score_gsm8k, "math": _score_math}
+STYLES: dict[str, RewardFunction] = {
+    "exact": score_after_mark,
+    "gsm8k": _score_gsm8k,
+    "math": _score_math,
+    "math_boxed": _score_math_boxed,
+    "code": score_code,
+}

@@ -54,6 +54,8 @@ class VllmSampler:
         temperature: float,
         max_response_length: int,
         seed: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
@@ -75,10 +77,13 @@ class VllmSampler:
             raise RuntimeError("generate: vLLM does not hold the trainer's weights; a whole sync must come first")
         stop = (self.tokenizer.eos_token_id,)
         requests = [
-            Request(prompt.tokens, derived_seed(seed, prompt.uid, sample), temperature, max_response_length, stop)
+            Request(
+                prompt.tokens, derived_seed(seed, prompt.uid, sample), temperature, max_response_length, stop, top_p,
+                top_k,
+            )
             for prompt in prompts
             for sample in range(group_size)
-        ]
+        ]  # fmt: skip
         out: list[Rollout | None] = [None] * len(requests)
         for done, (row, completion) in enumerate(self.engine.generate(requests), start=1):
             if completion.versions != (str(version),):

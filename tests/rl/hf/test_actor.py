@@ -137,6 +137,8 @@ def test_scores_are_the_plain_forward_pass_at_the_samplers_temperature(rolled_ou
     torch.testing.assert_close(scored["entropy"], entropy, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scored["collision"], collision, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scored["ref_logprob"], plain_statistics(reference, batch, 0.8)[0], atol=2e-5, rtol=1e-5)
+    entropy = actor.compute_entropy(batch, temperature=1.0)
+    torch.testing.assert_close(entropy, plain_statistics(model, batch, 1.0)[1], atol=2e-5, rtol=1e-5)
 
 
 def test_denominators_are_the_response_tokens_of_the_mini_batch(rolled_out):
@@ -168,7 +170,7 @@ def test_updates_are_adamw_by_hand(rolled_out):
     for k in range(3):
         gradient, norm = gradient_of(actor.model, batch)
         clipped = gradient * min(1.0, limit / (norm + 1e-6))
-        metrics = actor.update(batch, step=1)
+        metrics = actor.update(batch, step=k + 1)
         assert norm > limit and metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-4)
         rate = lr * (0.5, 1.0, 1.0)[k]
         assert metrics["actor/lr"] == pytest.approx(rate, rel=1e-12)

@@ -41,7 +41,7 @@ def test_an_unknown_source_is_named_and_the_known_ones_listed():
 
 
 def test_an_unknown_style_is_named():
-    with pytest.raises(ValueError, match="unknown reward style 'model'; known: rule, exact, gsm8k, math"):
+    with pytest.raises(ValueError, match="unknown reward style 'model'; known: .*gsm8k, math, math_boxed, code"):
         score(example("1", "entcov/countdown", style="model"), "#1")
 
 
@@ -50,6 +50,16 @@ def test_the_style_overrules_the_source():
     assert score(example("7", "my/data", style="gsm8k"), "#### 7.0") == 1.0
     assert score(example("7", "my/data", style="math"), r"\boxed{7}") == 1.0
     assert score(example("7", "my/data", style="exact"), r"\boxed{7}") == 0.0
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [(r"so \boxed{14/2}", 1.0), (r"\boxed{8}, no: \boxed{7}", 1.0), ("Answer: 7", 0.0), (r"7 \boxed{8} Answer: 7", 0.0),
+     (r"\boxed{}", 0.0), (r"Answer: 7 \boxed{7", 0.0), ("7", 0.0)],
+)  # fmt: skip
+def test_math_boxed_reads_the_last_box_and_nothing_else(response, reward):
+    assert score(example("7.0", "math_dapo", style="math_boxed"), response) == reward
 
 
 def test_load_reward():
@@ -256,7 +266,7 @@ def test_no_response_raises(source):
         target = make_task(source.removeprefix("entcov/")).example("train", 0)
     else:
         target = example("31", source)
-    for response in responses(1500):
+    for response in responses(100 if source == "entcov/programs" else 1500):  # a process for each
         assert score(target, response) in (0.0, 1.0)
 
 
