@@ -29,7 +29,7 @@ from entcov.rl.batch import Batch, mini_batches, pack
 from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, timed
 from entcov.rl.config import Config
 from entcov.rl.data.stream import PromptStream
-from entcov.rl.interfaces import Actor, Sampler
+from entcov.rl.interfaces import Actor, RewardModel, Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.threads import in_background
 from entcov.rl.types import Rollout
@@ -51,6 +51,7 @@ class Loop:
     stream: PromptStream
     controls: Sequence[Control]
     reward_fn: RewardFunction
+    reward_model: RewardModel | None = None
     phase: Callable[[str], None] = lambda name: None  # called with the name of each phase, for the display
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
@@ -82,6 +83,12 @@ class Loop:
         tokens = len(batch.tokens)
         with timed(self._seconds, "old_log_prob"):
             scored = self.compute_old_logprobs(batch, metrics)
+        if self.reward_model is not None:
+            self.phase("reward model")
+            self.unstorable = f"step {step} has begun to change the reward model"
+            with timed(self._seconds, "reward_model"):
+                batch.token_reward, found = self.reward_model.token_rewards(batch, step=step)
+            metrics |= found
         with timed(self._seconds, "adv"):
             batch = self.assign_advantages(batch, metrics)
         self.unstorable = f"step {step} has begun to change the weights"
@@ -268,6 +275,7 @@ class Loop:
         return state | {
             "next": None if ahead is None else ahead.result().state_dict(),
             "actor": self.actor.state_dict(),
+            "reward_model": None if self.reward_model is None else self.reward_model.state_dict(),
         }
 
     def _here(self) -> dict[str, Any]:
@@ -290,6 +298,8 @@ class Loop:
         self.unstorable, self._before = "", None
         self.kl_reward_coef = state.get("kl_reward_coef", self.kl_reward_coef)  # earlier versions had none
         self.actor.load_state_dict(state["actor"])
+        if self.reward_model is not None:
+            self.reward_model.load_state_dict(state["reward_model"])
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)
         torch.set_rng_state(state["torch_rng"])

@@ -73,7 +73,10 @@ def build(
     controls, reward_fn = config.build_controls(), load_reward(config.data.reward)
     actor = backend.build_actor(config.actor, config.loss, controls, config.rollout.temperature, start)
     sampler = backend.build_sampler(config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn)
-    return Loop(config, actor, sampler, stream, controls, reward_fn, phase=phase)
+    reward_model = None
+    if "token_reward" in config.build_estimator().needs:
+        reward_model = backend.build_reward_model(config.prime, start, actor)
+    return Loop(config, actor, sampler, stream, controls, reward_fn, reward_model, phase=phase)
 
 
 def train(
@@ -169,9 +172,11 @@ def evaluate_run(
     backend = backend or TransformersBackend(config.device)
     run_dir = Path(config.run_dir)
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
-    # An evaluation compares nothing with the reference policy, so it does not load it.
+    # An evaluation needs neither the reference policy nor a reward model.
     loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
-    plain = dataclasses.replace(config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[])
+    plain = dataclasses.replace(
+        config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[], advantage=Config.advantage
+    )
     loop = build(plain, backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
     if backend.is_rank0:
@@ -299,7 +304,8 @@ class _Run:
         self.progress.phase("checkpoint")
         step, loop = self.loop.steps_done, self.loop
         folder, keep = Path(self.config.run_dir) / "checkpoints", self.config.checkpoint.keep + more
-        self.backend.save(folder, step, loop.actor, loop.stream.tokenizer, loop.state_dict(), keep)
+        models = loop.actor, loop.reward_model
+        self.backend.save(folder, step, *models, loop.stream.tokenizer, loop.state_dict(), keep)
         self.stored = step
 
     def evaluation(self, step: int) -> dict[str, float]:

@@ -1,6 +1,16 @@
 """Every planted fault."""
 
-from tests.planted_faults import advantages, confinement, controls, megatron, objective, statistics, storage, trainer
+from tests.planted_faults import (
+    advantages,
+    confinement,
+    controls,
+    megatron,
+    objective,
+    prime,
+    statistics,
+    storage,
+    trainer,
+)
 
 FAULTS = (
     *objective.FAULTS,
@@ -11,4 +21,5 @@ FAULTS = (
     *confinement.FAULTS,
     *statistics.FAULTS,
     *megatron.FAULTS,
+    *prime.FAULTS,
 )
