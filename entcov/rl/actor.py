@@ -74,7 +74,7 @@ class PolicyActor(ABC):
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch) -> PolicyStats:
-        names = ["logprob", "entropy", "entropy_drift", *(["clamped_entropy"] if self.clamp else [])]
+        names = ["logprob", "entropy", "entropy_drift", "collision", *(["clamped_entropy"] if self.clamp else [])]
         stats = self._forward(self.model, batch, names, moments=True, **self.clamp)
         if self.reference is not None:
             stats["ref_logprob"] = self._forward(self.reference, batch, ["logprob"])["logprob"]

@@ -22,6 +22,8 @@ from entcov.rl.types import Prompt, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+_SCORES = ("components", "baseline")  # fields of a rollout that are packed as columns
+
 
 def derived_seed(seed: int, *path: int) -> int:
     """A 63-bit seed that depends on every number of the path."""
@@ -63,6 +65,7 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
             (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward, r.timed_out)
             for r in rollouts
         ],
+        **{name: [getattr(r, name) for r in rollouts] for name in _SCORES},
     }
 
 
@@ -75,6 +78,9 @@ def unpack_rollouts(packed: dict[str, Any], prompts: Mapping[int, Prompt]) -> li
         # Checkpoints of earlier versions do not say whether the time for a reward ran out.
         rollouts.append(Rollout(prompts[uid], sample, tokens[at], logprob[at], finished, version, text, *scored))
         start += length
+    for name in _SCORES:  # checkpoints of earlier versions have none of them
+        for rollout, value in zip(rollouts, packed.get(name, [None] * len(rollouts)), strict=True):
+            setattr(rollout, name, value)
     return rollouts
 
 
@@ -87,6 +93,7 @@ class Collector:
     sampler: Sampler
     stream: PromptStream
     reward_fn: RewardFunction
+    greedy_baseline: bool = False  # sample one greedy response to each prompt too, for `Rollout.baseline`
 
     def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
         """The rollouts of `step`, from the prompts at `position` and after it.
@@ -107,18 +114,25 @@ class Collector:
         for draw in range(config.max_draws if config.filter_zero_variance else 1):
             with Scorer(self.reward_fn) as scorer:
                 phase("rollout")
+                prompts = self.stream.take(position, config.prompts_per_step)
+                options = {
+                    "max_response_length": config.max_response_length,
+                    "seed": derived_seed(self.seed, step, draw),
+                    "on_done": scorer.take,
+                }
+                greedy: list[Rollout] = []
                 with timed(seconds, "gen"):
                     fresh = self.sampler.generate(
-                        self.stream.take(position, config.prompts_per_step),
-                        group_size=config.group_size,
-                        temperature=config.temperature,
-                        max_response_length=config.max_response_length,
-                        seed=derived_seed(self.seed, step, draw),
-                        on_done=scorer.take,
+                        prompts, group_size=config.group_size, temperature=config.temperature, **options
                     )
+                    if self.greedy_baseline:
+                        greedy = self.sampler.generate(prompts, group_size=1, temperature=0.0, **options)
                 phase("reward")
                 with timed(seconds, "reward"):  # the time that scoring takes after the last response is complete
-                    scorer.finish(fresh)
+                    scorer.finish([*fresh, *greedy])
+            baselines = {rollout.prompt.uid: rollout.reward for rollout in greedy}
+            for rollout in fresh:
+                rollout.baseline = baselines.get(rollout.prompt.uid)
             position += config.prompts_per_step
             drawn += fresh
             groups = [fresh[i : i + config.group_size] for i in range(0, len(fresh), config.group_size)]
@@ -154,12 +168,18 @@ def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
     groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
     return {
         **spread("critic/score", [r.reward for r in drawn]),
+        **_component_means(drawn),
         "reward/timeouts": float(sum(r.timed_out for r in drawn)),
         **spread("response_length", [len(r.tokens) for r in drawn]),
         "response_length/clip_ratio": mean(not r.finished for r in drawn),
         "prompt_length/mean": mean(len(r.prompt.tokens) for r in drawn),
         "training/zero_variance_groups": mean(all(r.reward == g[0].reward for r in g) for g in groups),
     }
+
+
+def _component_means(drawn: list[Rollout]) -> dict[str, float]:
+    names = drawn[0].components or ()
+    return {f"critic/score/{name}": mean((r.components or {}).get(name, 0.0) for r in drawn) for name in names}
 
 
 def mean(values) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
@@ -14,12 +14,15 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from entcov import arguments as check
-from entcov.controls import CONTROLS, Control, check_composition, make_control
-from entcov.objective.advantages import ADVANTAGES
+from entcov.controls import CONTROLS, Control, check_composition, check_objective, make_control
+from entcov.objective.advantages import ADVANTAGES, Estimator, make_estimator
+from entcov.objective.kl_in_reward import KLInReward
+from entcov.objective.mismatch import RolloutRejection
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolved, texts, value_at
 from entcov.rl.record.durable import atomic_write
 
+T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid")
 _MOST = 2**31 - 1  # the largest size that all libraries below accept
 # Strict: otherwise pydantic would accept true as 1 and "3" as 3.
@@ -34,7 +37,6 @@ Whole = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
 Bytes = Annotated[int, Field(strict=True, ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 _SHOWN_OFFENDERS = 10
-RENAMED = {"actor.engine": "actor.backend", "rollout.engine": "rollout.sampler"}  # old key -> its name now
 
 
 @dataclass(config=_STRICT)
@@ -256,6 +258,8 @@ class LoggingConfig:
 
 
 _LossConfig = dataclass(PolicyLossConfig, frozen=True, config=_STRICT)
+_KLInReward = dataclass(KLInReward, frozen=True, config=_STRICT)
+_RolloutRejection = dataclass(RolloutRejection, frozen=True, config=_STRICT)
 
 
 @dataclass(config=_STRICT)
@@ -280,17 +284,21 @@ class Config:
     actor: ActorConfig = dataclasses.field(default_factory=ActorConfig)
     megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
     loss: _LossConfig = dataclasses.field(default_factory=_LossConfig)  # type: ignore[valid-type]
+    # Tokens and responses that leave the loss because the sampler's policy was too far off.
+    rollout_rs: _RolloutRejection = dataclasses.field(default_factory=_RolloutRejection)  # type: ignore[valid-type]
+    kl_in_reward: _KLInReward = dataclasses.field(default_factory=_KLInReward)  # type: ignore[valid-type]
     advantage: str = "grpo"
+    advantages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
     control: list[Text] = dataclasses.field(default_factory=list)  # names of the entropy controls to use, in order
     controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
-    @pydantic.field_validator("loss", mode="before")
+    @pydantic.field_validator("loss", "rollout_rs", "kl_in_reward", mode="before")
     @classmethod
     def _no_flags(cls, loss: Any) -> Any:
-        """Refuses true and false: PolicyLossConfig's types are not strict, and none of its knobs is a bool."""
+        """Refuses true and false: the types of these sections are not strict, and none of their knobs is a bool."""
         for key, value in loss.items() if isinstance(loss, dict) else ():
             if isinstance(value, bool):
                 raise ValueError(f"{key} must not be true or false, got {value}")
@@ -298,8 +306,8 @@ class Config:
 
     def __post_init__(self):
         for key, names, known in (
-            ("advantage", [self.advantage], ADVANTAGES), ("control", self.control, CONTROLS),
-            ("controls", self.controls, CONTROLS),
+            ("advantage", [self.advantage], ADVANTAGES), ("advantages", self.advantages, ADVANTAGES),
+            ("control", self.control, CONTROLS), ("controls", self.controls, CONTROLS),
         ):  # fmt: skip
             for name in names:
                 if name not in known:
@@ -308,8 +316,16 @@ class Config:
                         + check.suggestion(name, known)
                     )
         for name in self.controls:
-            _build_control(name, self.controls[name])
+            _build("controls", make_control, name, self.controls[name])
+        for name in self.advantages:
+            _build("advantages", make_estimator, name, self.advantages[name])
         check_composition(self.build_controls())
+        check_objective(self.build_controls(), self.loss)
+        if self.rollout.group_size < self.build_estimator().smallest_group:
+            raise ValueError(
+                f"rollout.group_size: must be at least {self.build_estimator().smallest_group} for advantage "
+                f"{self.advantage}, got {self.rollout.group_size}"
+            )
         if self.actor.updates_per_rollout > self.rollout.prompts_per_step:
             raise ValueError(
                 "actor.updates_per_rollout: must not exceed rollout.prompts_per_step (a mini-batch holds whole "
@@ -343,14 +359,18 @@ class Config:
 
     def build_controls(self) -> list[Control]:
         """The controls that `control` names, in order, in their initial state."""
-        return [_build_control(name, self.controls.get(name, {})) for name in self.control]
+        return [_build("controls", make_control, name, self.controls.get(name, {})) for name in self.control]
+
+    def build_estimator(self) -> Estimator:
+        """The estimator that `advantage` names."""
+        return _build("advantages", make_estimator, self.advantage, self.advantages.get(self.advantage, {}))
 
 
-def _build_control(name: str, settings: dict[str, Any]) -> Control:
+def _build(section: str, make: Callable[..., T], name: str, settings: dict[str, Any]) -> T:
     try:
-        return make_control(name, **settings)
+        return make(name, **settings)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"controls.{name}: {error}") from None
+        raise ValueError(f"{section}.{name}: {error}") from None
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -411,13 +431,11 @@ def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
 
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    if key in RENAMED:
-        return f"{key}: has the name {RENAMED[key]} now"
     if error["type"] == "unexpected_keyword_argument":
         return f"{check.one_line(key, 80)}: unknown key{_suggestion(key)}"
     if error["type"] == "missing":
         return f"{key}: must be given"
-    message = check.one_line(error["msg"].removeprefix("Value error, "), 300)
+    message = check.one_line(error["msg"].removeprefix("Value error, "), 600)
     if error["type"] == "value_error":  # from __post_init__: the message says the value itself
         if not key or message.startswith(key):
             return message

@@ -36,6 +36,7 @@ class PolicyStats(TypedDict):
     logprob: Tensor
     entropy: Tensor
     entropy_drift: Tensor
+    collision: NotRequired[Tensor]  # sum of the squared probabilities; no unit. Read by one advantage estimator
     clamped_entropy: NotRequired[Tensor]  # where a control needs it
     ref_logprob: NotRequired[Tensor]  # of the reference policy, where there is one
 
@@ -121,6 +122,7 @@ class Start:
     run_dir: Path
     checkpoint: Checkpoint | None  # None: the run is fresh
     warm_start: Callable[[nn.Module], None] | None  # trains a fresh policy on worked solutions, in place
+    reference: bool = False  # whether more than the loss and the controls compares with the reference policy
 
     @property
     def stored_model(self) -> ModelConfig:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.backend import TransformersBackend
 from entcov.rl.collect import derived_seed
 from entcov.rl.config import Config, ConfigError
@@ -64,8 +65,9 @@ def build(
         warm_started(policy, stream=stream, config=config, on_step=on_warm_start)
 
     start = Start(
-        config.model, config.seed, Path(config.run_dir), checkpoint, warm_start if config.warm_start.steps else None
-    )
+        config.model, config.seed, Path(config.run_dir), checkpoint, warm_start if config.warm_start.steps else None,
+        reference=config.kl_in_reward.coef > 0,
+    )  # fmt: skip
     tokenizer = model_tokenizer(start.stored_model)
     stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
     controls, reward_fn = config.build_controls(), load_reward(config.data.reward)
@@ -168,7 +170,8 @@ def evaluate_run(
     run_dir = Path(config.run_dir)
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
     # An evaluation compares nothing with the reference policy, so it does not load it.
-    plain = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_coef=0.0), control=[])
+    loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
+    plain = dataclasses.replace(config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[])
     loop = build(plain, backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
     if backend.is_rank0:

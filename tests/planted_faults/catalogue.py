@@ -1,9 +1,11 @@
 """Every planted fault."""
 
-from tests.planted_faults import confinement, megatron, objective, statistics, storage, trainer
+from tests.planted_faults import advantages, confinement, controls, megatron, objective, statistics, storage, trainer
 
 FAULTS = (
     *objective.FAULTS,
+    *advantages.FAULTS,
+    *controls.FAULTS,
     *trainer.FAULTS,
     *storage.FAULTS,
     *confinement.FAULTS,

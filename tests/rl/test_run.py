@@ -57,8 +57,17 @@ CONTROLS = {
     "aent": {"control": ["aent"], "controls": {"aent": {"warmup": 1, "coef_lr": 0.01}}},
     "adaptive_bonus": {"control": ["adaptive_bonus"]},
     "entropy_bonus": {"control": ["entropy_bonus"]},
-    "reference_kl": {"loss": {"kl_coef": 0.05}},
-    "several_epochs": {"actor.epochs": 2, "advantage": "reinforce_pp", "loss": {"aggregation": "seq-mean-token-mean"}},
+    "reference_kl": {  # in the reward, and all around the objective
+        "loss": {"objective": "gspo", "aggregation": "seq-mean-token-mean", "tis_cap": 2.0, "tis_level": "sequence"},
+        "kl_in_reward": {"coef": 0.05, "target": 0.01, "horizon": 50},
+        "rollout_rs": {"level": "sequence", "high": 1.000001},
+        "advantage": "remax",
+    },
+    "several_epochs": {
+        "actor.epochs": 2,
+        "advantage": "reinforce_pp",
+        "loss": {"aggregation": "seq-mean-token-mean", "kl_coef": 0.05},
+    },
 }
 
 
@@ -175,8 +184,13 @@ def test_a_damaged_checkpoint_is_named_and_not_passed_over(tmp_path):
 
 
 def test_evaluation_of_a_finished_run(tmp_path):
-    settings = {"eval.entropy": True, "eval.top_k": 3, "eval.prompts": 8, "rollout.temperature": 0.7}
+    settings = {
+        "eval.entropy": True, "eval.top_k": 3, "eval.prompts": 8, "rollout.temperature": 0.7,
+        "loss": {"kl_coef": 0.1, "kl_estimator": "k2"}, "kl_in_reward": {"coef": 0.1, "estimator": "k3"},
+    }  # fmt: skip
     rows = run(tmp_path, **settings, steps=2)
+    for file in (tmp_path / "reference").iterdir():  # an evaluation compares nothing with the reference policy
+        file.unlink()
     config = parse_config(recipe(tmp_path, **settings))
     step, metrics, results = evaluate_run(config)
     key = "val-core/entcov/carry_arithmetic/acc/mean@2"

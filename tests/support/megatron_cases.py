@@ -68,7 +68,14 @@ SETTINGS = {
     "all": (None, PolicyLossConfig()),
     "few": (slice(0, 3), PolicyLossConfig(aggregation="seq-mean-token-mean")),
     "kl": (None, PolicyLossConfig(kl_coef=0.1)),
-}
+    "responses": (
+        None,
+        PolicyLossConfig(
+            objective="gspo", clip_low=0.01, clip_high=0.01, aggregation="seq-mean-token-mean", tis_cap=1.05,
+            tis_level="sequence",
+        ),
+    ),
+}  # fmt: skip
 
 
 def setting(name: str, batch):

@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
+from entcov.rl.rewards.code import CODE_SOURCES, score_code
 from entcov.rl.sandbox import SandboxPool
 from entcov.rl.tasks.base import TASKS, import_object, score_after_mark
 from entcov.rl.types import Example
 
-RewardFunction = Callable[[Example, str], float]
+# One number, or several by name, whose sum is the reward (the advantage gdpo normalises each alone).
+RewardFunction = Callable[[Example, str], float | dict[str, float]]
 
 MATH_SOURCES = (
     "DigitalLearningGmbH/MATH-lighteval",
@@ -41,7 +43,8 @@ def score(example: Example, response: str) -> float:
 def load_reward(spec: str | None) -> RewardFunction:
     """The reward function that a recipe names: None for `score`, or "module:function" for your own.
 
-    Your function gets (example, response text) and returns a finite number.
+    Your function gets (example, response text) and returns a finite number, or a dict of them with the same keys for
+    every response, whose sum is the reward.
     """
     if spec is None:
         return score
@@ -66,8 +69,10 @@ def _scorer(example: Example) -> RewardFunction:
         return _score_gsm8k
     if source in MATH_SOURCES or source.lower().startswith(("aime", "amc")):
         return _score_math
+    if source in CODE_SOURCES:
+        return score_code
     known = [*(f"entcov/{name}" for name in sorted(TASKS) if name != "reasoning_gym"), "reasoning_gym/DATASET"]
-    known += ["openai/gsm8k", *MATH_SOURCES, "aime*", "amc*"]
+    known += ["openai/gsm8k", *MATH_SOURCES, "aime*", "amc*", *CODE_SOURCES]
     raise ValueError(
         f"no reward for data_source {source!r}; known: {', '.join(known)}. Other data can set reward_model.style to "
         f"{', '.join(STYLES)}, or bring a reward function of its own as 'module:function'"
@@ -146,4 +151,5 @@ STYLES: dict[str, RewardFunction] = {
     "gsm8k": _score_gsm8k,
     "math": _score_math,
     "math_boxed": _score_math_boxed,
+    "code": score_code,
 }

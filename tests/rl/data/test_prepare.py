@@ -131,7 +131,7 @@ def test_every_set_becomes_rows_that_the_trainer_reads_and_pays_for(name, source
 
 
 def test_samples_cover_every_set():
-    assert set(SAMPLES) == set(SOURCES) and set(EVAL_SETS) < set(SOURCES)
+    assert set(EVAL_SETS) < set(SAMPLES) == {name for name, source in SOURCES.items() if source.template != "code"}
     assert set(TEMPLATES) == set(STYLES)
 
 
@@ -243,7 +243,7 @@ def test_the_command(source, tmp_path, capsys):
         (["data", "eval", "--source", str(path), *out], "--source: goes with one data set, got math500, aime24"),
         (["data", "gsm8k", "--source", str(path), *out], "split: must be given with source, gsm8k has train, test"),
         (["data", "aime24", "--split", "train", *out], "split: aime24 has test, got 'train'"),
-        (["data", "aime24", "--template", "plain", *out], "template: must be one of dapo, boxed, gsm8k, got 'plain'"),
+        (["data", "aime24", "--template", "plain", *out], "must be one of dapo, boxed, gsm8k, code, got 'plain'"),
         (["data", "aime24", "--source", str(path), "--revision", "v1", *out], "revision: belongs to the hub"),
         (["data", "aime24", "--source", str(tmp_path / "no.parquet"), *out], "no such dataset file"),
     ):
