@@ -59,6 +59,9 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "controls.kl_cov.kl_cov_ratio=20": ("controls.kl_cov", "not a percent"),
     "controls.clip_cov.clip_cov_lb=abc": ("controls.clip_cov", "clip_cov_lb", "'abc'"),
     "controls.aent=3": ("controls.aent", "got 3"),
+    "controls.sent.semantics=v2": ("controls.sent", "semantics must be one of paper, reference; got 'v2'"),
+    "controls.high_entropy_tokens.top_entropy_quantile=20": ("controls.high_entropy_tokens", "not a percent"),
+    "controls.entropic.kd=1": ("controls.entropic", "no knob 'kd'"),
     # the model
     "model.path=/no/such/model": ("model",),  # and a config: exactly one
     "model.config=null": ("exactly one of path and config", "neither"),
