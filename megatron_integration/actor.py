@@ -149,7 +149,7 @@ class MegatronActor(PolicyActor):
         """
         lengths = tuple(padded_length(n, self._unit) for n in batch.lengths)
         replicas = assign_to_replicas(
-            lengths, self.groups.replicas, self.config.micro_batch_tokens, not self.config.packing
+            lengths, self.groups.replicas, self.config.micro_batch_tokens, not self.config.packing, batch.temperatures
         )
         return [
             [(batch.subset(group), batch.positions(group)) for group in groups] or [dummy_micro_batch(batch)]
@@ -210,9 +210,8 @@ class MegatronActor(PolicyActor):
 
     def _stats(self, micro: MicroBatch, logits: Tensor, **options: Any) -> TokenStats:
         """Statistics of this rank's loss tokens, [k] each, in the logits' order."""
-        stats = logits_stats(
-            logits, micro.target, vocab_size=self.bridge.hf_config.vocab_size, temperature=self.temperature, **options
-        )
+        options = {"temperature": self.temperature_of(micro.sequences)} | options
+        stats = logits_stats(logits, micro.target, vocab_size=self.bridge.hf_config.vocab_size, **options)
         at = micro.target != IGNORE_INDEX
         return TokenStats(*(None if value is None else value[at] for value in stats))
 

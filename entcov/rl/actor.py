@@ -44,7 +44,7 @@ class PolicyActor(ABC):
 
     Args:
         reference: a frozen model, where `needs_reference`.
-        temperature: the policy is softmax(logits / temperature).
+        temperature: the policy is softmax(logits / temperature), except for sequences with a temperature of their own.
     """
 
     optimizer: Any  # has `param_groups`
@@ -71,6 +71,10 @@ class PolicyActor(ABC):
         self.temperature = temperature
         self.weight_version = 0  # optimizer steps taken
         self.clamp = clamp_arguments(self.controls)
+
+    def temperature_of(self, micro: Batch) -> float:
+        """The temperature that a micro-batch was sampled at, so that its policy is the one that sampled."""
+        return self.temperature if micro.temperature is None else micro.temperature
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch) -> PolicyStats:

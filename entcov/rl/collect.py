@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from entcov.controls import Progress
 from entcov.rl.config import RolloutConfig
+from entcov.rl.data.prompt_policy import Outcome, PromptPolicy, perplexity
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.interfaces import Sampler
 from entcov.rl.rewards.rules import RewardFunction
@@ -22,10 +24,28 @@ from entcov.rl.types import Prompt, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+_CHOICE = 2  # end of the path of a seed for a prompt policy; a path of the same length ends otherwise elsewhere
+_MOST_CHOICES = 10_000  # rounds of choosing prompts; a policy that skips 99 of 100 needs some hundreds
+
 
 def derived_seed(seed: int, *path: int) -> int:
     """A 63-bit seed that depends on every number of the path."""
     return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def temperature_of_each(temperature: float | Sequence[float], count: int) -> list[float]:
+    """The temperature of each of `count` prompts, from what `Sampler.generate` was given.
+
+    Raises:
+        ValueError: another number of temperatures, or differing ones with a greedy (0) or negative one among them.
+    """
+    if not isinstance(temperature, Sequence):
+        return [temperature] * count
+    if len(temperature) != count:
+        raise ValueError(f"temperature: there must be one for each of {count} prompts, got {len(temperature)}")
+    if len(set(temperature)) > 1 and min(temperature) <= 0:
+        raise ValueError(f"temperature: differing ones must be greater than 0, got {min(temperature)}")
+    return list(temperature)
 
 
 def as_rollout(
@@ -44,14 +64,18 @@ class Collected:
     rollouts: list[Rollout]  # whole groups, scored
     position: int  # prompts taken from the stream, these included
     metrics: dict[str, float] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)  # of everything sampled, before the filter
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "metrics": dict(self.metrics), **pack_rollouts(self.rollouts)}
+        outcomes = [(outcome.row, list(outcome.scores)) for outcome in self.outcomes]
+        own = {"position": self.position, "metrics": dict(self.metrics), "outcomes": outcomes}
+        return own | pack_rollouts(self.rollouts)
 
     @classmethod
     def from_state(cls, state: dict[str, Any], stream: PromptStream) -> Collected:
         prompts = {uid: stream.take(uid, 1)[0] for uid in {each[0] for each in state["each"]}}
-        return cls(unpack_rollouts(state, prompts), state["position"], state["metrics"])
+        outcomes = [Outcome(row, tuple(scores)) for row, scores in state.get("outcomes", ())]
+        return cls(unpack_rollouts(state, prompts), state["position"], state["metrics"], outcomes)
 
 
 def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
@@ -63,6 +87,7 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
             (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward, r.timed_out)
             for r in rollouts
         ],
+        "temperatures": [r.temperature for r in rollouts],
     }
 
 
@@ -70,10 +95,10 @@ def unpack_rollouts(packed: dict[str, Any], prompts: Mapping[int, Prompt]) -> li
     """The rollouts that `pack_rollouts` was given; `prompts` by their position."""
     tokens, logprob, start = packed["tokens"].tolist(), packed["logprob"].tolist(), 0
     rollouts = []
-    for uid, sample, length, finished, version, text, *scored in packed["each"]:
+    temperatures = packed.get("temperatures", [None] * len(packed["each"]))  # earlier versions stored none
+    for (uid, sample, length, *said), temperature in zip(packed["each"], temperatures, strict=True):
         at = slice(start, start + length)
-        # Checkpoints of earlier versions do not say whether the time for a reward ran out.
-        rollouts.append(Rollout(prompts[uid], sample, tokens[at], logprob[at], finished, version, text, *scored))
+        rollouts.append(Rollout(prompts[uid], sample, tokens[at], logprob[at], *said, temperature=temperature))
         start += length
     return rollouts
 
@@ -87,31 +112,39 @@ class Collector:
     sampler: Sampler
     stream: PromptStream
     reward_fn: RewardFunction
+    policy: PromptPolicy | None = None  # which prompts, and their temperatures; None: the stream's, the recipe's
+    progress: Progress | None = None  # of the step, for the policy
 
     def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
         """The rollouts of `step`, from the prompts at `position` and after it.
 
-        With dynamic sampling (`filter_zero_variance`) groups whose rewards are all equal are dropped and more prompts
-        are drawn, up to `max_draws` times.
+        A prompt policy decides which prompts are sampled, and at which temperatures. With dynamic sampling
+        (`filter_zero_variance`) groups whose rewards are all equal are dropped and more prompts are drawn, up to
+        `max_draws` times.
 
         Args:
             phase: called with the name of each phase.
 
         Raises:
-            RuntimeError: dynamic sampling has left nothing.
+            RuntimeError: dynamic sampling has left nothing, or the prompt policy chooses no prompts.
         """
         config = self.config
         seconds: dict[str, float] = defaultdict(float)
         kept: list[Rollout] = []
         drawn: list[Rollout] = []
+        perplexities: list[float] = []  # of the prompts sampled, where the policy asks for log-probabilities
+        began = position
         for draw in range(config.max_draws if config.filter_zero_variance else 1):
             with Scorer(self.reward_fn) as scorer:
                 phase("rollout")
                 with timed(seconds, "gen"):
+                    prompts, position, found = self._prompts(step, draw, position)
+                    perplexities += found
+                    temperature = self._temperature(prompts)
                     fresh = self.sampler.generate(
-                        self.stream.take(position, config.prompts_per_step),
+                        prompts,
                         group_size=config.group_size,
-                        temperature=config.temperature,
+                        temperature=temperature,
                         max_response_length=config.max_response_length,
                         seed=derived_seed(self.seed, step, draw),
                         on_done=scorer.take,
@@ -119,7 +152,10 @@ class Collector:
                 phase("reward")
                 with timed(seconds, "reward"):  # the time that scoring takes after the last response is complete
                     scorer.finish(fresh)
-            position += config.prompts_per_step
+            if self.policy is not None:
+                by_uid = {prompt.uid: own for prompt, own in zip(prompts, temperature, strict=True)}
+                for rollout in fresh:
+                    rollout.temperature = by_uid[rollout.prompt.uid]
             drawn += fresh
             groups = [fresh[i : i + config.group_size] for i in range(0, len(fresh), config.group_size)]
             if config.filter_zero_variance:
@@ -135,7 +171,51 @@ class Collector:
             )
         metrics = _described(drawn, config.group_size) | {"training/generation_batches": draw + 1}
         metrics |= {f"timing_s/{name}": value for name, value in seconds.items()}
-        return Collected(kept[: config.prompts_per_step * config.group_size], position, metrics)
+        if self.policy is not None:
+            metrics |= {"prompts/candidates": float(position - began)}
+            metrics |= spread("prompts/temperature", [r.temperature for r in drawn])
+            metrics |= spread("prompts/perplexity", perplexities) if perplexities else {}
+        return Collected(kept[: config.prompts_per_step * config.group_size], position, metrics, _outcomes(drawn))
+
+    def _prompts(self, step: int, draw: int, position: int) -> tuple[list[Prompt], int, list[float]]:
+        """The prompts to sample, the position after all candidates, and the prompts' perplexities where they are known.
+
+        Raises:
+            RuntimeError: the policy leaves out nearly everything, or chooses what it must not.
+        """
+        wanted, policy = self.config.prompts_per_step, self.policy
+        if policy is None:
+            return self.stream.take(position, wanted), position + wanted, []
+        prompts: list[Prompt] = []
+        perplexities: list[float] = []
+        for again in range(_MOST_CHOICES):
+            missing = wanted - len(prompts)
+            candidates = self.stream.take(position, missing * policy.oversample)
+            position += len(candidates)
+            logprob = self.sampler.prompt_logprobs(candidates) if policy.needs_logprob else None
+            seed = derived_seed(self.seed, step, draw, again, _CHOICE)
+            chosen = policy.choose(candidates, logprob, missing, self.progress, seed=seed)
+            known = set(chosen) & set(range(len(candidates)))
+            if len(known) < len(chosen) or len(chosen) > missing:
+                raise RuntimeError(
+                    f"prompt policy {policy.name}: choose must return at most {missing} different indices below "
+                    f"{len(candidates)}, got {chosen}"
+                )
+            prompts += [candidates[i] for i in chosen]
+            perplexities += [perplexity(logprob[i]) for i in chosen] if logprob is not None else []
+            if len(prompts) == wanted:
+                return prompts, position, perplexities
+        raise RuntimeError(
+            f"step {step}: prompt policy {policy.name} chose {len(prompts)} prompts of {wanted} in {_MOST_CHOICES} "
+            "rounds"
+        )
+
+    def _temperature(self, prompts: Sequence[Prompt]) -> float | list[float]:
+        """As `Sampler.generate` takes it."""
+        base = self.config.temperature
+        if self.policy is None:
+            return base
+        return [self.policy.temperature(prompt, base, self.progress) for prompt in prompts]
 
 
 @contextmanager
@@ -143,6 +223,13 @@ def timed(seconds: dict[str, float], name: str):
     start = time.perf_counter()
     yield
     seconds[name] += time.perf_counter() - start
+
+
+def _outcomes(drawn: Sequence[Rollout]) -> list[Outcome]:
+    groups: dict[int, list[Rollout]] = defaultdict(list)
+    for rollout in drawn:
+        groups[rollout.prompt.uid].append(rollout)
+    return [Outcome(group[0].prompt.row, tuple(float(r.reward) for r in group)) for group in groups.values()]
 
 
 def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:

@@ -83,7 +83,7 @@ class Sampler(Protocol):
         prompts: Sequence[Prompt],
         *,
         group_size: int,
-        temperature: float,
+        temperature: float | Sequence[float],
         max_response_length: int,
         seed: int,
         progress: Callable[[int, int], None] | None = None,
@@ -92,12 +92,18 @@ class Sampler(Protocol):
         """`group_size` responses to each prompt, prompt by prompt. Collective.
 
         Args:
-            temperature: the policy is softmax(logits / temperature); 0 takes the likeliest token, with the
-                log-probability of softmax(logits).
+            temperature: of all prompts, or one a prompt. The policy is softmax(logits / temperature); 0 takes the
+                likeliest token, with the log-probability of softmax(logits).
             seed: fixes every draw.
             progress: called with (responses done, responses in all).
             on_done: called with each response as soon as it is complete, in no particular order. A sampler over
                 several processes computes the rewards itself and does not call it.
+        """
+
+    def prompt_logprobs(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """Log-probability of each prompt's tokens but the first, nats: of softmax(logits) of the weights that sample.
+
+        Collective; equal on all ranks.
         """
 
 

@@ -26,9 +26,11 @@ from entcov.objective.token_covariance import covariance_summary, token_covarian
 from entcov.rl.batch import Batch, mini_batches, pack
 from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, timed
 from entcov.rl.config import Config
+from entcov.rl.data.prompt_policy import PromptPolicy
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.interfaces import Actor, Sampler
 from entcov.rl.rewards.rules import RewardFunction
+from entcov.rl.rewards.shaping import RewardShaping, shape_rewards, with_pseudo
 from entcov.rl.threads import in_background
 from entcov.rl.types import Rollout
 
@@ -50,8 +52,11 @@ class Loop:
     controls: Sequence[Control]
     reward_fn: RewardFunction
     phase: Callable[[str], None] = lambda name: None  # called with the name of each phase, for the display
+    shapings: Sequence[RewardShaping] = ()
+    policy: PromptPolicy | None = None
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
+    _first: int = 0  # the position before the current step's prompts
     unstorable: str = ""
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _next: Future[Collected] | None = None  # rollouts of the next step, where they are sampled ahead
@@ -71,7 +76,8 @@ class Loop:
 
         rollouts = self.rollouts(step, metrics)
         if self.config.rollout.max_staleness:
-            self._next = in_background(lambda: self._collector.collect(step + 1, self.position), "entcov-rollouts")
+            collector, ahead = self._collector(step + 1), self.position
+            self._next = in_background(lambda: collector.collect(step + 1, ahead), "entcov-rollouts")
         batch = pack(rollouts).to(self.actor.device)
         tokens = len(batch.tokens)
         with timed(self._seconds, "old_log_prob"):
@@ -108,9 +114,14 @@ class Loop:
         if self._next is not None:
             collected, self._next = self._next.result(), None
         else:
-            collected = self._collector.collect(step, self.position, self.phase)
-        self.position = collected.position
+            collected = self._collector(step).collect(step, self.position, self.phase)
+        self._first, self.position = self.position, collected.position
         metrics |= collected.metrics
+        if self.policy is not None:
+            metrics |= self.policy.observe(collected.outcomes, self._progress())
+        length = self.config.rollout.max_response_length
+        metrics |= shape_rewards(self.shapings, collected.rollouts, max_response_length=length)
+        metrics |= spread("critic/rewards", [rollout.shaped_reward for rollout in collected.rollouts])
         lags = {version: lag for lag, version in enumerate(reversed(self._versions))}
         for rollout in collected.rollouts:
             if rollout.weight_version not in lags:
@@ -122,9 +133,12 @@ class Loop:
         metrics["training/staleness"] = mean(rollout.lag for rollout in collected.rollouts)
         return collected.rollouts
 
-    @property
-    def _collector(self) -> Collector:
-        return Collector(self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn)
+    def _collector(self, step: int) -> Collector:
+        """It has a copy of the prompt policy, which nothing changes while it collects."""
+        policy, progress = copy.deepcopy(self.policy), self._progress(step, self.position)
+        return Collector(
+            self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn, policy, progress
+        )
 
     def compute_old_logprobs(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
         """Fills in what the current policy says of the batch; returns the rollout's means for the controls."""
@@ -155,8 +169,9 @@ class Loop:
 
         Every rank holds the whole rollout and computes the same numbers, so nothing is communicated.
         """
-        responses = batch.responses
-        batch.assign_advantages(ADVANTAGES[self.config.advantage](responses.reward, responses.group, responses.length))
+        responses = with_pseudo(self.shapings, batch.responses)
+        advantage = ADVANTAGES[self.config.advantage](responses.reward, responses.group, responses.length)
+        batch.assign_advantages(advantage[: batch.num_sequences])
         at = batch.loss_mask
         tokens = batch.loss_tokens(
             at, batch.old_logprob[at], entropy=batch.entropy[at], entropy_drift=batch.entropy_drift[at],
@@ -206,13 +221,15 @@ class Loop:
             if name in gathered
         }
 
-    def _progress(self) -> Progress:
+    def _progress(self, step: int | None = None, first: int | None = None) -> Progress:
+        """Of the current step, or of one whose prompts begin at position `first`."""
         config, rows = self.config, self.stream.num_rows
-        done = {"step": self.steps_done + 1, "steps": config.steps, "update": self.actor.weight_version}
+        step, first = step or self.steps_done + 1, self._first if first is None else first
+        done = {"step": step, "steps": config.steps, "update": self.actor.weight_version}
         if rows is None:
             return Progress(**done)
-        first = max(0, self.position - config.rollout.prompts_per_step)  # position: after the step's prompts
-        planned = -(-config.steps * config.rollout.prompts_per_step // rows)
+        candidates = config.rollout.prompts_per_step * (self.policy.oversample if self.policy is not None else 1)
+        planned = -(-config.steps * candidates // rows)
         return Progress(**done, epoch=first // rows + 1, epochs=max(planned, first // rows + 1))
 
     def sync_weights(self) -> None:
@@ -240,6 +257,7 @@ class Loop:
             "position": self.position,
             "next": self._next,
             "controls": copy.deepcopy([control.state_dict() for control in self.controls]),
+            "prompt_policy": None if self.policy is None else copy.deepcopy(self.policy.state_dict()),
             "torch_rng": torch.get_rng_state(),  # for models and rewards that draw from the global generator
         }
 
@@ -253,6 +271,8 @@ class Loop:
         self.actor.load_state_dict(state["actor"])
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)
+        if self.policy is not None:
+            self.policy.load_state_dict(state["prompt_policy"])
         torch.set_rng_state(state["torch_rng"])
         self._next = None
         self._versions.clear()

@@ -70,7 +70,10 @@ def build(
     controls, reward_fn = config.build_controls(), load_reward(config.data.reward)
     actor = backend.build_actor(config.actor, config.loss, controls, config.rollout.temperature, start)
     sampler = backend.build_sampler(config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn)
-    return Loop(config, actor, sampler, stream, controls, reward_fn, phase=phase)
+    return Loop(
+        config, actor, sampler, stream, controls, reward_fn, phase=phase,
+        shapings=config.build_reward_shapings(), policy=config.build_prompt_policy(),
+    )  # fmt: skip
 
 
 def train(
@@ -166,9 +169,7 @@ def evaluate_run(
     backend = backend or TransformersBackend(config.device)
     run_dir = Path(config.run_dir)
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
-    # An evaluation compares nothing with the reference policy, so it does not load it.
-    plain = dataclasses.replace(config, loss=dataclasses.replace(config.loss, kl_coef=0.0), control=[])
-    loop = build(plain, backend, found)
+    loop = build(for_sampling(config), backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
     if backend.is_rank0:
         result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
@@ -179,6 +180,12 @@ def evaluate_run(
                 raise
             on_unkept(error)
     return found.step, metrics, summarize(rollouts)
+
+
+def for_sampling(config: Config) -> Config:
+    """The recipe without what only training needs: no reference policy is loaded."""
+    loss = dataclasses.replace(config.loss, kl_coef=0.0)
+    return dataclasses.replace(config, loss=loss, control=[], reward_shaping=[], prompt_policy=None)
 
 
 def _checkpoint(run_dir: Path, path: str | None) -> Checkpoint:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+RIGHT = 1.0  # the score of a right response
+
 
 @dataclass(frozen=True)
 class Example:
@@ -27,6 +29,7 @@ class Prompt:
     uid: int  # position in the stream; identifies the group of rollouts that share the prompt
     example: Example
     tokens: tuple[int, ...]
+    row: int | None = None  # of the data set, the same in every epoch; None: a generated task has none
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Rollout:
     weight_version: int  # number of optimizer steps the sampling weights had seen
     text: str = ""  # the response decoded, without the end-of-sequence token
     reward: float | None = None  # None: not scored yet
-    shaped_reward: float | None = None  # after reward shaping; None: not shaped
     timed_out: bool = False  # scored 0 because scoring took too long
+    shaped_reward: float | None = None  # after reward shaping; None: not shaped
     lag: int = 0  # training steps by which the policy that trains on it is newer
+    temperature: float | None = None  # that it was sampled at, where prompts have their own; None: the recipe's

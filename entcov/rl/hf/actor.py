@@ -41,7 +41,8 @@ class TransformersActor(PolicyActor):
         self.weight_version = state["weight_version"]
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
-        groups = micro_batches(batch.lengths, self.config.micro_batch_tokens, padded=not self.config.packing)
+        limit, padded = self.config.micro_batch_tokens, not self.config.packing
+        groups = micro_batches(batch.lengths, limit, padded, batch.temperatures)
         return [(batch.subset(group), batch.positions(group)) for group in groups]
 
     def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str], **options: Any) -> PolicyStats:
@@ -66,4 +67,5 @@ class TransformersActor(PolicyActor):
         self.optimizer.step()
 
     def _stats(self, model: nn.Module, micro: Batch, **options: Any) -> TokenStats:
-        return batch_token_stats(model, micro, packing=self.config.packing, temperature=self.temperature, **options)
+        options = {"temperature": self.temperature_of(micro)} | options
+        return batch_token_stats(model, micro, packing=self.config.packing, **options)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from decimal import Decimal
 
 from entcov.rl.sandbox import SandboxPool
-from entcov.rl.tasks.base import TASKS, import_object, score_after_mark
+from entcov.rl.tasks.base import TASKS, answer_after_mark, import_object, score_after_mark
+from entcov.rl.tasks.reasoning_gym import answer_in_tags
 from entcov.rl.types import Example
 
 RewardFunction = Callable[[Example, str], float]
@@ -36,6 +37,25 @@ def score(example: Example, response: str) -> float:
         ValueError: unknown style or data source (the message lists the known ones), or an unusable ground truth.
     """
     return _scorer(example)(example, response)
+
+
+def final_answer(example: Example, response: str) -> str | None:
+    """The answer in a response that `score` judges, as text without decoration; None where it has none.
+
+    GSM8K's numbers are equal texts where they are equal numbers. Otherwise 1/2 and 0.5 are two answers.
+
+    Raises:
+        ValueError: unknown style or data source.
+    """
+    scorer = _scorer(example)
+    if scorer is _score_gsm8k:
+        number = _gsm8k_answer(response)
+        return None if number is None else str(number.normalize())
+    if scorer is _score_math:
+        return _bare(_math_answer(response) or "") or None
+    if scorer is TASKS["reasoning_gym"].score:
+        return answer_in_tags(response)
+    return answer_after_mark(response)
 
 
 def load_reward(spec: str | None) -> RewardFunction:
@@ -81,9 +101,13 @@ def _score_gsm8k(example: Example, response: str) -> float:
     truth = _number(example.ground_truth.rpartition("####")[2])
     if truth is None:
         raise ValueError(f"gsm8k ground_truth must be a number, or end in '#### number', got {example.ground_truth!r}")
+    return 1.0 if _gsm8k_answer(response) == truth else 0.0
+
+
+def _gsm8k_answer(response: str) -> Decimal | None:
     _, mark, tail = response.rpartition("####")
     answer = tail if mark else last_boxed(response)
-    return 1.0 if answer is not None and _number(answer) == truth else 0.0
+    return None if answer is None else _number(answer)
 
 
 def _number(text: str) -> Decimal | None:
@@ -96,10 +120,7 @@ def _number(text: str) -> Decimal | None:
 
 
 def _score_math(example: Example, response: str) -> float:
-    answer = last_boxed(response)
-    if answer is None:
-        lines = _ANSWER_LINE.findall(response)
-        answer = lines[-1] if lines else None
+    answer = _math_answer(response)
     if answer is None or len(answer) > _MAX_ANSWER:
         return 0.0
     boxed_truth = last_boxed(example.ground_truth)
@@ -107,6 +128,14 @@ def _score_math(example: Example, response: str) -> float:
     if not answer:
         return 0.0
     return 1.0 if answer == truth else _math_pool().score(gold=truth, answer=answer)
+
+
+def _math_answer(response: str) -> str | None:
+    boxed = last_boxed(response)
+    if boxed is not None:
+        return boxed
+    lines = _ANSWER_LINE.findall(response)
+    return lines[-1] if lines else None
 
 
 def last_boxed(text: str) -> str | None:

@@ -315,7 +315,7 @@ def test_a_tokenizer_that_ends_prompts_is_refused(tokenizer):
 def test_from_config(tokenizer, tmp_path):
     from types import SimpleNamespace
 
-    options = {"max_prompt_length": 32, "overlong": "error"}
+    options = {"max_prompt_length": 32, "overlong": "error", "order": "shuffled"}
     section = SimpleNamespace(task="countdown", settings={"numbers": 4}, train_files=[], val_files=[], **options)
     built = PromptStream.from_config(section, tokenizer, seed=9)
     assert built.take(3, 1)[0].example == make_task("countdown", numbers=4, seed=9).example("train", 3)
