@@ -63,6 +63,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         del self._entry_points()[name]
         return cls
 
+    def __contains__(self, name: object) -> bool:  # without importing a package
+        return name in self._classes or name in self._entry_points()
+
     def __iter__(self) -> Iterator[str]:
         return iter([*self._classes, *self._entry_points()])
 

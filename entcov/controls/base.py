@@ -85,8 +85,8 @@ class Control:
     """Base of all controls. A concrete control is a dataclass whose fields are its knobs, checked when it is made."""
 
     name: ClassVar[str]  # key in CONTROLS
-    # Of "selection" (calls `select`), "entropy", "clamped_entropy", "ref_logprob": what tokens must have in `select` and
-    # `apply`. `begin` always has the scored entropy and entropy_drift.
+    # Of "selection" (`select` is called), "entropy", "clamped_entropy", "ref_logprob": what `select` and `apply` read.
+    # `begin` always has the scored entropy and entropy_drift.
     needs: ClassVar[frozenset[str]] = frozenset()
     state: ClassVar[tuple[str, ...]] = ()  # attributes that change during training: numbers and booleans
     # What a control with "selection" decides on: the mini-batch ("global"), each "micro_batch" alone, or the whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any
@@ -95,6 +95,13 @@ class Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         others |= {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, selected={name: change(mask) for name, mask in self.selected.items()}, **others)
+
+    def assign_scores(self, stats: Mapping[str, Tensor], version: int) -> None:
+        """Sets what an actor's `compute_logprobs` returned, and the weight_version that it had."""
+        self.old_logprob, self.ref_logprob = stats["logprob"], stats.get("ref_logprob")
+        self.entropy, self.entropy_drift = stats["entropy"], stats["entropy_drift"]
+        self.clamped_entropy = stats.get("clamped_entropy")
+        self.logprob_version = version
 
     def assign_advantages(self, advantage: Tensor) -> None:
         """Sets the advantages of the loss tokens: [S], one of each response, or one of each loss token in order."""

@@ -87,7 +87,7 @@ class Loop:
         self.unstorable = f"step {step} has begun to change the weights"
         with timed(self._seconds, "update_actor"):
             updated = self.update(batch, step, metrics)
-        if updated:
+        if metrics["training/updates"]:
             for control in self.controls:
                 metrics |= control.after_step(scored | updated, self._progress())
         if self._next is not None:
@@ -144,10 +144,7 @@ class Loop:
         """Fills in what the current policy says of the batch; returns the rollout's means for the controls."""
         self.phase("old log-probs")
         policy = self.actor.compute_logprobs(batch)
-        batch.old_logprob, batch.ref_logprob = policy["logprob"], policy.get("ref_logprob")
-        batch.entropy, batch.entropy_drift = policy["entropy"], policy["entropy_drift"]
-        batch.clamped_entropy = policy.get("clamped_entropy")
-        batch.logprob_version = self.actor.weight_version
+        batch.assign_scores(policy, self.actor.weight_version)
         at = batch.loss_mask
         bad = int((~policy["logprob"].isfinite() & at).sum())
         if bad:

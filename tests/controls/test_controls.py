@@ -21,7 +21,7 @@ from entcov.controls import (
 )
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import PolicyLossConfig, Tokens
-from tests.support.objective_oracle import top_by_hash
+from tests.support.objective_oracle import PROGRESS, top_by_hash
 
 CONFIG = PolicyLossConfig()
 
@@ -137,7 +137,7 @@ def test_reference_counts_depend_on_the_split_and_ours_do_not(parts):
     ]
     selections, _ = select([c for c, _ in cases], split(tokens, parts), step=0, config=CONFIG)
     for k, (control, expected) in enumerate(cases):
-        assert sum(int(row[k].sum()) for row in selections) == expected, control
+        assert sum(int(row[k].mask.sum()) for row in selections) == expected, control
 
 
 def test_one_sequence_a_micro_batch_selects_nothing_in_the_reference():
@@ -150,7 +150,7 @@ def test_one_sequence_a_micro_batch_selects_nothing_in_the_reference():
         ClipCov(clip_cov_ratio=0.01),
     ]
     selections, _ = select(controls, parts, step=0, config=CONFIG)
-    assert [sum(int(row[k].sum()) for row in selections) for k in range(3)] == [0, 20, 20]
+    assert [sum(int(row[k].mask.sum()) for row in selections) for k in range(3)] == [0, 20, 20]
 
 
 def test_micro_batch_scope_is_select_on_each_alone():
@@ -160,7 +160,7 @@ def test_micro_batch_scope_is_select_on_each_alone():
     selections, metrics = select([control], parts, step=2, config=CONFIG)
     alone = KLCov(kl_cov_ratio=0.05)
     for part, row in zip(parts, selections, strict=True):
-        assert torch.equal(row[0], select([alone], [part], step=2, config=CONFIG)[0][0][0])
+        assert torch.equal(row[0].mask, select([alone], [part], step=2, config=CONFIG)[0][0][0].mask)
     assert "actor/cov_threshold" not in metrics
 
 
@@ -169,7 +169,7 @@ def test_micro_batch_scope_with_an_empty_micro_batch():
     second.loss_mask = torch.zeros_like(second.loss_mask)
     controls = [KLCov(kl_cov_ratio=0.1, scope="micro_batch"), ClipCov(scope="micro_batch", semantics="reference")]
     selections, _ = select(controls, [first, second], step=0, config=CONFIG)
-    assert int(selections[0][0].sum()) == 3 and int(selections[1][0].sum()) == 0 == int(selections[1][1].sum())
+    assert [[int(chosen.mask.sum()) for chosen in row] for row in selections] == [[3, 0], [0, 0]]
 
 
 def test_reference_clip_cov_excludes_ppo_clipped_tokens():
@@ -180,7 +180,7 @@ def test_reference_clip_cov_excludes_ppo_clipped_tokens():
     tokens = Tokens(logprob, old, advantage, torch.ones(4, dtype=torch.bool), token_id=torch.arange(4))
 
     def chosen(config=CONFIG, **knobs):
-        return select([ClipCov(clip_cov_ratio=0.5, **knobs)], [tokens], step=0, config=config)[0][0][0].tolist()
+        return select([ClipCov(clip_cov_ratio=0.5, **knobs)], [tokens], step=0, config=config)[0][0][0].mask.tolist()
 
     assert chosen(semantics="reference") == [False, False, True, True]
     assert sum(chosen()) == 2
@@ -196,7 +196,7 @@ def test_kl_cov_settles_ties_by_seed_and_step():
     tokens = Tokens(logprob, logprob, advantage, torch.ones(4, dtype=torch.bool), token_id=torch.tensor([7, 8, 40, 41]))
     for seed, step in ((0, 0), (0, 1), (0, 2), (3, 2), (4, 2)):
         selections, _ = select([KLCov(kl_cov_ratio=0.5, seed=seed)], [tokens], step=step, config=CONFIG)
-        assert set(tokens.token_id[selections[0][0]].tolist()) == top_by_hash([7, 8, 40, 41], 2, seed, step)
+        assert set(tokens.token_id[selections[0][0].mask].tolist()) == top_by_hash([7, 8, 40, 41], 2, seed, step)
 
 
 # --- invariants -----------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_skywork_trace():
     used, coef, gate = [], [], []
     for entropy in (0.15, 0.19, 0.21, 0.15):
         used.append(control.applied)
-        metrics = control.after_step({"sampled_entropy": entropy, "entropy": 99.0})
+        metrics = control.after_step({"scored/sampled_entropy": entropy, "updated/entropy": 99.0}, PROGRESS)
         assert metrics == {"actor/entropy_coef": used[-1], "actor/entropy_target": 0.2}
         coef.append(control.coef)
         gate.append(control.enabled)
@@ -269,10 +269,10 @@ def test_trl_trace():
     used = []
     for entropy in (0.15, 0.2, 0.21, 0.15):
         used.append(control.applied)
-        control.after_step({"entropy": entropy, "sampled_entropy": 99.0})
+        control.after_step({"updated/entropy": entropy, "scored/sampled_entropy": 99.0}, PROGRESS)
     assert [*used, control.applied] == pytest.approx([0, 5e-3, 1e-2, 0, 1e-2])
     at_target = AdaptiveBonus()
-    at_target.after_step({"sampled_entropy": 0.2})
+    at_target.after_step({"scored/sampled_entropy": 0.2}, PROGRESS)
     assert at_target.coef == 0.0 and not at_target.enabled  # Skywork's rule is strict
 
 
@@ -280,10 +280,10 @@ def test_trl_trace():
 def test_adaptive_bonus_stays_in_its_box(rule, delta, top):
     control = AdaptiveBonus(rule=rule, coef_min=2 * delta, entropy_coef=2 * delta)
     for _ in range(300):
-        control.after_step({"sampled_entropy": 0.0, "entropy": 0.0})
+        control.after_step({"scored/sampled_entropy": 0.0, "updated/entropy": 0.0}, PROGRESS)
     assert control.coef == top
     for _ in range(300):
-        control.after_step({"sampled_entropy": 1.0, "entropy": 1.0})
+        control.after_step({"scored/sampled_entropy": 1.0, "updated/entropy": 1.0}, PROGRESS)
     assert control.coef == 2 * delta
 
 
@@ -291,7 +291,7 @@ def test_aent_trace():
     control = AEnt(warmup=0)
     coef = []
     for entropy in (0.30, 0.26, 0.20, 0.12, 0.08, 0.05):
-        control.after_step({"clamped_entropy": entropy, "entropy": 99.0})
+        control.after_step({"updated/clamped_entropy": entropy, "updated/entropy": 99.0}, PROGRESS)
         coef.append(control.coef)
     assert coef == pytest.approx([0.00188, 0.00184, 0.00184, 0.00190, 0.00204, 0.00224], abs=1e-12)
 
@@ -302,37 +302,37 @@ def test_aent_warmup_counts_steps_that_leave_the_coefficient_alone():
         changed = []
         for _ in range(5):
             before = control.coef
-            assert control.after_step({"clamped_entropy": 0.3}) == {"actor/entropy_coef": before}
+            assert control.after_step({"updated/clamped_entropy": 0.3}, PROGRESS) == {"actor/entropy_coef": before}
             changed.append(control.coef != before)
         assert changed == [False] * warmup + [True] * (5 - warmup)
 
 
 def test_aent_stays_in_its_box_and_fixed_when_not_adaptive():
     control = AEnt(warmup=0, coef_lr=1.0)
-    control.after_step({"clamped_entropy": 5.0})
+    control.after_step({"updated/clamped_entropy": 5.0}, PROGRESS)
     assert control.coef == 6e-4
-    control.after_step({"clamped_entropy": 0.0})
+    control.after_step({"updated/clamped_entropy": 0.0}, PROGRESS)
     assert control.coef == 9e-3
     fixed = AEnt(adaptive=False, warmup=0)
-    fixed.after_step({"clamped_entropy": 5.0})
+    fixed.after_step({"updated/clamped_entropy": 5.0}, PROGRESS)
     assert fixed.coef == 2e-3
 
 
 @pytest.mark.parametrize(
     "control, key",
     [
-        (AEnt(), "clamped_entropy"),
-        (AdaptiveBonus(), "sampled_entropy"),
-        (AdaptiveBonus(rule="trl"), "entropy"),
+        (AEnt(), "updated/clamped_entropy"),
+        (AdaptiveBonus(), "scored/sampled_entropy"),
+        (AdaptiveBonus(rule="trl"), "updated/entropy"),
     ],
     ids=str,
 )
 def test_after_step_needs_its_mean(control, key):
     before = control.state_dict()
-    with pytest.raises(ValueError, match=rf"totals must hold '{key}' for control {control.name}, got \['x'\]"):
-        control.after_step({"x": 1.0})
-    with pytest.raises(ValueError, match=rf"totals\['{key}'\] must be finite for control {control.name}, got nan"):
-        control.after_step({key: math.nan})
+    with pytest.raises(ValueError, match=rf"means must hold '{key}' for control {control.name}, got \['x'\]"):
+        control.after_step({"x": 1.0}, PROGRESS)
+    with pytest.raises(ValueError, match=rf"means\['{key}'\] must be finite for control {control.name}, got nan"):
+        control.after_step({key: math.nan}, PROGRESS)
     assert control.state_dict() == before
 
 
@@ -343,17 +343,18 @@ KNOBS = {"aent": {"warmup": 1}, "adaptive_bonus": {"rule": "trl"}}
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
 def test_state_survives_json_and_continues_alike(name):
-    means = [{"entropy": h, "clamped_entropy": h, "sampled_entropy": h} for h in (0.1, 0.05, 0.3, 0.6, 0.15)]
+    read = ("scored/sampled_entropy", "updated/entropy", "updated/clamped_entropy")
+    means = [dict.fromkeys(read, h) for h in (0.1, 0.05, 0.3, 0.6, 0.15)]
     whole, first = make_control(name, **KNOBS.get(name, {})), make_control(name, **KNOBS.get(name, {}))
     for m in means[:3]:
-        whole.after_step(m)
-        first.after_step(m)
+        whole.after_step(m, PROGRESS)
+        first.after_step(m, PROGRESS)
     resumed = make_control(name, **KNOBS.get(name, {}))
     assert not first.state or first.state_dict() != resumed.state_dict()
     if name == "adaptive_bonus":  # above the target since the last step: unlike at the start
         assert not first.enabled
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [whole.after_step(m) for m in means[3:]] == [resumed.after_step(m) for m in means[3:]]
+    assert [whole.after_step(m, PROGRESS) for m in means[3:]] == [resumed.after_step(m, PROGRESS) for m in means[3:]]
     assert whole.state_dict() == resumed.state_dict()
     assert bool(whole.state_dict()) == (name in KNOBS)
 
@@ -421,7 +422,7 @@ def test_select_names_the_missing_field(control):
         ("clip_cov", {"clip_cov_ratio": math.nan}, ValueError, "clip_cov_ratio must be in .* got nan"),
         ("clip_cov", {"clip_cov_lb": 5.0, "clip_cov_ub": 1.0}, ValueError, "clip_cov_ub must be in .5, inf., got 1.0"),
         ("clip_cov", {"semantics": "verl"}, ValueError, "semantics must be one of paper, reference; got 'verl'"),
-        ("clip_cov", {"scope": "rank"}, ValueError, "scope must be one of global, micro_batch; got 'rank'"),
+        ("clip_cov", {"scope": "rank"}, ValueError, "scope must be one of global, micro_batch, rollout; got 'rank'"),
         ("clip_cov", {"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
         ("kl_cov", {"kl_cov_ratio": 0.6}, ValueError, "kl_cov_ratio must be in .0, 0.5., .* not a percent"),
         ("kl_cov", {"ppo_kl_coef": -1}, ValueError, "ppo_kl_coef must be in .* got -1"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from entcov.controls import AEnt, ClipCov, Control, Effect, EntropyBonus, KLCov, select
+from entcov.controls import AEnt, ClipCov, Control, Effect, EntropyBonus, KLCov, Selection, select
 from entcov.objective.policy_loss import kl_estimate, policy_loss
 from entcov.objective.tokens import AGGREGATIONS, KL_ESTIMATORS, PolicyLossConfig, Tokens, Totals
 from tests.support.objective_oracle import NoHostRead, make_tokens, part
@@ -361,7 +361,7 @@ def test_garbage_outside_the_mask_changes_nothing():
 def test_no_host_synchronisation_on_the_device_path(aggregation):
     """The code that any accelerator runs, on the device without data, backward included."""
     tokens, _ = make_tokens(dtype=torch.float32)
-    meta = Tokens(**{name: value.to("meta") for name, value in vars(tokens).items()})
+    meta = Tokens(**{name: value.to("meta") for name, value in vars(tokens).items() if value is not None})
     meta.logprob.requires_grad_()
     controls = [EntropyBonus(), AEnt(), KLCov(), ClipCov()]
     with NoHostRead():
@@ -371,7 +371,7 @@ def test_no_host_synchronisation_on_the_device_path(aggregation):
                 config_for(aggregation, dual_clip=2.0, kl_coef=0.1, tis_cap=2.0),
                 totals=totals,
                 controls=controls,
-                selections=[None, None, meta.loss_mask, meta.loss_mask],
+                selections=[None, None, Selection(meta.loss_mask), Selection(meta.loss_mask)],
             )
             loss.backward()
     assert loss.is_meta and all(m.is_meta for m in metrics.values())

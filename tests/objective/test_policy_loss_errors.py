@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from entcov.controls import AEnt, ClipCov, EntropyBonus
+from entcov.controls import AEnt, ClipCov, EntropyBonus, Selection
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
 from tests.support.objective_oracle import make_tokens
@@ -83,14 +83,16 @@ def test_missing_field_is_named(field, knobs, controls, message):
 
 def test_selection_errors():
     tokens, _ = make_tokens()
-    with pytest.raises(ValueError, match="selections must hold entcov.controls.select's mask for clip_cov, got None"):
+    with pytest.raises(ValueError, match="selections must hold what .*select chose for clip_cov, got None"):
         policy_loss(tokens, controls=[ClipCov()])
     with pytest.raises(ValueError, match="selections must have one entry a control: 1 controls, 2 given"):
         policy_loss(tokens, controls=[ClipCov()], selections=[None, None])
     with pytest.raises(ValueError, match="selection of control clip_cov must have shape"):
-        policy_loss(tokens, controls=[ClipCov()], selections=[tokens.loss_mask[:3]])
+        policy_loss(tokens, controls=[ClipCov()], selections=[Selection(tokens.loss_mask[:3])])
+    with pytest.raises(TypeError, match="selection of control clip_cov must be a Selection, got Tensor"):
+        policy_loss(tokens, controls=[ClipCov()], selections=[tokens.loss_mask])
     with pytest.raises(TypeError, match="selection of control clip_cov must be torch.bool"):
-        policy_loss(tokens, controls=[ClipCov()], selections=[tokens.loss_mask.long()])
+        policy_loss(tokens, controls=[ClipCov()], selections=[Selection(tokens.loss_mask.long())])
 
 
 def test_sequence_length_zero_under_the_mask():

@@ -319,7 +319,7 @@ def test_no_host_synchronisation_on_the_device_path():
     with NoHostRead() as mode:
         selections, metrics = select(controls, [tokens, tokens], step=0, config=PolicyLossConfig())
     assert "scatter_add_" in mode.seen
-    assert all(s.shape == (t,) and s.is_meta for row in selections for s in row)
+    assert all(s.mask.shape == (t,) and s.mask.is_meta for row in selections for s in row)
     assert set(metrics) == {"actor/cov_mean", "actor/cov_max", "actor/cov_p999", "actor/cov_threshold"}
 
 

@@ -26,8 +26,8 @@ FAULTS = (
     Fault(
         "selections_in_the_order_of_the_micro_batch",
         BATCHES,
-        "return spread[self.rows]",
-        "return mask[: len(self.rows)]",
+        "return selection.at(numbers[self.rows])",
+        "return selection.at(slice(len(self.rows)))",
         [T_PARITY + "context_parallel_ranks_hold_each_loss_token_once"],
         slow=SLOW,
     ),

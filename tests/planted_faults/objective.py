@@ -18,6 +18,7 @@ T_LOSSES, T_COVARIANCE, T_CONTROLS = (
     for name in ("objective/test_policy_loss", "objective/test_token_covariance", "controls/test_controls")
 )
 T_ADVANTAGES, T_SPLITS = "tests/objective/test_advantages.py::test_", "tests/objective/test_selection_splits.py::test_"
+T_MOMENTS = "tests/controls/test_moments.py::test_"
 BY_LOOP = T_LOSSES + "test_matches_loop"
 ANY_SPLIT = T_LOSSES + "test_any_split_gives_equal_gradients"
 KL_BY_HAND = T_LOSSES + "test_kl_hand_values"
@@ -409,10 +410,52 @@ FAULTS = (
     ),
     # ---- controls ----------------------------------------------------------------------------------------------------
     Fault(
+        "bonuses_are_multiplied",
+        SELECT,
+        "            advantage = advantage * shaping.multiplier\n",
+        "            advantage, bonus = advantage * shaping.multiplier, bonus * shaping.multiplier\n",
+        [T_MOMENTS + "shapings_compose_in_any_order"],
+    ),
+    Fault(
+        "a_later_control_undoes_a_drop",
+        SELECT,
+        "shaped.drop = shaping.drop if shaped.drop is None else shaped.drop | shaping.drop",
+        "shaped.drop = shaping.drop",
+        [T_MOMENTS + "shapings_compose_in_any_order"],
+    ),
+    Fault(
+        "rollout_scope_draws_alike_in_every_rollout",
+        CLIP_COV,
+        "step=progress.update, config=PolicyLossConfig()",
+        "step=0, config=PolicyLossConfig()",
+        [T_MOMENTS + "rollout_scope_chooses_what_the_global_scope_chooses_on_the_whole_rollout"],
+    ),
+    Fault(
+        "dropped_tokens_stay_in_the_loss",
+        "entcov/controls/base.py",
+        "mask = mask & ~selection.drop",
+        "pass",
+        [T_MOMENTS + "a_dropped_token_is_as_if_it_were_not_there"],
+    ),
+    Fault(
+        "lengths_with_dropped_tokens",
+        "entcov/objective/policy_loss.py",
+        "length = sequence_index(tokens, sequences).sum(mask).long()",
+        "pass",
+        [T_MOMENTS + "a_dropped_token_is_as_if_it_were_not_there"],
+    ),
+    Fault(
+        "packages_are_imported_to_list_them",
+        "entcov/registry.py",
+        "return name in self._classes or name in self._entry_points()",
+        "return name in self._classes or self[name] is not None",
+        [T_MOMENTS + "a_package_is_imported_when_its_control_is_asked_for"],
+    ),
+    Fault(
         "selections_go_to_the_wrong_micro_batches",
         SELECT,
-        "columns.append(mask.split(sizes))",
-        "columns.append(mask.flip(0).split(sizes))",
+        "columns.append([chosen.at(slice(a, b)) for a, b in pairwise(ends)])",
+        "columns.append([chosen.at(slice(a, b)) for a, b in pairwise(ends)][::-1])",
         [T_SPLITS + "one_process_any_split"],
     ),
     Fault(
@@ -425,8 +468,8 @@ FAULTS = (
     Fault(
         "clip_cov_keeps_only_the_selected",
         CLIP_COV,
-        "keep=~selected",
-        "keep=selected",
+        "keep=~selection.mask",
+        "keep=selection.mask",
         [T_CONTROLS + "test_clip_cov_hand_values"],
     ),
     Fault(
@@ -474,7 +517,7 @@ FAULTS = (
     Fault(
         "kl_cov_penalises_all_tokens",
         KL_COV,
-        "torch.where(selected, tokens.logprob - tokens.old_logprob, 0.0)",
+        "torch.where(selection.mask, tokens.logprob - tokens.old_logprob, 0.0)",
         "(tokens.logprob - tokens.old_logprob)",
         [T_CONTROLS + "test_kl_cov_hand_values"],
     ),
@@ -509,15 +552,15 @@ FAULTS = (
     Fault(
         "adaptive_bonus_counts_the_target_as_below",
         ADAPTIVE,
-        '("sampled_entropy", False,',
-        '("sampled_entropy", True,',
+        '("scored/sampled_entropy", False,',
+        '("scored/sampled_entropy", True,',
         [T_CONTROLS + "test_trl_trace"],
     ),
     Fault(
         "skywork_rule_watches_the_analytic_entropy",
         ADAPTIVE,
-        '("sampled_entropy", False,',
-        '("entropy", False,',
+        '("scored/sampled_entropy", False,',
+        '("updated/entropy", False,',
         [T_CONTROLS + "test_skywork_trace"],
     ),
     Fault(

@@ -11,13 +11,14 @@ from entcov.rl.types import Example, Prompt, Rollout
 EXAMPLE = Example("test", (), "")
 
 
-def rollout(uid: int, prompt: list[int], response: list[int], advantage: float = 1.0) -> Rollout:
+def rollout(uid: int, prompt: list[int], response: list[int]) -> Rollout:
     logprob = [-0.1 * (i + 1) for i in range(len(response))]
-    return Rollout(Prompt(uid, EXAMPLE, tuple(prompt)), 0, response, logprob, True, 0, advantage=advantage)
+    return Rollout(Prompt(uid, EXAMPLE, tuple(prompt)), 0, response, logprob, True, 0)
 
 
 def test_pack_by_hand():
-    batch = pack([rollout(0, [5, 6], [7, 8, 9], 2.0), rollout(1, [3], [4], -1.0)])
+    batch = pack([rollout(0, [5, 6], [7, 8, 9]), rollout(1, [3], [4])])
+    batch.assign_advantages(torch.tensor([2.0, -1.0]))
     assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 3, 4]
     assert batch.position.tolist() == [0, 1, 2, 3, 4, 0, 1]
     x = IGNORE_INDEX
@@ -31,7 +32,8 @@ def test_pack_by_hand():
 
 
 def test_subset_keeps_every_field_of_every_token():
-    batch = pack([rollout(i, [1] * (i + 1), list(range(10 * i + 2, 10 * i + 4 + i)), i) for i in range(5)])
+    batch = pack([rollout(i, [1] * (i + 1), list(range(10 * i + 2, 10 * i + 4 + i))) for i in range(5)])
+    batch.assign_advantages(torch.arange(5.0))
     batch.old_logprob = torch.arange(len(batch.tokens)).float()
     batch.logprob_version = 3
     part = batch.subset([4, 1])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from entcov.controls import Control
+from entcov.controls import Control, Progress, Shaping
 from entcov.rl.collect import Collected, Collector, derived_seed
 from entcov.rl.config import EvalConfig, parse_config
 from entcov.rl.loop import Loop
@@ -49,7 +49,8 @@ class Actor:
         self.updates.append((step, batch))
         self.weight_version += 1
         self.weight += 0.5
-        return {"actor/pg_loss": float(self.weight_version), "actor/lr": 0.1}
+        entropy = 10.0 + self.weight_version
+        return {"actor/pg_loss": float(self.weight_version), "actor/lr": 0.1, "actor/entropy": entropy}
 
     def named_weights(self):
         yield "weight", torch.tensor(self.weight)
@@ -80,6 +81,8 @@ class Sampler:
 
 
 class Stream:
+    num_rows = None
+
     def take(self, position, n):
         return [Prompt(uid, Example("test", (), "1"), (5, 6)[: 1 + uid % 2]) for uid in range(position, position + n)]
 
@@ -92,8 +95,8 @@ class Watching(Control):
     def __init__(self):
         self.seen, self.steps = [], 0
 
-    def after_step(self, totals):
-        self.seen.append(totals)
+    def after_step(self, means, progress):
+        self.seen.append(means)
         self.steps += 1
         return {"actor/entropy_coef": float(self.steps)}
 
@@ -118,7 +121,12 @@ def test_one_step_by_hand():
     metrics = loop.step()
     assert loop.sampler.calls == [{"uids": [0, 1], "temperature": 0.7, "seed": derived_seed(7, 1, 0)}]
     (totals,) = loop.controls[0].seen  # once a step, although there were two updates
-    assert totals == pytest.approx({"entropy": 116 / 80, "sampled_entropy": 11.1 / 8})
+    first, second = (batch.num_loss_tokens for _, batch in loop.actor.updates)
+    assert {first, second} == {3, 5}
+    assert totals == pytest.approx({
+        "scored/entropy": 116 / 80, "scored/sampled_entropy": 11.1 / 8,
+        "updated/entropy": (11 * first + 12 * second) / 8,
+    })  # fmt: skip
     expected = {
         "actor/entropy": 116 / 80,
         "training/mismatch": 1.0 / 8,  # 0.1 + 0.2 + 0.3 + 0.4, of both signs
@@ -177,6 +185,72 @@ def test_every_step_has_prompts_noise_and_an_order_of_its_own():
     assert seeds == [derived_seed(7, step, 0) for step in range(1, 7)] and len(set(seeds)) == 6
     assert len(set(orders)) > 6  # 12 draws out of 24 orders
     assert derived_seed(7, 1, 0) != derived_seed(8, 1, 0) != derived_seed(8, 0, 1)
+
+
+class Shapes(Control):
+    """Drops the tokens whose targets are in `dropped`, doubles the advantage of the others; notes what it is shown."""
+
+    name = "shapes"
+
+    def __init__(self, *dropped):
+        self.dropped, self.begun, self.updates, self.steps = dropped, [], [], []
+
+    def begin(self, rollout, progress):
+        self.begun.append((rollout, progress))
+        target = (-rollout.logprob * 10).round().int()  # POLICY is unlike for the tokens that the tests drop
+        drop = torch.isin(target, torch.tensor([int(-10 * POLICY[t]) for t in self.dropped]))
+        return Shaping(multiplier=torch.full_like(rollout.advantage, 2.0), drop=drop if self.dropped else None)
+
+    def after_update(self, means, progress):
+        self.updates.append((means, progress.update))
+
+    def after_step(self, means, progress):
+        self.steps.append(progress)
+        return {}
+
+
+def test_begin_sees_the_scored_rollout_and_shapes_its_advantages():
+    loop = loop_of()
+    loop.controls[:] = [shapes] = [Shapes()]
+    loop.stream.num_rows = 1
+    metrics = loop.step()
+    ((rollout, progress),) = shapes.begun
+    assert rollout.logprob.tolist() == pytest.approx([POLICY[t] for t in range(11, 19)])
+    assert torch.equal(rollout.logprob, rollout.old_logprob)
+    assert rollout.entropy.tolist() == pytest.approx([t / 10 for t in range(11, 19)])
+    assert rollout.entropy_drift.tolist() == [float((t - 10) ** 2) for t in range(11, 19)]
+    assert rollout.sequence.tolist() == [0, 0, 1, 2, 2, 2, 3, 3] and rollout.group.tolist() == [0] * 3 + [1] * 5
+    assert rollout.position.tolist() == [0, 1, 0, 0, 1, 2, 0, 1]
+    assert rollout.reward.tolist() == [1, 1, 0, 1, 1, 1, 0, 0] and rollout.lag.tolist() == [0] * 8
+    assert progress == Progress(step=1, steps=3, update=0, epoch=1, epochs=6)
+    assert metrics["critic/advantages/max"] == pytest.approx(2 * A, rel=1e-5)
+    assert [update for _, update in shapes.updates] == [1, 2]
+    assert [means for means, _ in shapes.updates] == [{"entropy": 11.0}, {"entropy": 12.0}]
+    loop.step()
+    assert shapes.begun[1][1] == Progress(step=2, steps=3, update=2, epoch=3, epochs=6)
+    assert [p.step for p in shapes.steps] == [1, 2]
+
+
+def test_a_dropped_token_leaves_the_batch_and_its_denominators():
+    loop = loop_of(**{"actor.updates_per_rollout": 1})
+    loop.controls[:] = [Shapes(12, 13, 18)]  # one of two tokens, a whole response, one of two tokens
+    metrics = loop.step()
+    ((_, batch),) = loop.actor.updates
+    at = batch.loss_mask
+    assert batch.target[at].tolist() == [11, 14, 15, 16, 17]
+    assert batch.sequence_length[at].tolist() == [1, 3, 3, 3, 1]
+    assert (batch.num_sequences, batch.num_loss_tokens) == (3, 5)
+    assert batch.responses.number.tolist() == [0, 2, 3]
+    assert batch.advantage[at].tolist() == pytest.approx([2 * A] * 4 + [-2 * A], rel=1e-5)
+    assert metrics["training/dropped_tokens"] == 3 / 8
+
+
+def test_a_rollout_of_which_everything_is_dropped_has_no_update():
+    loop = loop_of()
+    loop.controls[:] = [shapes] = [Shapes(*range(11, 19))]
+    metrics = loop.step()
+    assert (metrics["training/updates"], metrics["training/dropped_tokens"]) == (0, 1)
+    assert (loop.actor.updates, shapes.updates, shapes.steps, loop.steps_done) == ([], [], [], 1)
 
 
 class Alternating(Sampler):

@@ -47,9 +47,8 @@ def updates(actor, batch, controls) -> dict[str, Any]:
         if "selection" in control.needs:
             control.select = _recording(control.select, chosen)
     scored = actor.compute_logprobs(batch)
-    batch = dataclasses.replace(
-        batch, old_logprob=scored["logprob"], ref_logprob=scored.get("ref_logprob"), logprob_version=0
-    )
+    batch = dataclasses.replace(batch)
+    batch.assign_scores(scored, 0)
     metrics = [actor.update(batch, step=1) for _ in range(UPDATES)]
     weights = {name: weight.clone() for name, weight in actor.named_weights()}
     return {"scored": scored, "metrics": metrics, "weights": weights, "chosen": chosen}
@@ -57,9 +56,9 @@ def updates(actor, batch, controls) -> dict[str, Any]:
 
 def _recording(select, chosen: list[list[int]]):
     def record(tokens, **arguments):
-        mask, metrics = select(tokens, **arguments)
-        chosen.append(sorted(tokens.token_id[mask].tolist()))
-        return mask, metrics
+        selection = select(tokens, **arguments)
+        chosen.append(sorted(tokens.token_id[selection.mask].tolist()))
+        return selection
 
     return record
 

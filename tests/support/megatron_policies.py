@@ -49,9 +49,8 @@ def policies(tmp_path_factory):
             rollouts = InProcessSampler(model, tokenizer, batch_size=64).generate(
                 prompts(6), group_size=4, temperature=1.0, max_response_length=10, seed=0
             )
-            for rollout in rollouts:
-                rollout.advantage = float(torch.randn((), generator=generator))
             batch = pack(rollouts)
+            batch.assign_advantages(torch.randn(len(rollouts), generator=generator))
             torch.save(batch, folder / "batch.pt")
         save_model(model, tokenizer, folder / name)
         models[name] = model

@@ -167,8 +167,6 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
         own = got[: 3 * 2] if layout.replica == 0 else got[3 * 2 :]
         if sorted(scored) != sorted(r.text for r in own):
             return f"this rank scored {len(scored)} responses of {len(own)}"
-        for rollout in got:
-            rollout.advantage = 0.0
         batch = pack(got)
         gap = (actor.compute_logprobs(batch)["logprob"] - batch.rollout_logprob)[batch.loss_mask].abs().max().item()
         if not gap < 2e-5:

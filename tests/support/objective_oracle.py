@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from entcov.controls import Progress
 from entcov.objective.tokens import Tokens
 
 M64 = 2**64 - 1
+PROGRESS = Progress(step=1, steps=10, update=0)
 
 
 def mix(x):
@@ -71,7 +73,7 @@ def make_batch(seed, sequences=24, longest=40):
 
 
 def chosen_ids(micro_batches, selections, k):
-    return sorted(i for t, s in zip(micro_batches, selections, strict=True) for i in t.token_id[s[k]].tolist())
+    return sorted(i for t, s in zip(micro_batches, selections, strict=True) for i in t.token_id[s[k].mask].tolist())
 
 
 def make_tokens(seed=0, lengths=(5, 1, 7, 3, 4, 2), dtype=torch.float64):

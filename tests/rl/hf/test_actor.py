@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
-from entcov.controls import make_control
-from entcov.objective.tokens import PolicyLossConfig
+from entcov.controls import Control, Effect, Selection, make_control
+from entcov.objective.tokens import AGGREGATIONS, PolicyLossConfig
 from entcov.rl.backend import reference_policy
 from entcov.rl.batch import pack
 from entcov.rl.config import ActorConfig, ModelConfig
@@ -38,9 +40,9 @@ def rolled_out():
         prompts(6), group_size=4, temperature=1.0, max_response_length=10, seed=0
     )
     generator = torch.Generator().manual_seed(4)
-    for rollout in rollouts:
-        rollout.advantage = float(torch.randn((), generator=generator))
-    return model, pack(rollouts)
+    batch = pack(rollouts)
+    batch.assign_advantages(torch.randn(len(rollouts), generator=generator))
+    return model, batch
 
 
 def actor_for(model, controls, **settings) -> TransformersActor:
@@ -57,7 +59,7 @@ def actor_for(model, controls, **settings) -> TransformersActor:
 def two_updates(actor: TransformersActor, batch) -> tuple[list[dict], list[torch.Tensor]]:
     scored = actor.compute_logprobs(batch)
     batch = copy.copy(batch)
-    batch.old_logprob, batch.logprob_version = scored["logprob"], actor.weight_version
+    batch.assign_scores(scored, actor.weight_version)
     metrics = [actor.update(batch, step=1), actor.update(batch, step=1)]
     return metrics, [p.detach() for p in actor.model.parameters()]
 
@@ -228,7 +230,7 @@ def test_the_reference_is_a_copy_that_is_kept_on_disk(rolled_out, tmp_path):
         assert torch.equal(reference.get_output_embeddings().weight, before)
         assert reference is not model and not any(p.requires_grad for p in reference.parameters())
     shutil.rmtree(tmp_path / "reference")
-    with pytest.raises(RuntimeError, match="reference is missing; without it a run with loss.kl_coef > 0 cannot go on"):
+    with pytest.raises(RuntimeError, match="reference is missing; without it a run that compares"):
         reference_policy(model, tmp_path, fresh=False)
 
 
@@ -260,10 +262,57 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rolled_out):
 
 
 def test_a_reference_model_is_asked_for(rolled_out):
-    with pytest.raises(ValueError, match="reference.*kl_coef > 0, got 0.1"):
+    with pytest.raises(ValueError, match="reference.*kl_coef > 0 .got 0.1"):
         TransformersActor(rolled_out[0], ActorConfig(), PolicyLossConfig(kl_coef=0.1), [], temperature=1.0)
 
 
 def test_controls_must_agree_on_one_clamp(rolled_out):
     with pytest.raises(ValueError, match="agree on the clamped entropy"):
         actor_for(rolled_out[0], [("aent", {"clamp_p": 0.3}), ("aent", {"clamp_p": 0.2})])
+
+
+@dataclass
+class Even(Control):
+    """Selects and drops the tokens of even number: of the mini-batch in `select`, or in `begin`."""
+
+    name: ClassVar[str] = "even"
+    needs: ClassVar[frozenset[str]] = frozenset({"selection", "entropy"})
+    scope: str = "global"
+
+    def select(self, tokens, *, step, config, group=None):
+        assert tokens.entropy.min() > 0
+        return Selection(tokens.loss_mask, drop=tokens.token_id % 2 == 0)
+
+    def apply(self, tokens, selection):
+        return Effect(keep=~selection.mask) if self.scope == "rollout" else Effect()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS[:3])
+def test_a_selection_that_drops_tokens_updates_as_if_they_were_not_there(rolled_out, aggregation):
+    model, batch = rolled_out
+    bare = copy.copy(batch)
+    bare.drop(batch.token_id[batch.loss_mask] % 2 == 0)
+    weights = []
+    for controls, given in (([Even()], batch), ([], bare)):
+        actor = actor_for(model, [], micro_batch_tokens=64)
+        actor.loss, actor.controls = PolicyLossConfig(aggregation=aggregation), controls
+        two_updates(actor, given)
+        weights.append([w.detach() for w in actor.model.parameters()])
+    for dropped, absent in zip(*weights, strict=True):
+        assert torch.allclose(dropped, absent, atol=1e-6)
+
+
+def test_what_begin_selected_reaches_every_update_without_a_pass(rolled_out):
+    model, batch = rolled_out
+    actor, wide = actor_for(model, [], micro_batch_tokens=64), Even(scope="rollout")
+    actor.controls = [wide]
+    batch = copy.copy(batch)
+    batch.assign_scores(actor.compute_logprobs(batch), 0)
+    batch.selected = {"even": batch.loss_mask}
+    actor._selection_stats = None  # a call of it fails
+    before = [w.detach().clone() for w in actor.model.parameters()]
+    part = batch.subset([3, 0, 7])
+    assert torch.equal(part.selected["even"], part.loss_mask)
+    actor.optimizer.param_groups[0]["weight_decay"] = 0.0
+    assert actor.update(part, step=1)["actor/pg_loss"] == 0.0
+    assert all(map(torch.equal, before, actor.model.parameters()))  # every token was chosen, and none kept

@@ -119,8 +119,6 @@ def test_bfloat16_computes_low_and_keeps_float32_weights(policy):
     rollouts = InProcessSampler(model, tokenizer, batch_size=8).generate(
         prompts(4), group_size=2, temperature=1.0, max_response_length=6, seed=0
     )
-    for rollout in rollouts:
-        rollout.advantage = 1.0
     batch = pack(rollouts)
     stats = batch_token_stats(model, batch, packing=False)
     assert (stats.logprob - batch.rollout_logprob[batch.loss_mask]).abs().max() < 0.05  # two paths, rounded to 8 bits
