@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ CONTROLS = Registry(
 make_control = CONTROLS.make
 
 __all__ = [
-    "CONTROLS", "Control", "Effect", "Progress", "Selection", "Shaped", "Shaping", "begin", "clamp_arguments",
-    "make_control", "mini_batch_totals", "needs", "select",
+    "CONTROLS", "Control", "Effect", "Progress", "Selection", "Shaped", "Shaping", "begin", "check_composition",
+    "clamp_arguments", "make_control", "mini_batch_totals", "needs", "select",
 ]  # fmt: skip
 
 
@@ -45,6 +45,18 @@ def clamp_arguments(controls: Sequence[Control]) -> dict[str, Any]:
     if any(clamp != wanted[0][1] for _, clamp in wanted):
         raise ValueError(f"controls must agree on the clamped entropy, got {wanted}")
     return dict(wanted[0][1]) if wanted else {}
+
+
+def check_composition(controls: Sequence[Control]) -> None:
+    """Raises ValueError for controls that make no sense together, by their names and the reason."""
+    for a, b in combinations(controls, 2):
+        if a.name == b.name:
+            raise ValueError(f"control: must not repeat an entry, got {a.name} twice")
+        if NoControl.name in (a.name, b.name):
+            raise ValueError(f"control: none stands for no control and must be alone, got {a.name}, {b.name}")
+        for one in sorted(a.sets & b.sets):
+            raise ValueError(f"control: {a.name} and {b.name} both set {one}; choose one of them")
+    clamp_arguments(controls)
 
 
 def selects(control: Control) -> bool:

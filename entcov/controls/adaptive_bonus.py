@@ -27,6 +27,7 @@ class AdaptiveBonus(Control):
 
     name: ClassVar[str] = "adaptive_bonus"
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus"})
     state: ClassVar[tuple[str, ...]] = ("coef", "enabled")
 
     rule: str = "skywork"

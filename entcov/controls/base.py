@@ -88,6 +88,8 @@ class Control:
     # Of "selection" (`select` is called), "entropy", "clamped_entropy", "ref_logprob": what `select` and `apply` read.
     # `begin` always has the scored entropy and entropy_drift.
     needs: ClassVar[frozenset[str]] = frozenset()
+    # What the control sets alone: two controls that set the same are refused. docs/controls.md lists them.
+    sets: ClassVar[frozenset[str]] = frozenset()
     state: ClassVar[tuple[str, ...]] = ()  # attributes that change during training: numbers and booleans
     # What a control with "selection" decides on: the mini-batch ("global"), each "micro_batch" alone, or the whole
     # "rollout"; then `begin` decides by `Shaping.selected`, and `select` is not called.

@@ -19,6 +19,7 @@ class EntropyBonus(Control):
 
     name: ClassVar[str] = "entropy_bonus"
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus"})
 
     entropy_coef: float = 5e-3
 

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from entcov import arguments as check
-from entcov.controls import CONTROLS, Control
+from entcov.controls import CONTROLS, Control, check_composition
 from entcov.objective.advantages import ADVANTAGES
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.registry import Registry
@@ -305,14 +305,12 @@ class Config:
                         f"{key}: must be one of {', '.join(known)}, got {check.shown(name)}"
                         + check.suggestion(name, known)
                     )
-        for key in ("control", "reward_shaping"):
-            if len(set(getattr(self, key))) < len(getattr(self, key)):
-                raise ValueError(f"{key}: must not repeat an entry, got {getattr(self, key)}")
         for key, registry in (
             ("controls", CONTROLS), ("reward_shapings", REWARD_SHAPINGS), ("prompt_policies", PROMPT_POLICIES),
         ):  # fmt: skip
             for name, settings in getattr(self, key).items():
                 _make(registry, key, name, settings)
+        check_composition(self.build_controls())
         self._check_data_level()
         if self.actor.updates_per_rollout > self.rollout.prompts_per_step:
             raise ValueError(
@@ -353,7 +351,9 @@ class Config:
         return name and _make(PROMPT_POLICIES, "prompt_policies", name, self.prompt_policies.get(name, {}))
 
     def _check_data_level(self) -> None:
-        """Raises for reward shapings and prompt policies that can have no effect in this recipe."""
+        """Raises for reward shapings and prompt policies that cannot be used in this recipe."""
+        if len(set(self.reward_shaping)) < len(self.reward_shaping):
+            raise ValueError(f"reward_shaping: must not repeat an entry, got {self.reward_shaping}")
         policy = self.build_prompt_policy()
         if policy is not None and policy.needs_rows and self.data.task is not None:
             raise ValueError(

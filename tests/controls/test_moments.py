@@ -4,13 +4,27 @@ import re
 import sys
 import textwrap
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
-from entcov.controls import ClipCov, Control, KLCov, Selection, Shaping, begin, mini_batch_totals, select
+from entcov.controls import (
+    CONTROLS,
+    ClipCov,
+    Control,
+    KLCov,
+    Progress,
+    Selection,
+    Shaping,
+    begin,
+    check_composition,
+    make_control,
+    mini_batch_totals,
+    select,
+)
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import AGGREGATIONS, PolicyLossConfig, Tokens, Totals
@@ -226,3 +240,48 @@ def test_a_bad_entry_point_is_named(installed, code, entries, error, message):
     known = installed(textwrap.dedent(code), entries)
     with pytest.raises(error, match=rf"entry point .* of stranger .group entcov.controls.: {message}"):
         known.make("theirs")
+
+
+# ---- composition -----------------------------------------------------------------------------------------------------
+
+
+def test_every_pair_of_controls_is_refused_by_name_or_trains_on_both():
+    """The pairs that the documentation refuses, and no others; the rest give the same loss in both orders."""
+    page = (ROOT / "docs/controls.md").read_text()
+    refused = {frozenset(("none", name)) for name in CONTROLS}
+    for line in re.findall(r"^\| the .*\| (.*) \|$", page, re.M):
+        refused |= {frozenset(pair) for pair in combinations(line.split(", "), 2)}
+    tokens, sequence = make_tokens(dtype=torch.float32)
+    tokens.sequence, tokens.group = sequence, sequence // 2
+    tokens.position = torch.zeros_like(sequence)
+    tokens.reward = (sequence % 2).float()
+    tokens.entropy_drift, tokens.lag = tokens.entropy / 7, torch.zeros_like(sequence)
+    for a, b in combinations(sorted(CONTROLS), 2):
+        losses = []
+        for names in ((a, b), (b, a)):
+            controls = [make_control(name) for name in names]
+            if frozenset(names) in refused:
+                with pytest.raises(ValueError, match=f"control: .*{names[0]}.*{names[1]}|none stands for no control"):
+                    check_composition(controls)
+                continue
+            check_composition(controls)
+            losses.append(loss_of(controls, tokens))
+        if losses:
+            assert losses[0] == pytest.approx(losses[1], rel=1e-6), (a, b)
+
+
+def loss_of(controls: list[Control], tokens: Tokens) -> float:
+    """A step of the loop on one mini-batch, through every moment."""
+    at = tokens.loss_mask
+    whole = Tokens(**{name: value[at] for name, value in vars(tokens).items() if value is not None})
+    shaped = begin(controls, replace(whole, logprob=whole.old_logprob), Progress(1, 10, 0, epoch=1, epochs=2))
+    kept = ~shaped.drop if shaped.drop is not None else torch.ones_like(whole.loss_mask)
+    tokens = replace(whole, advantage=shaped.advantage, loss_mask=kept)
+    (row,), _ = select(controls, [tokens], step=0, config=PolicyLossConfig())
+    totals = mini_batch_totals([tokens], [row])
+    loss, metrics = policy_loss(tokens, totals=totals, controls=controls, selections=row)
+    means = {name.removeprefix("actor/"): float(value) for name, value in metrics.items()}
+    for control in controls:
+        control.after_update(means, PROGRESS)
+        control.after_step({f"{when}/{n}": v for when in ("scored", "updated") for n, v in means.items()}, PROGRESS)
+    return loss.item()

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 
+from entcov.controls import Selection
 from entcov.rl.config import ConfigError, MegatronConfig  # noqa: E402
 from megatron_integration.micro_batches import assign_to_replicas, build_inputs, dummy_micro_batch  # noqa: E402
 from tests.support.megatron_cases import CONTROLS  # noqa: E402
@@ -103,7 +104,8 @@ def test_context_parallel_ranks_hold_each_loss_token_once(policies, packing):
         assert torch.equal(micro.inputs["position_ids"][at], batch.position[micro.rows])
         assert torch.equal(micro.inputs["input_ids"][at], batch.tokens[micro.rows])
         chosen = batch.token_id[batch.loss_mask] % 3 == 0
-        assert torch.equal(micro.local(chosen), batch.token_id[micro.rows] % 3 == 0)
+        local = micro.local(Selection(chosen, drop=~chosen))
+        assert torch.equal(local.mask, batch.token_id[micro.rows] % 3 == 0) and torch.equal(local.drop, ~local.mask)
         seen += micro.rows.tolist()
     assert sorted(seen) == batch.loss_mask.nonzero()[:, 0].tolist()
 

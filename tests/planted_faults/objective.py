@@ -431,7 +431,7 @@ FAULTS = (
         [T_MOMENTS + "rollout_scope_chooses_what_the_global_scope_chooses_on_the_whole_rollout"],
     ),
     Fault(
-        "dropped_tokens_stay_in_the_loss",
+        "tokens_that_selections_drop_stay_in_the_loss",
         "entcov/controls/base.py",
         "mask = mask & ~selection.drop",
         "pass",
