@@ -1,10 +1,11 @@
 """Every planted fault."""
 
-from tests.planted_faults import confinement, megatron, objective, statistics, storage, trainer
+from tests.planted_faults import confinement, data_level, megatron, objective, statistics, storage, trainer
 
 FAULTS = (
     *objective.FAULTS,
     *trainer.FAULTS,
+    *data_level.FAULTS,
     *storage.FAULTS,
     *confinement.FAULTS,
     *statistics.FAULTS,

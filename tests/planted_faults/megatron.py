@@ -8,6 +8,14 @@ SLOW = "importing Megatron-Core takes ten seconds"
 
 FAULTS = (
     Fault(
+        "micro_batches_of_a_replica_mix_temperatures",
+        BATCHES,
+        "[temperatures[s] for s in own] if temperatures else ()",
+        "()",
+        [T_PARITY + "no_micro_batch_of_a_replica_mixes_temperatures"],
+        slow=SLOW,
+    ),
+    Fault(
         "replicas_get_unequal_shares",
         BATCHES,
         "lightest = loads.index(min(loads))",

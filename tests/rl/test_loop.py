@@ -14,7 +14,7 @@ import torch
 from entcov.controls import Control, Progress, Shaping
 from entcov.rl.collect import Collected, Collector, derived_seed
 from entcov.rl.config import EvalConfig, parse_config
-from entcov.rl.data.prompt_policy import PromptPolicy
+from entcov.rl.data.prompt_policy import Outcome, PromptPolicy
 from entcov.rl.loop import Loop
 from entcov.rl.rewards.shaping import Overlong, Reactivate
 from entcov.rl.types import Example, Prompt, Rollout
@@ -320,9 +320,9 @@ def test_rollouts_sampled_ahead_are_resumed_as_they_were():
 def test_kept_rollouts_are_the_same_rollouts():
     rollouts = Sampler().generate(Stream().take(4, 2), group_size=2, temperature=1.0, max_response_length=3, seed=0)
     for number, rollout in enumerate(rollouts):
-        rollout.reward, rollout.weight_version = number / 4, 3
-    again = Collected.from_state(Collected(rollouts, 6, {"a": 1.0}).state_dict(), Stream())
-    assert again == Collected(rollouts, 6, {"a": 1.0})
+        rollout.reward, rollout.weight_version, rollout.temperature = number / 4, 3, 1 + number / 8
+    kept = Collected(rollouts, 6, {"a": 1.0}, [Outcome(None, (0.0, 1.0)), Outcome(7, (0.5,))])
+    assert Collected.from_state(kept.state_dict(), Stream()) == kept
 
 
 def test_rollouts_that_an_earlier_version_kept_are_read():
@@ -523,3 +523,20 @@ def test_the_filter_of_dynamic_sampling_looks_at_scores():
     loop.shapings = [Overlong(buffer=2)]
     with pytest.raises(RuntimeError, match="filter_zero_variance"):
         loop.step()
+
+
+def test_a_prompt_policy_hears_of_groups_that_the_filter_drops():
+    config = loop_of(**{"rollout.filter_zero_variance": True, "rollout.max_draws": 3}).config
+    collected = Collector(config.rollout, config.seed, Alternating(), Rows(), reward).collect(5, 10)
+    assert [r.prompt.uid for r in collected.rollouts] == [11, 11, 13, 13]
+    expected = [(0, (1.0, 1.0)), (1, (1.0, 0.0)), (2, (1.0, 1.0)), (3, (1.0, 0.0))]
+    assert [(outcome.row, outcome.scores) for outcome in collected.outcomes] == expected
+
+
+def test_the_state_before_a_step_is_a_copy():
+    """A policy that hands out what it goes on writing to."""
+    loop = curious_loop()
+    loop.policy.state_dict = lambda: {"seen": loop.policy.seen}
+    before = loop._here()["prompt_policy"]
+    loop.step()
+    assert before == {"seen": {}}

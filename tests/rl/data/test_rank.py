@@ -149,3 +149,14 @@ def test_the_command_writes_a_subset_in_file_order(dataset, capsys):
     original = load_rows(dataset.parent / "rows.parquet")
     places = [original.index(example) for example in load_rows(out / "subset.parquet")]
     assert places == sorted(set(places))
+
+
+def test_every_part_of_a_ranking_has_draws_of_its_own(tmp_path):
+    config = parse_config(recipe("unused", **{"rollout.prompts_per_step": 3}))
+    sampler, seeds = Answering(), []
+    sampler.generate = lambda prompts, *, seed, **options: (
+        seeds.append(seed) or Answering.generate(sampler, prompts, seed=seed, **options)
+    )
+    some = [Prompt(i, Example("entcov/countdown", (), "1"), (1 + i,)) for i in range(8)]
+    sample_answers(sampler, some, tmp_path, samples=2, config=config)
+    assert len(set(seeds)) == 3
