@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from entcov.rl.types import Prompt, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-_CHOICE = 2  # end of the path of a seed for a prompt policy; a path of the same length ends otherwise elsewhere
+_CHOICE = 2  # last of the path of a prompt policy's seeds; no other seed's path has four numbers
 _MOST_CHOICES = 10_000  # rounds of choosing prompts; a policy that skips 99 of 100 needs some hundreds
 
 
@@ -39,7 +40,7 @@ def temperature_of_each(temperature: float | Sequence[float], count: int) -> lis
     Raises:
         ValueError: another number of temperatures, or differing ones with a greedy (0) or negative one among them.
     """
-    if not isinstance(temperature, Sequence):
+    if isinstance(temperature, Real):
         return [temperature] * count
     if len(temperature) != count:
         raise ValueError(f"temperature: there must be one for each of {count} prompts, got {len(temperature)}")
@@ -112,8 +113,8 @@ class Collector:
     sampler: Sampler
     stream: PromptStream
     reward_fn: RewardFunction
-    policy: PromptPolicy | None = None  # which prompts, and their temperatures; None: the stream's, the recipe's
-    progress: Progress | None = None  # of the step, for the policy
+    prompt_policy: PromptPolicy | None = None  # which prompts, and their temperatures; None: the stream's, the recipe's
+    progress: Progress | None = None  # of the step, for the prompt policy
 
     def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
         """The rollouts of `step`, from the prompts at `position` and after it.
@@ -152,7 +153,7 @@ class Collector:
                 phase("reward")
                 with timed(seconds, "reward"):  # the time that scoring takes after the last response is complete
                     scorer.finish(fresh)
-            if self.policy is not None:
+            if self.prompt_policy is not None:
                 by_uid = {prompt.uid: own for prompt, own in zip(prompts, temperature, strict=True)}
                 for rollout in fresh:
                     rollout.temperature = by_uid[rollout.prompt.uid]
@@ -171,7 +172,7 @@ class Collector:
             )
         metrics = _described(drawn, config.group_size) | {"training/generation_batches": draw + 1}
         metrics |= {f"timing_s/{name}": value for name, value in seconds.items()}
-        if self.policy is not None:
+        if self.prompt_policy is not None:
             metrics |= {"prompts/candidates": float(position - began)}
             metrics |= spread("prompts/temperature", [r.temperature for r in drawn])
             metrics |= spread("prompts/perplexity", perplexities) if perplexities else {}
@@ -183,7 +184,7 @@ class Collector:
         Raises:
             RuntimeError: the policy leaves out nearly everything, or chooses what it must not.
         """
-        wanted, policy = self.config.prompts_per_step, self.policy
+        wanted, policy = self.config.prompts_per_step, self.prompt_policy
         if policy is None:
             return self.stream.take(position, wanted), position + wanted, []
         prompts: list[Prompt] = []
@@ -213,9 +214,9 @@ class Collector:
     def _temperature(self, prompts: Sequence[Prompt]) -> float | list[float]:
         """As `Sampler.generate` takes it."""
         base = self.config.temperature
-        if self.policy is None:
+        if self.prompt_policy is None:
             return base
-        return [self.policy.temperature(prompt, base, self.progress) for prompt in prompts]
+        return [self.prompt_policy.temperature(prompt, base, self.progress) for prompt in prompts]
 
 
 @contextmanager

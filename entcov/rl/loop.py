@@ -2,7 +2,7 @@
 
 It knows the actor and the sampler by their interfaces alone (entcov/rl/interfaces.py). Every random choice comes from
 (seed, step), every prompt from its position in the stream, so the whole state of a run is the weights, the optimizer,
-the controls, the step and one position: a resumed run continues bit for bit.
+the controls, the prompt policy, the step and one position: a resumed run continues bit for bit.
 
 With `rollout.max_staleness: 1` the rollouts of step k + 1 are sampled while step k updates the policy, so by the
 weights that step k began with; at the end of step k they are complete, and only then does the sampler get the new
@@ -52,8 +52,8 @@ class Loop:
     controls: Sequence[Control]
     reward_fn: RewardFunction
     phase: Callable[[str], None] = lambda name: None  # called with the name of each phase, for the display
-    shapings: Sequence[RewardShaping] = ()
-    policy: PromptPolicy | None = None
+    shapings: Sequence[RewardShaping] = ()  # what is added to the scores
+    prompt_policy: PromptPolicy | None = None  # which prompts are sampled, and how hot; None: as the stream gives them
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
     _first: int = 0  # the position before the current step's prompts
@@ -117,8 +117,8 @@ class Loop:
             collected = self._collector(step).collect(step, self.position, self.phase)
         self._first, self.position = self.position, collected.position
         metrics |= collected.metrics
-        if self.policy is not None:
-            metrics |= self.policy.observe(collected.outcomes, self._progress())
+        if self.prompt_policy is not None:
+            metrics |= self.prompt_policy.observe(collected.outcomes, self._progress())
         length = self.config.rollout.max_response_length
         metrics |= shape_rewards(self.shapings, collected.rollouts, max_response_length=length)
         metrics |= spread("critic/rewards", [rollout.shaped_reward for rollout in collected.rollouts])
@@ -135,10 +135,10 @@ class Loop:
 
     def _collector(self, step: int) -> Collector:
         """It has a copy of the prompt policy, which nothing changes while it collects."""
-        policy, progress = copy.deepcopy(self.policy), self._progress(step, self.position)
         return Collector(
-            self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn, policy, progress
-        )
+            self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn,
+            copy.deepcopy(self.prompt_policy), self._progress(step, self.position),
+        )  # fmt: skip
 
     def compute_old_logprobs(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
         """Fills in what the current policy says of the batch; returns the rollout's means for the controls."""
@@ -225,7 +225,7 @@ class Loop:
         done = {"step": step, "steps": config.steps, "update": self.actor.weight_version}
         if rows is None:
             return Progress(**done)
-        candidates = config.rollout.prompts_per_step * (self.policy.oversample if self.policy is not None else 1)
+        candidates = config.rollout.prompts_per_step * (self.prompt_policy.oversample if self.prompt_policy else 1)
         planned = -(-config.steps * candidates // rows)
         return Progress(**done, epoch=first // rows + 1, epochs=max(planned, first // rows + 1))
 
@@ -254,7 +254,7 @@ class Loop:
             "position": self.position,
             "next": self._next,
             "controls": copy.deepcopy([control.state_dict() for control in self.controls]),
-            "prompt_policy": None if self.policy is None else copy.deepcopy(self.policy.state_dict()),
+            "prompt_policy": None if self.prompt_policy is None else copy.deepcopy(self.prompt_policy.state_dict()),
             "torch_rng": torch.get_rng_state(),  # for models and rewards that draw from the global generator
         }
 
@@ -268,8 +268,8 @@ class Loop:
         self.actor.load_state_dict(state["actor"])
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)
-        if self.policy is not None:
-            self.policy.load_state_dict(state["prompt_policy"])
+        if self.prompt_policy is not None:
+            self.prompt_policy.load_state_dict(state["prompt_policy"])
         torch.set_rng_state(state["torch_rng"])
         self._next = None
         self._versions.clear()

@@ -72,7 +72,7 @@ def build(
     sampler = backend.build_sampler(config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn)
     return Loop(
         config, actor, sampler, stream, controls, reward_fn, phase=phase,
-        shapings=config.build_reward_shapings(), policy=config.build_prompt_policy(),
+        shapings=config.build_reward_shapings(), prompt_policy=config.build_prompt_policy(),
     )  # fmt: skip
 
 

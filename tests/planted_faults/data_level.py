@@ -72,22 +72,22 @@ FAULTS = (
     Fault(
         "prompt_policy_observes_its_copy",
         LOOP,
-        "self.policy.observe(collected.outcomes",
-        "copy.deepcopy(self.policy).observe(collected.outcomes",
+        "self.prompt_policy.observe(collected.outcomes",
+        "copy.deepcopy(self.prompt_policy).observe(collected.outcomes",
         [T_LOOP + "a_prompt_policy_is_resumed_bit_for_bit"],
     ),
     Fault(
         "prompt_policy_is_not_restored",
         LOOP,
-        'self.policy.load_state_dict(state["prompt_policy"])',
+        'self.prompt_policy.load_state_dict(state["prompt_policy"])',
         "pass",
         [T_LOOP + "a_prompt_policy_is_resumed_bit_for_bit"],
     ),
     Fault(
         "state_of_the_prompt_policy_is_not_copied",
         LOOP,
-        "None if self.policy is None else copy.deepcopy(self.policy.state_dict())",
-        "None if self.policy is None else self.policy.state_dict()",
+        "None if self.prompt_policy is None else copy.deepcopy(self.prompt_policy.state_dict())",
+        "None if self.prompt_policy is None else self.prompt_policy.state_dict()",
         [T_LOOP + "the_state_before_a_step_is_a_copy"],
     ),
     Fault(

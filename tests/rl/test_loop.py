@@ -411,7 +411,7 @@ class Curious(PromptPolicy):
 
 def curious_loop(**overrides) -> Loop:
     loop = loop_of(**overrides)
-    return Loop(loop.config, Actor(), Perplexed(), Rows(), [], reward, policy=Curious())
+    return Loop(loop.config, Actor(), Perplexed(), Rows(), [], reward, prompt_policy=Curious())
 
 
 def test_a_prompt_policy_chooses_and_heats_prompts():
@@ -428,10 +428,10 @@ def test_a_prompt_policy_chooses_and_heats_prompts():
     assert (first["prompts/epoch"], second["prompts/epoch"]) == (1, 1)
     loop.step()  # uids 8 to 11, rows 3, 4, 0, 1: row 4 is new, of the others uid 8 is nearest; 0.1 hotter, in epoch 2
     assert loop.sampler.calls[-1]["uids"] == [9, 8] and loop.sampler.calls[-1]["temperature"] == [1.0, 1.1]
-    assert [(step, epoch) for step, epoch, _, _ in loop.policy.asked] == [(1, 1), (2, 1), (3, 2)]
+    assert [(step, epoch) for step, epoch, _, _ in loop.prompt_policy.asked] == [(1, 1), (2, 1), (3, 2)]
     batches = [batch for step, batch in loop.actor.updates if step == 3]
     assert sorted(temperature for batch in batches for temperature in batch.temperatures) == [1.0, 1.0, 1.1, 1.1]
-    assert len({seed for *_, seed in loop.policy.asked}) == 3
+    assert len({seed for *_, seed in loop.prompt_policy.asked}) == 3
 
 
 def test_a_policy_that_chooses_too_few_is_asked_again_and_one_that_chooses_badly_is_refused():
@@ -465,7 +465,7 @@ def test_a_prompt_policy_is_resumed_bit_for_bit(staleness):
     for _ in range(5):
         rows.append(straight.step())
         states.append(copy.deepcopy(straight.state_dict()))
-    asked = {step: seen for step, _, seen, _ in straight.policy.asked}
+    asked = {step: seen for step, _, seen, _ in straight.prompt_policy.asked}
     assert [sum(asked[step].values()) for step in range(1, 6)] == [0, 2, 4, 6, 8]
     assert states[2]["prompt_policy"] == json.loads(json.dumps(states[2]["prompt_policy"]))
     resumed = curious_loop(**options)
@@ -486,7 +486,7 @@ def test_a_step_that_fails_before_its_update_forgets_what_the_policy_has_observe
     loop.actor.compute_logprobs = lambda batch: {}["nothing"]
     with pytest.raises(KeyError):
         loop.step()
-    assert len(loop.policy.seen) > 2
+    assert len(loop.prompt_policy.seen) > 2
     assert loop.state_dict()["prompt_policy"] == before
 
 
@@ -536,7 +536,7 @@ def test_a_prompt_policy_hears_of_groups_that_the_filter_drops():
 def test_the_state_before_a_step_is_a_copy():
     """A policy that hands out what it goes on writing to."""
     loop = curious_loop()
-    loop.policy.state_dict = lambda: {"seen": loop.policy.seen}
+    loop.prompt_policy.state_dict = lambda: {"seen": loop.prompt_policy.seen}
     before = loop._here()["prompt_policy"]
     loop.step()
     assert before == {"seen": {}}
