@@ -80,12 +80,15 @@ def rank_by_entropy(
 
     Raises:
         ConfigError: the recipe has no data.train_files.
-        ValueError: OUT/samples is of other settings, or no response has a final answer.
+        ValueError: a data source without a rule for its answers, OUT/samples of other settings, or no response has a
+            final answer.
     """
     for name, value, least in (("samples", samples, 2), ("stages", stages, 1)):
         check.integer(name, value, least)
     loop = _loop(config, checkpoint)
     prompts = loop.stream.rows()
+    for prompt in prompts:
+        final_answer(prompt.example, "")  # raises for a data source without a rule, before anything is sampled
     found = sample_answers(
         loop.sampler, prompts, Path(out) / "samples", samples=samples, config=config, checkpoint=checkpoint,
         progress=progress,

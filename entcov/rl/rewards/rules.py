@@ -53,9 +53,8 @@ def final_answer(example: Example, response: str) -> str | None:
         return None if number is None else str(number.normalize())
     if scorer is _score_math:
         return _bare(_math_answer(response) or "") or None
-    if scorer is TASKS["reasoning_gym"].score:
-        return answer_in_tags(response)
-    return answer_after_mark(response)
+    find = answer_in_tags if scorer is TASKS["reasoning_gym"].score else answer_after_mark
+    return find(response) or None
 
 
 def load_reward(spec: str | None) -> RewardFunction:

@@ -160,3 +160,18 @@ def test_every_part_of_a_ranking_has_draws_of_its_own(tmp_path):
     some = [Prompt(i, Example("entcov/countdown", (), "1"), (1 + i,)) for i in range(8)]
     sample_answers(sampler, some, tmp_path, samples=2, config=config)
     assert len(set(seeds)) == 3
+
+
+def test_a_data_source_without_a_rule_is_refused_before_anything_is_sampled(dataset, capsys):
+    rows = dataset.parent / "rows.parquet"
+    write_rows([*load_rows(rows), Example("my/data", ({"role": "user", "content": "1+1"},), "2")], rows)
+    out = dataset.parent / "ranked"
+    assert main(["rank", str(dataset), "warm_start.steps=0", "--out", str(out)]) == 2
+    assert "no reward for data_source 'my/data'" in capsys.readouterr().err and not out.exists()
+
+
+def test_answers_that_cannot_be_found_are_an_error(dataset, capsys):
+    out = dataset.parent / "ranked"
+    command = ["rank", str(dataset), "warm_start.steps=0", "rollout.max_response_length=1", "--out", str(out)]
+    assert main([*command, "--samples", "2"]) == 2
+    assert "none of 24 responses has a final answer" in capsys.readouterr().err

@@ -288,6 +288,7 @@ def test_importing_the_package_is_light():
         ("openai/gsm8k", "1234.5", None),
         ("entcov/countdown", "3+5#3*5", "3*5"),
         ("entcov/countdown", "3+5", None),
+        ("entcov/countdown", "3+5#", None),
         ("reasoning_gym/chain_sum", "<answer>1</answer> no, <answer> 2 </answer>", "2"),
         ("reasoning_gym/chain_sum", "2", None),
     ],
