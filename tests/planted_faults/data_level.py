@@ -16,6 +16,7 @@ T_POLICY, T_RANK, T_DATA, T_SHAPING, T_RULES, T_LOOP, T_BATCH, T_ACTOR, T_SAMPLE
         "test_loop", "test_batch", "hf/test_actor", "hf/test_sampler",
     )
 )  # fmt: skip
+OTHERS = "the ordinary suite tries others of these files"
 
 FAULTS = (
     # ---- prompt policies ---------------------------------------------------------------------------------------------
@@ -25,6 +26,7 @@ FAULTS = (
         "math.exp(-math.fsum(logprob) / len(logprob))",
         "math.exp(-math.fsum(logprob))",
         [T_POLICY + "prepo_moves_its_window_from_low_to_high_perplexity", T_POLICY + "perplexity_by_hand"],
+        slow=OTHERS,
     ),
     Fault(
         "prepo_never_comes_to_the_end",
@@ -46,6 +48,7 @@ FAULTS = (
         "        return min(self.scores) >= RIGHT\n",
         "        return min(self.scores) >= RIGHT or max(self.scores) < RIGHT\n",
         [T_POLICY + "erpo_raises_the_temperature_of_prompts_that_were_all_right"],
+        slow=OTHERS,
     ),
     Fault(
         "greso_forgets_the_floor",
@@ -53,6 +56,7 @@ FAULTS = (
         "1.0 - max(p ** abs(streak), self.p_floor)",
         "1.0 - p ** abs(streak)",
         [T_POLICY + "greso_skips_by_the_last_groups_of_a_prompt"],
+        slow=OTHERS,
     ),
     Fault(
         "greso_adapts_in_the_first_epoch",
@@ -67,6 +71,7 @@ FAULTS = (
         'self._now = dict(state["now"])',
         "pass",
         [T_POLICY + "state_is_json_and_brings_everything_back[greso]"],
+        slow=OTHERS,
     ),
     # ---- the loop and the collector ----------------------------------------------------------------------------------
     Fault(
@@ -89,6 +94,7 @@ FAULTS = (
         "None if self.prompt_policy is None else copy.deepcopy(self.prompt_policy.state_dict())",
         "None if self.prompt_policy is None else self.prompt_policy.state_dict()",
         [T_LOOP + "the_state_before_a_step_is_a_copy"],
+        slow=OTHERS,
     ),
     Fault(
         "progress_of_a_step_ahead_is_that_of_the_current_one",
@@ -110,6 +116,7 @@ FAULTS = (
         "position += len(candidates)",
         "position += missing",
         [T_LOOP + "a_prompt_policy_chooses_and_heats_prompts"],
+        slow=OTHERS,
     ),
     Fault(
         "stored_rollouts_lose_their_temperature",
@@ -117,6 +124,7 @@ FAULTS = (
         'packed.get("temperatures", [None]',
         'packed.get("temperature", [None]',
         [T_LOOP + "kept_rollouts_are_the_same_rollouts"],
+        slow=OTHERS,
     ),
     Fault(
         "rollouts_have_the_temperature_of_the_recipe",
@@ -153,6 +161,7 @@ FAULTS = (
         "own = temperature[rows] if",
         "own = temperature[: len(rows)] if",
         [T_SAMPLER + "every_prompt_may_have_its_own_temperature"],
+        slow=OTHERS,
     ),
     Fault(
         "prompt_logprobs_of_the_token_itself",
@@ -160,6 +169,7 @@ FAULTS = (
         "F.pad(row[1:], (0, 1), value=IGNORE_INDEX)",
         "row",
         [T_SAMPLER + "prompt_logprobs_are_those_of_the_plain_forward_pass"],
+        slow=OTHERS,
     ),
     # ---- reward shaping ----------------------------------------------------------------------------------------------
     Fault(
@@ -175,6 +185,7 @@ FAULTS = (
         "lengths = [len(r.tokens) for r in group if r.reward >= RIGHT]",
         "lengths = [len(r.tokens) for r in group]",
         [T_SHAPING + "relative_length_compares_right_responses_with_their_mean"],
+        slow=OTHERS,
     ),
     Fault(
         "shaping_changes_the_score",
@@ -189,6 +200,7 @@ FAULTS = (
         "[self.pseudo_reward] if min(scores) >= RIGHT else []",
         "[self.pseudo_reward]",
         [T_SHAPING + "reactivate_gives_all_right_groups_an_advantage"],
+        slow=OTHERS,
     ),
     # ---- rankings ----------------------------------------------------------------------------------------------------
     Fault(
@@ -204,6 +216,7 @@ FAULTS = (
         "derived_seed(config.seed, _SEED, part)",
         "derived_seed(config.seed, _SEED)",
         [T_RANK + "every_part_of_a_ranking_has_draws_of_its_own"],
+        slow=OTHERS,
     ),
     Fault(
         "stages_by_falling_entropy",
@@ -211,6 +224,7 @@ FAULTS = (
         "key=lambda row: scored[row][0])",
         "key=lambda row: -scored[row][0])",
         [T_RANK + "the_command_writes_stages_of_rising_entropy"],
+        slow=OTHERS,
     ),
     Fault(
         "kmeans_chooses_the_farthest_member",
@@ -225,6 +239,7 @@ FAULTS = (
         "sums / np.bincount(cluster, minlength=k)[:, None]",
         "sums",
         [T_RANK + "kmeans_finds_separate_clusters_and_stands_still"],
+        slow=OTHERS,
     ),
     Fault(
         "a_curriculum_is_shuffled",
@@ -239,5 +254,6 @@ FAULTS = (
         "str(number.normalize())",
         "str(number)",
         [T_RULES + "the_final_answer_is_what_the_score_looks_at"],
+        slow=OTHERS,
     ),
 )
