@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.backend import TransformersBackend
 from entcov.rl.collect import derived_seed
 from entcov.rl.config import Config, ConfigError
@@ -184,7 +185,7 @@ def evaluate_run(
 
 def for_sampling(config: Config) -> Config:
     """The recipe without what only training needs: no reference policy is loaded."""
-    loss = dataclasses.replace(config.loss, kl_coef=0.0)
+    loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
     return dataclasses.replace(config, loss=loss, control=[], reward_shaping=[], prompt_policy=None)
 
 

@@ -62,8 +62,8 @@ def squared_distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 def _first_centres(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
     """k-means++: each next centre is a point, drawn in proportion to its squared distance from those chosen."""
     chosen = [int(rng.integers(len(points)))]
-    distance = ((points - points[chosen[0]]) ** 2).sum(1)
+    distance = squared_distances(points, points[chosen])[:, 0]
     while len(chosen) < k:
         chosen.append(int(rng.choice(len(points), p=distance / distance.sum())))
-        distance = np.minimum(distance, ((points - points[chosen[-1]]) ** 2).sum(1))
+        distance = np.minimum(distance, squared_distances(points, points[chosen[-1:]])[:, 0])
     return points[chosen]
