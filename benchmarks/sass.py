@@ -1,13 +1,11 @@
 """Reads nvdisasm's text: instructions, control flow and loops of every kernel, and what one iteration costs.
 
 A loop is the natural loop of a backward branch: its target dominates it. A loop with branches has more than one path
-for an iteration. Two paths are of interest. The usual one is the shortest of those that load most bytes and take an
-exponential of everything they load. The most expensive one takes the rare branches. The costs of branches that exclude
-each other are not added.
+for an iteration. The usual one is the shortest of those that load most bytes and take an exponential of everything they
+load.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -69,14 +67,6 @@ class Loop:
         """Instructions that belong to no loop inside this one."""
         nested = set().union(*(loop.blocks for loop in self.inner))
         return [i for block in sorted(self.blocks - nested) for i in self.kernel.blocks[block]]
-
-    def most(self, cost: Callable[[Instruction], float]) -> float:
-        """Largest sum of `cost` along one way from the header to a backward branch, a loop inside taken once."""
-        best: dict[int, float] = {}
-        for block in self._position:
-            before = [best[p] for p in self._before(block)]
-            best[block] = max(before, default=0.0) + sum(map(cost, self.kernel.blocks[block]))
-        return max(best[latch] for latch in self.latches)
 
     def usual(self, exponentials: int = 0) -> list[Instruction]:
         """The instructions of the shortest path that loads most bytes and has at least that many exponentials.

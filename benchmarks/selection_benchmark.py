@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import measure
 from benchmarks.gpu.report import selection_table
-from entcov.objective.selection import select_clip_cov, select_kl_cov
+from entcov.objective.selection import select_clip_cov, select_largest
 from entcov.objective.token_covariance import token_covariance
 
 CLIP = {"ratio": 2e-4, "low": 1.0, "high": 5.0}
@@ -52,7 +52,7 @@ def our_clip(logprob: Tensor, advantage: Tensor, mask: Tensor, ids: Tensor) -> T
 
 def our_kl(logprob: Tensor, advantage: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
     covariance = token_covariance(logprob, advantage, mask)
-    return select_kl_cov(covariance, ids, **KL, seed=0, step=1, at_least=1).mask
+    return select_largest(covariance, ids, **KL, seed=0, step=1, at_least=1).mask
 
 
 SELECTIONS: dict[str, dict[str, Callable[..., Tensor]]] = {

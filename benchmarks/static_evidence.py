@@ -3,8 +3,7 @@
 The hot loop is the one that loads most bytes an iteration. "busy" is a ratio of two times: how long one iteration
 occupies the busiest part of a multiprocessor (the issue slots or a pipe), over how long its bytes take at the full
 bandwidth of the memory. Below 1 the memory is the limit. Costs are those of the usual path through the loop, the
-shortest one that loads most bytes and takes an exponential of every logit. "worst" is the ratio for the most expensive
-path, with every rare branch. Occupancy counts static shared memory only.
+shortest one that loads most bytes and takes an exponential of every logit. Occupancy counts static shared memory only.
 """
 
 import argparse
@@ -74,8 +73,6 @@ class Evidence:
     instructions_per_logit: float | None = None
     busy: float | None = None
     busiest: str | None = None  # issue, fma, alu or xu
-    worst_ex2_per_logit: float | None = None
-    worst_busy: float | None = None
 
     @property
     def wide_share(self) -> float | None:
@@ -168,7 +165,6 @@ def examine(file: str, arch: str, kernel: Kernel, resources: Resources) -> Evide
     logits = sum(loads) / (size * again) if size else None
     to_share = spec.bytes_per_cycle / (32 * (sum(loads) / again + sum(stores)))
     busy = {p: sum(cycles(i, p, n) for i in way) * to_share for p, n in spec.lanes.items()}
-    worst = [loop.most(lambda i, p=p, n=n: cycles(i, p, n)) * to_share for p, n in spec.lanes.items()]
     busiest = max(busy, key=busy.get)
     return replace(
         known,
@@ -179,8 +175,6 @@ def examine(file: str, arch: str, kernel: Kernel, resources: Resources) -> Evide
         instructions_per_logit=len(way) / logits if size else None,
         busy=busy[busiest],
         busiest=busiest,
-        worst_ex2_per_logit=loop.most(is_exponential) / logits if size else None,
-        worst_busy=max(worst),
     )
 
 
@@ -228,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
     note = "" if compiler == cuda_toolchain.PINNED_NVCC else f", not {cuda_toolchain.PINNED_NVCC} as in CI"
     print(f"nvcc {compiler}{note}; the hot loop's columns are a thread's, for one iteration")
     header = ["kernel", "arch", "regs", "spill", "stack", "local", "shared", "threads", "occ", "128-bit", "logits",
-              "EX2/logit", "instr/logit", "busy", "by", "worst"]  # fmt: skip
+              "EX2/logit", "instr/logit", "busy", "by"]  # fmt: skip
     print_table(header, [cells(row) for row in rows])
     if args.json:
         document = {"nvcc": compiler, "kernels": [{**asdict(r), "wide_share": r.wide_share} for r in rows]}
@@ -244,5 +238,5 @@ def cells(e: Evidence) -> list[str]:
         e.kernel, e.arch, str(e.registers), str(e.spill_bytes), str(e.stack_bytes), str(e.local_accesses),
         str(e.shared_bytes), shown(e.threads, "d"), shown(e.occupancy, ".0%"), shown(e.wide_share, ".0%"),
         shown(e.logits, "g"), shown(e.ex2_per_logit, ".2f"), shown(e.instructions_per_logit, ".2f"),
-        shown(e.busy, ".2f"), e.busiest or "-", shown(e.worst_busy, ".2f"),
+        shown(e.busy, ".2f"), e.busiest or "-",
     ]  # fmt: skip

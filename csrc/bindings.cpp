@@ -9,6 +9,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -24,8 +25,8 @@ using namespace entcov;
 using Address = uintptr_t;  // Tensor.data_ptr() or Stream.cuda_stream; 0 is null, or the default stream
 
 template <class T>
-struct FromPython {
-  using type = T;
+struct FromPython {  // a number, or a struct of pointers
+  using type = std::conditional_t<std::is_class_v<T>, std::array<Address, sizeof(T) / sizeof(Address)>, T>;
 };
 template <class T>
 struct FromPython<T*> {
@@ -43,20 +44,6 @@ template <>
 struct FromPython<Messages> {
   using type = std::tuple<Address, int64_t, int64_t, int64_t>;
 };
-template <>
-struct FromPython<RowOutputs> {
-  using type = std::tuple<Address, Address, Address, Address, Address>;
-};
-template <>
-struct FromPython<RowGrads> {
-  using type = std::tuple<Address, Address, Address>;
-};
-template <>
-struct FromPython<CovarianceOutputs> {
-  using type = std::tuple<Address, Address, Address, Address>;
-};
-template <>
-struct FromPython<CovarianceGrads> : FromPython<RowGrads> {};
 
 // An address that converts to any type of pointer.
 struct Member {

@@ -87,6 +87,19 @@ ENTCOV_HD uint32_t whole_key(uint32_t upper, int spare) {
   return key >> 31 ? key : key | ((1u << spare) - 1u);
 }
 
+// The first n in [low, high) for which holds(n), or high; holds is false up to some n and true from there on.
+template <class Holds>
+ENTCOV_TEAM uint32_t first_where(uint32_t low, uint32_t high, Holds holds) {
+  while (low < high) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (holds(middle))
+      high = middle;
+    else
+      low = middle + 1u;
+  }
+  return low;
+}
+
 ENTCOV_HD uint32_t finite_key(uint32_t key) {
   return key < kLowestKey ? kLowestKey : key > kHighestKey ? kHighestKey : key;
 }
@@ -223,20 +236,12 @@ ENTCOV_HD uint32_t cell_of(const Bracket& b, uint32_t key) {
 }
 
 // The first key of a cell; for cell = kCells, the key after the bracket's last.
-ENTCOV_HD uint32_t first_of_cell(const Bracket& b, uint32_t cell) {
+ENTCOV_TEAM uint32_t first_of_cell(const Bracket& b, uint32_t cell) {
   if (b.mode != kSpread) {
     const uint32_t width = cell_width(b);
     return b.lo + (cell > (b.hi - b.lo) / width ? b.hi - b.lo + 1u : cell * width);
   }
-  uint32_t low = b.lo, high = b.hi + 1u;
-  while (low < high) {
-    const uint32_t middle = low + (high - low) / 2;
-    if (cell_of(b, middle) >= cell)
-      high = middle;
-    else
-      low = middle + 1u;
-  }
-  return low;
+  return first_where(b.lo, b.hi + 1u, [&](uint32_t key) { return cell_of(b, key) >= cell; });
 }
 
 // Writes the fields of a partial, without its cells. used: bitwise or of x + 0 over the logits x in the bracket.
@@ -281,16 +286,9 @@ template <class Team>
 ENTCOV_TEAM uint32_t estimated_above(const Team& team, const Gathered& sketches, float v, bool or_equal) {
   uint32_t sum = 0;
   for (int64_t r = team.lane; r < sketches.R; r += Team::kSize) {
-    const float* s = sketches.of(r);
-    int low = 0, high = kSketch;  // s descends
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (or_equal ? s[middle] >= v : s[middle] > v)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    sum += static_cast<uint32_t>(low) * sketches.columns(r);
+    const float* s = sketches.of(r);  // descends
+    const uint32_t larger = first_where(0, kSketch, [&](uint32_t n) { return !(or_equal ? s[n] >= v : s[n] > v); });
+    sum += larger * sketches.columns(r);
   }
   return team.sum(sum);
 }
@@ -307,25 +305,15 @@ ENTCOV_TEAM Bracket initial_bracket(const Team& team, const Gathered& sketches, 
   Bracket b{kLowestKey, kHighestKey, vocab_size <= kCells ? kListed : kCount, 0};
   if (b.mode == kListed) return b;
   const int64_t least = (kept + margin) * kSketch, most = (kept - 1 - margin) * kSketch;
-  // The largest upper half of a key with at least `least` logits from it on.
-  uint32_t low = kLowestKey >> 16, high = kHighestKey >> 16;
-  while (low < high) {
-    const uint32_t middle = (low + high + 1) / 2;
-    if (estimated_above(team, sketches, key_value(first_key(middle, 0)), true) >= least)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  b.lo = first_key(low, 0);
-  low = kLowestKey >> 16, high = kHighestKey >> 16;  // the smallest with at most `most` logits above it
-  while (low < high) {
-    const uint32_t middle = (low + high) / 2;
-    if (most >= 0 && estimated_above(team, sketches, key_value(last_key(middle, 0)), false) <= most)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  b.hi = last_key(low, 0);
+  constexpr uint32_t kLowest = kLowestKey >> 16, kHighest = kHighestKey >> 16;
+  const uint32_t too_high = first_where(kLowest + 1, kHighest + 1, [&](uint32_t upper) {
+    return estimated_above(team, sketches, key_value(first_key(upper, 0)), true) < least;
+  });
+  b.lo = first_key(too_high - 1, 0);  // the largest upper half of a key with at least `least` logits from it on
+  const uint32_t high = first_where(kLowest, kHighest, [&](uint32_t upper) {
+    return most >= 0 && estimated_above(team, sketches, key_value(last_key(upper, 0)), false) <= most;
+  });
+  b.hi = last_key(high, 0);  // the smallest with at most `most` logits above it
   // If the bracket extends beyond the sample, that end is extrapolated by 1 to 8 times the bracket's width inside the
   // sample (reach()). An end at infinity would never miss, but its cells would be too wide to be useful.
   float largest = -INFINITY, below_zero = -INFINITY;  // the largest value of the sketches, and of their negatives

@@ -47,6 +47,12 @@ struct Logits {
   DType dtype;
   const void* data;
   int64_t row_stride, T, width;
+
+  ENTCOV_HD int64_t element_bytes() const { return dtype == kFloat32 ? 4 : 2; }
+  template <class Element>
+  ENTCOV_HD const Element* row(int64_t t) const {
+    return static_cast<const Element*>(data) + t * row_stride;
+  }
 };
 
 // d loss / d output for each output, [T]. Null means 0.
@@ -87,8 +93,16 @@ Error message(const float* payload, int64_t count, const int64_t* values, int64_
 Error merge_row_stats(const Messages& messages, const int64_t* target, const RowSpec& spec, int fields, float* stats,
                       const RowOutputs& outputs, Device device);
 
-// The gradient of  sum_t logprob' logprob + entropy' H + clamped_entropy' H_clamped  with respect to the logits, in
-// their dtype, rounded to nearest even. stats [T, fields]: of whole rows. clamp [T, 4]: (threshold as a raw logit,
+// The gradient of  sum_t g_lp logprob + g_H H + g_K H_K  with respect to the logits, in their dtype, rounded to nearest
+// even; g: the members of grads. With temperature T, y = (x - max) / T, S = 1 + sum_exp_m1 and Ey = sum_xexp / S:
+//
+//   dx = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_K + H_K) },   p = e^y / S,  p_k = e^{y - L_K}
+//      = e^y { (a + b y) + w (a_k + b_k y) }  + 1/T g_lp in the target's column
+//
+// with four coefficients per row. w is 1 above the clamp's threshold, the weight of the ties at it, and 0 below it.
+// y - Ey is log p + H, and does not cancel in a peaked row, where both are small differences of L.
+//
+// stats [T, fields]: of whole rows. clamp [T, 4]: (threshold as a raw logit,
 // weight of its ties, L_K, H_K); may be null if grads.clamped_entropy is. grad [T, width] may be logits itself. Padding
 // columns, ignored rows and rows whose incoming gradients are all 0 get zeros; the logits of such rows are not read. A
 // target's logit that differs from the one in stats shows that the logits were written after the forward pass. That is
@@ -132,8 +146,12 @@ Error covariance_stats(const Logits& logits_old, const Logits& logits_new, const
 Error merge_covariance_stats(const Messages& messages, const uint8_t* row_mask, const RowSpec& spec, float* stats,
                              const CovarianceOutputs& outputs, Device device);
 
-// The gradient of  sum_t covariance' Cov + entropy_change' (H_new - H_old) + kl' KL(old || new)  with respect to
-// logits_new, in its dtype. stats [T, 8]: of whole rows.
+// The gradient of  sum_t g_cov Cov + g_H (H_new - H_old) + g_KL KL(old || new)  with respect to logits_new, in its
+// dtype. With temperature T, p and q the old and new policy, Ex = E_p[x] and Ez = E_q[z] (logit_covariance.h):
+//
+//   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_KL (q - p) } = e^x (a + b x) + e^z (a' + b' z)
+//
+// with four coefficients per row. stats [T, 8]: of whole rows.
 Error logit_covariance_grad(const Logits& logits_old, const Logits& logits_new, const uint8_t* row_mask,
                             const RowSpec& spec, const float* stats, const CovarianceGrads& grads, void* grad,
                             int64_t grad_row_stride, Device device);

@@ -168,11 +168,12 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", help="directory; default: RUN/plots for one run, ./plots for several")
     plot.set_defaults(command=_plot)
 
-    data = commands.add_parser("data", help="public mathematics sets into verl's row format")
-    data.add_argument("names", nargs="+", metavar="NAME", help="dapo_math_17k, math, gsm8k, an evaluation set, or eval")
+    data = commands.add_parser("data", help="public sets of mathematics and code into verl's row format")
+    sets = "dapo_math_17k, math, gsm8k, an evaluation set, or eval; classic_programs, eurus2_code, acecode, kodcode"
+    data.add_argument("names", nargs="+", metavar="NAME", help=sets)
     data.add_argument("--source", metavar="FILE", help=".parquet or .jsonl in the set's schema; default: from the hub")
     data.add_argument("--split", help="train or test; default: all the set has")
-    data.add_argument("--template", help="prompt wording: dapo, boxed, gsm8k; default: the set's own")
+    data.add_argument("--template", help="prompt wording: dapo, boxed, gsm8k, code; default: the set's own")
     data.add_argument("--revision", help="commit or tag of the set's repository")
     data.add_argument("--out", default="data", help="folder; default %(default)s; files are OUT/NAME/SPLIT.parquet")
     data.set_defaults(command=_data)

@@ -70,7 +70,8 @@ class MegatronBackend:
                 f"{start.run_dir}"
             )
         folder, initial = start.stored_model.path, None
-        if start.checkpoint is None or needs_reference(loss, controls):  # a resumed run needs it only as the reference
+        needed = start.reference or needs_reference(loss, controls)
+        if start.checkpoint is None or needed:  # a resumed run needs it only as the reference
             initial = local_folder(self.broadcast_from_rank0(lambda: initial_model(start, self.groups.device)))
         if start.checkpoint is None:
             folder = initial
@@ -78,7 +79,7 @@ class MegatronBackend:
         policy, reference = build_model(bridge, self.groups), None
         if start.checkpoint is None:
             load_hf_weights(bridge, policy, folder, self.groups)
-        if needs_reference(loss, controls):
+        if needed:
             reference = build_model(bridge, self.groups).requires_grad_(False).eval()
             load_hf_weights(bridge, reference, initial, self.groups)
         actor = MegatronActor(

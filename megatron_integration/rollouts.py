@@ -78,6 +78,8 @@ class SharedRollouts:
         temperature: float | Sequence[float],
         max_response_length: int,
         seed: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
@@ -94,6 +96,8 @@ class SharedRollouts:
                     group_size=group_size,
                     temperature=temperatures[bounds[own] : bounds[own + 1]],
                     max_response_length=max_response_length,
+                    top_p=top_p,
+                    top_k=top_k,
                     seed=seed if count == 1 or self.ranks.draws_by_prompt else derived_seed(seed, own),
                     progress=progress,
                     on_done=scorer.take if reports else None,

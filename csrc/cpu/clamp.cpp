@@ -62,10 +62,6 @@ struct RowArgs {
   NanFlag* nan = nullptr;
   const std::unique_ptr<Scratch>* scratch = nullptr;  // one per thread
 
-  template <class T>
-  const T* row(int64_t t) const {
-    return static_cast<const T*>(logits.data) + t * logits.row_stride;
-  }
   Scratch& of_this_thread() const {
 #ifdef _OPENMP
     return *scratch[omp_get_thread_num()];
@@ -77,14 +73,13 @@ struct RowArgs {
 
 template <template <class> class Op>
 Error run(RowArgs args, int threads) {
-  const int64_t T = args.logits.T;
   args.num_columns = args.spec.columns(args.logits.width);
   std::vector<std::unique_ptr<Scratch>> scratch;  // allocated here: an exception in an OpenMP thread would be fatal
-  for (int64_t i = 0; i == 0 || (i < usable_threads(threads) && i < T); i++)
+  for (int64_t i = 0; i == 0 || (i < usable_threads(threads) && i < args.logits.T); i++)
     scratch.push_back(std::make_unique<Scratch>(args.num_columns));
   NanFlag nan;
   args.scratch = scratch.data(), args.nan = &nan;
-  with_dtype(args.logits.dtype, [&](auto d) { for_rows<Op<decltype(d)>>(args, T, T * args.num_columns, threads); });
+  with_dtype(args.logits.dtype, [&](auto d) { for_rows<Op<decltype(d)>>(args, args.logits, threads); });
   return nan.error();
 }
 
@@ -95,6 +90,13 @@ constexpr int kSpareBits<BFloat16> = 16;
 template <>
 constexpr int kSpareBits<Float16> = 13;
 
+// order_key() of every lane.
+template <int W>
+ENTCOV_INLINE u32<W> order_keys(f32<W> v) {
+  const u32<W> b = (u32<W>)(v + 0.0f);
+  return b ^ ((u32<W>)((i32<W>)b >> 31) | 0x80000000u);
+}
+
 // ---- the sample -----------------------------------------------------------------------------------------------------
 
 // Reads the sample of plan_sample() into s.upper and returns its size.
@@ -102,9 +104,10 @@ template <class D>
 ENTCOV_INLINE int take_sample(const typename D::storage* x, int columns, Scratch& s) {
   int size = 0;
   const auto take = [&](const typename D::storage* from, int n) __attribute__((always_inline)) {
-    for (int j = 0; j < n; j += 4) {
-      const f32<4> v = n - j < 4 ? widen_tail<D, 4>(from + j, n - j) : D::template widen<4>(from + j);
-      for (int k = 0; k < 4; k++) s.upper[size + j + k] = static_cast<uint16_t>(order_key(v[k]) >> 16);
+    for (int j = 0; j < n; j += 8) {
+      const f32<8> v = n - j < 8 ? widen_tail<D, 8>(from + j, n - j) : D::template widen<8>(from + j);
+      const u16<8> upper = __builtin_convertvector(order_keys<8>(v) >> 16, u16<8>);
+      memcpy(s.upper + size + j, &upper, sizeof upper);
     }
     size += n;
   };
@@ -246,9 +249,8 @@ ENTCOV_INLINE Place radix_select(typename D::storage* list, int64_t listed, KeyR
     memset(count, 0, kBins * sizeof *count);
     for (int64_t i = 0; i < n; i += W) {
       const int real = n - i < W ? static_cast<int>(n - i) : W;
-      const f32<W> v = (real < W ? widen_tail<D, W>(left + i, real) : D::template widen<W>(left + i)) + 0.0f;
-      const u32<W> b = (u32<W>)v, key = b ^ ((u32<W>)((i32<W>)b >> 31) | 0x80000000u);  // order_key()
-      const u32<W> bins = ((key >> kSpare) - lo) >> shift;
+      const f32<W> v = real < W ? widen_tail<D, W>(left + i, real) : D::template widen<W>(left + i);
+      const u32<W> bins = ((order_keys<W>(v) >> kSpare) - lo) >> shift;
       uint32_t bin[W];
       memcpy(bin, &bins, sizeof bins);
       if (real == W)
@@ -294,7 +296,7 @@ struct ClampedStatsOp {
     }
     const float inv_temperature = a.spec.inv_temperature;
     Scratch& s = a.of_this_thread();
-    const auto* x = a.row<typename D::storage>(t);
+    const auto* x = a.logits.row<typename D::storage>(t);
     typename D::storage* list = s.template list<D>();
     const RowBrackets brackets = initial_brackets(a, x, s);
     KeyRange b = brackets.inner;
@@ -345,7 +347,7 @@ struct SketchOp {
       return;
     }
     Scratch& s = a.of_this_thread();
-    const int m = take_sample<D>(a.row<typename D::storage>(t), static_cast<int>(a.num_columns), s);
+    const int m = take_sample<D>(a.logits.row<typename D::storage>(t), static_cast<int>(a.num_columns), s);
     uint16_t upper[kSketch];
     select_from_sample(s, m, kSketch, [m](int n) { return (2 * n + 1) * m / (2 * kSketch) + 1; }, upper);
     for (int n = 0; n < kSketch; n++) out[n] = key_value(first_key(upper[n], kSpareBits<D>));
@@ -364,7 +366,7 @@ struct PartialOp {
     std::fill(out, out + kWidth, 0.0f);
     if (b.mode == kDone || a.target[t] == a.spec.ignore_index) return;
     Scratch& s = a.of_this_thread();
-    const auto* x = a.row<typename D::storage>(t);
+    const auto* x = a.logits.row<typename D::storage>(t);
     typename D::storage* list = s.template list<D>();
     const BracketPass<D, W> p(x, a.num_columns, a.spec.inv_temperature, {b.lo, b.hi}, list);
     uint32_t used = 0;

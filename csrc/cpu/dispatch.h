@@ -60,10 +60,10 @@ inline int usable_threads(int threads) {
 #endif
 }
 
-// Calls Op::row() for all rows. work: the total number of elements; below 16,384, starting a thread costs more than it
-// saves.
+// Calls Op::row() for all rows of `logits`. With up to 16,384 logits, starting a thread costs more than it saves.
 template <class Op>
-void for_rows(const typename Op::Args& args, int64_t T, int64_t work, int threads) {
+void for_rows(const typename Op::Args& args, const Logits& logits, int threads) {
+  const int64_t T = logits.T, work = T * logits.width;
   auto row = row_baseline<Op>;
 #if defined(__x86_64__)
   if (current_isa() == Isa::avx512) row = row_avx512<Op>;

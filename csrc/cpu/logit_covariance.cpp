@@ -57,11 +57,9 @@ template <class D>
 struct CovarianceStatsOp {
   using storage = typename D::storage;
   struct Args {
-    const storage* logits_old;
-    int64_t old_row_stride;
-    const storage* logits_new;
-    int64_t new_row_stride, num_columns;
+    Logits logits_old, logits_new;
     const uint8_t* row_mask;
+    int64_t num_columns;
     float inv_temperature;
     float* stats;
     CovarianceOutputs outputs;
@@ -131,7 +129,7 @@ struct CovarianceStatsOp {
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
     if (a.row_mask && !a.row_mask[t]) return store_masked_row(t, a.stats, a.outputs);
-    const storage *old_row = a.logits_old + t * a.old_row_stride, *new_row = a.logits_new + t * a.new_row_stride;
+    const storage *old_row = a.logits_old.template row<storage>(t), *new_row = a.logits_new.template row<storage>(t);
     Side before, after;
     Sums total;
     for (int64_t at = 0; at < a.num_columns; at += kChunk) {
@@ -171,13 +169,9 @@ Error covariance_stats(const Logits& logits_old, const Logits& logits_new, const
                        const RowSpec& spec, float* stats, const CovarianceOutputs& outputs, float*, Device threads) {
   NanFlag nan;
   with_dtype(logits_new.dtype, [&](auto d) {
-    using D = decltype(d);
-    using storage = typename D::storage;
-    for_rows<CovarianceStatsOp<D>>(
-        {static_cast<const storage*>(logits_old.data), logits_old.row_stride,
-         static_cast<const storage*>(logits_new.data), logits_new.row_stride, spec.columns(logits_new.width), row_mask,
-         spec.inv_temperature, stats, outputs, &nan},
-        logits_new.T, logits_new.T * logits_new.width, threads);
+    for_rows<CovarianceStatsOp<decltype(d)>>({logits_old, logits_new, row_mask, spec.columns(logits_new.width),
+                                              spec.inv_temperature, stats, outputs, &nan},
+                                             logits_new, threads);
   });
   return nan.error();
 }

@@ -1,10 +1,4 @@
-// The gradient of covariance, entropy change and KL (../logit_covariance.h) with respect to the new logits, in their
-// dtype: one pass, two exponentials per column. With temperature T, p and q the old and new policy, Ex = E_p[x], Ez =
-// E_q[z]:
-//
-//   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_kl (q - p) } = e^x (a + b x) + e^z (a' + b' z)
-//
-// with four coefficients per row.
+// logit_covariance_grad of ../kernels.h, which has the formula: one pass, two exponentials per column.
 //
 // Memory. Reads 2 sizeof(storage) bytes per column, writes sizeof(storage). The logits of rows that are masked, or
 // whose incoming gradients are 0, are not read. Parallelisation: one thread per row.
@@ -22,15 +16,12 @@ template <class D>
 struct LogitCovarianceGradOp {
   using storage = typename D::storage;
   struct Args {
-    const storage* logits_old;
-    int64_t old_row_stride;
-    const storage* logits_new;
-    int64_t new_row_stride, num_columns, width;
+    Logits logits_old, logits_new;
     const uint8_t* row_mask;
+    RowSpec spec;
     const float* stats;
     CovarianceGrads grads;
-    float inv_temperature;
-    storage* grad;
+    void* grad;
     int64_t grad_row_stride;
   };
 
@@ -47,29 +38,30 @@ struct LogitCovarianceGradOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
-    storage* g = a.grad + t * a.grad_row_stride;
+    storage* g = static_cast<storage*>(a.grad) + t * a.grad_row_stride;
+    const int64_t width = a.logits_new.width, n = a.spec.columns(width);
+    const float inv_temperature = a.spec.inv_temperature;
     const double g_cov = a.grads.covariance ? a.grads.covariance[t] : 0.0;
     const double g_h = a.grads.entropy_change ? a.grads.entropy_change[t] : 0.0;
     const double g_kl = a.grads.kl ? a.grads.kl[t] : 0.0;
     if ((a.row_mask && !a.row_mask[t]) || (g_cov == 0 && g_h == 0 && g_kl == 0)) {
-      std::fill_n(g, a.width, storage(0));
+      std::fill_n(g, width, storage(0));
       return;
     }
     const float* s = a.stats + t * kCovarianceFields;
-    const double scale_old = a.inv_temperature / (1.0 + s[1]), mean_x = s[2] / (1.0 + s[1]);
-    const double scale_new = a.inv_temperature / (1.0 + s[4]), mean_z = s[5] / (1.0 + s[4]);
+    const double scale_old = inv_temperature / (1.0 + s[1]), mean_x = s[2] / (1.0 + s[1]);
+    const double scale_new = inv_temperature / (1.0 + s[4]), mean_z = s[5] / (1.0 + s[4]);
     const Coefficients c{s[0],
                          s[3],
-                         a.inv_temperature,
+                         inv_temperature,
                          float(scale_old * (-g_kl - g_cov * mean_x)),
                          float(scale_old * g_cov),
                          float(scale_new * (g_kl + g_h * mean_z)),
                          float(-scale_new * g_h)};
-    const int64_t n = a.num_columns;
     if (std::isnan(c.a_old + c.b_old + c.a_new + c.b_new)) {
       std::fill_n(g, n, narrow_one<D>(NAN));
     } else {
-      const storage *old_row = a.logits_old + t * a.old_row_stride, *new_row = a.logits_new + t * a.new_row_stride;
+      const storage *old_row = a.logits_old.template row<storage>(t), *new_row = a.logits_new.template row<storage>(t);
       for (int64_t j = 0; j < n; j += 2 * W) {
         f32<W> u0, u1, v0, v1;
         load<D, W>(old_row + j, n - j, u0, u1);
@@ -77,7 +69,7 @@ struct LogitCovarianceGradOp {
         store<D, W>(g + j, n - j, element<W>(u0, v0, c), element<W>(u1, v1, c));
       }
     }
-    std::fill_n(g + n, a.width - n, storage(0));
+    std::fill_n(g + n, width - n, storage(0));
   }
 };
 
@@ -87,13 +79,8 @@ Error logit_covariance_grad(const Logits& logits_old, const Logits& logits_new, 
                             const RowSpec& spec, const float* stats, const CovarianceGrads& grads, void* grad,
                             int64_t grad_row_stride, Device threads) {
   with_dtype(logits_new.dtype, [&](auto d) {
-    using D = decltype(d);
-    using storage = typename D::storage;
-    for_rows<LogitCovarianceGradOp<D>>(
-        {static_cast<const storage*>(logits_old.data), logits_old.row_stride,
-         static_cast<const storage*>(logits_new.data), logits_new.row_stride, spec.columns(logits_new.width),
-         logits_new.width, row_mask, stats, grads, spec.inv_temperature, static_cast<storage*>(grad), grad_row_stride},
-        logits_new.T, logits_new.T * logits_new.width, threads);
+    for_rows<LogitCovarianceGradOp<decltype(d)>>(
+        {logits_old, logits_new, row_mask, spec, stats, grads, grad, grad_row_stride}, logits_new, threads);
   });
   return nullptr;
 }

@@ -1,18 +1,10 @@
-// The gradient of logprob, entropy and clamped entropy with respect to the logits, in their dtype: one pass, one
-// exponential per logit. With temperature T, y = (x - max) / T, S = 1 + sum_exp_m1 and Ey = sum_xexp / S, so that
-// log p + H = y - Ey:
-//
-//   dz = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_k + H_k) },   p = e^y / S,  p_k = e^{y - L_k}
-//      = e^y { (a + b y) + w (a_k + b_k y) }  + 1/T g_lp in the target's column
-//
-// with four coefficients per row. w is 1 above the clamp's threshold, the weight of the ties at it, and 0 below it.
+// logits_grad of ../kernels.h, which has the formula: one pass, one exponential per logit.
 //
 // Memory. Reads sizeof(storage) bytes per logit and about 44 bytes per row, writes sizeof(storage) bytes per logit. The
 // logits of rows whose incoming gradients are 0 are not read. Parallelisation: one thread per row.
 //
-// Numerics. y - Ey replaces log p + H, which cancels in a peaked row, where both are small differences of L. A logit of
-// -inf has e^y = 0 exactly and a finite y, so its gradient is 0. The target's column is computed separately in double:
-// 1 - p is -expm1(log p), which keeps its digits as p -> 1.
+// Numerics. A logit of -inf has e^y = 0 exactly and a finite y, so its gradient is 0. The target's column is computed
+// separately in double: 1 - p is -expm1(log p), which keeps its digits as p -> 1.
 //
 // The statistics contain the target's logit of the forward pass, with all its bits. A different target's logit shows
 // that the logits were written after the forward pass: the gradient would be wrong, so the first such row is an error.
@@ -25,22 +17,23 @@
 namespace entcov::cpu {
 namespace {
 
+struct LogitsGradArgs {
+  Logits logits;
+  const int64_t* target;
+  RowSpec spec;
+  const float* stats;
+  int fields;
+  RowGrads grads;
+  const float* clamp;
+  void* grad;
+  int64_t grad_row_stride;
+  int64_t* changed;  // the first row whose target's logit differs from `stats`; not checked if grad is logits
+};
+
 template <class D, bool kEntropy, bool kClamped>
 struct LogitsGradOp {
   using storage = typename D::storage;
-  struct Args {
-    const storage* logits;
-    int64_t row_stride, num_columns, width;
-    const int64_t* target;
-    RowSpec spec;
-    const float* stats;
-    int fields;
-    RowGrads grads;
-    const float* clamp;
-    storage* grad;
-    int64_t grad_row_stride;
-    int64_t* changed;  // the first row whose target's logit differs from `stats`; not checked if grad is logits
-  };
+  using Args = LogitsGradArgs;
 
   struct Coefficients {
     float max, inv_temperature, a, b;       // a and b: of e^y and y e^y
@@ -70,15 +63,16 @@ struct LogitsGradOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t t) {
-    storage* g = a.grad + t * a.grad_row_stride;
+    storage* g = static_cast<storage*>(a.grad) + t * a.grad_row_stride;
+    const int64_t width = a.logits.width, n = a.spec.columns(width);
     const double g_lp = a.grads.logprob ? a.grads.logprob[t] : 0.0;
     const double g_h = kEntropy ? a.grads.entropy[t] : 0.0;
     const double g_k = kClamped ? a.grads.clamped_entropy[t] : 0.0;
     if (a.target[t] == a.spec.ignore_index || (g_lp == 0 && g_h == 0 && g_k == 0)) {
-      std::fill_n(g, a.width, storage(0));
+      std::fill_n(g, width, storage(0));
       return;
     }
-    const storage* x = a.logits + t * a.row_stride;
+    const storage* x = a.logits.row<storage>(t);
     const float* s = a.stats + t * a.fields;
     const double inv_t = a.spec.inv_temperature, sum = 1.0 + s[1];
     const double log_sum = std::log1p(double(s[1])), mean_y = s[2] / sum;
@@ -96,7 +90,6 @@ struct LogitsGradOp {
       c.a_k = float(clamp_scale * clamp_offset), c.b_k = float(clamp_scale);
     }
 
-    const int64_t n = a.num_columns;
     if (std::isnan(c.a + c.b + c.a_k + c.b_k + c.max)) {
       std::fill_n(g, n, narrow_one<D>(NAN));
     } else {
@@ -122,7 +115,7 @@ struct LogitsGradOp {
       }
       if (mine) g[local] = narrow_one<D>(float(at_target));
     }
-    std::fill_n(g + n, a.width - n, storage(0));
+    std::fill_n(g + n, width - n, storage(0));
   }
 };
 
@@ -131,25 +124,18 @@ struct LogitsGradOp {
 Error logits_grad(const Logits& logits, const int64_t* target, const RowSpec& spec, const float* stats, int fields,
                   const RowGrads& grads, const float* clamp, void* grad, int64_t grad_row_stride, Device threads) {
   int64_t changed = logits.T;
+  const LogitsGradArgs args{logits, target, spec, stats, fields, grads, clamp, grad, grad_row_stride, &changed};
   with_dtype(logits.dtype, [&](auto d) {
     using D = decltype(d);
-    auto run = [&](auto op) {
-      using Op = decltype(op);
-      for_rows<Op>({static_cast<const typename D::storage*>(logits.data), logits.row_stride, spec.columns(logits.width),
-                    logits.width, target, spec, stats, fields, grads, clamp, static_cast<typename D::storage*>(grad),
-                    grad_row_stride, &changed},
-                   logits.T, logits.T * logits.width, threads);
-    };
-    if (grads.entropy && grads.clamped_entropy) return run(LogitsGradOp<D, true, true>{});
-    if (grads.entropy) return run(LogitsGradOp<D, true, false>{});
-    if (grads.clamped_entropy) return run(LogitsGradOp<D, false, true>{});
-    return run(LogitsGradOp<D, false, false>{});
+    if (grads.entropy && grads.clamped_entropy) return for_rows<LogitsGradOp<D, true, true>>(args, logits, threads);
+    if (grads.entropy) return for_rows<LogitsGradOp<D, true, false>>(args, logits, threads);
+    if (grads.clamped_entropy) return for_rows<LogitsGradOp<D, false, true>>(args, logits, threads);
+    return for_rows<LogitsGradOp<D, false, false>>(args, logits, threads);
   });
   if (changed == logits.T) return nullptr;
   const float now = with_dtype(logits.dtype, [&](auto d) {
     using D = decltype(d);
-    const auto* row = static_cast<const typename D::storage*>(logits.data) + changed * logits.row_stride;
-    return widen_one<D>(row + spec.column_of(target[changed]));
+    return widen_one<D>(logits.row<typename D::storage>(changed) + spec.column_of(target[changed]));
   });
   static thread_local char message[200];
   snprintf(message, sizeof message,

@@ -1,12 +1,9 @@
 // logits of whole rows -> RowStats and the clamp of every row (../clamp.h). The clamp is (threshold as a raw logit,
 // weight of the logits equal to it, L_K, H_K), docs/math.md (10) and (11); logits_grad takes it.
 //
-//   1. A sample of 1 in 20 sectors gives a bracket: 3.2 standard deviations on either side of the threshold's expected
-//      rank in the sample.
-//   2. One pass over the row with the bracket (device/bracket_pass.cuh). In about one row of a thousand the bracket
-//      misses the threshold: then a second pass, with the sample's next range on the side where the threshold lies.
-//   3. Radix selection of the threshold among the listed logits, by 11, 11 and 10 bits of their keys. The sums over the
-//      listed logits above the threshold are added to the sums above the bracket.
+// In about one row of a thousand the bracket misses the threshold: then a second pass, with the sample's next range on
+// the side where the threshold lies. The threshold is selected among the listed logits by 11, 11 and 10 bits of their
+// keys, and the sums over those above it are added to the sums above the bracket.
 //
 // If a list overflows (there are thousands of equal logits, and others, in the bracket), or after a second miss, the
 // row is counted: 8,192 counters over a range of keys, then over the range of one counter, at most three times, until
@@ -28,8 +25,7 @@ constexpr int kRangeCounters = 8192;
 static_assert(kRangeCounters * sizeof(uint32_t) <= kListBytes, "");
 
 struct ClampedStatsArgs {
-  const void* logits;  // [T, num_columns], rows row_stride apart
-  int64_t row_stride, num_columns;
+  Logits logits;
   const int64_t* target;  // [T]
   RowSpec spec;
   int64_t kept;
@@ -129,8 +125,8 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
     if (thread == 0) store_ignored_row(t, kRowStatsFields, a.stats, a.outputs), a.clamped_entropy[t] = 0.0f;
     return;
   }
-  const int count = static_cast<int>(a.num_columns);
-  const T* row = static_cast<const T*>(a.logits) + t * a.row_stride;
+  const int count = static_cast<int>(a.spec.columns(a.logits.width));
+  const T* row = a.logits.row<T>(t);
   const Reader<T, kAligned> reader(row, count, 0, 0);
   const float c = a.spec.inv_temperature * kLog2E;
   const uint32_t kept = static_cast<uint32_t>(a.kept);
@@ -141,8 +137,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
   bool dead;
 #pragma unroll 1
   for (int passes = 1;; passes++) {
-    p = pass_over<T, kAligned>(reader, count, key_value(b.lo), key_value(b.hi), c, shared.listed<T>(),
-                               shared.pass);
+    p = pass_over<T, kAligned>(reader, count, key_value(b.lo), key_value(b.hi), c, shared.listed<T>(), shared.pass);
     // A row with a NaN or without a finite logit has no threshold. Only thread 0 has the sums, so it broadcasts.
     if (thread == 0) {
       const bool off = p.max == -INFINITY || p.max == INFINITY || p.e != p.e || !a.spec.is_token(target);
@@ -196,14 +191,10 @@ __global__ void __launch_bounds__(kThreads, 3) clamped_stats_kernel(const Clampe
 
 Error clamped_stats(const Logits& logits, const int64_t* target, const RowSpec& spec, int64_t kept, float* stats,
                     const RowOutputs& outputs, float* clamp, float* clamped_entropy, Device stream) {
-  const ClampedStatsArgs args{logits.data, logits.row_stride, spec.columns(logits.width), target, spec, kept, stats,
-                              outputs, clamp, clamped_entropy};
-  return with_dtype(logits.dtype, [&](auto t) {
-    using Type = decltype(t);
-    const auto kernel =
-        aligned_rows<Type>(logits) ? clamped_stats_kernel<Type, true> : clamped_stats_kernel<Type, false>;
-    return launch("clamped_stats", kernel, logits.T, stream, args);
-  });
+  const auto kernel = [](auto t, auto aligned) { return clamped_stats_kernel<decltype(t), aligned>; };
+  return launch_for("clamped_stats", kernel, logits.dtype, logits.T, stream,
+                    ClampedStatsArgs{logits, target, spec, kept, stats, outputs, clamp, clamped_entropy},
+                    aligned_rows(logits));
 }
 
 }  // namespace entcov::cuda

@@ -14,9 +14,12 @@
 // launch (merge.cuh).
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../kernels.h"
 
@@ -30,9 +33,9 @@ constexpr int64_t kSegmentColumns = 40960;
 constexpr int64_t kSegmentMultiple = 128;  // every segment is aligned to 16 bytes if its row is
 
 struct Cut {
-  int segments;    // per row
-  int64_t length;  // columns of a segment; the last one may be shorter
-  bool one_warp;   // whether the team is a warp
+  int segments;   // per row
+  int length;     // columns of a segment; the last one may be shorter
+  bool one_warp;  // whether the team is a warp
   int64_t blocks(int64_t rows) const {
     const int64_t units = rows * segments;
     return one_warp ? (units + kWarps - 1) / kWarps : units;
@@ -43,19 +46,13 @@ inline Cut cut(int64_t columns) {
   Cut c;
   c.segments = static_cast<int>(columns <= kSegmentColumns ? 1 : (columns + kSegmentColumns - 1) / kSegmentColumns);
   const int64_t even = (columns + c.segments - 1) / c.segments;
-  c.length = (even + kSegmentMultiple - 1) / kSegmentMultiple * kSegmentMultiple;
+  c.length = static_cast<int>((even + kSegmentMultiple - 1) / kSegmentMultiple * kSegmentMultiple);
   c.one_warp = columns <= kOneWarpColumns;
   return c;
 }
 
 // The message of a failed launch. Clears the runtime's last error, so that a later, unrelated check does not report it.
 Error describe_failure(cudaError_t error, const char* kernel, int64_t blocks);
-
-// A boolean template argument, passed to a generic lambda as an argument.
-template <bool kValue>
-struct Bool {
-  static constexpr bool value = kValue;
-};
 
 // Enqueues kernel(args) with `blocks` blocks of kThreads threads on the stream. Returns null, or the message of the
 // failure, which names the kernel `name`. With blocks = 0 it does nothing.
@@ -69,6 +66,37 @@ Error launch(const char* name, void (*kernel)(Args), int64_t blocks, cudaStream_
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
   return error == cudaSuccess ? nullptr : describe_failure(error, name, blocks);
+}
+
+// Calls run(flag...) with every flag as a std::bool_constant, which may be a template argument.
+template <class Run>
+Error with_flags(Run run) {
+  return run();
+}
+template <class Run, class... Flags>
+Error with_flags(Run run, bool flag, Flags... others) {
+  const auto known = [&](auto value) {
+    return with_flags([&](auto... values) { return run(value, values...); }, others...);
+  };
+  return flag ? known(std::true_type{}) : known(std::false_type{});
+}
+
+// launch() of the kernel that choose(T{}, flag...) returns, with the element type T of `dtype`.
+template <class Choose, class Args, class... Flags>
+Error launch_for(const char* name, Choose choose, DType dtype, int64_t blocks, cudaStream_t stream, const Args& args,
+                 Flags... flags) {
+  const auto with_type = [&](auto t) {
+    return with_flags([&](auto... known) { return launch(name, choose(t, known...), blocks, stream, args); }, flags...);
+  };
+  if (dtype == kBFloat16) return with_type(__nv_bfloat16{});
+  if (dtype == kFloat16) return with_type(__half{});
+  return with_type(float{});
+}
+
+// Whether every row starts at a 16-byte boundary.
+inline bool aligned_rows(const Logits& logits) {
+  return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&
+         (logits.T <= 1 || logits.row_stride * logits.element_bytes() % 16 == 0);
 }
 
 }  // namespace entcov::cuda

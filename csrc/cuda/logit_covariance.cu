@@ -21,12 +21,12 @@ namespace {
 constexpr int kVectors = 2;  // vectors of each tensor that a thread loads before it uses them: one group
 
 struct CovarianceStatsArgs {
-  const void *logits_old, *logits_new;  // [T, num_columns]
-  int64_t old_row_stride, new_row_stride, T, num_columns;
+  Logits logits_old, logits_new;
   const uint8_t* row_mask;  // [T] or null
-  float scale;   // log2(e) / temperature
-  float* stats;  // [segments, T, 8]
-  int segments, segment_length;
+  int64_t num_columns;      // without padding
+  float scale;              // log2(e) / temperature
+  float* stats;             // [segments, T, 8]
+  Cut cut;
 };
 
 struct PairSums {
@@ -45,16 +45,11 @@ struct PairSums {
     before.move(dt);
   }
 
-  __device__ __forceinline__ void make_exact(float c) {
-    const float b = before.deficit(c), a = after.deficit(c);
+  // Corrects the sums for the rounding of max c (sign 1), or undoes it (-1).
+  __device__ __forceinline__ void correct(float c, float sign) {
+    const float b = sign * before.deficit(c), a = sign * after.deficit(c);
     if (b != 0.0f) move_before(b);
     if (a != 0.0f) after.move(a);
-  }
-
-  __device__ __forceinline__ void make_rounded(float c) {
-    const float b = before.deficit(c), a = after.deficit(c);
-    if (b != 0.0f) move_before(-b);
-    if (a != 0.0f) after.move(-a);
   }
 
   // Rescales corrected sums to maxima that are as large or larger.
@@ -115,10 +110,10 @@ struct PairSums {
                                              float new_top, float c) {
     if (old_top > before.max || new_top > after.max) {
       const float old_max = fmaxf(old_top, before.max), new_max = fmaxf(new_top, after.max);
-      make_exact(c);
+      correct(c, 1.0f);
       raise(old_max, new_max, c);
       refer_to(old_max, new_max, c);
-      make_rounded(c);
+      correct(c, -1.0f);
     }
     // Only -inf and NaN so far in that tensor: any finite reference gives the right sums.
     const bool no_old = before.max == -INFINITY, no_new = after.max == -INFINITY;
@@ -155,22 +150,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stat
   __shared__ typename TheTeam::Shared shared, shared_new;
   __shared__ typename Team<kTeamWarps, 2>::Shared shared_again;
 
-  const Unit unit = this_unit<kTeamWarps>(a.segments);
-  if (unit.row >= a.T) return;
+  const Unit unit = this_unit<kTeamWarps>(a.cut, a.num_columns, a.num_columns);
+  const int count = unit.live;
+  if (unit.row >= a.logits_new.T) return;
   const TheTeam team{static_cast<int>(threadIdx.x) % TheTeam::kSize};
-  float* out = a.stats + (unit.segment * a.T + unit.row) * kCovarianceFields;
+  float* out = a.stats + (unit.segment * a.logits_new.T + unit.row) * kCovarianceFields;
   if (a.row_mask && !a.row_mask[unit.row]) {
     if (team.rank < kCovarianceFields) out[team.rank] = 0.0f;
     return;
   }
 
-  const int64_t begin = static_cast<int64_t>(unit.segment) * a.segment_length;
-  const int64_t rest_of_row = a.num_columns - begin;
-  const int count = static_cast<int>(rest_of_row < a.segment_length ? rest_of_row : a.segment_length);
-  const T* old_row = static_cast<const T*>(a.logits_old) + unit.row * a.old_row_stride + begin;
-  const T* new_row = static_cast<const T*>(a.logits_new) + unit.row * a.new_row_stride + begin;
-  const Reader<T, kAligned> old_reader(old_row, count, begin, rest_of_row - count);
-  const Reader<T, kAligned> new_reader(new_row, count, begin, rest_of_row - count);
+  const int64_t behind = a.num_columns - unit.begin - count;
+  const T *old_row = a.logits_old.row<T>(unit.row) + unit.begin, *new_row = a.logits_new.row<T>(unit.row) + unit.begin;
+  const Reader<T, kAligned> old_reader(old_row, count, unit.begin, behind);
+  const Reader<T, kAligned> new_reader(new_row, count, unit.begin, behind);
   const int from = old_reader.begin() > new_reader.begin() ? old_reader.begin() : new_reader.begin();
   const int to = old_reader.end() < new_reader.end() ? old_reader.end() : new_reader.end();
 
@@ -202,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) covariance_stat
   }
 
   const float old_max = team.max(s.before.max, shared, 1), new_max = team.max(s.after.max, shared_new, 1);
-  s.make_exact(a.scale);
+  s.correct(a.scale, 1.0f);
   s.raise(old_max, new_max, a.scale);
   float v[PairSums::kCount] = {s.before.at_max, s.before.e, s.before.te, s.after.at_max,
                                s.after.e,       s.after.te, s.d,         s.td};
@@ -234,27 +227,13 @@ Error covariance_stats(const Logits& logits_old, const Logits& logits_new, const
                        Device stream) {
   const int64_t T = logits_new.T, columns = spec.columns(logits_new.width);
   const Cut c = cut(columns);
-  const CovarianceStatsArgs args{logits_old.data,
-                                 logits_new.data,
-                                 logits_old.row_stride,
-                                 logits_new.row_stride,
-                                 T,
-                                 columns,
-                                 row_mask,
-                                 spec.inv_temperature * kLog2E,
-                                 c.segments > 1 ? workspace : stats,
-                                 c.segments,
-                                 static_cast<int>(c.length)};
-  const Error error = with_dtype(logits_new.dtype, [&](auto t) {
-    using Type = decltype(t);
-    const auto run = [&](auto aligned) {
-      constexpr bool kAligned = decltype(aligned)::value;
-      const auto kernel =
-          c.one_warp ? covariance_stats_kernel<Type, kAligned, 1> : covariance_stats_kernel<Type, kAligned, kWarps>;
-      return launch("covariance_stats", kernel, c.blocks(T), stream, args);
-    };
-    return aligned_rows<Type>(logits_old) && aligned_rows<Type>(logits_new) ? run(Bool<true>{}) : run(Bool<false>{});
-  });
+  const CovarianceStatsArgs args{logits_old, logits_new, row_mask, columns, spec.inv_temperature * kLog2E,
+                                 c.segments > 1 ? workspace : stats, c};
+  const auto kernel = [](auto t, auto aligned, auto one_warp) {
+    return covariance_stats_kernel<decltype(t), aligned, one_warp ? 1 : kWarps>;
+  };
+  const Error error = launch_for("covariance_stats", kernel, logits_new.dtype, c.blocks(T), stream, args,
+                                 aligned_rows(logits_old) && aligned_rows(logits_new), c.one_warp);
   if (error || (c.segments == 1 && !outputs.covariance)) return error;
   return merge_covariance_segments(args.stats, c.segments, T, row_mask, spec, stats, outputs, stream);
 }

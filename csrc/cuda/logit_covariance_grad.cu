@@ -1,10 +1,5 @@
-// The gradient of covariance, entropy change and KL (../logit_covariance.h) with respect to the new logits, in their
-// dtype: one pass, two exponentials per column. With temperature T, p and q the old and new policy, Ex = E_p[x], Ez =
-// E_q[z]:
-//
-//   dlogit_new = 1/T { g_cov p (x - Ex) - g_H q (z - Ez) + g_kl (q - p) } = 2^t (a + b t) + 2^s (a' + b' s)
-//
-// with t = x log2(e), s = z log2(e) and four coefficients per row.
+// logit_covariance_grad of ../kernels.h, which has the formula: one pass, two exponentials per column, 2^t and 2^s with
+// t = x log2(e), s = z log2(e).
 //
 // Memory. Reads 2 sizeof(T) bytes per column, writes sizeof(T). The logits of rows that are masked, or whose incoming
 // gradients are 0, are not read.
@@ -18,15 +13,14 @@ namespace entcov::cuda {
 namespace {
 
 struct LogitCovarianceGradArgs {
-  const void *logits_old, *logits_new;  // [T, num_columns]
-  int64_t old_row_stride, new_row_stride, T, num_columns, width;
+  Logits logits_old, logits_new;
   const uint8_t* row_mask;  // [T] or null
-  const float* stats;       // [T, 8]
+  RowSpec spec;
+  const float* stats;  // [T, 8]
   CovarianceGrads grads;
-  float inv_temperature;
   void* grad;  // [T, width], rows grad_row_stride apart
   int64_t grad_row_stride;
-  int segments, segment_length;
+  Cut cut;
 };
 
 // The terms of the gradient from one of the two tensors.
@@ -46,11 +40,11 @@ template <class T, bool kAlike, int kTeamWarps>
 __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>)
     logit_covariance_grad_kernel(const LogitCovarianceGradArgs a) {
   constexpr int kSize = kTeamWarps * kWarp;
-  const Unit unit = this_unit<kTeamWarps>(a.segments);
-  const int64_t t = unit.row;
-  if (t >= a.T) return;
+  const int64_t num_columns = a.spec.columns(a.logits_new.width);
+  const Unit at = this_unit<kTeamWarps>(a.cut, num_columns, a.logits_new.width);
+  const int64_t t = at.row;
+  if (t >= a.logits_new.T) return;
   const int rank = static_cast<int>(threadIdx.x) % kSize;
-  const Stretch at = stretch(unit.segment, a.segment_length, a.num_columns, a.width);
   T* grad = static_cast<T*>(a.grad) + t * a.grad_row_stride + at.begin;
 
   const float g_cov = a.grads.covariance ? a.grads.covariance[t] : 0.0f;
@@ -62,9 +56,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>)
   }
 
   const float* s = a.stats + t * kCovarianceFields;
-  const float per_p = a.inv_temperature / (1.0f + s[1]), mean_x = s[2] / (1.0f + s[1]);
-  const float per_q = a.inv_temperature / (1.0f + s[4]), mean_z = s[5] / (1.0f + s[4]);
-  const float scale = a.inv_temperature * kLog2E;
+  const float inv_t = a.spec.inv_temperature, scale = inv_t * kLog2E;
+  const float per_p = inv_t / (1.0f + s[1]), mean_x = s[2] / (1.0f + s[1]);
+  const float per_q = inv_t / (1.0f + s[4]), mean_z = s[5] / (1.0f + s[4]);
   const Side before{s[0], per_p * (-g_kl - g_cov * mean_x), per_p * g_cov * kLn2};
   const Side after{s[3], per_q * (g_kl + g_h * mean_z), -per_q * g_h * kLn2};
 
@@ -76,10 +70,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>)
     return;
   }
 
-  const T* old_row = static_cast<const T*>(a.logits_old) + t * a.old_row_stride + at.begin;
-  const T* new_row = static_cast<const T*>(a.logits_new) + t * a.new_row_stride + at.begin;
+  const T *old_row = a.logits_old.row<T>(t) + at.begin, *new_row = a.logits_new.row<T>(t) + at.begin;
   const int head = columns.head, count = at.live - head;
-  const int64_t in_front = at.begin + head, behind = a.num_columns - at.begin - at.live;
+  const int64_t in_front = at.begin + head, behind = num_columns - at.begin - at.live;
   const Reader<T, kAlike, Use::kOnce> old_reader(old_row + head, count, in_front, behind);
   const Reader<T, kAlike, Use::kOnce> new_reader(new_row + head, count, in_front, behind);
   columns.template write<kTeamWarps>(
@@ -105,36 +98,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>)
 Error logit_covariance_grad(const Logits& logits_old, const Logits& logits_new, const uint8_t* row_mask,
                             const RowSpec& spec, const float* stats, const CovarianceGrads& grads, void* grad,
                             int64_t grad_row_stride, Device stream) {
-  const int64_t T = logits_new.T, width = logits_new.width;
-  if (width == 0) return nullptr;
-  const Cut c = cut(width);
-  const LogitCovarianceGradArgs args{logits_old.data,
-                                     logits_new.data,
-                                     logits_old.row_stride,
-                                     logits_new.row_stride,
-                                     T,
-                                     spec.columns(width),
-                                     width,
-                                     row_mask,
-                                     stats,
-                                     grads,
-                                     spec.inv_temperature,
-                                     grad,
-                                     grad_row_stride,
-                                     c.segments,
-                                     static_cast<int>(c.length)};
-  return with_dtype(logits_new.dtype, [&](auto t) {
-    using Type = decltype(t);
-    const auto run = [&](auto alike) {
-      constexpr bool kAlike = decltype(alike)::value;
-      const auto kernel = c.one_warp ? logit_covariance_grad_kernel<Type, kAlike, 1>
-                                     : logit_covariance_grad_kernel<Type, kAlike, kWarps>;
-      return launch("logit_covariance_grad", kernel, c.blocks(T), stream, args);
-    };
-    const bool alike = aligned_alike<Type>(logits_old, grad, grad_row_stride) &&
-                       aligned_alike<Type>(logits_new, grad, grad_row_stride);
-    return alike ? run(Bool<true>{}) : run(Bool<false>{});
-  });
+  if (logits_new.width == 0) return nullptr;
+  const Cut c = cut(logits_new.width);
+  const LogitCovarianceGradArgs args{logits_old, logits_new, row_mask, spec, stats, grads, grad, grad_row_stride, c};
+  const auto kernel = [](auto t, auto alike, auto one_warp) {
+    return logit_covariance_grad_kernel<decltype(t), alike, one_warp ? 1 : kWarps>;
+  };
+  const bool alike =
+      aligned_alike(logits_old, grad, grad_row_stride) && aligned_alike(logits_new, grad, grad_row_stride);
+  return launch_for("logit_covariance_grad", kernel, logits_new.dtype, c.blocks(logits_new.T), stream, args, alike,
+                    c.one_warp);
 }
 
 }  // namespace entcov::cuda

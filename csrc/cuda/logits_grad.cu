@@ -1,21 +1,13 @@
-// The gradient of logprob, entropy and clamped entropy with respect to the logits, in their dtype: one pass, one
-// exponential per logit. With temperature T, y = (x - max) / T, S = 1 + sum_exp_m1 and Ey = sum_xexp / S, so that
-// log p + H = y - Ey:
-//
-//   dz = 1/T { g_lp (1[target] - p) - g_H p (y - Ey) - g_K w p_k (y - L_k + H_k) },   p = e^y / S,  p_k = e^{y - L_k}
-//      = 2^t { (a + b t) + w (a_k + b_k t) }  + 1/T g_lp in the target's column,      t = y log2(e)
-//
-// with four coefficients per row. w is 1 above the clamp's threshold, the weight of the ties at it, and 0 below it.
+// logits_grad of ../kernels.h, which has the formula: one pass, one exponential per logit, 2^t with t = y log2(e).
 //
 // Memory. Reads sizeof(T) bytes per logit and about 44 bytes per row, writes sizeof(T) bytes per logit. The logits of
 // rows whose incoming gradients are 0 are not read.
 //
 // Parallelisation. A team (launch.h) computes a segment; teams do not communicate.
 //
-// Numerics. y - Ey replaces log p + H, which cancels in a peaked row, where both are small differences of L. x - max is
-// computed before the scaling, so an offset of 1e4 loses no digits. t is limited to >= -127, where 2^t is 0, so a logit
-// of -inf gets 0 and not NaN. The target's column is computed separately: 1 - p is -expm1(log p), which keeps its
-// digits as p -> 1.
+// Numerics. x - max is computed before the scaling, so an offset of 1e4 loses no digits. t is limited to >= -127, where
+// 2^t is 0, so a logit of -inf gets 0 and not NaN. The target's column is computed separately: 1 - p is -expm1(log p),
+// which keeps its digits as p -> 1.
 //
 // A target's logit that differs from the one in the statistics shows that the logits were written after the forward
 // pass. The gradient of the target's column is then NaN. In place this is not checked, since logits_grad_ has no
@@ -26,8 +18,7 @@ namespace entcov::cuda {
 namespace {
 
 struct LogitsGradArgs {
-  const void* logits;  // [T, num_columns], rows row_stride apart
-  int64_t row_stride, T, num_columns, width;
+  Logits logits;
   const int64_t* target;  // [T]
   RowSpec spec;
   const float* stats;  // [T, fields]
@@ -36,7 +27,7 @@ struct LogitsGradArgs {
   const float* clamp;  // [T, 4] or null
   void* grad;          // [T, width], rows grad_row_stride apart
   int64_t grad_row_stride;
-  int segments, segment_length;
+  Cut cut;
 };
 
 template <bool kClamped>
@@ -59,11 +50,11 @@ struct Coefficients {
 template <class T, bool kClamped, bool kAlike, int kTeamWarps>
 __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_kernel(const LogitsGradArgs a) {
   constexpr int kSize = kTeamWarps * kWarp;
-  const Unit unit = this_unit<kTeamWarps>(a.segments);
-  const int64_t t = unit.row;
-  if (t >= a.T) return;
+  const int64_t num_columns = a.spec.columns(a.logits.width);
+  const Unit at = this_unit<kTeamWarps>(a.cut, num_columns, a.logits.width);
+  const int64_t t = at.row;
+  if (t >= a.logits.T) return;
   const int rank = static_cast<int>(threadIdx.x) % kSize;
-  const Stretch at = stretch(unit.segment, a.segment_length, a.num_columns, a.width);
   T* grad = static_cast<T*>(a.grad) + t * a.grad_row_stride + at.begin;
 
   const float g_lp = a.grads.logprob ? a.grads.logprob[t] : 0.0f;
@@ -98,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
     return;
   }
 
-  const T* x = static_cast<const T*>(a.logits) + t * a.row_stride + at.begin;
+  const T* x = a.logits.row<T>(t) + at.begin;
   const int64_t local = a.spec.column_of(target) - at.begin;
   const bool mine = local >= 0 && local < at.live && columns.owner(static_cast<int>(local), kSize) == rank;
   float at_target = 0.0f;
@@ -110,11 +101,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) logits_grad_ker
       at_target -= g_h * p * (y - mean_y) * inv_t;
       if (kClamped) at_target += c.weight(xt) * clamp_scale * expf(y) * (y + clamp_offset);
     }
-    if (xt != s[3] && a.grad != a.logits) at_target = NAN;
+    if (xt != s[3] && a.grad != a.logits.data) at_target = NAN;
   }
 
   const Reader<T, kAlike, Use::kOnce> reader(x + columns.head, at.live - columns.head, at.begin + columns.head,
-                                             a.num_columns - at.begin - at.live);
+                                             num_columns - at.begin - at.live);
   columns.template write<kTeamWarps>(
       rank, [&](int i) { return kAlike ? reader.whole(i) : reader.any(i); },
       [&](const uint4& u) {
@@ -134,35 +125,12 @@ Error logits_grad(const Logits& logits, const int64_t* target, const RowSpec& sp
                   const RowGrads& grads, const float* clamp, void* grad, int64_t grad_row_stride, Device stream) {
   if (logits.width == 0) return nullptr;
   const Cut c = cut(logits.width);
-  const LogitsGradArgs args{logits.data,
-                            logits.row_stride,
-                            logits.T,
-                            spec.columns(logits.width),
-                            logits.width,
-                            target,
-                            spec,
-                            stats,
-                            fields,
-                            grads,
-                            clamp,
-                            grad,
-                            grad_row_stride,
-                            c.segments,
-                            static_cast<int>(c.length)};
-  return with_dtype(logits.dtype, [&](auto t) {
-    using Type = decltype(t);
-    const auto run = [&](auto clamped, auto alike) {
-      constexpr bool kClamped = decltype(clamped)::value, kAlike = decltype(alike)::value;
-      const auto kernel = c.one_warp ? logits_grad_kernel<Type, kClamped, kAlike, 1>
-                                     : logits_grad_kernel<Type, kClamped, kAlike, kWarps>;
-      return launch("logits_grad", kernel, c.blocks(logits.T), stream, args);
-    };
-    const auto run_alike = [&](auto clamped) {
-      return aligned_alike<Type>(logits, grad, grad_row_stride) ? run(clamped, Bool<true>{})
-                                                                : run(clamped, Bool<false>{});
-    };
-    return grads.clamped_entropy ? run_alike(Bool<true>{}) : run_alike(Bool<false>{});
-  });
+  const LogitsGradArgs args{logits, target, spec, stats, fields, grads, clamp, grad, grad_row_stride, c};
+  const auto kernel = [](auto t, auto clamped, auto alike, auto one_warp) {
+    return logits_grad_kernel<decltype(t), clamped, alike, one_warp ? 1 : kWarps>;
+  };
+  return launch_for("logits_grad", kernel, logits.dtype, c.blocks(logits.T), stream, args,
+                    grads.clamped_entropy != nullptr, aligned_alike(logits, grad, grad_row_stride), c.one_warp);
 }
 
 }  // namespace entcov::cuda

@@ -39,8 +39,7 @@ __global__ void __launch_bounds__(kThreads) message_kernel(const MessageArgs a) 
   uint64_t hash = 0;
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < a.num_values; i += kThreads) hash += hash_of(i, a.values[i]);
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) hash += __shfl_xor_sync(0xffffffffu, hash, offset);
+  hash = warp_sum(hash);
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = hash;
   __syncthreads();
   if (threadIdx.x != 0) return;

@@ -24,14 +24,13 @@ constexpr int kVectors = 4;  // vectors that a thread loads before it uses them
 constexpr int kGroup = 2;    // vectors per comparison with the reference
 
 struct RowStatsArgs {
-  const void* logits;  // [T, num_columns], rows row_stride apart
-  int64_t row_stride, T, num_columns;
+  Logits logits;
   const int64_t* target;  // [T]
   RowSpec spec;
   float scale;         // log2(e) / temperature
   float* stats;        // [segments, T, fields]
   RowOutputs outputs;  // null if the row is a shard or is cut into segments
-  int segments, segment_length;
+  Cut cut;
 };
 
 template <bool kMoments>
@@ -49,18 +48,9 @@ struct RowSums : Sums {
     Sums::move(d);
   }
 
-  // Corrects the sums for the rounding of max c.
-  __device__ __forceinline__ void make_exact(float c) {
-    const float d = deficit(c);
-    if (d != 0.0f) move(d);
-  }
-
-  // Rescales corrected sums to a larger max.
-  __device__ __forceinline__ void raise(float new_max, float c) {
+  __device__ __forceinline__ void release_max() {
     if (kMoments) e2 += at_max;
-    release_max();
-    const float d = distance(new_max, c);
-    move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; a NaN in the sums stays
+    Sums::release_max();
   }
 
   template <class T, bool kSlow>
@@ -88,25 +78,6 @@ struct RowSums : Sums {
     e += se.x + se.y, te += ste.x + ste.y;
     if (kMoments) e2 += se2.x + se2.y, te2 += ste2.x + ste2.y, t2e += st2e.x + st2e.y;
   }
-
-  // Adds a group with an element at or above the reference, or one before the thread has seen a finite element.
-  template <class T>
-  __device__ __forceinline__ void add_slowly(const uint4 (&u)[kGroup], float largest, float c) {
-    if (largest > max) {
-      make_exact(c);
-      raise(largest, c);
-      refer_to(largest, c);
-      const float d = deficit(c);
-      if (d != 0.0f) move(-d);
-    }
-    if (max == -INFINITY) {  // only -inf and NaN so far: any finite reference gives the right sums
-      limit = max = 0.0f;
-      add<T, true>(u, c);
-      limit = max = -INFINITY;
-    } else {
-      add<T, true>(u, c);
-    }
-  }
 };
 
 template <class T, bool kMoments, bool kAligned, int kTeamWarps>
@@ -117,27 +88,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   constexpr int kTile = kVectors * TheTeam::kSize;
   __shared__ typename TheTeam::Shared shared;
 
-  const Unit unit = this_unit<kTeamWarps>(a.segments);
-  if (unit.row >= a.T) return;
+  const int64_t columns = a.spec.columns(a.logits.width);
+  const Unit unit = this_unit<kTeamWarps>(a.cut, columns, columns);
+  if (unit.row >= a.logits.T) return;
   const TheTeam team{static_cast<int>(threadIdx.x) % TheTeam::kSize};
-  const int64_t place = unit.segment * a.T + unit.row;  // of the result; equal to the row if there are outputs
+  const int64_t place = unit.segment * a.logits.T + unit.row;  // of the result; equal to the row if there are outputs
   const int64_t target = a.target[unit.row];
   if (target == a.spec.ignore_index) {
     if (team.rank == 0) store_ignored_row(place, kFields, a.stats, a.outputs);
     return;
   }
 
-  const int64_t begin = static_cast<int64_t>(unit.segment) * a.segment_length;
-  const int64_t rest_of_row = a.num_columns - begin;
-  const int count = static_cast<int>(rest_of_row < a.segment_length ? rest_of_row : a.segment_length);
-  const T* row = static_cast<const T*>(a.logits) + unit.row * a.row_stride + begin;
-  const Reader<T, kAligned> reader(row, count, begin, rest_of_row - count);
+  const T* segment = a.logits.row<T>(unit.row) + unit.begin;
+  const Reader<T, kAligned> reader(segment, unit.live, unit.begin, columns - unit.begin - unit.live);
 
   // Load the target's logit early.
   float target_logit = -INFINITY;
   if (team.rank == 0) {
-    const int64_t local = a.spec.column_of(target) - begin;
-    if (local >= 0 && local < count) target_logit = Element<T>::widen(row[local]);
+    const int64_t local = a.spec.column_of(target) - unit.begin;
+    if (local >= 0 && local < unit.live) target_logit = Element<T>::widen(segment[local]);
     if (!a.spec.is_token(target)) target_logit = NAN;  // makes the whole row NaN
   }
 
@@ -146,13 +115,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
   const int vectors = reader.vectors();
   for (int tile = 0; tile < vectors; tile += kTile) {
     uint4 u[kVectors];
-    const int first = tile + team.rank;
-    if (tile >= reader.begin() && tile + kTile <= reader.end()) {
-      reader.whole(first, TheTeam::kSize, u);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kVectors; k++) u[k] = reader.any(first + k * TheTeam::kSize);
-    }
+    reader.load(tile, team.rank, TheTeam::kSize, u);
     if (tile == 0) s.refer_to(team.max(largest<T>(u), shared, 0), a.scale);
 #pragma unroll
     for (int k = 0; k < kVectors; k += kGroup) {
@@ -161,14 +124,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
       if (top < s.limit)
         s.template add<T, false>(group, a.scale);
       else
-        s.template add_slowly<T>(group, top, a.scale);
+        add_slowly(s, top, a.scale, [&] { s.template add<T, true>(group, a.scale); });
     }
   }
 
   // Rescale all threads' sums to the team's max, then add them.
   const float max = team.max(s.max, shared, 1);
-  s.make_exact(a.scale);
-  if (s.max < max) s.raise(max, a.scale);
+  correct(s, a.scale);
+  if (s.max < max) raise(s, max, a.scale);
   float v[Sum::kCount] = {s.at_max, s.e, s.te};
   if constexpr (kMoments) v[3] = s.e2, v[4] = s.te2, v[5] = s.t2e;
   team.sum(v, shared);
@@ -192,33 +155,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
 
 Error row_stats(const Logits& logits, const int64_t* target, const RowSpec& spec, int fields, float* stats,
                 const RowOutputs& outputs, float* workspace, Device stream) {
-  const int64_t columns = spec.columns(logits.width);
-  const Cut c = cut(columns);
+  const Cut c = cut(spec.columns(logits.width));
   const bool whole = c.segments == 1;
-  const RowStatsArgs args{logits.data,
-                          logits.row_stride,
-                          logits.T,
-                          columns,
-                          target,
-                          spec,
-                          spec.inv_temperature * kLog2E,
-                          whole ? stats : workspace,
-                          whole ? outputs : RowOutputs{},
-                          c.segments,
-                          static_cast<int>(c.length)};
-  const Error error = with_dtype(logits.dtype, [&](auto t) {
-    using Type = decltype(t);
-    const auto run = [&](auto moments, auto aligned) {
-      constexpr bool kMoments = decltype(moments)::value, kAligned = decltype(aligned)::value;
-      const auto kernel = c.one_warp ? row_stats_kernel<Type, kMoments, kAligned, 1>
-                                     : row_stats_kernel<Type, kMoments, kAligned, kWarps>;
-      return launch("row_stats", kernel, c.blocks(logits.T), stream, args);
-    };
-    const auto run_aligned = [&](auto moments) {
-      return aligned_rows<Type>(logits) ? run(moments, Bool<true>{}) : run(moments, Bool<false>{});
-    };
-    return fields == kRowStatsMomentsFields ? run_aligned(Bool<true>{}) : run_aligned(Bool<false>{});
-  });
+  const RowStatsArgs args{logits, target, spec, spec.inv_temperature * kLog2E, whole ? stats : workspace,
+                          whole ? outputs : RowOutputs{}, c};
+  const auto kernel = [](auto t, auto moments, auto aligned, auto one_warp) {
+    return row_stats_kernel<decltype(t), moments, aligned, one_warp ? 1 : kWarps>;
+  };
+  const Error error = launch_for("row_stats", kernel, logits.dtype, c.blocks(logits.T), stream, args,
+                                 fields == kRowStatsMomentsFields, aligned_rows(logits), c.one_warp);
   if (error || whole) return error;
   return merge_segments(workspace, c.segments, logits.T, target, spec, fields, stats, outputs, stream);
 }

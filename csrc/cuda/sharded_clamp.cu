@@ -17,8 +17,7 @@ namespace {
 // ---- clamp_sketch ---------------------------------------------------------------------------------------------------
 
 struct SketchArgs {
-  const void* logits;  // [T, num_columns], rows row_stride apart
-  int64_t row_stride, num_columns;
+  Logits logits;
   const int64_t* target;  // [T]
   RowSpec spec;
   float* sketch;  // [T, kSketch]
@@ -29,13 +28,13 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_sketch_kernel(const SketchA
   __shared__ SampleArea sample;
   __shared__ SelectionShared selection;
   const int64_t t = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x), count = static_cast<int>(a.num_columns);
+  const int thread = static_cast<int>(threadIdx.x), count = static_cast<int>(a.spec.columns(a.logits.width));
   float* out = a.sketch + t * kSketch;
   if (count == 0 || a.target[t] == a.spec.ignore_index) {
     if (thread < kSketch) out[thread] = count == 0 ? -INFINITY : 0.0f;
     return;
   }
-  const T* row = static_cast<const T*>(a.logits) + t * a.row_stride;
+  const T* row = a.logits.row<T>(t);
   const Reader<T, kAligned> reader(row, count, 0, 0);
   const int m = take_sample<T, kAligned>(reader, row, count, sample);
   select_from_sample(sample, m, kSketch, [m](int n) { return (2 * n + 1) * m / (2 * kSketch) + 1; }, selection);
@@ -49,22 +48,12 @@ struct WarpTeam {
   static constexpr int kSize = kWarp;
   int lane;
 
-  __device__ __forceinline__ uint32_t sum(uint32_t v) const {
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-    return v;
+  template <class Number>
+  __device__ __forceinline__ Number sum(Number v) const {
+    return warp_sum(v);
   }
-  __device__ __forceinline__ float sum(float v) const { return warp_sum(v); }
   __device__ __forceinline__ float max(float v) const { return warp_max(v); }
-  __device__ __forceinline__ uint32_t before(uint32_t v) const {
-    uint32_t upto = v;
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const uint32_t other = __shfl_up_sync(0xffffffffu, upto, offset);
-      upto += lane >= offset ? other : 0u;
-    }
-    return upto - v;
-  }
+  __device__ __forceinline__ uint32_t before(uint32_t v) const { return warp_prefix_sum(v) - v; }
   __device__ __forceinline__ bool all(bool v) const { return __ballot_sync(0xffffffffu, !v) == 0; }
   __device__ __forceinline__ int first(bool v) const {
     const unsigned who = __ballot_sync(0xffffffffu, v);
@@ -97,8 +86,7 @@ __global__ void __launch_bounds__(kThreads) clamp_bracket_kernel(const BracketAr
 // ---- clamp_partial --------------------------------------------------------------------------------------------------
 
 struct PartialArgs {
-  const void* logits;  // [T, num_columns], rows row_stride apart
-  int64_t row_stride, num_columns;
+  Logits logits;
   const int64_t* target;  // [T]
   RowSpec spec;
   const Bracket* bracket;  // [T]
@@ -117,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_partial_kernel(const Partia
   __shared__ PartialShared shared;
   constexpr int kFields = kRowStatsFields + kPartialFields;
   const int64_t t = blockIdx.x;
-  const int thread = static_cast<int>(threadIdx.x), count = static_cast<int>(a.num_columns);
+  const int thread = static_cast<int>(threadIdx.x), count = static_cast<int>(a.spec.columns(a.logits.width));
   float* out = a.partial + t * (kFields + kCells);
   const Bracket b = a.bracket[t];
   const int64_t target = a.target[t];
@@ -125,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_partial_kernel(const Partia
     if (thread < kFields + kCells) out[thread] = 0.0f;
     return;
   }
-  const T* row = static_cast<const T*>(a.logits) + t * a.row_stride;
+  const T* row = a.logits.row<T>(t);
   const Reader<T, kAligned> reader(row, count, 0, 0);
   const float lo = key_value(b.lo), hi = key_value(b.hi);
   if (thread < kCells) shared.cells[thread] = 0;
@@ -159,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 3) clamp_partial_kernel(const Partia
   if (thread != 0) return;
 
   const int64_t local = a.spec.column_of(target);
-  const bool mine = local >= 0 && local < a.num_columns;
+  const bool mine = local >= 0 && local < count;
   const bool poisoned = p.max == INFINITY || !a.spec.is_token(target);
   const float others = p.max == -INFINITY ? 0.0f : p.at_max - 1.0f;
   out[0] = p.max, out[1] = poisoned ? NAN : p.e + others, out[2] = poisoned ? NAN : p.te * kLn2;
@@ -205,12 +193,9 @@ int64_t warp_blocks(int64_t rows) { return (rows + kWarps - 1) / kWarps; }
 }  // namespace
 
 Error clamp_sketch(const Logits& logits, const int64_t* target, const RowSpec& spec, float* sketch, Device stream) {
-  const SketchArgs args{logits.data, logits.row_stride, spec.columns(logits.width), target, spec, sketch};
-  return with_dtype(logits.dtype, [&](auto t) {
-    using Type = decltype(t);
-    const auto kernel = aligned_rows<Type>(logits) ? clamp_sketch_kernel<Type, true> : clamp_sketch_kernel<Type, false>;
-    return launch("clamp_sketch", kernel, logits.T, stream, args);
-  });
+  const auto kernel = [](auto t, auto aligned) { return clamp_sketch_kernel<decltype(t), aligned>; };
+  return launch_for("clamp_sketch", kernel, logits.dtype, logits.T, stream, SketchArgs{logits, target, spec, sketch},
+                    aligned_rows(logits));
 }
 
 Error clamp_bracket(const Messages& sketches, const int64_t* target, const RowSpec& spec, int64_t kept, int64_t margin,
@@ -221,14 +206,10 @@ Error clamp_bracket(const Messages& sketches, const int64_t* target, const RowSp
 
 Error clamp_partial(const Logits& logits, const int64_t* target, const RowSpec& spec, const uint32_t* bracket,
                     float* partial, Device stream) {
-  const PartialArgs args{logits.data, logits.row_stride, spec.columns(logits.width), target, spec,
-                         reinterpret_cast<const Bracket*>(bracket), partial};
-  return with_dtype(logits.dtype, [&](auto t) {
-    using Type = decltype(t);
-    const auto kernel =
-        aligned_rows<Type>(logits) ? clamp_partial_kernel<Type, true> : clamp_partial_kernel<Type, false>;
-    return launch("clamp_partial", kernel, logits.T, stream, args);
-  });
+  const auto kernel = [](auto t, auto aligned) { return clamp_partial_kernel<decltype(t), aligned>; };
+  return launch_for("clamp_partial", kernel, logits.dtype, logits.T, stream,
+                    PartialArgs{logits, target, spec, reinterpret_cast<const Bracket*>(bracket), partial},
+                    aligned_rows(logits));
 }
 
 Error clamp_refine(const Messages& partials, const int64_t* target, const RowSpec& spec, const float* stats, int fields,

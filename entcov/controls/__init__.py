@@ -13,10 +13,21 @@ from entcov import arguments as check
 from entcov.controls.adaptive_bonus import AdaptiveBonus
 from entcov.controls.aent import AEnt
 from entcov.controls.base import Control, Effect, Progress, Selection, Shaping, kept_tokens
+from entcov.controls.clip_b import ClipB
 from entcov.controls.clip_cov import ClipCov
+from entcov.controls.clip_v import ClipV
+from entcov.controls.difficulty_bonus import DifficultyBonus
+from entcov.controls.entropic import EntroPIC
+from entcov.controls.entropy_advantage import EntropyAdvantage
 from entcov.controls.entropy_bonus import EntropyBonus
+from entcov.controls.high_entropy_tokens import HighEntropyTokens
 from entcov.controls.kl_cov import KLCov
 from entcov.controls.none import NoControl
+from entcov.controls.perplexity_shaping import PerplexityShaping
+from entcov.controls.position_shaping import PositionShaping
+from entcov.controls.positive_advantage_reweighting import PositiveAdvantageReweighting
+from entcov.controls.relative_entropy import RelativeEntropy
+from entcov.controls.sent import SENT
 from entcov.objective.selection import check_counter
 from entcov.objective.token_covariance import covariance_over, covariance_summary
 from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
@@ -24,13 +35,20 @@ from entcov.registry import Registry
 from entcov.stats.ranks import AllReduces, attempt
 
 CONTROLS = Registry(
-    "control", Control, (NoControl, EntropyBonus, AdaptiveBonus, ClipCov, KLCov, AEnt), "entcov.controls"
-)
+    "control",
+    Control,
+    (
+        NoControl, EntropyBonus, AdaptiveBonus, DifficultyBonus, AEnt, EntroPIC, ClipCov, KLCov, SENT, ClipB, ClipV,
+        HighEntropyTokens, EntropyAdvantage, PositiveAdvantageReweighting, RelativeEntropy, PerplexityShaping,
+        PositionShaping,
+    ),
+    "entcov.controls",
+)  # fmt: skip
 make_control = CONTROLS.make
 
 __all__ = [
     "CONTROLS", "Control", "Effect", "Progress", "Selection", "Shaped", "Shaping", "begin", "check_composition",
-    "clamp_arguments", "make_control", "mini_batch_totals", "needs", "select",
+    "check_objective", "clamp_arguments", "make_control", "mini_batch_totals", "needs", "select",
 ]  # fmt: skip
 
 
@@ -57,6 +75,16 @@ def check_composition(controls: Sequence[Control]) -> None:
         for one in sorted(a.sets & b.sets):
             raise ValueError(f"control: {a.name} and {b.name} both set {one}; choose one of them")
     clamp_arguments(controls)
+
+
+def check_objective(controls: Sequence[Control], config: PolicyLossConfig) -> None:
+    """Raises ValueError if a control does not go with the objective of the loss."""
+    for control in controls:
+        if control.objectives is not None and config.objective not in control.objectives:
+            raise ValueError(
+                f"objective must be one of {', '.join(control.objectives)} for control {control.name} as it is set, "
+                f"got {config.objective}"
+            )
 
 
 def selects(control: Control) -> bool:
@@ -161,9 +189,9 @@ def select(
     Returns: (selections, metrics). selections[i] goes to `policy_loss` with micro_batches[i]. metrics describe the
         whole mini-batch, are equal on all ranks and must not be added up: actor/cov_mean, actor/cov_max,
         actor/cov_p999 (with no control too), actor/cov_threshold.
-    Collectives: 4 all-reduces for the metrics and 6 (Clip-Cov) or 8 (KL-Cov) more for each control with a selection
-        and global scope, 2 MiB and 2.5 or 3.5 MiB more, for every batch; every rank must call with the same
-        controls.
+    Collectives: 4 all-reduces of 2 MiB in all for the metrics; more for each control with a selection and global scope,
+        for every batch: 6 of 2.5 MiB (clip_cov), 8 of 3.5 MiB (kl_cov, high_entropy_tokens), 1 of some words
+        (entropic), 16 of 7 MiB (sent "paper") or 23 of 10.5 MiB (sent). Every rank must call with the same controls.
     Raises: ValueError where a field is missing, a value is bad or the whole mini-batch has no token under the mask.
         RuntimeError where another rank failed, or was called with another step, config or controls. On an accelerator
         all metrics are NaN there instead (ranks with other controls do not enter as many collectives, though).
@@ -172,6 +200,7 @@ def select(
 
     def prepared() -> Tokens:
         check_counter("step", step)
+        check_objective(controls, config)
         everything = Tokens.cat(micro_batches)
         for i, control in enumerate(controls):
             if selects(control):
@@ -212,4 +241,4 @@ def _no_tokens(micro_batches: Sequence[Tokens]) -> Tokens:
     parts = micro_batches if isinstance(micro_batches, Sequence) else []
     device = next((x.device for part in parts for x in vars(part).values() if isinstance(x, Tensor)), None)
     nothing = torch.zeros(0, device=device)
-    return Tokens(nothing, nothing, nothing, nothing.bool(), token_id=nothing.long())
+    return Tokens(nothing, nothing, nothing, nothing.bool(), entropy=nothing, token_id=nothing.long())

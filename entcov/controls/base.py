@@ -58,12 +58,13 @@ class Selection:
 
     mask: Tensor | None = None  # bool
     drop: Tensor | None = None  # bool
+    weight: Tensor | None = None  # float32 or float64, a number of each token for `apply`
     scalars: dict[str, Tensor] = field(default_factory=dict)  # numbers of the mini-batch for `apply`
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def at(self, index: Any) -> Selection:
         """The selection of the tokens that `index` (a slice, mask or indices) takes."""
-        parts = {name: getattr(self, name) for name in ("mask", "drop")}
+        parts = {name: getattr(self, name) for name in ("mask", "drop", "weight")}
         return replace(self, **{name: None if part is None else part[index] for name, part in parts.items()})
 
 
@@ -98,6 +99,11 @@ class Control:
     @property
     def baseline_knobs(self) -> dict[str, Any] | None:
         """Knobs of strength 0, where that is not the plain loss: what a comparison measures the control against."""
+        return None
+
+    @property
+    def objectives(self) -> tuple[str, ...] | None:
+        """The objectives of the loss that the control goes with, see entcov/objective/objectives.py; None: all."""
         return None
 
     @property

@@ -56,6 +56,11 @@ class ClipCov(Control):
         check.one_of("scope", self.scope, SCOPES)
         check.integer("seed", self.seed, 0)
 
+    @property
+    def objectives(self) -> tuple[str, ...] | None:
+        """The reference form leaves out the tokens that PPO's clip stops."""
+        return ("ppo",) if self.semantics == "reference" else None
+
     def check(self, tokens: Tokens) -> None:
         if tokens.token_id is None:
             raise ValueError("tokens.token_id must be given, control clip_cov draws by it; got None")

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from entcov import arguments as check
 from entcov.controls.base import Control, Effect, Progress, Selection, Shaping
 from entcov.controls.clip_cov import SCOPES, SEMANTICS
-from entcov.objective.selection import select_kl_cov
+from entcov.objective.objectives import UNCLIPPED
+from entcov.objective.selection import select_largest
 from entcov.objective.token_covariance import token_covariance
 from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
 
@@ -38,6 +39,7 @@ class KLCov(Control):
 
     name: ClassVar[str] = "kl_cov"
     needs: ClassVar[frozenset[str]] = frozenset({"selection"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the penalty on log-ratios"})
 
     kl_cov_ratio: float = 2e-3
     ppo_kl_coef: float = 1.0
@@ -52,6 +54,11 @@ class KLCov(Control):
         check.one_of("semantics", self.semantics, SEMANTICS)
         check.one_of("scope", self.scope, SCOPES)
         check.integer("seed", self.seed, 0)
+
+    @property
+    def objectives(self) -> tuple[str, ...] | None:
+        """The reference form drops the clip of single tokens."""
+        return UNCLIPPED if self.semantics == "reference" else None
 
     @property
     def baseline_knobs(self) -> dict[str, Any] | None:
@@ -69,7 +76,7 @@ class KLCov(Control):
         covariance = token_covariance(
             tokens.logprob, tokens.advantage, tokens.loss_mask, group=group, empty_ok=self.scope == "micro_batch"
         )
-        chosen = select_kl_cov(
+        chosen = select_largest(
             covariance,
             tokens.token_id,
             ratio=self.kl_cov_ratio,

@@ -11,6 +11,7 @@ from typing import Any
 from entcov import arguments as check
 
 _CUI = "Cui et al., arXiv 2505.22617, section"
+_WANG = "Wang et al., arXiv 2602.03392; Trinity-RFT"
 _SHEN = "Shen, arXiv 2509.03493, copy of the scripts (recipe/aent):"
 
 
@@ -22,12 +23,20 @@ class Setting:
     keys: dict[str, Any]
 
 
-def _setting(source: str, control: str | None, clip: tuple[float, float] | None, **knobs: Any) -> Setting:
-    """One control with its knobs (None: no control), and the PPO clip (low, high) (None: not published)."""
-    keys = {"control": [control] if control else [], "controls": {control: knobs} if control else {}}
-    return Setting(source, keys | ({"loss": {"clip_low": clip[0], "clip_high": clip[1]}} if clip else {}))
+def _setting(
+    source: str, control: str | None, clip: tuple[float, float] | None, dual_clip: float | None = None, **knobs: Any
+) -> Setting:
+    """One control with its knobs (None: no control), and the PPO clip (low, high) (None: not published).
+
+    A setting with a clip says whether there is a dual clip, so that it replaces that of another setting.
+    """
+    keys: dict[str, Any] = {"control": [control] if control else [], "controls": {control: knobs} if control else {}}
+    if clip:
+        keys["loss"] = {"clip_low": clip[0], "clip_high": clip[1], "dual_clip": dual_clip}
+    return Setting(source, keys)
 
 
+# Cui et al.: their fork's loss has the dual clip commented out, so the scripts' 10 has no effect. Shen: verl's default.
 PUBLISHED: dict[str, Setting] = {
     "grpo": _setting(f"{_CUI} 4.3, the baseline", None, (0.2, 0.2)),
     "clip_higher": _setting(f"DAPO, arXiv 2503.14476; {_CUI} 4.3", None, (0.2, 0.28)),
@@ -42,12 +51,12 @@ PUBLISHED: dict[str, Setting] = {
     # Found for models of 1.5 billion parameters. The band may not suit another model: compare it with actor/entropy
     # before the warm-up ends.
     "aent_math": _setting(
-        f"{_SHEN} MATH, Qwen2.5-Math-1.5B", "aent", (0.2, 0.2),
+        f"{_SHEN} MATH, Qwen2.5-Math-1.5B", "aent", (0.2, 0.2), 3.0,
         entropy_coef=2e-3, clamp_p=0.33, entropy_low=0.15, entropy_high=0.24, coef_lr=2e-3, coef_min=6e-4,
         coef_max=9e-3, warmup=30,
     ),
     "aent_openr1": _setting(
-        f"{_SHEN} OpenR1, DeepSeek-R1-Distill-Qwen-1.5B", "aent", (0.2, 0.2),
+        f"{_SHEN} OpenR1, DeepSeek-R1-Distill-Qwen-1.5B", "aent", (0.2, 0.2), 3.0,
         entropy_coef=3e-4, clamp_p=0.25, entropy_low=0.35, entropy_high=0.62, coef_lr=1e-4, coef_min=4e-5,
         coef_max=1e-3, warmup=156,
     ),
@@ -55,6 +64,39 @@ PUBLISHED: dict[str, Setting] = {
     "skywork": _setting(
         "Skywork-OR1, arXiv 2505.22312, scripts", "adaptive_bonus", None,
         entropy_coef=0.0, target=0.2, delta=1e-4, coef_min=0.0, coef_max=5e-3,
+    ),
+    "trl_adaptive": _setting(
+        "TRL 1.16, defaults of GRPOConfig with use_adaptive_entropy", "adaptive_bonus", None,
+        rule="trl", entropy_coef=0.0, target=0.2, delta=5e-3, coef_min=0.0, coef_max=1.0,
+    ),
+    "clip_b": _setting(f"{_WANG}, default_args", "clip_b", None, mu=2.5),
+    "clip_v": _setting(f"{_WANG}, default_args", "clip_v", None, mu=8.5, max_frac=1e-4),
+    "high_entropy_tokens": _setting(
+        "Wang et al., arXiv 2506.01939, with DAPO's clip", "high_entropy_tokens", (0.2, 0.28), top_entropy_quantile=0.2
+    ),
+    "entropy_advantage": _setting(
+        "Cheng et al., arXiv 2506.14758, GRPO (from notes)", "entropy_advantage", None, alpha=0.4, kappa=2.0
+    ),
+    "positive_advantage_reweighting": _setting(
+        "Jin et al., arXiv 2511.05993, guided by entropy (from notes)", "positive_advantage_reweighting", None,
+        schedule="entropy", target=0.2, delta=0.05, weight=0.0,
+    ),
+    "entropic": _setting(
+        "EntroPIC, arXiv 2511.15248, run_entropic.sh", "entropic", None,
+        target=0.1, kp=1.0, ki=0.01, prob_threshold=0.95,
+    ),
+    "sent": Setting(  # the KL to the reference on all tokens is the scripts' too
+        "SENT, arXiv 2512.04359, scripts of stage 1 and 2",
+        {
+            "control": ["sent"],
+            "controls": {
+                "sent": {
+                    "low_entropy_ratio": 0.8, "kl_cov_ratio": 2e-4, "ppo_kl_coef": 0.1, "high_cov_coef": 2.0,
+                    "low_cov_coef": 0.5,
+                }
+            },
+            "loss": {"kl_coef": 1e-3},
+        },
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The policy loss: clipped policy gradient, four aggregations, reference KL, mismatch weights, entropy controls.
+"""The policy loss: one of the objectives, four aggregations, reference KL, mismatch weights, entropy controls.
 
 A loss here is a SUM over the tokens of one call, each weighted by a denominator of the whole mini-batch. So the losses
 of micro-batches and of data-parallel ranks add up to the loss of the mini-batch, and no split changes a gradient.
@@ -12,8 +12,17 @@ from torch import Tensor
 
 from entcov import arguments as check
 from entcov.controls.base import Control, Selection, kept_tokens
+from entcov.objective.mismatch import importance_weight
+from entcov.objective.objectives import OBJECTIVES, without_clip
 from entcov.objective.sequences import SequenceIndex
-from entcov.objective.tokens import KL_ESTIMATORS, LOG_RATIO_BOUND, PolicyLossConfig, Tokens, Totals
+from entcov.objective.tokens import (
+    KL_ESTIMATORS,
+    LOG_RATIO_BOUND,
+    SEQUENCE_OBJECTIVES,
+    PolicyLossConfig,
+    Tokens,
+    Totals,
+)
 
 KL_BOUND = 10.0  # verl's bound on k3
 
@@ -57,11 +66,12 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy-gradient loss of one micro-batch, with any list of entropy controls.
 
-    Equivalent to, with r = exp(clamp(logprob - old_logprob, +-20)) and A the advantage times all multipliers:
+    Equivalent to, with r = exp(clamp(logprob - old_logprob, +-20)) and A the advantage times all multipliers, for
+    the objective "ppo" (entcov/objective/objectives.py has the others in place of its two lines):
 
         pg = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))      -A r alone if a control says `unclipped`
         pg = min(pg, -A dual_clip)                                    where A < 0, if dual_clip (and not unclipped)
-        pg = pg * min(exp(old_logprob - rollout_logprob), tis_cap)    if tis_cap; the weight is a constant
+        pg = pg * min(exp(old_logprob - rollout_logprob), tis_cap)    if tis_cap; see tis_level, tis_mode; a constant
         pg = 0                                                        where a control's keep is False
         loss = sum_t w_t (pg + kl_coef * kl_estimate(logprob, ref_logprob) + sum of penalties)
 
@@ -76,7 +86,8 @@ def policy_loss(
 
     Args:
         tokens: one micro-batch. `sequence_length` is read by seq-mean-token-mean and by totals=None with a seq-*
-            aggregation, `ref_logprob` if kl_coef > 0, `rollout_logprob` if tis_cap is set.
+            aggregation, `ref_logprob` if kl_coef > 0, `rollout_logprob` if tis_cap is set, `sequence` (if `sequences`
+            is not given) by the objectives gspo and geo_mean, by tis_level "sequence" and where a selection drops.
         totals: denominators of the mini-batch. None: this micro-batch is all of it (whole sequences only).
         controls: entropy controls, see entcov/controls/base.py.
         selections: one entry a control, as `entcov.controls.select` returns them.
@@ -88,9 +99,12 @@ def policy_loss(
         actor/entropy, actor/clamped_entropy, actor/kl_loss, actor/mismatch, actor/tis_weight, actor/tis_capfrac, and
         the controls' own. Those of the last line and all entropies are means over tokens, for every aggregation.
     Differentiable in tokens.logprob, and through penalties in entropy and clamped_entropy. Nothing is mutated.
-    Collectives: none. Host synchronisation: none on an accelerator; on the CPU values are checked.
-    Raises: ValueError for a missing field (named), no token under the mask without totals, a value under the mask
-        that is not finite (CPU), a wrong number or shape of selections.
+    Collectives: none, but one all-reduce of 8 bytes a response over `sequences.group`, if there is one, for the
+        objectives gspo and geo_mean, one for tis_level "sequence", and one where a selection drops tokens and the
+        aggregation is not token-mean; the ranks that share responses must call together.
+    Host synchronisation: none on an accelerator, if `sequences` is given; on the CPU values are checked.
+    Raises: ValueError for a control that does not go with the objective, a missing field (named), no token under the
+        mask without totals, a value under the mask that is not finite (CPU), a wrong number or shape of selections.
     Source: Schulman et al. 2017 (clip), Ye et al. 2020 (dual clip), Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO:
         token-mean, clip_high), Liu et al. 2025 (Dr.GRPO: constant divisor), Yao et al. 2025 (truncated weights);
         names and bounds as in verl.
@@ -114,32 +128,24 @@ def policy_loss(
         if effect.multiplier is not None:
             advantage = advantage * effect.multiplier.detach()
 
-    log_ratio = (tokens.logprob - tokens.old_logprob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    ratio = log_ratio.exp()
-    pg = -advantage * ratio
-    clipped = lower = torch.zeros_like(mask)
-    if not any(effect.unclipped for effect in effects):
-        bounded = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-        clipped = bounded > pg
-        pg = torch.maximum(pg, bounded)
-        if config.dual_clip is not None:
-            ceiling = -advantage * config.dual_clip
-            lower = (pg > ceiling) & (advantage < 0)
-            pg = torch.where(lower, ceiling, pg)
+    log_ratio = tokens.logprob - tokens.old_logprob
+    by_response = config.objective in SEQUENCE_OBJECTIVES or config.tis_level == "sequence"
+    index = sequence_index(tokens, sequences) if by_response else None
+    unclipped = any(effect.unclipped for effect in effects)
+    knobs = without_clip(config) if unclipped else config
+    pg, clipped, lower = OBJECTIVES[config.objective](log_ratio, advantage, tokens, knobs, index)
     if config.tis_cap is not None:
-        rollout_logprob = _field(tokens, "rollout_logprob", "tis_cap")
-        raw = (tokens.old_logprob - rollout_logprob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp().detach()
-        tis_weight = raw.clamp(max=config.tis_cap)
+        tis_weight, outside = importance_weight(tokens, config, index)
         pg = pg * tis_weight
         add_mean("actor/tis_weight", tis_weight)
-        add_mean("actor/tis_capfrac", raw > config.tis_cap)
+        add_mean("actor/tis_capfrac", outside)
     for effect in effects:
         if effect.keep is not None:
             pg = torch.where(effect.keep, pg, 0.0)
 
     token_loss = pg
     if config.kl_coef > 0:
-        kl = kl_estimate(tokens.logprob, _field(tokens, "ref_logprob", "kl_coef"), config.kl_estimator)
+        kl = kl_estimate(tokens.logprob, tokens.given("ref_logprob", "kl_coef"), config.kl_estimator)
         token_loss = token_loss + config.kl_coef * kl
         metrics["actor/kl_loss"] = _weighted_sum(weight, kl)
     for effect in effects:
@@ -153,7 +159,7 @@ def policy_loss(
     metrics["actor/pg_loss"] = _weighted_sum(weight, pg)
     add_mean("actor/pg_clipfrac", clipped)
     add_mean("actor/pg_clipfrac_lower", lower)
-    add_mean("actor/ppo_kl", -log_ratio)
+    add_mean("actor/ppo_kl", -log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
     add_mean("actor/sampled_entropy", -tokens.old_logprob)
     for name in ("entropy", "clamped_entropy"):
         value = getattr(tokens, name)
@@ -168,21 +174,13 @@ def _weighted_sum(weight: Tensor, value: Tensor) -> Tensor:
     return (weight.double() * value.detach().double()).sum()
 
 
-def _field(tokens: Tokens, name: str, reader: str) -> Tensor:
-    value = getattr(tokens, name)
-    if value is None:
-        raise ValueError(f"tokens.{name} must be given, {reader} reads it; got None")
-    check.finite(name, value, tokens.loss_mask)
-    return value
-
-
 def _own_totals(tokens: Tokens, config: PolicyLossConfig) -> Totals:
     num_tokens = tokens.loss_mask.sum()
     if tokens.loss_mask.numel() == 0 or (check.readable(num_tokens) and num_tokens == 0):
         raise ValueError(f"loss_mask must have a True token when totals is None, got none of {len(tokens.loss_mask)}")
     if config.aggregation == "token-mean":
         return Totals(num_tokens, num_tokens)
-    length = _field(tokens, "sequence_length", f"totals=None with aggregation {config.aggregation}")
+    length = tokens.given("sequence_length", f"totals=None with aggregation {config.aggregation}")
     share = torch.where(tokens.loss_mask, 1.0 / length.clamp(min=1).double(), 0.0)
     return Totals(num_tokens, share.sum().round().long())  # the tokens of one sequence have shares that add up to 1
 
@@ -193,7 +191,7 @@ def _weights(tokens: Tokens, config: PolicyLossConfig, totals: Totals) -> Tensor
         return one / totals.num_tokens
     weight = one / totals.num_sequences
     if config.aggregation == "seq-mean-token-mean":
-        length = _field(tokens, "sequence_length", "aggregation seq-mean-token-mean")
+        length = tokens.given("sequence_length", "aggregation seq-mean-token-mean")
         if check.readable(length) and bool((tokens.loss_mask & (length < 1)).any()):
             raise ValueError("sequence_length must be at least 1 under the mask, got a smaller one")
         weight = weight / length.clamp(min=1)
@@ -218,7 +216,7 @@ def _without_dropped(
 def sequence_index(tokens: Tokens, sequences: SequenceIndex | None) -> SequenceIndex:
     """`sequences`, by default those of `tokens.sequence`."""
     if sequences is None:
-        return SequenceIndex.of(_field(tokens, "sequence", "a sum over responses"))
+        return SequenceIndex.of(tokens.given("sequence", "a sum over responses"))
     check.vector("sequences.index", sequences.index, (torch.int64,), tokens.logprob)
     return sequences
 
@@ -234,7 +232,7 @@ def _pairs(
     pairs = list(zip(controls, selections, strict=True))
     for control, chosen in pairs:
         for name in sorted(control.needs - {"selection"}):
-            _field(tokens, name, f"control {control.name}")
+            tokens.given(name, f"control {control.name}")
         if "selection" in control.needs and chosen is None:
             raise ValueError(f"selections must hold what entcov.controls.select chose for {control.name}, got None")
         if chosen is None:
@@ -244,4 +242,7 @@ def _pairs(
         for part in (chosen.mask, chosen.drop):
             if part is not None:
                 check.vector(f"selection of control {control.name}", part, (torch.bool,), tokens.logprob)
+        if chosen.weight is not None:
+            floats = (torch.float32, torch.float64)
+            check.vector(f"weight of control {control.name}", chosen.weight, floats, tokens.logprob)
     return pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,11 +24,17 @@ class Responses:
     length: Tensor  # int64, loss tokens of the response
     number: Tensor  # int64, of the response in the rollout, from 0
     lag: Tensor  # int64, training steps by which the policy is newer than the one that sampled
+    baseline: Tensor | None = None  # float, the score of a greedy response to the same prompt
+    components: dict[str, Tensor] | None = None  # float, by name, where the reward function returns several; sum: score
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self)[:6]:
             dtypes = _FLOAT if field.name in ("reward", "score") else (torch.int64,)
             check.vector(field.name, getattr(self, field.name), dtypes, self.reward)
+        if self.baseline is not None:
+            check.vector("baseline", self.baseline, _FLOAT, self.reward)
+        for name, value in (self.components or {}).items():
+            check.vector(f"components.{name}", value, _FLOAT, self.reward)
 
     @classmethod
     def of(cls, reward: Tensor, group: Tensor, length: Tensor) -> Responses:
@@ -36,7 +43,14 @@ class Responses:
 
     def at(self, index: Any) -> Responses:
         """The responses that `index` (a mask or indices) takes."""
-        return replace(self, **{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return self._map(lambda value: value[index])
 
     def to(self, device: torch.device | str) -> Responses:
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return self._map(lambda value: value.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Responses:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.components is not None:
+            changed["components"] = {name: change(value) for name, value in self.components.items()}
+        return replace(self, **changed)

@@ -1,7 +1,7 @@
-"""The selections of Clip-Cov and KL-Cov, exact over the optimizer's mini-batch.
+"""Selections of tokens, exact over the optimizer's mini-batch: a draw from an interval, and the largest.
 
 The chosen set is bit-identical for every split of the batch, every order of the tokens and every number of ranks. The
-covariance is so (entcov/objective/token_covariance.py), a radix search over integers finds the thresholds
+scores are so (entcov/objective/token_covariance.py, token_means.py), a radix search over integers finds the thresholds
 (entcov/objective/radix_select.py), and a 64-bit hash of (seed, step, token_id), one-to-one in token_id, decides draws
 and ties. The number of collectives does not depend on the data.
 
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from entcov import arguments as check
 from entcov.objective.radix_select import float_key, key_to_float, radix_select
-from entcov.objective.token_covariance import TokenCovariance, check_covariance, device_of, means_of, no_covariance
+from entcov.objective.token_covariance import device_of, equal_on_all_ranks, no_covariance
+from entcov.objective.token_means import TokenScores
 from entcov.stats.ranks import AllReduces, attempt
 
 MAP_WORDS = 2**16  # of the map of token ids: 2^22 bits, 512 KiB
@@ -35,12 +36,12 @@ SIGN = -(2**63)
 class Selection:
     mask: Tensor  # [T] bool, the chosen tokens among those of this call
     count: Tensor  # 0-d int64, chosen over all ranks
-    threshold: Tensor | None = None  # 0-d float32: smallest chosen covariance (KL-Cov), inf if none is chosen
+    threshold: Tensor | None = None  # 0-d float32: smallest chosen score (select_largest), inf if none is chosen
 
 
 @torch.no_grad()
 def select_clip_cov(
-    covariance: TokenCovariance,
+    scores: TokenScores,
     token_id: Tensor,
     *,
     ratio: float,
@@ -53,16 +54,17 @@ def select_clip_cov(
     exclude: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
-    """A uniform draw of floor(ratio * N) tokens, without replacement, among those with low <= covariance <= high.
+    """A uniform draw of floor(ratio * N) tokens, without replacement, among those with low <= score <= high.
 
     Uniform in the sense of a hash: the candidates with the largest hash of (seed, step, token_id) are taken.
 
     Args:
+        scores: what `token_covariance` or `token_scores` returns.
         token_id: [T] int64, number of each token in the whole rollout batch, different for all unmasked tokens.
         ratio: fraction of all N unmasked tokens of the mini-batch; all candidates are taken if they are fewer.
         seed, step: any integers; the draw changes with each. In a CUDA graph: a 0-d int64 tensor on the device.
         at_least: lower bound of the number of tokens to take (reference code: 1).
-        strict: low < covariance < high (reference code).
+        strict: low < score < high (reference code).
         exclude: [T] bool, tokens that are no candidates.
     Collectives: 5 all-reduces of at most 512 KiB and some words; every rank must call.
     Raises: TypeError, ValueError for arguments. ValueError on every rank if token ids repeat, on one rank or over
@@ -75,10 +77,10 @@ def select_clip_cov(
         check.number("low", low)
         check.number("high", high)
         if exclude is not None:
-            check.vector("exclude", exclude, (torch.bool,), covariance.value)
+            check.vector("exclude", exclude, (torch.bool,), scores.value)
 
-    def choose(ranks: AllReduces, covariance: TokenCovariance, n: Tensor, draw: Callable):
-        candidate, value = covariance.mask, covariance.value
+    def choose(ranks: AllReduces, scores: TokenScores, n: Tensor, draw: Callable):
+        candidate, value = scores.mask, scores.value
         if ranks.failure is None:
             inside = (value > low) & (value < high) if strict else (value >= low) & (value <= high)
             candidate = candidate & inside if exclude is None else candidate & inside & ~exclude
@@ -86,54 +88,60 @@ def select_clip_cov(
         return chosen, torch.minimum(n, num_candidates), None
 
     own = {"low": low, "high": high, "strict": strict}
-    return _select(
-        "select_clip_cov", group, covariance, token_id, ratio, at_least, seed, step, own, check_own, choose
-    )  # fmt: skip
+    return _select("select_clip_cov", group, scores, token_id, ratio, at_least, seed, step, own, check_own, choose)
 
 
 @torch.no_grad()
-def select_kl_cov(
-    covariance: TokenCovariance,
+def select_largest(
+    scores: TokenScores,
     token_id: Tensor,
     *,
     ratio: float,
     seed: int | Tensor,
     step: int | Tensor,
     at_least: int = 0,
+    round_up: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
-    """The floor(ratio * N) tokens with the largest covariance; the hash decides ties at the threshold.
+    """The floor(ratio * N) tokens with the largest score; the hash decides ties at the threshold.
 
-    Args: as `select_clip_cov`.
+    Of scores with the sign changed (`-scores`) it takes the smallest.
+
+    Args: as `select_clip_cov`, and
+        round_up: take ceil(ratio * N), computed as int(ratio * N + 0.9999).
     Collectives: 7 all-reduces of at most 512 KiB and some words; every rank must call.
     Raises: as `select_clip_cov`.
     """
 
-    def choose(ranks: AllReduces, covariance: TokenCovariance, n: Tensor, draw: Callable):
-        n = torch.minimum(n, covariance.num_tokens)
-        key = float_key(covariance.value)
-        threshold, of_tied, _ = radix_select(key, covariance.mask, n[None], 32, ranks)
+    def choose(ranks: AllReduces, scores: TokenScores, n: Tensor, draw: Callable):
+        n = torch.minimum(n, scores.num_tokens)
+        key = float_key(scores.value)
+        threshold, of_tied, _ = radix_select(key, scores.mask, n[None], 32, ranks)
         some = n > 0
-        from_tied, _ = draw(covariance.mask & (key == threshold) & some, of_tied[0])
-        chosen = (covariance.mask & (key > threshold) & some) | from_tied
+        from_tied, _ = draw(scores.mask & (key == threshold) & some, of_tied[0])
+        chosen = (scores.mask & (key > threshold) & some) | from_tied
         return chosen, n, torch.where(some, key_to_float(threshold)[0], torch.inf)
 
-    return _select("select_kl_cov", group, covariance, token_id, ratio, at_least, seed, step, {}, None, choose)
+    own = {"round_up": round_up}
+    return _select("select_largest", group, scores, token_id, ratio, at_least, seed, step, own, None, choose)
 
 
-def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, check_own, choose) -> Selection:
+def _select(op, group, scores, token_id, ratio, at_least, seed, step, own, check_own, choose) -> Selection:
     """Checks the arguments, lets `choose` select, checks the token ids.
 
     Args:
         own: further arguments that must be equal on every rank; `check_own` checks them.
-        choose: (ranks, covariance, number to choose, draw) -> (chosen tokens [T] bool, their number over all ranks,
+        choose: (ranks, scores, number to choose, draw) -> (chosen tokens [T] bool, their number over all ranks,
             threshold), where draw(candidates [T] bool, n) -> (the n with the largest hash, or all if fewer: [T]
             bool; number of candidates).
     """
 
     def checked() -> None:
-        check_covariance(covariance)
-        check.vector("token_id", token_id, (torch.int64,), covariance.value)
+        if not isinstance(scores, TokenScores):
+            raise TypeError(
+                f"scores must be what token_covariance or token_scores returns, got {type(scores).__name__}"
+            )
+        check.vector("token_id", token_id, (torch.int64,), scores.value)
         check.fraction("ratio", ratio)
         check.integer("at_least", at_least, 0)
         check_counter("seed", seed)
@@ -144,11 +152,12 @@ def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, c
     _, failure = attempt(checked, group)
     call = {}
     if failure is None:
-        call = {"ratio": ratio, "at_least": at_least, "seed": seed, "step": step, **own, **means_of(covariance)}
+        call = {"ratio": ratio, "at_least": at_least, "seed": seed, "step": step, **own}
+        call |= equal_on_all_ranks(scores)
     else:
-        covariance = no_covariance(device_of(token_id, getattr(covariance, "value", None)))
-        token_id, ratio, at_least, seed, step = covariance.value.long(), 0.0, 0, 0, 0
-    ends = _ends(token_id, covariance.mask)
+        scores = no_covariance(device_of(token_id, getattr(scores, "value", None)))
+        token_id, ratio, at_least, seed, step = scores.value.long(), 0.0, 0, 0, 0
+    ends = _ends(token_id, scores.mask)
     ranks = AllReduces(op, group, token_id.device, call, ends, failure)
 
     def draw(candidate: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,10 +166,12 @@ def _select(op, group, covariance, token_id, ratio, at_least, seed, step, own, c
         reached = (key ^ SIGN) >= (threshold ^ SIGN)  # unsigned comparison
         return candidate & reached & (n > 0), total
 
-    # floor(ratio * N) in float64, as Python's int(ratio * N)
-    n = (covariance.num_tokens.double() * ratio).long().clamp(min=at_least)
-    chosen, expected, threshold = choose(ranks, covariance, n, draw)
-    selection = _finish(chosen, expected, token_id, covariance.mask, threshold, ranks)
+    share = scores.num_tokens.double() * ratio
+    if own.get("round_up"):
+        share = share + 0.9999
+    n = share.long().clamp(min=at_least)  # floor(ratio * N) in float64, as Python's int(ratio * N)
+    chosen, expected, threshold = choose(ranks, scores, n, draw)
+    selection = _finish(chosen, expected, token_id, scores.mask, threshold, ranks)
     ranks.finish()
     return selection
 

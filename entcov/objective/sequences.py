@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import arguments as check
+from entcov.objective.token_means import fixed_point, from_fixed_point
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ class SequenceIndex:
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         return sums
+
+    @torch.no_grad()
+    def means(self, value: Tensor) -> Tensor:
+        """[count] float64: the mean of `value` [T] over each response, at most 2^20 in size; whole responses.
+
+        The sums are integers (entcov/objective/token_means.py), so their bits do not depend on the order of the tokens,
+        on a GPU too.
+        """
+        check.vector("value", value, (torch.float32, torch.float64), self.index)
+        sums = torch.zeros(self.count, 2, dtype=torch.int64, device=value.device)
+        sums.index_add_(0, self.index, fixed_point(value.detach().double()).T)
+        return from_fixed_point(sums) / self.index.bincount(minlength=self.count)
 
     def sum(self, value: Tensor) -> Tensor:
         """[T] float64: for each token the sum of `value` [T] over its response. As `totals`."""

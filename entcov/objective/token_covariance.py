@@ -6,9 +6,7 @@ Cov_i = (logprob_i - mean logprob) (advantage_i - mean advantage), means over al
 those given to this call and those that the other ranks of `group` give to theirs.
 
 It is bit-identical for every split of the batch, every order of the tokens and every number of ranks:
-  - Sums are integers. Each value is written in fixed point as coarse * 2^-10 + fine * 2^-41, and the two integers are
-    added in int64, where addition is associative. A floating sum depends on its order in the last bit, which would
-    decide about tokens at a threshold. A value is off by at most 2^-42; 2^32 tokens of |value| <= 2^20 fit.
+  - Its means are integer sums (entcov/objective/token_means.py).
   - A token's covariance is computed in float64 from its own values and these means and rounded once to float32, so
     it is a function of the token and the global sums alone. All comparisons are between those float32 values.
 Ranks may hold different numbers of tokens, also none. The first all-reduce of each call also carries a hash of the
@@ -22,7 +20,7 @@ graph. The bits are the same on every device. docs/methods.md has the cost.
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617, eq. 10.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -30,18 +28,12 @@ from torch import Tensor
 
 from entcov import arguments as check
 from entcov.objective.radix_select import float_key, key_to_float, radix_select
+from entcov.objective.token_means import TokenScores, fixed_point, from_fixed_point, means_over
 from entcov.stats.ranks import AllReduces, attempt
-
-COARSE = 2.0**10
-FINE = 2.0**31  # of a remainder of at most 1/2: 2^30 a token
-LARGEST = 2.0**20
 
 
 @dataclass(frozen=True)
-class TokenCovariance:
-    value: Tensor  # [T] float32, 0 outside the mask
-    mask: Tensor  # [T] bool
-    num_tokens: Tensor  # 0-d int64, under the mask, over all ranks
+class TokenCovariance(TokenScores):
     mean_logprob: Tensor  # 0-d float64
     mean_advantage: Tensor  # 0-d float64
 
@@ -96,25 +88,8 @@ def covariance_over(
     ranks: AllReduces, logprob: Tensor, advantage: Tensor, mask: Tensor, denominator_eps: float, empty_ok: bool
 ) -> TokenCovariance:
     """`token_covariance` of checked arguments, by the all-reduce of a call that `ranks` has opened."""
-    values = torch.where(mask, torch.stack([logprob, advantage]).double(), 0.0)
-    bad = ~(values.abs() <= LARGEST)  # NaN too
-    sums = torch.cat(
-        [_fixed_point(torch.where(bad, 0.0, values)).sum(-1).flatten(), torch.stack([mask.sum(), bad.sum()])]
-    )
-    sums = ranks.sum(sums)
-    num_tokens, num_bad = sums[4], sums[5]
-    if check.readable(sums):
-        if num_bad > 0:
-            raise ValueError(
-                f"logprob and advantage must be finite and at most 2^20 in size under the mask: {int(num_bad)} of "
-                f"{2 * int(num_tokens)} values over all ranks are not, {int(bad[0].sum())} in logprob and "
-                f"{int(bad[1].sum())} in advantage on this rank"
-            )
-        if num_tokens == 0 and not empty_ok:
-            raise ValueError("mask must have a True token on at least one rank, got none in the whole mini-batch")
-    mean = _from_fixed_point(sums[:4].reshape(2, 2)) / (num_tokens + denominator_eps)
-    bad_anywhere = num_bad > 0 if ranks.refused is None else (num_bad > 0) | ranks.refused
-    mean = torch.where(bad_anywhere, torch.nan, mean)
+    parts = {"logprob": logprob, "advantage": advantage}
+    values, mean, num_tokens = means_over(ranks, parts, mask, denominator_eps, empty_ok)
     centred = values - mean[:, None]
     value = torch.where(mask, (centred[0] * centred[1]).float(), 0.0)
     return TokenCovariance(value, mask, num_tokens, mean[0], mean[1])
@@ -134,15 +109,17 @@ def covariance_summary(covariance: TokenCovariance, *, group: dist.ProcessGroup 
     _, failure = attempt(lambda: check_covariance(covariance), group)
     if failure is not None:
         covariance = no_covariance(device_of())
-    ranks = AllReduces("covariance_summary", group, covariance.value.device, means_of(covariance), failure=failure)
-    sums = ranks.sum(_fixed_point(covariance.value.double()).sum(-1))
+    ranks = AllReduces(
+        "covariance_summary", group, covariance.value.device, equal_on_all_ranks(covariance), failure=failure
+    )
+    sums = ranks.sum(fixed_point(covariance.value.double()).sum(-1))
     n = covariance.num_tokens
     rank = torch.stack([torch.ones_like(n), n - (999 * n + 999) // 1000 + 1])
     key, _, _ = radix_select(float_key(covariance.value), covariance.mask, rank, 32, ranks)
     ranks.finish()
     largest, quantile = key_to_float(key).unbind()
     summary = {
-        "actor/cov_mean": _from_fixed_point(sums) / n + 0.0 * covariance.mean_logprob,  # NaN if the inputs were bad
+        "actor/cov_mean": from_fixed_point(sums) / n + 0.0 * covariance.mean_logprob,  # NaN if the inputs were bad
         "actor/cov_max": largest,
         "actor/cov_p999": quantile,
     }
@@ -173,18 +150,7 @@ def check_covariance(covariance: object) -> None:
         raise TypeError(f"covariance must be what token_covariance returns, got {type(covariance).__name__}")
 
 
-def means_of(covariance: TokenCovariance) -> dict[str, Tensor]:
-    """The fields that are equal on all ranks if their covariances are of one mini-batch."""
-    names = ("num_tokens", "mean_logprob", "mean_advantage")
-    return {f"covariance.{name}": getattr(covariance, name) for name in names}
-
-
-def _fixed_point(x: Tensor) -> Tensor:
-    """float64 [..., T], at most 2^20 in size -> int64 [..., 2, T]: coarse and fine part."""
-    coarse = (x * COARSE).round()
-    fine = ((x * COARSE - coarse) * FINE).round()
-    return torch.stack([coarse, fine], dim=-2).long()
-
-
-def _from_fixed_point(sums: Tensor) -> Tensor:
-    return sums[..., 0].double() / COARSE + sums[..., 1].double() / (COARSE * FINE)
+def equal_on_all_ranks(scores: TokenScores) -> dict[str, Tensor]:
+    """The fields that are equal on all ranks if these have the scores of one mini-batch."""
+    names = [field.name for field in fields(scores) if field.name not in ("value", "mask")]
+    return {name: getattr(scores, name) for name in names}

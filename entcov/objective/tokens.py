@@ -13,6 +13,16 @@ from entcov import arguments as check
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+# The knobs that each objective of entcov/objective/objectives.py reads; it refuses the others.
+OBJECTIVE_KNOBS = {
+    "ppo": ("clip_low", "clip_high", "dual_clip"),
+    "gspo": ("clip_low", "clip_high"),
+    "geo_mean": ("clip_low", "clip_high"),
+    "cispo": ("clip_low", "clip_high"),
+    "sapo": ("tau_pos", "tau_neg"),
+    "gpg": (),
+}
+SEQUENCE_OBJECTIVES = ("gspo", "geo_mean")  # their ratio is one number a response
 LOG_RATIO_BOUND = 20.0  # verl's vanilla loss: exp(20) = 5e8 still leaves room in float32
 
 _FLOAT = (torch.float32, torch.float64)
@@ -33,6 +43,7 @@ class Tokens:
     entropy: Tensor | None = None  # nats
     clamped_entropy: Tensor | None = None  # nats
     entropy_drift: Tensor | None = None  # of token_stats: d entropy / d step along the token's policy gradient
+    collision: Tensor | None = None  # of token_stats: the sum of the squared probabilities of the vocabulary
     ref_logprob: Tensor | None = None  # of the reference policy
     rollout_logprob: Tensor | None = None  # as the sampler reported it
     sequence_length: Tensor | None = None  # int64, number of loss tokens in the token's whole sequence
@@ -62,6 +73,14 @@ class Tokens:
             if value is not None and value.is_floating_point():
                 clean[field.name] = torch.where(self.loss_mask, value, 0.0)
         return replace(self, **clean)
+
+    def given(self, name: str, reader: str) -> Tensor:
+        """The field `name`, which must be there, finite under the mask, because `reader` reads it."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"tokens.{name} must be given, {reader} reads it; got None")
+        check.finite(name, value, self.loss_mask)
+        return value
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
@@ -105,7 +124,9 @@ class Totals:
 class PolicyLossConfig:
     """Knobs of `policy_loss`. Ratios are fractions, never percents; every error names the key, the rule and the value.
 
-    `max_response_length` is the constant divisor of "seq-mean-token-sum-norm" (Dr.GRPO) and belongs to it alone.
+    A knob that is set and that nothing reads is an error: `max_response_length` is the constant divisor of
+    "seq-mean-token-sum-norm" (Dr.GRPO), an objective reads its OBJECTIVE_KNOBS, and the other tis_* go with tis_cap.
+    "gspo" and "geo_mean" need the aggregation "seq-mean-token-mean".
     """
 
     clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]; 1 switches the lower side off
@@ -115,9 +136,17 @@ class PolicyLossConfig:
     max_response_length: int | None = None
     kl_coef: float = 0.0  # weight of the estimated KL(policy || reference)
     kl_estimator: str = "k3"
+    # Importance weight of sampling by another program than the trainer: see entcov/objective/mismatch.py.
     tis_cap: float | None = None  # weight min(exp(old_logprob - rollout_logprob), tis_cap)
+    objective: str = "ppo"  # a name of OBJECTIVES, see entcov/objective/objectives.py
+    tau_pos: float = 1.0  # sapo: temperature of the gate where A > 0
+    tau_neg: float = 1.05  # sapo: and elsewhere
+    tis_floor: float = 0.0  # lower bound of the weight
+    tis_level: str = "token"  # "sequence": one weight a response, the product over its tokens
+    tis_mode: str = "truncate"  # "mask": a weight outside of [tis_floor, tis_cap] becomes 0
 
     def __post_init__(self) -> None:
+        check.one_of("objective", self.objective, OBJECTIVE_KNOBS)
         check.number("clip_low", self.clip_low, 0.0, 1.0, "it is a fraction: the ratio is clipped at 1 - clip_low")
         if self.clip_high != math.inf:
             check.number("clip_high", self.clip_high, 0.0, 10.0, "it is a fraction, not a percent; inf switches it off")
@@ -125,7 +154,17 @@ class PolicyLossConfig:
             check.number("dual_clip", self.dual_clip, 1.0)
             if not 1.0 < self.dual_clip < math.inf:
                 raise ValueError(f"dual_clip must be greater than 1 and finite (None: off), got {self.dual_clip}")
+        check.positive("tau_pos", self.tau_pos, 100.0)
+        check.positive("tau_neg", self.tau_neg, 100.0)
+        read = OBJECTIVE_KNOBS[self.objective]
+        for name in sorted({name for names in OBJECTIVE_KNOBS.values() for name in names} - set(read)):
+            self._refuse(name, f"objective {self.objective} does not read it")
         check.one_of("aggregation", self.aggregation, AGGREGATIONS)
+        if self.objective in SEQUENCE_OBJECTIVES and self.aggregation != "seq-mean-token-mean":
+            raise ValueError(
+                f"aggregation must be seq-mean-token-mean for objective {self.objective}, whose ratio is one number a "
+                f"response; got {self.aggregation}"
+            )
         if self.aggregation == "seq-mean-token-sum-norm":
             if self.max_response_length is None:
                 raise ValueError("max_response_length must be given for aggregation seq-mean-token-sum-norm, got None")
@@ -137,5 +176,21 @@ class PolicyLossConfig:
             )
         check.number("kl_coef", self.kl_coef, 0.0)
         check.one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        if self.tis_cap is not None:
-            check.positive("tis_cap", self.tis_cap)
+        check.one_of("tis_level", self.tis_level, ("token", "sequence"))
+        check.one_of("tis_mode", self.tis_mode, ("truncate", "mask"))
+        if self.tis_cap is None:
+            for name in ("tis_floor", "tis_level", "tis_mode"):
+                self._refuse(name, "there is no importance weight without tis_cap")
+            return
+        check.positive("tis_cap", self.tis_cap)
+        check.number("tis_floor", self.tis_floor, 0.0, self.tis_cap, "the upper bound is tis_cap")
+        if self.objective == "geo_mean" and self.tis_level == "token":
+            raise ValueError(
+                "tis_level must be sequence for objective geo_mean, whose ratio is one number a response; got token"
+            )
+
+    def _refuse(self, name: str, why: str) -> None:
+        """Raises if the knob `name` has another value than its default."""
+        value, default = getattr(self, name), getattr(PolicyLossConfig, name)
+        if value != default:
+            raise ValueError(f"{name} must be left at {default}: {why}; got {value}")

@@ -7,8 +7,7 @@ from entcov.ops.clamp_sketch import SKETCH
 from entcov.ops.core import RowSpec, check_messages, check_rows, check_spec, define, launch, messages_view
 
 
-def _prepare(sketches, target, kept, margin, *spec):
-    spec = RowSpec(*spec)
+def _prepare(sketches, target, kept, margin, spec):
     check_rows(target, "target", torch.int64, target.shape[:1], sketches)
     check_messages(sketches, len(target), SKETCH)
     check_spec(spec)
@@ -21,15 +20,14 @@ def _prepare(sketches, target, kept, margin, *spec):
     return sketches.new_empty((len(target), 4), dtype=torch.int32)
 
 
-def _fill(out, sketches, target, kept, margin, *spec):
+def _fill(out, sketches, target, kept, margin, spec):
     view = messages_view(sketches, len(target))
-    launch("clamp_bracket", sketches.device, view, target, RowSpec(*spec), kept, margin, out)
+    launch("clamp_bracket", sketches.device, view, target, spec, kept, margin, out)
 
 
 _clamp_bracket = define(
     "clamp_bracket",
-    "(Tensor sketches, Tensor target, SymInt kept, SymInt margin, SymInt vocab_start, SymInt vocab_size, "
-    "float temperature, int ignore_index) -> Tensor",
+    "(Tensor sketches, Tensor target, SymInt kept, SymInt margin, RowSpec spec) -> Tensor",
     _prepare,
     _fill,
 )
@@ -47,4 +45,4 @@ def clamp_bracket(sketches: Tensor, target: Tensor, kept: int, margin: int, spec
     Returns:
         [T, 4] int32: lowest key, highest key, mode, reserved (Bracket of csrc/clamp.h).
     """
-    return _clamp_bracket(sketches, target, kept, margin, *spec)
+    return _clamp_bracket(sketches, target, kept, margin, spec)

@@ -9,22 +9,18 @@ from entcov.ops.core import RowSpec, check_rows, define, launch, logits_view
 PARTIAL = 6 + 160  # floats per row: kPartial of csrc/clamp.h
 
 
-def _prepare(logits, target, bracket, *spec):
-    check_clamp(logits, target, RowSpec(*spec))
+def _prepare(logits, target, bracket, spec):
+    check_clamp(logits, target, spec)
     check_rows(bracket, "bracket", torch.int32, (len(target), 4), logits)
     return logits.new_empty((logits.shape[0], 4 + PARTIAL), dtype=torch.float32)
 
 
-def _fill(out, logits, target, bracket, *spec):
-    launch("clamp_partial", logits.device, logits_view(logits), target, RowSpec(*spec), bracket, out)
+def _fill(out, logits, target, bracket, spec):
+    launch("clamp_partial", logits.device, logits_view(logits), target, spec, bracket, out)
 
 
 _clamp_partial = define(
-    "clamp_partial",
-    "(Tensor logits, Tensor target, Tensor bracket, SymInt vocab_start, SymInt vocab_size, float temperature, "
-    "int ignore_index) -> Tensor",
-    _prepare,
-    _fill,
+    "clamp_partial", "(Tensor logits, Tensor target, Tensor bracket, RowSpec spec) -> Tensor", _prepare, _fill
 )
 
 
@@ -41,4 +37,4 @@ def clamp_partial(logits: Tensor, target: Tensor, bracket: Tensor, spec: RowSpec
         [T, 4 + PARTIAL] fp32: RowStats, 6 sums and counts (PartialField of csrc/clamp.h), and 160 floats: the logits in
         the bracket or their counts.
     """
-    return _clamp_partial(logits, target, bracket, *spec)
+    return _clamp_partial(logits, target, bracket, spec)

@@ -9,22 +9,16 @@ from entcov.ops.core import RowSpec, define, launch, logits_view
 SKETCH = 64  # floats per row: kSketch of csrc/clamp.h
 
 
-def _prepare(logits, target, *spec):
-    check_clamp(logits, target, RowSpec(*spec))
+def _prepare(logits, target, spec):
+    check_clamp(logits, target, spec)
     return logits.new_empty((logits.shape[0], SKETCH), dtype=torch.float32)
 
 
-def _fill(out, logits, target, *spec):
-    launch("clamp_sketch", logits.device, logits_view(logits), target, RowSpec(*spec), out)
+def _fill(out, logits, target, spec):
+    launch("clamp_sketch", logits.device, logits_view(logits), target, spec, out)
 
 
-_clamp_sketch = define(
-    "clamp_sketch",
-    "(Tensor logits, Tensor target, SymInt vocab_start, SymInt vocab_size, float temperature, int ignore_index) "
-    "-> Tensor",
-    _prepare,
-    _fill,
-)
+_clamp_sketch = define("clamp_sketch", "(Tensor logits, Tensor target, RowSpec spec) -> Tensor", _prepare, _fill)
 
 
 def clamp_sketch(logits: Tensor, target: Tensor, spec: RowSpec) -> Tensor:
@@ -32,4 +26,4 @@ def clamp_sketch(logits: Tensor, target: Tensor, spec: RowSpec) -> Tensor:
 
     logits: [T, V_local] float32, bfloat16 or float16, at most 2^24 columns. target: [T] int64; ignored rows get zeros.
     """
-    return _clamp_sketch(logits, target, *spec)
+    return _clamp_sketch(logits, target, spec)

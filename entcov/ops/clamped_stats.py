@@ -18,8 +18,7 @@ def check_clamp(logits: Tensor, target: Tensor, spec: RowSpec) -> None:
     check_spec(spec)
 
 
-def _prepare(logits, target, kept, *spec):
-    spec = RowSpec(*spec)
+def _prepare(logits, target, kept, spec):
     check_clamp(logits, target, spec)
     if spec.vocab_start != 0 or spec.vocab_size > logits.shape[1]:
         raise ValueError(
@@ -33,9 +32,8 @@ def _prepare(logits, target, kept, *spec):
     return [logits.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
-def _fill(out, logits, target, kept, *spec):
+def _fill(out, logits, target, kept, spec):
     stats, clamp, logprob, entropy, clamped_entropy = out
-    spec = RowSpec(*spec)
     nan = launch(
         "clamped_stats", logits.device, logits_view(logits), target, spec, kept, stats,
         addresses((logprob, entropy), OUTPUTS), clamp, clamped_entropy,
@@ -45,11 +43,7 @@ def _fill(out, logits, target, kept, *spec):
 
 
 _clamped_stats = define(
-    "clamped_stats",
-    "(Tensor logits, Tensor target, SymInt kept, SymInt vocab_start, SymInt vocab_size, float temperature, "
-    "int ignore_index) -> Tensor[]",
-    _prepare,
-    _fill,
+    "clamped_stats", "(Tensor logits, Tensor target, SymInt kept, RowSpec spec) -> Tensor[]", _prepare, _fill
 )
 
 
@@ -70,7 +64,7 @@ def clamped_stats(logits: Tensor, target: Tensor, kept: int, spec: RowSpec, mome
     Raises:
         ValueError: on the CPU, a target is not a token or a row has no finite logit. On CUDA such a row is NaN.
     """
-    stats, clamp, logprob, entropy, clamped_entropy = _clamped_stats(logits, target, kept, *spec)
+    stats, clamp, logprob, entropy, clamped_entropy = _clamped_stats(logits, target, kept, spec)
     if not moments:
         return [stats, clamp, logprob, entropy, clamped_entropy]
     stats, logprob, entropy, *scaled = row_stats(logits, target, spec, moments=True, whole=True)

@@ -11,13 +11,14 @@ To add an op `name`:
    - `_fill(results, *arguments)`, which calls `launch("name", device, ...)` with the launcher's arguments in order:
      tensors and None for pointers, and `logits_view`, `messages_view`, `addresses` or a RowSpec for structs;
    - `_name = define("name", schema, _prepare, _fill)`;
-   - the public wrapper `name(...)`, which turns a RowSpec into the schema's scalars and has the docstring.
+   - the public wrapper `name(...)`, which has the docstring.
 entcov/ops/clamp_bracket.py is a short example. Fake tensors run `_prepare` alone, so torch.compile reports the same
 argument errors as eager code.
 """
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,6 +59,9 @@ class RowSpec(NamedTuple):
     ignore_index: int = -100  # rows with this target are not read and get zeros
 
 
+_MEMBERS = ("SymInt vocab_start", "SymInt vocab_size", "float temperature", "int ignore_index")
+
+
 def hash_text(text: str) -> int:
     """64-bit hash of a string as a signed integer; never 0."""
     return _cpu.hash(text.encode()) | 1
@@ -73,6 +77,8 @@ def define(name: str, schema: str, prepare: Callable, fill: Callable) -> Callabl
     """Registers entcov::`name` for CPU, CUDA and fake tensors, and returns it as a callable.
 
     Args:
+        schema: in place of the members of a RowSpec, which PyTorch gets one by one, it may have "RowSpec spec", or
+            "RowSpec[:3] spec" if the op ignores no rows. `prepare`, `fill` and the callable get the RowSpec.
         prepare: takes the schema's arguments, returns the result with its memory uninitialised. Raises TypeError or
             ValueError for invalid arguments.
         fill: takes (result, *arguments) and launches the kernel that writes the result.
@@ -82,7 +88,13 @@ def define(name: str, schema: str, prepare: Callable, fill: Callable) -> Callabl
 
     An op has no derivative: calling it with a tensor that requires a gradient, in grad mode, is a RuntimeError.
     """
+    if found := re.search(r"RowSpec(\[:3\])? spec", schema):
+        at, count = schema[: found.start()].count(","), 3 if found[1] else 4
+        schema = schema.replace(found[0], ", ".join(_MEMBERS[:count]))
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+
+    def packed(function):
+        return lambda *args: function(*args[:at], RowSpec(*args[at : at + count]), *args[at + count :])
 
     def run(*args):
         _refuse_derivative(name, args)
@@ -91,13 +103,15 @@ def define(name: str, schema: str, prepare: Callable, fill: Callable) -> Callabl
         return out
 
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, device)
+        LIBRARY.impl(name, packed(run) if found else run, device)
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"entcov::{name}", prepare, lib=LIBRARY)
+    torch.library.register_fake(f"entcov::{name}", packed(prepare) if found else prepare, lib=LIBRARY)
     dispatched = getattr(torch.ops.entcov, name).default
 
     def call(*args):
-        return run(*args) if _may_skip_dispatcher(args[0]) else dispatched(*args)
+        if _may_skip_dispatcher(args[0]):
+            return run(*args)
+        return dispatched(*args[:at], *args[at][:count], *args[at + 1 :]) if found else dispatched(*args)
 
     return call
 

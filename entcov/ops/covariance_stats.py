@@ -57,14 +57,13 @@ def check_values(stats: Tensor) -> None:
         )
 
 
-def _prepare(logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature, whole):
-    check_pair(logits_old, logits_new, row_mask, RowSpec(vocab_start, vocab_size, temperature))
+def _prepare(logits_old, logits_new, row_mask, spec, whole):
+    check_pair(logits_old, logits_new, row_mask, spec)
     return allocate(logits_new, logits_new.shape[0], whole)
 
 
-def _fill(out, logits_old, logits_new, row_mask, vocab_start, vocab_size, temperature, whole):
+def _fill(out, logits_old, logits_new, row_mask, spec, whole):
     stats, *outputs = out
-    spec = RowSpec(vocab_start, vocab_size, temperature)
     room = workspace(num_columns(logits_new.shape[1], spec), stats)  # a variable, so that it lives until the launch
     nan = launch(
         "covariance_stats", logits_new.device, logits_view(logits_old), logits_view(logits_new), row_mask, spec, stats,
@@ -76,8 +75,7 @@ def _fill(out, logits_old, logits_new, row_mask, vocab_start, vocab_size, temper
 
 _covariance_stats = define(
     "covariance_stats",
-    "(Tensor logits_old, Tensor logits_new, Tensor? row_mask, SymInt vocab_start, SymInt vocab_size, "
-    "float temperature, bool whole) -> Tensor[]",
+    "(Tensor logits_old, Tensor logits_new, Tensor? row_mask, RowSpec[:3] spec, bool whole) -> Tensor[]",
     _prepare,
     _fill,
 )
@@ -98,5 +96,5 @@ def covariance_stats(logits_old: Tensor, logits_new: Tensor, row_mask: Tensor | 
     Raises:
         ValueError: on the CPU and with `whole`, a row has no finite logit in one of the tensors. On CUDA it is NaN.
     """
-    out = _covariance_stats(logits_old, logits_new, row_mask, *spec[:3], whole)
+    out = _covariance_stats(logits_old, logits_new, row_mask, spec, whole)
     return out if whole else out[0]

@@ -11,8 +11,8 @@ from entcov.ops.covariance_stats import FIELDS, check_pair
 _NAMES = ("grad_covariance", "grad_entropy_change", "grad_kl")
 
 
-def _prepare(logits_old, logits_new, row_mask, stats, grads, *spec):
-    check_pair(logits_old, logits_new, row_mask, RowSpec(*spec))
+def _prepare(logits_old, logits_new, row_mask, stats, grads, spec):
+    check_pair(logits_old, logits_new, row_mask, spec)
     T = logits_new.shape[0]
     check_rows(stats, "stats", torch.float32, (T, FIELDS), logits_new)
     if len(grads) != len(_NAMES):
@@ -22,17 +22,17 @@ def _prepare(logits_old, logits_new, row_mask, stats, grads, *spec):
     return logits_new.new_empty(logits_new.shape)
 
 
-def _fill(out, logits_old, logits_new, row_mask, stats, grads, *spec):
+def _fill(out, logits_old, logits_new, row_mask, stats, grads, spec):
     launch(
         "logit_covariance_grad", logits_new.device, logits_view(logits_old), logits_view(logits_new), row_mask,
-        RowSpec(*spec), stats, addresses(grads, len(_NAMES)), with_huge_pages(out), out.stride(0),
+        spec, stats, addresses(grads, len(_NAMES)), with_huge_pages(out), out.stride(0),
     )  # fmt: skip
 
 
 _logit_covariance_grad = define(
     "logit_covariance_grad",
-    "(Tensor logits_old, Tensor logits_new, Tensor? row_mask, Tensor stats, Tensor?[] grads, SymInt vocab_start, "
-    "SymInt vocab_size, float temperature) -> Tensor",
+    "(Tensor logits_old, Tensor logits_new, Tensor? row_mask, Tensor stats, Tensor?[] grads, RowSpec[:3] spec) "
+    "-> Tensor",
     _prepare,
     _fill,
 )
@@ -53,4 +53,4 @@ def logit_covariance_grad(
         [T, V_local], contiguous, in the dtype of logits_new. Padding columns, masked rows and rows whose gradients are
         all 0 get zeros.
     """
-    return _logit_covariance_grad(logits_old, logits_new, row_mask, stats, grads, *spec[:3])
+    return _logit_covariance_grad(logits_old, logits_new, row_mask, stats, grads, spec)

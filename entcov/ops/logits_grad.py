@@ -34,8 +34,8 @@ def _check(logits, target, stats, clamp, grads, spec):
     check_spec(spec)
 
 
-def _prepare(logits, target, stats, clamp, grads, *spec):
-    _check(logits, target, stats, clamp, grads, RowSpec(*spec))
+def _prepare(logits, target, stats, clamp, grads, spec):
+    _check(logits, target, stats, clamp, grads, spec)
     return logits.new_empty(logits.shape)
 
 
@@ -43,15 +43,15 @@ def _fill(out, *args):
     _write(with_huge_pages(out), *args)
 
 
-def _write(out, logits, target, stats, clamp, grads, *spec):
+def _write(out, logits, target, stats, clamp, grads, spec):
     launch(
-        "logits_grad", logits.device, logits_view(logits), target, RowSpec(*spec), stats, stats.shape[1],
+        "logits_grad", logits.device, logits_view(logits), target, spec, stats, stats.shape[1],
         addresses(grads, len(_NAMES)), clamp, out, out.stride(0),
     )  # fmt: skip
 
 
-def _prepare_in_place(logits, target, stats, clamp, grads, *spec):
-    _check(logits, target, stats, clamp, grads, RowSpec(*spec))
+def _prepare_in_place(logits, target, stats, clamp, grads, spec):
+    _check(logits, target, stats, clamp, grads, spec)
     if logits.shape[0] > 1 and abs(logits.stride(0)) < logits.shape[1]:
         raise ValueError(f"logits must not overlap themselves to be written, got strides {tuple(logits.stride())}")
 
@@ -62,10 +62,7 @@ def _fill_in_place(_, logits, *args):
         torch.autograd.graph.increment_version(logits)
 
 
-_ARGUMENTS = (
-    "Tensor target, Tensor stats, Tensor? clamp, Tensor?[] grads, SymInt vocab_start, SymInt vocab_size, "
-    "float temperature, int ignore_index"
-)
+_ARGUMENTS = "Tensor target, Tensor stats, Tensor? clamp, Tensor?[] grads, RowSpec spec"
 _logits_grad = define("logits_grad", f"(Tensor logits, {_ARGUMENTS}) -> Tensor", _prepare, _fill)
 _logits_grad_ = define("logits_grad_", f"(Tensor(a!) logits, {_ARGUMENTS}) -> ()", _prepare_in_place, _fill_in_place)
 
@@ -90,10 +87,10 @@ def logits_grad(
         RuntimeError: on the CPU, a target's logit differs from the one in stats: the logits were written after the
             forward pass. On CUDA the gradient of the target's column is NaN instead.
     """
-    return _logits_grad(logits, target, stats, clamp, grads, *spec)
+    return _logits_grad(logits, target, stats, clamp, grads, spec)
 
 
 def logits_grad_(logits, target, stats, clamp, grads, spec: RowSpec) -> None:
     """Overwrites logits with the result of `logits_grad`. The logits are not compared with stats. Returns None, because
     PyTorch cannot functionalise an op that returns its argument."""
-    _logits_grad_(logits, target, stats, clamp, grads, *spec)
+    _logits_grad_(logits, target, stats, clamp, grads, spec)

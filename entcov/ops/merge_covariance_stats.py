@@ -7,17 +7,17 @@ from entcov.ops.core import RowSpec, addresses, check_messages, check_rows, chec
 from entcov.ops.covariance_stats import FIELDS, OUTPUTS, allocate, check_values
 
 
-def _prepare(messages, row_mask, T, vocab_start, vocab_size, temperature):
+def _prepare(messages, row_mask, T, spec):
     check_rows(row_mask, "row_mask", torch.bool, (T,), messages, optional=True)
     check_messages(messages, T, FIELDS)
-    check_spec(RowSpec(vocab_start, vocab_size, temperature))
+    check_spec(spec)
     return allocate(messages, T, whole=True)
 
 
-def _fill(out, messages, row_mask, T, *spec):
+def _fill(out, messages, row_mask, T, spec):
     stats, *outputs = out
     nan = launch(
-        "merge_covariance_stats", messages.device, messages_view(messages, T), row_mask, RowSpec(*spec), stats,
+        "merge_covariance_stats", messages.device, messages_view(messages, T), row_mask, spec, stats,
         addresses(outputs, OUTPUTS),
     )  # fmt: skip
     if nan:
@@ -26,8 +26,7 @@ def _fill(out, messages, row_mask, T, *spec):
 
 _merge_covariance_stats = define(
     "merge_covariance_stats",
-    "(Tensor messages, Tensor? row_mask, SymInt T, SymInt vocab_start, SymInt vocab_size, float temperature) "
-    "-> Tensor[]",
+    "(Tensor messages, Tensor? row_mask, SymInt T, RowSpec[:3] spec) -> Tensor[]",
     _prepare,
     _fill,
 )
@@ -48,4 +47,4 @@ def merge_covariance_stats(messages: Tensor, row_mask: Tensor | None, T: int, sp
     Raises:
         ValueError: on the CPU, a row has no finite logit in one of the tensors. On CUDA such a row is NaN.
     """
-    return _merge_covariance_stats(messages, row_mask, T, *spec[:3])
+    return _merge_covariance_stats(messages, row_mask, T, spec)

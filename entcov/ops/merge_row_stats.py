@@ -7,16 +7,15 @@ from entcov.ops.core import RowSpec, addresses, check_messages, check_rows, chec
 from entcov.ops.row_stats import OUTPUTS, allocate, check_values
 
 
-def _prepare(messages, target, vocab_start, vocab_size, temperature, ignore_index, moments):
+def _prepare(messages, target, spec, moments):
     check_rows(target, "target", torch.int64, target.shape[:1], messages)
     check_messages(messages, len(target), 7 if moments else 4)
-    check_spec(RowSpec(vocab_start, vocab_size, temperature, ignore_index))
+    check_spec(spec)
     return allocate(messages, len(target), moments, whole=True)
 
 
-def _fill(out, messages, target, vocab_start, vocab_size, temperature, ignore_index, moments):
+def _fill(out, messages, target, spec, moments):
     stats, *outputs = out
-    spec = RowSpec(vocab_start, vocab_size, temperature, ignore_index)
     nan = launch(
         "merge_row_stats", messages.device, messages_view(messages, len(target)), target, spec, stats.shape[1], stats,
         addresses(outputs, OUTPUTS),
@@ -26,11 +25,7 @@ def _fill(out, messages, target, vocab_start, vocab_size, temperature, ignore_in
 
 
 _merge_row_stats = define(
-    "merge_row_stats",
-    "(Tensor messages, Tensor target, SymInt vocab_start, SymInt vocab_size, float temperature, int ignore_index, "
-    "bool moments) -> Tensor[]",
-    _prepare,
-    _fill,
+    "merge_row_stats", "(Tensor messages, Tensor target, RowSpec spec, bool moments) -> Tensor[]", _prepare, _fill
 )
 
 
@@ -49,4 +44,4 @@ def merge_row_stats(messages: Tensor, target: Tensor, spec: RowSpec, moments: bo
     Raises:
         ValueError: on the CPU, a target is not a token or a row has no finite logit. On CUDA such a row is NaN.
     """
-    return _merge_row_stats(messages, target, *spec, moments)
+    return _merge_row_stats(messages, target, spec, moments)

@@ -30,16 +30,15 @@ def allocate(rows: Tensor, T: int, moments: bool, whole: bool) -> list[Tensor]:
     ]
 
 
-def _prepare(logits, target, vocab_start, vocab_size, temperature, ignore_index, moments, whole):
+def _prepare(logits, target, spec, moments, whole):
     check_logits(logits)
     check_rows(target, "target", torch.int64, logits.shape[:1], logits)
-    check_spec(RowSpec(vocab_start, vocab_size, temperature, ignore_index))
+    check_spec(spec)
     return allocate(logits, logits.shape[0], moments, whole)
 
 
-def _fill(out, logits, target, vocab_start, vocab_size, temperature, ignore_index, moments, whole):
+def _fill(out, logits, target, spec, moments, whole):
     stats, *outputs = out
-    spec = RowSpec(vocab_start, vocab_size, temperature, ignore_index)
     room = workspace(num_columns(logits.shape[1], spec), stats)  # a variable, so that it lives until the launch
     nan = launch(
         "row_stats", logits.device, logits_view(logits), target, spec, stats.shape[1], stats,
@@ -50,11 +49,7 @@ def _fill(out, logits, target, vocab_start, vocab_size, temperature, ignore_inde
 
 
 _row_stats = define(
-    "row_stats",
-    "(Tensor logits, Tensor target, SymInt vocab_start, SymInt vocab_size, float temperature, int ignore_index, "
-    "bool moments, bool whole) -> Tensor[]",
-    _prepare,
-    _fill,
+    "row_stats", "(Tensor logits, Tensor target, RowSpec spec, bool moments, bool whole) -> Tensor[]", _prepare, _fill
 )
 
 
@@ -73,7 +68,7 @@ def row_stats(logits: Tensor, target: Tensor, spec: RowSpec, moments: bool = Fal
     Raises:
         ValueError: on the CPU, a target is not a token, or a whole row has no finite logit. On CUDA such a row is NaN.
     """
-    out = _row_stats(logits, target, *spec, moments, whole)
+    out = _row_stats(logits, target, spec, moments, whole)
     return out if whole else out[0]
 
 

@@ -163,7 +163,9 @@ def settings_from(
             (config.rollout, ("prompts_per_step", "group_size")),
             (config.actor, ("micro_batch_tokens", "epochs")),
         ) for name in names},
-        reference=config.loss.kl_coef > 0 or any("ref_logprob" in c.needs for c in controls),
+        reference=config.loss.kl_coef > 0
+        or config.kl_in_reward.coef > 0
+        or any("ref_logprob" in c.needs for c in controls),
         selection=any("selection" in c.needs for c in controls),
         select_on_first_update=megatron.selection_logprob == "recompute",
         clamped_entropy=any("clamped_entropy" in c.needs for c in controls),

@@ -114,7 +114,7 @@ def traffic(s: Settings) -> list[Traffic]:
     else:
         add("gradients, all-reduce", "data", ranks, steps, 4 * parameters, 2, group_speed)
     # Every rank gets the statistics that the last stage has computed: one float32 number for each token and statistic.
-    scored = 4 * s.step_tokens * (4 if s.clamped_entropy else 3)
+    scored = 4 * s.step_tokens * (5 if s.clamped_entropy else 4)
     add("scores, all-reduce", "data", ranks, 1, scored, 2, group_speed)
     if s.reference:
         add("reference scores, all-reduce", "data", ranks, 1, 4 * s.step_tokens, 2, group_speed)

@@ -78,19 +78,26 @@ class PolicyActor(ABC):
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch) -> PolicyStats:
-        names = ["logprob", "entropy", "entropy_drift", *(["clamped_entropy"] if self.clamp else [])]
+        names = ["logprob", "entropy", "entropy_drift", "collision", *(["clamped_entropy"] if self.clamp else [])]
         stats = self._forward(self.model, batch, names, moments=True, **self.clamp)
         if self.reference is not None:
             stats["ref_logprob"] = self._forward(self.reference, batch, ["logprob"])["logprob"]
         return stats
+
+    @torch.no_grad()
+    def compute_entropy(self, batch: Batch, *, temperature: float) -> Tensor:
+        return self._forward(self.model, batch, ["entropy"], temperature=temperature)["entropy"]
 
     def update(self, batch: Batch, *, step: int) -> dict[str, float]:
         """One optimizer step on a mini-batch, on every rank.
 
         The controls select over the whole mini-batch, under the current policy, before the first backward pass. The
         micro-batches' losses have the denominators of the mini-batch, so their gradients add up to its gradient.
+
+        The learning rate warms up over `warmup_steps` rollouts, with one rate for all updates of a rollout, as in verl.
+        verl counts the rollouts from 0, so that its first one changes no weight; here `step` counts from 1.
         """
-        lr = self.config.lr * min(1.0, (self.weight_version + 1) / max(1, self.config.warmup_steps))
+        lr = self.config.lr * min(1.0, step / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         selections, selection_metrics, totals = self._select(batch)
@@ -155,7 +162,10 @@ class PolicyActor(ABC):
 
     @abstractmethod
     def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str], **options: Any) -> PolicyStats:
-        """The fields `names` of `token_stats(..., **options)`, as `compute_logprobs` returns them. Collective."""
+        """The fields `names` of `token_stats(..., **options)`, as `compute_logprobs` returns them. Collective.
+
+        The temperature is the rollouts', unless the options have another.
+        """
 
     @abstractmethod
     def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:

@@ -53,7 +53,8 @@ class TransformersBackend:
         fresh = start.checkpoint is None
         if fresh and start.warm_start is not None:
             start.warm_start(policy)
-        reference = reference_policy(policy, start.run_dir, fresh=fresh) if needs_reference(loss, controls) else None
+        needed = start.reference or needs_reference(loss, controls)
+        reference = reference_policy(policy, start.run_dir, fresh=fresh) if needed else None
         return TransformersActor(policy, config, loss, controls, temperature=temperature, reference=reference)
 
     def build_sampler(

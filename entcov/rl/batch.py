@@ -39,9 +39,10 @@ class Batch:
     temperatures: tuple[float | None, ...]  # S of them: that each was sampled at; None: the recipe's
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
-    entropy: Tensor | None = None  # this and the next two of the policy that scored, as `old_logprob`
+    entropy: Tensor | None = None  # this and the next three of the policy that scored, as `old_logprob`
     clamped_entropy: Tensor | None = None
     entropy_drift: Tensor | None = None
+    collision: Tensor | None = None
     selected: dict[str, Tensor] = field(default_factory=dict)  # by control: tokens that it chose for all updates
     logprob_version: int | None = None  # the actor's weight_version that `old_logprob` comes from
 
@@ -82,6 +83,11 @@ class Batch:
         pieces = [torch.arange(starts[s], starts[s + 1]) for s in sequences]
         return torch.cat([torch.empty(0, dtype=torch.int64), *pieces]).to(self.tokens.device)
 
+    def response_means(self, values: Tensor) -> Tensor:
+        """[S] float64 on the CPU: the mean of `values` [N] over the tokens of each response."""
+        each, masks = (x.split(self.lengths) for x in (values.cpu().double(), self.loss_mask.cpu()))
+        return torch.stack([own[mask].mean() for own, mask in zip(each, masks, strict=True)])
+
     def subset(self, sequences: Sequence[int]) -> Batch:
         """The sequences with these indices, in this order."""
         index, rows = self.positions(sequences), torch.tensor(sequences, dtype=torch.int64, device=self.tokens.device)
@@ -100,7 +106,7 @@ class Batch:
         """Sets what an actor's `compute_logprobs` returned, and the weight_version that it had."""
         self.old_logprob, self.ref_logprob = stats["logprob"], stats.get("ref_logprob")
         self.entropy, self.entropy_drift = stats["entropy"], stats["entropy_drift"]
-        self.clamped_entropy = stats.get("clamped_entropy")
+        self.clamped_entropy, self.collision = stats.get("clamped_entropy"), stats.get("collision")
         self.logprob_version = version
 
     def assign_advantages(self, advantage: Tensor) -> None:
@@ -188,6 +194,7 @@ def _table(rollouts: Sequence[Rollout]) -> Responses:
     """A rollout that was not scored has reward 0."""
     score = [0.0 if r.reward is None else r.reward for r in rollouts]
     shaped = [own if r.shaped_reward is None else r.shaped_reward for own, r in zip(score, rollouts, strict=True)]
+    components = _components(rollouts)
     return Responses(
         reward=torch.tensor(shaped, dtype=torch.float32),
         score=torch.tensor(score, dtype=torch.float32),
@@ -195,7 +202,26 @@ def _table(rollouts: Sequence[Rollout]) -> Responses:
         length=torch.tensor([len(r.tokens) for r in rollouts]),
         number=torch.arange(len(rollouts)),
         lag=torch.tensor([r.lag for r in rollouts]),
+        baseline=_column([r.baseline for r in rollouts]),
+        components=components,
     )
+
+
+def _column(values: list[float | None]) -> Tensor | None:
+    """[S] float32; None unless all are there."""
+    return None if any(value is None for value in values) else torch.tensor(values, dtype=torch.float32)
+
+
+def _components(rollouts: Sequence[Rollout]) -> dict[str, Tensor] | None:
+    """The reward's components by name. Responses with other names, or without, beside some with them are an error."""
+    names = set(rollouts[0].components or ())
+    for s, rollout in enumerate(rollouts):
+        if set(rollout.components or ()) != names:
+            raise ValueError(
+                f"rollouts[{s}]: the reward function must return the same components for every response, got "
+                f"{sorted(rollout.components or ())} and for the first one {sorted(names)}"
+            )
+    return {name: _column([r.components[name] for r in rollouts]) for name in sorted(names)} or None
 
 
 def micro_batches(

@@ -25,6 +25,7 @@ from entcov.rl.types import Prompt, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+_KEPT = ("components", "baseline", "temperature")  # fields of a rollout that are packed as columns
 _CHOICE = 2  # last of the path of a prompt policy's seeds; no other seed's path has four numbers
 _MOST_CHOICES = 10_000  # rounds of choosing prompts; a policy that skips 99 of 100 needs some hundreds
 
@@ -88,7 +89,7 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
             (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward, r.timed_out)
             for r in rollouts
         ],
-        "temperatures": [r.temperature for r in rollouts],
+        **{name: [getattr(r, name) for r in rollouts] for name in _KEPT},
     }
 
 
@@ -96,11 +97,13 @@ def unpack_rollouts(packed: dict[str, Any], prompts: Mapping[int, Prompt]) -> li
     """The rollouts that `pack_rollouts` was given; `prompts` by their position."""
     tokens, logprob, start = packed["tokens"].tolist(), packed["logprob"].tolist(), 0
     rollouts = []
-    temperatures = packed.get("temperatures", [None] * len(packed["each"]))  # earlier versions stored none
-    for (uid, sample, length, *said), temperature in zip(packed["each"], temperatures, strict=True):
+    for uid, sample, length, *said in packed["each"]:
         at = slice(start, start + length)
-        rollouts.append(Rollout(prompts[uid], sample, tokens[at], logprob[at], *said, temperature=temperature))
+        rollouts.append(Rollout(prompts[uid], sample, tokens[at], logprob[at], *said))
         start += length
+    for name in _KEPT:  # checkpoints of earlier versions have none of them
+        for rollout, value in zip(rollouts, packed.get(name, [None] * len(rollouts)), strict=True):
+            setattr(rollout, name, value)
     return rollouts
 
 
@@ -115,19 +118,21 @@ class Collector:
     reward_fn: RewardFunction
     prompt_policy: PromptPolicy | None = None  # which prompts, and their temperatures; None: the stream's, the recipe's
     progress: Progress | None = None  # of the step, for the prompt policy
+    greedy_baseline: bool = False  # sample one greedy response to each prompt too, for `Rollout.baseline`
 
     def collect(self, step: int, position: int, phase: Callable[[str], None] = lambda name: None) -> Collected:
         """The rollouts of `step`, from the prompts at `position` and after it.
 
         A prompt policy decides which prompts are sampled, and at which temperatures. With dynamic sampling
         (`filter_zero_variance`) groups whose rewards are all equal are dropped and more prompts are drawn, up to
-        `max_draws` times.
+        `max_draws` times. `on_shortfall: accept` goes on with fewer groups where that is not enough.
 
         Args:
             phase: called with the name of each phase.
 
         Raises:
-            RuntimeError: dynamic sampling has left nothing, or the prompt policy chooses no prompts.
+            RuntimeError: dynamic sampling has left too few groups, or with `on_shortfall: accept` none; or the prompt
+                policy chooses no prompts.
         """
         config = self.config
         seconds: dict[str, float] = defaultdict(float)
@@ -138,25 +143,29 @@ class Collector:
         for draw in range(config.max_draws if config.filter_zero_variance else 1):
             with Scorer(self.reward_fn) as scorer:
                 phase("rollout")
+                options = {
+                    "max_response_length": config.max_response_length,
+                    "seed": derived_seed(self.seed, step, draw),
+                    "on_done": scorer.take,
+                }
+                greedy: list[Rollout] = []
                 with timed(seconds, "gen"):
                     prompts, position, found = self._prompts(step, draw, position)
                     perplexities += found
                     temperature = self._temperature(prompts)
                     fresh = self.sampler.generate(
-                        prompts,
-                        group_size=config.group_size,
-                        temperature=temperature,
-                        max_response_length=config.max_response_length,
-                        seed=derived_seed(self.seed, step, draw),
-                        on_done=scorer.take,
+                        prompts, group_size=config.group_size, temperature=temperature, **options
                     )
+                    if self.greedy_baseline:
+                        greedy = self.sampler.generate(prompts, group_size=1, temperature=0.0, **options)
                 phase("reward")
                 with timed(seconds, "reward"):  # the time that scoring takes after the last response is complete
-                    scorer.finish(fresh)
-            if self.prompt_policy is not None:
-                by_uid = {prompt.uid: own for prompt, own in zip(prompts, temperature, strict=True)}
-                for rollout in fresh:
-                    rollout.temperature = by_uid[rollout.prompt.uid]
+                    scorer.finish([*fresh, *greedy])
+            baselines = {rollout.prompt.uid: rollout.reward for rollout in greedy}
+            own = {} if self.prompt_policy is None else dict(zip([p.uid for p in prompts], temperature, strict=True))
+            for rollout in fresh:
+                rollout.baseline = baselines.get(rollout.prompt.uid)
+                rollout.temperature = own.get(rollout.prompt.uid)
             drawn += fresh
             groups = [fresh[i : i + config.group_size] for i in range(0, len(fresh), config.group_size)]
             if config.filter_zero_variance:
@@ -164,11 +173,15 @@ class Collector:
             kept += [r for g in groups for r in g]
             if len(kept) >= config.prompts_per_step * config.group_size:
                 break
-        if not kept:
+        groups_kept, accepts = len(kept) // config.group_size, config.on_shortfall == "accept"
+        if groups_kept < (1 if accepts else config.prompts_per_step):
             raise RuntimeError(
-                f"step {step}: rollout.filter_zero_variance left nothing of {len(drawn)} rollouts: in every group all "
-                f"rewards are equal (mean {mean(r.reward for r in drawn):.3f}). The task is too hard or too easy for "
-                "this policy; raise rollout.max_draws or group_size, or switch the filter off"
+                f"step {step}: rollout.filter_zero_variance kept {groups_kept} groups of "
+                f"{len(drawn) // config.group_size} in {draw + 1} draws, and a step needs {config.prompts_per_step}: "
+                f"in the others all rewards are equal (mean {mean(r.reward for r in drawn):.3f}). The task is too hard "
+                "or too easy for this policy; raise rollout.max_draws or group_size, "
+                + ("" if accepts else "train on fewer groups with rollout.on_shortfall=accept, ")
+                + "or switch the filter off"
             )
         metrics = _described(drawn, config.group_size) | {"training/generation_batches": draw + 1}
         metrics |= {f"timing_s/{name}": value for name, value in seconds.items()}
@@ -238,12 +251,18 @@ def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
     groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
     return {
         **spread("critic/score", [r.reward for r in drawn]),
+        **_component_means(drawn),
         "reward/timeouts": float(sum(r.timed_out for r in drawn)),
         **spread("response_length", [len(r.tokens) for r in drawn]),
         "response_length/clip_ratio": mean(not r.finished for r in drawn),
         "prompt_length/mean": mean(len(r.prompt.tokens) for r in drawn),
         "training/zero_variance_groups": mean(all(r.reward == g[0].reward for r in g) for g in groups),
     }
+
+
+def _component_means(drawn: list[Rollout]) -> dict[str, float]:
+    names = drawn[0].components or ()
+    return {f"critic/score/{name}": mean((r.components or {}).get(name, 0.0) for r in drawn) for name in names}
 
 
 def mean(values) -> float:

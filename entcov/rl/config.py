@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
 import pydantic
 from omegaconf import DictConfig, OmegaConf
@@ -14,8 +14,10 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from entcov import arguments as check
-from entcov.controls import CONTROLS, Control, check_composition
-from entcov.objective.advantages import ADVANTAGES
+from entcov.controls import CONTROLS, Control, check_composition, check_objective
+from entcov.objective.advantages import ADVANTAGES, Estimator
+from entcov.objective.kl_in_reward import KLInReward
+from entcov.objective.mismatch import RolloutRejection
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.registry import Registry
 from entcov.rl.data.prompt_policy import PROMPT_POLICIES, PromptPolicy
@@ -31,13 +33,13 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
+Share = Annotated[Number, Field(gt=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
 Whole = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
 Bytes = Annotated[int, Field(strict=True, ge=1)]
 Text = Annotated[str, Field(min_length=1)]
 _SHOWN_OFFENDERS = 10
-RENAMED = {"actor.engine": "actor.backend", "rollout.engine": "rollout.sampler"}  # old key -> its name now
 
 
 @dataclass(config=_STRICT)
@@ -142,18 +144,22 @@ class RolloutConfig:
     max_staleness: Annotated[Whole, Field(le=1)] = 0
     # Dynamic sampling (DAPO): groups of equal rewards have no gradient; draw until the step has enough others.
     filter_zero_variance: bool = False
-    max_draws: Count = 3
+    max_draws: Count = 10  # draws of prompts_per_step prompts in one step
+    # Where they leave too few groups: end the run, as the scripts of DAPO and of Cui et al. do, or train on those.
+    on_shortfall: Literal["raise", "accept"] = "raise"
 
     def __post_init__(self):
         if self.filter_zero_variance and self.group_size == 1:
             raise ValueError(
                 "filter_zero_variance: needs group_size > 1, a group of one never differs; got group_size 1"
             )
-        if not self.filter_zero_variance and self.max_draws != RolloutConfig.max_draws:
-            raise ValueError(
-                f"max_draws: has no effect without filter_zero_variance, got {self.max_draws} and "
-                f"filter_zero_variance false; set that to true, or leave max_draws at {RolloutConfig.max_draws}"
-            )
+        for key in ("max_draws", "on_shortfall"):
+            value, default = getattr(self, key), getattr(RolloutConfig, key)
+            if not self.filter_zero_variance and value != default:
+                raise ValueError(
+                    f"{key}: has no effect without filter_zero_variance, got {value} and filter_zero_variance false; "
+                    f"set that to true, or leave {key} at {default}"
+                )
         if not self.max_staleness:
             return
         if self.sampler == "in_process":
@@ -170,7 +176,7 @@ class ActorConfig:
     # megatron: torchrun ... -m megatron_integration train RECIPE
     backend: Literal["transformers", "megatron"] = "transformers"
     lr: Positive = 1e-6
-    warmup_steps: Whole = 10  # optimizer steps of linear warm-up
+    warmup_steps: Whole = 0  # training steps (rollouts) of linear warm-up: step k has lr * min(1, k / warmup_steps)
     weight_decay: NonNegative = 0.0
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
@@ -186,6 +192,17 @@ class SourceEvalConfig:
 
     samples: Count | None = None
     temperature: NonNegative | None = None
+    top_p: Share | None = None
+    top_k: Whole | None = None
+
+
+class Sampling(NamedTuple):
+    """How a held-out prompt is sampled: the keys of `EvalConfig` with the same names."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    top_k: int
 
 
 @dataclass(config=_STRICT)
@@ -222,15 +239,16 @@ class EvalConfig:
     prompts: Whole | None = 128  # the first so many of each data source; None: all of val_files; 0: never evaluate
     samples: Count = 4
     temperature: NonNegative = 1.0
+    top_p: Share = 1.0  # sample from the fewest likeliest tokens that hold this share of the probability; 1: from all
+    top_k: Whole = 0  # and from the so many likeliest; 0: from all. Rollouts have neither: docs/training.md
     sources: dict[str, SourceEvalConfig] = dataclasses.field(default_factory=dict)  # by data_source
+    entropy: bool = False  # measure the policy's entropy over the responses: one more forward pass of the actor
 
-    def settings(self, source: str) -> tuple[int, float]:
-        """(samples, temperature) for prompts of this data source."""
+    def settings(self, source: str) -> Sampling:
+        """How prompts of this data source are sampled."""
         own = self.sources.get(source, SourceEvalConfig())
-        return (
-            self.samples if own.samples is None else own.samples,
-            self.temperature if own.temperature is None else own.temperature,
-        )
+        values = ((getattr(own, key), getattr(self, key)) for key in Sampling._fields)
+        return Sampling(*(default if value is None else value for value, default in values))
 
 
 @dataclass(config=_STRICT)
@@ -246,6 +264,8 @@ class LoggingConfig:
 
 
 _LossConfig = dataclass(PolicyLossConfig, frozen=True, config=_STRICT)
+_KLInReward = dataclass(KLInReward, frozen=True, config=_STRICT)
+_RolloutRejection = dataclass(RolloutRejection, frozen=True, config=_STRICT)
 
 
 @dataclass(config=_STRICT)
@@ -270,7 +290,11 @@ class Config:
     actor: ActorConfig = dataclasses.field(default_factory=ActorConfig)
     megatron: MegatronConfig = dataclasses.field(default_factory=MegatronConfig)
     loss: _LossConfig = dataclasses.field(default_factory=_LossConfig)  # type: ignore[valid-type]
+    # Tokens and responses that leave the loss because the sampler's policy was too far off.
+    rollout_rs: _RolloutRejection = dataclasses.field(default_factory=_RolloutRejection)  # type: ignore[valid-type]
+    kl_in_reward: _KLInReward = dataclasses.field(default_factory=_KLInReward)  # type: ignore[valid-type]
     advantage: str = "grpo"
+    advantages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
     control: list[Text] = dataclasses.field(default_factory=list)  # names of the entropy controls to use, in order
     controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
     reward_shaping: list[Text] = dataclasses.field(default_factory=list)  # names of what is added to the scores
@@ -281,10 +305,10 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
-    @pydantic.field_validator("loss", mode="before")
+    @pydantic.field_validator("loss", "rollout_rs", "kl_in_reward", mode="before")
     @classmethod
     def _no_flags(cls, loss: Any) -> Any:
-        """Refuses true and false: PolicyLossConfig's types are not strict, and none of its knobs is a bool."""
+        """Refuses true and false: the types of these sections are not strict, and none of their knobs is a bool."""
         for key, value in loss.items() if isinstance(loss, dict) else ():
             if isinstance(value, bool):
                 raise ValueError(f"{key} must not be true or false, got {value}")
@@ -292,8 +316,8 @@ class Config:
 
     def __post_init__(self):
         for key, names, known in (
-            ("advantage", [self.advantage], ADVANTAGES), ("control", self.control, CONTROLS),
-            ("controls", self.controls, CONTROLS),
+            ("advantage", [self.advantage], ADVANTAGES), ("advantages", self.advantages, ADVANTAGES),
+            ("control", self.control, CONTROLS), ("controls", self.controls, CONTROLS),
             ("reward_shaping", self.reward_shaping, REWARD_SHAPINGS),
             ("reward_shapings", self.reward_shapings, REWARD_SHAPINGS),
             ("prompt_policy", [self.prompt_policy] if self.prompt_policy else [], PROMPT_POLICIES),
@@ -306,12 +330,19 @@ class Config:
                         + check.suggestion(name, known)
                     )
         for key, registry in (
-            ("controls", CONTROLS), ("reward_shapings", REWARD_SHAPINGS), ("prompt_policies", PROMPT_POLICIES),
+            ("advantages", ADVANTAGES), ("controls", CONTROLS), ("reward_shapings", REWARD_SHAPINGS),
+            ("prompt_policies", PROMPT_POLICIES),
         ):  # fmt: skip
             for name, settings in getattr(self, key).items():
                 _make(registry, key, name, settings)
         check_composition(self.build_controls())
+        check_objective(self.build_controls(), self.loss)
         self._check_data_level()
+        if self.rollout.group_size < self.build_estimator().smallest_group:
+            raise ValueError(
+                f"rollout.group_size: must be at least {self.build_estimator().smallest_group} for advantage "
+                f"{self.advantage}, got {self.rollout.group_size}"
+            )
         if self.actor.updates_per_rollout > self.rollout.prompts_per_step:
             raise ValueError(
                 "actor.updates_per_rollout: must not exceed rollout.prompts_per_step (a mini-batch holds whole "
@@ -325,6 +356,12 @@ class Config:
         if self.eval.prompts != 0 and self.data.task is None and not self.data.val_files:
             raise ValueError(
                 f"data.val_files: must be given where eval.prompts is not 0, got none and {self.eval.prompts}"
+            )
+        longest = self.data.max_prompt_length + self.rollout.max_response_length
+        if self.eval.entropy and self.eval.prompts != 0 and self.actor.micro_batch_tokens < longest:
+            raise ValueError(
+                "actor.micro_batch_tokens: must be at least data.max_prompt_length + rollout.max_response_length where "
+                f"eval.entropy is true, got {self.actor.micro_batch_tokens} < {longest}"
             )
         if self.loss.kl_coef == 0 and self.loss.kl_estimator != PolicyLossConfig.kl_estimator:
             raise ValueError(
@@ -341,6 +378,10 @@ class Config:
         """The controls that `control` names, in order, in their initial state."""
         return [_make(CONTROLS, "controls", name, self.controls.get(name, {})) for name in self.control]
 
+    def build_estimator(self) -> Estimator:
+        """The estimator that `advantage` names."""
+        return _make(ADVANTAGES, "advantages", self.advantage, self.advantages.get(self.advantage, {}))
+
     def build_reward_shapings(self) -> list[RewardShaping]:
         settings = self.reward_shapings
         return [_make(REWARD_SHAPINGS, "reward_shapings", name, settings.get(name, {})) for name in self.reward_shaping]
@@ -354,6 +395,11 @@ class Config:
         """Raises for reward shapings and prompt policies that cannot be used in this recipe."""
         if len(set(self.reward_shaping)) < len(self.reward_shaping):
             raise ValueError(f"reward_shaping: must not repeat an entry, got {self.reward_shaping}")
+        if self.reward_shaping and "components" in ADVANTAGES[self.advantage].needs:
+            raise ValueError(
+                f"reward_shaping: has no effect with advantage {self.advantage}, which reads the components of a reward "
+                f"alone; got {self.reward_shaping}"
+            )
         policy = self.build_prompt_policy()
         if policy is not None and policy.needs_rows and self.data.task is not None:
             raise ValueError(
@@ -442,13 +488,11 @@ def parse_config(data: dict[str, Any], origin: str = "recipe") -> Config:
 
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    if key in RENAMED:
-        return f"{key}: has the name {RENAMED[key]} now"
     if error["type"] == "unexpected_keyword_argument":
         return f"{check.one_line(key, 80)}: unknown key{_suggestion(key)}"
     if error["type"] == "missing":
         return f"{key}: must be given"
-    message = check.one_line(error["msg"].removeprefix("Value error, "), 300)
+    message = check.one_line(error["msg"].removeprefix("Value error, "), 600)
     if error["type"] == "value_error":  # from __post_init__: the message says the value itself
         if not key or message.startswith(key):
             return message

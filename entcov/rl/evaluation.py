@@ -1,12 +1,13 @@
-"""Held-out accuracy: mean@k and best@k under verl's metric names, with k and temperature of each data source."""
+"""Held-out accuracy (mean@k, best@k under verl's metric names) and entropy; each data source has its own sampling."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from entcov.intervals import mean_interval
-from entcov.rl.config import EvalConfig
-from entcov.rl.interfaces import Sampler
+from entcov.rl.batch import pack
+from entcov.rl.config import EvalConfig, Sampling
+from entcov.rl.interfaces import Actor, Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
 from entcov.rl.types import Prompt, Rollout
@@ -21,31 +22,35 @@ def evaluate(
     max_response_length: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    entropy_of: Callable[[Sequence[Rollout]], list[float]] | None = None,
 ) -> tuple[dict[str, float], list[Rollout]]:
     """Samples every held-out prompt as `settings` says for its data source, and scores responses as they are complete.
 
-    Data sources that share samples and temperature are generated together; the first such set draws with `seed`, every
-    further one with the next number.
+    Data sources that are sampled alike are generated together; the first such set draws with `seed`, every further one
+    with the next number.
 
     Args:
-        settings: `samples`, `temperature`, and under `sources` what differs for a data source.
+        settings: how all are sampled, and under `sources` what differs for a data source.
         progress: called with (sequences done, sequences in all).
+        entropy_of: the mean entropy of each response, such as `response_entropy`; None: not measured.
 
     Returns:
         The metrics of `summarize` under their names, and the scored rollouts, prompt by prompt.
     """
-    sets: dict[tuple[int, float], list[Prompt]] = defaultdict(list)
+    sets: dict[Sampling, list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         sets[settings.settings(prompt.example.data_source)].append(prompt)
-    in_all = sum(samples * len(members) for (samples, _), members in sets.items())
+    in_all = sum(how.samples * len(members) for how, members in sets.items())
     rollouts: list[Rollout] = []
     with Scorer(reward_fn) as scorer:
-        for number, ((samples, temperature), members) in enumerate(sets.items()):
+        for number, (how, members) in enumerate(sets.items()):
             before = len(rollouts)
             rollouts += sampler.generate(
                 members,
-                group_size=samples,
-                temperature=temperature,
+                group_size=how.samples,
+                temperature=how.temperature,
+                top_p=how.top_p,
+                top_k=how.top_k,
                 max_response_length=max_response_length,
                 seed=seed + number,
                 progress=progress and (lambda done, _, before=before: progress(before + done, in_all)),
@@ -53,10 +58,28 @@ def evaluate(
             )
         scorer.finish(rollouts)
     rollouts.sort(key=lambda rollout: (rollout.prompt.uid, rollout.sample))
+    if entropy_of is not None:
+        for rollout, entropy in zip(rollouts, entropy_of(rollouts), strict=True):
+            rollout.entropy = entropy
     metrics: dict[str, float] = {}
     for row in summarize(rollouts):
         metrics |= row.metrics()
     return metrics, rollouts
+
+
+def response_entropy(actor: Actor, rollouts: Sequence[Rollout], *, at_once: int) -> list[float]:
+    """The current policy's entropy over each response, mean over its tokens, nats at temperature 1. Collective.
+
+    Exact: of the whole distribution at every token, whatever the sampler's temperature or truncation was.
+
+    Args:
+        at_once: responses in a batch; a training step holds prompts_per_step * group_size.
+    """
+    means: list[float] = []
+    for start in range(0, len(rollouts), at_once):
+        batch = pack(rollouts[start : start + at_once]).to(actor.device)
+        means += batch.response_means(actor.compute_entropy(batch, temperature=1.0)).tolist()
+    return means
 
 
 @dataclass(frozen=True)
@@ -71,16 +94,19 @@ class SourceResult:
     half_width: float  # of the 95 % interval of `mean` over prompts (Student's t); NaN for one prompt
     length: float  # mean response length
     cut: float  # share of responses that reached the length limit
+    entropy: float | None  # mean over responses of their mean entropy, nats; None: not measured
 
     def metrics(self) -> dict[str, float]:
         """Under verl's names, `val-core/<source>/acc/mean@k` and, for k > 1, `val-core/<source>/acc/best@k/mean`;
-        `val-aux/<source>/response_length/{mean,clip_ratio}` beside them.
+        `val-aux/<source>/response_length/{mean,clip_ratio}` beside them, and `val-aux/<source>/entropy/mean`.
         """
-        core, aux = f"val-core/{self.source}/acc", f"val-aux/{self.source}/response_length"
+        core, aux = f"val-core/{self.source}/acc", f"val-aux/{self.source}"
         out = {f"{core}/mean@{self.samples}": self.mean}
         if self.samples > 1:
             out[f"{core}/best@{self.samples}/mean"] = self.best
-        return out | {f"{aux}/mean": self.length, f"{aux}/clip_ratio": self.cut}
+        if self.entropy is not None:
+            out[f"{aux}/entropy/mean"] = self.entropy
+        return out | {f"{aux}/response_length/mean": self.length, f"{aux}/response_length/clip_ratio": self.cut}
 
 
 def summarize(rollouts: Sequence[Rollout]) -> list[SourceResult]:
@@ -92,6 +118,7 @@ def summarize(rollouts: Sequence[Rollout]) -> list[SourceResult]:
     for source, groups in sorted(by_source.items()):
         rewards = [[rollout.reward for rollout in group] for group in groups.values()]
         everything = [rollout for group in groups.values() for rollout in group]
+        measured = [rollout.entropy for rollout in everything if rollout.entropy is not None]
         _, half_width = mean_interval([sum(group) / len(group) for group in rewards])
         results.append(
             SourceResult(
@@ -103,6 +130,7 @@ def summarize(rollouts: Sequence[Rollout]) -> list[SourceResult]:
                 half_width=half_width,
                 length=sum(len(rollout.tokens) for rollout in everything) / len(everything),
                 cut=sum(not rollout.finished for rollout in everything) / len(everything),
+                entropy=sum(measured) / len(measured) if measured else None,
             )
         )
     return results
@@ -128,7 +156,7 @@ def format_table(results: Sequence[SourceResult], settings: EvalConfig) -> str:
     head = f"{'data source':<{width}}  prompts    k     T   mean@k   95 % ±   best@k   length   cut"
     lines = [head, "-" * len(head)]
     for row in results:
-        temperature = settings.settings(row.source)[1]
+        temperature = settings.settings(row.source).temperature
         half = "-" if row.half_width != row.half_width else f"{100 * row.half_width:.1f}"
         lines.append(
             f"{row.source:<{width}}  {row.prompts:>7}  {row.samples:>3}  {temperature:>4g}  {100 * row.mean:>7.1f}"

@@ -36,6 +36,7 @@ class PolicyStats(TypedDict):
     logprob: Tensor
     entropy: Tensor
     entropy_drift: Tensor
+    collision: NotRequired[Tensor]  # sum of the squared probabilities; no unit. Read by one advantage estimator
     clamped_entropy: NotRequired[Tensor]  # where a control needs it
     ref_logprob: NotRequired[Tensor]  # of the reference policy, where there is one
 
@@ -52,12 +53,18 @@ class Actor(Protocol):
     def compute_logprobs(self, batch: Batch) -> PolicyStats:
         """Statistics of the current policy, without gradient. Collective; every rank gets the whole batch's."""
 
+    def compute_entropy(self, batch: Batch, *, temperature: float) -> Tensor:
+        """[N] float32, nats: the entropy of the current policy's softmax(logits / temperature), 0 outside the mask.
+
+        Collective; every rank gets the whole batch's.
+        """
+
     def update(self, batch: Batch, *, step: int) -> dict[str, float]:
         """One optimizer step on a mini-batch; returns its metrics. Collective.
 
         Args:
             batch: with `old_logprob`, and `ref_logprob` where there is a reference policy.
-            step: the loop's step, for messages.
+            step: the loop's step, counted from 1: of the warm-up of the learning rate, and for messages.
 
         Raises:
             RuntimeError: the gradient norm is not finite; nothing was updated.
@@ -86,6 +93,8 @@ class Sampler(Protocol):
         temperature: float | Sequence[float],
         max_response_length: int,
         seed: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
@@ -95,6 +104,9 @@ class Sampler(Protocol):
             temperature: of all prompts, or one a prompt. The policy is softmax(logits / temperature); 0 takes the
                 likeliest token, with the log-probability of softmax(logits).
             seed: fixes every draw.
+            top_p, top_k: for evaluations. Tokens are drawn from the `top_k` likeliest (0: from all), and of these from
+                the fewest that hold `top_p` of their probability (1: from all). The recorded log-probability is that
+                of what is left, renormalised: it is not the policy's, so such responses must not be trained on.
             progress: called with (responses done, responses in all).
             on_done: called with each response as soon as it is complete, in no particular order. A sampler over
                 several processes computes the rewards itself and does not call it.
@@ -116,6 +128,7 @@ class Start:
     run_dir: Path
     checkpoint: Checkpoint | None  # None: the run is fresh
     warm_start: Callable[[nn.Module], None] | None  # trains a fresh policy on worked solutions, in place
+    reference: bool = False  # whether more than the loss and the controls compares with the reference policy
 
     @property
     def stored_model(self) -> ModelConfig:

@@ -14,15 +14,17 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from entcov.controls import Control, Progress, begin
-from entcov.objective.advantages import ADVANTAGES
+from entcov.objective.advantages import Advantages, Estimator
+from entcov.objective.responses import Responses
 from entcov.objective.token_covariance import covariance_summary, token_covariance
+from entcov.objective.tokens import Tokens
 from entcov.rl.batch import Batch, mini_batches, pack
 from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, timed
 from entcov.rl.config import Config
@@ -58,12 +60,16 @@ class Loop:
     position: int = 0  # prompts taken from the stream so far
     _first: int = 0  # the position before the current step's prompts
     unstorable: str = ""
+    kl_reward_coef: float = field(init=False)  # the weight of `kl_in_reward`, which may adapt
+    _estimator: Estimator = field(init=False)
     _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _next: Future[Collected] | None = None  # rollouts of the next step, where they are sampled ahead
     _before: dict[str, Any] | None = None  # the state at the beginning of the current step; None between steps
     _versions: deque[int] = field(init=False)  # weight versions that rollouts may come from, the current one last
 
     def __post_init__(self):
+        self.kl_reward_coef = self.config.kl_in_reward.coef
+        self._estimator = self.config.build_estimator()
         self._versions = deque([self.actor.weight_version], maxlen=1 + self.config.rollout.max_staleness)
         self.sync_weights()  # a sampler that keeps a copy of the weights has none yet
 
@@ -85,6 +91,9 @@ class Loop:
         with timed(self._seconds, "adv"):
             batch = self.assign_advantages(batch, metrics)
         self.unstorable = f"step {step} has begun to change the weights"
+        if "actor/reward_kl_penalty" in metrics:
+            kl = metrics["actor/reward_kl_penalty"]
+            self.kl_reward_coef = self.config.kl_in_reward.adapted(self.kl_reward_coef, kl, len(rollouts))
         with timed(self._seconds, "update_actor"):
             updated = self.update(batch, step, metrics)
         if metrics["training/updates"]:
@@ -138,6 +147,7 @@ class Loop:
         return Collector(
             self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn,
             copy.deepcopy(self.prompt_policy), self._progress(step, self.position),
+            greedy_baseline="baseline" in self._estimator.needs,
         )  # fmt: skip
 
     def compute_old_logprobs(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
@@ -158,22 +168,37 @@ class Loop:
         means["scored/sampled_entropy"] = -float(policy["logprob"][at].mean())
         gap = (policy["logprob"] - batch.rollout_logprob)[at].abs()
         metrics["actor/entropy"] = means["scored/entropy"]
+        metrics["actor/entropy_response_mean"] = float(batch.response_means(policy["entropy"]).mean())
         metrics["training/mismatch"], metrics["training/mismatch_max"] = float(gap.mean()), float(gap.max())
         return means
 
     def assign_advantages(self, batch: Batch, metrics: dict[str, float]) -> Batch:
-        """The batch with its advantages, as the controls shape them, and without what they drop.
+        """The batch with its advantages, as the controls shape them, and without what the estimator and they drop.
 
-        Every rank holds the whole rollout and computes the same numbers, so nothing is communicated.
+        Every rank holds the whole rollout and computes the same numbers, so nothing is communicated. Before the
+        controls that is on the CPU: a GPU's sums depend on the order of its threads, and so would what is rejected.
         """
-        responses = with_pseudo(self.shapings, batch.responses)
-        advantage = ADVANTAGES[self.config.advantage](responses.reward, responses.group, responses.length)
-        batch.assign_advantages(advantage[: batch.num_sequences])
-        at = batch.loss_mask
-        tokens = batch.loss_tokens(
-            at, batch.old_logprob[at], entropy=batch.entropy[at], entropy_drift=batch.entropy_drift[at],
-            clamped_entropy=None if batch.clamped_entropy is None else batch.clamped_entropy[at],
-        )  # fmt: skip
+        local = batch.to("cpu")
+        tokens = self._scored_tokens(local)
+        responses = self._less_kl(local.responses, tokens, metrics)
+        table = with_pseudo(self.shapings, responses)
+        advantages = self._estimator(table, tokens)
+        if table is not responses:  # pseudo responses are at its end, and have no tokens
+            advantages = Advantages(advantages.value[: batch.num_sequences])
+        batch.assign_advantages(advantages.value)
+        dropped = torch.zeros_like(tokens.loss_mask)
+        if advantages.keep is not None:
+            dropped = ~advantages.keep[local.sequence[local.loss_mask]]
+            metrics["training/dropped_responses"] = float((~advantages.keep).double().mean())
+        if self.config.rollout_rs.level is not None:
+            rejected = self.config.rollout_rs.rejected(tokens)
+            metrics["training/rejected_tokens"] = float(rejected.double().mean())
+            dropped = dropped | rejected
+        if dropped.any():
+            batch.drop(dropped.to(batch.tokens.device))
+            if not batch.num_loss_tokens:
+                return batch.subset([])
+        tokens, at = self._scored_tokens(batch), batch.loss_mask
         shaped = begin(self.controls, tokens, self._progress())
         batch.assign_advantages(shaped.advantage)
         for name, chosen in shaped.selected.items():
@@ -186,9 +211,24 @@ class Loop:
         if shaped.drop is not None:
             batch.drop(shaped.drop)
             metrics["training/dropped_tokens"] = float(shaped.drop.double().mean())
-        batch.entropy_drift = batch.clamped_entropy = None  # no update reads them
+        batch.entropy_drift = batch.clamped_entropy = batch.collision = None  # no update reads them
         kept = batch.sequence[batch.loss_mask].unique().tolist()
         return batch if len(kept) == batch.num_sequences else batch.subset(kept)
+
+    def _scored_tokens(self, batch: Batch) -> Tokens:
+        """The loss tokens of the batch with the statistics of the policy that scored them."""
+        at = batch.loss_mask
+        names = ("entropy", "entropy_drift", "clamped_entropy", "collision")
+        values = {name: getattr(batch, name) for name in names}
+        return batch.loss_tokens(at, batch.old_logprob[at], **{n: v if v is None else v[at] for n, v in values.items()})
+
+    def _less_kl(self, responses: Responses, tokens: Tokens, metrics: dict[str, float]) -> Responses:
+        """The responses with the penalty of `kl_in_reward` taken off their rewards."""
+        if not self.config.kl_in_reward.coef:
+            return responses
+        total, kl = self.config.kl_in_reward.of_responses(tokens, len(responses.reward))
+        metrics["actor/reward_kl_penalty"], metrics["actor/reward_kl_penalty_coeff"] = kl, self.kl_reward_coef
+        return replace(responses, reward=(responses.reward - self.kl_reward_coef * total).to(responses.reward.dtype))
 
     def update(self, batch: Batch, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Updates on every mini-batch once per epoch; returns the means over the tokens of all updates.
@@ -255,6 +295,7 @@ class Loop:
             "next": self._next,
             "controls": copy.deepcopy([control.state_dict() for control in self.controls]),
             "prompt_policy": None if self.prompt_policy is None else copy.deepcopy(self.prompt_policy.state_dict()),
+            "kl_reward_coef": self.kl_reward_coef,
             "torch_rng": torch.get_rng_state(),  # for models and rewards that draw from the global generator
         }
 
@@ -265,6 +306,7 @@ class Loop:
             )
         self.steps_done, self.position = state["steps_done"], state["position"]
         self.unstorable, self._before = "", None
+        self.kl_reward_coef = state.get("kl_reward_coef", self.kl_reward_coef)  # earlier versions had none
         self.actor.load_state_dict(state["actor"])
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)

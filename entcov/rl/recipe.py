@@ -129,7 +129,7 @@ def _told(where: str) -> Iterator[None]:
     except (OmegaConfBaseException, RecursionError, ValueError, OSError) as error:
         key = getattr(error, "full_key", None)
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{check.one_line(first)}") from None
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{check.one_line(first, 600)}") from None
 
 
 class _TooDeepError(Exception):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from entcov.rl.backend import TransformersBackend
 from entcov.rl.collect import derived_seed
 from entcov.rl.config import Config, ConfigError
 from entcov.rl.data.stream import PromptStream
-from entcov.rl.evaluation import SourceResult, evaluate, summarize
+from entcov.rl.evaluation import SourceResult, evaluate, response_entropy, summarize
 from entcov.rl.hf.model_config import model_tokenizer
 from entcov.rl.hf.warm_start import warm_started
 from entcov.rl.interfaces import Backend, Start
@@ -64,8 +65,9 @@ def build(
         warm_started(policy, stream=stream, config=config, on_step=on_warm_start)
 
     start = Start(
-        config.model, config.seed, Path(config.run_dir), checkpoint, warm_start if config.warm_start.steps else None
-    )
+        config.model, config.seed, Path(config.run_dir), checkpoint, warm_start if config.warm_start.steps else None,
+        reference=config.kl_in_reward.coef > 0,
+    )  # fmt: skip
     tokenizer = model_tokenizer(start.stored_model)
     stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
     controls, reward_fn = config.build_controls(), load_reward(config.data.reward)
@@ -186,7 +188,9 @@ def evaluate_run(
 def for_sampling(config: Config) -> Config:
     """The recipe without what only training needs: no reference policy is loaded."""
     loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
-    return dataclasses.replace(config, loss=loss, control=[], reward_shaping=[], prompt_policy=None)
+    return dataclasses.replace(
+        config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[], reward_shaping=[], prompt_policy=None
+    )
 
 
 def _checkpoint(run_dir: Path, path: str | None) -> Checkpoint:
@@ -199,6 +203,7 @@ def _checkpoint(run_dir: Path, path: str | None) -> Checkpoint:
 def _evaluate(
     config: Config, loop: Loop, progress: Callable[[int, int], None] | None = None
 ) -> tuple[dict[str, float], list[Rollout]]:
+    at_once = config.rollout.prompts_per_step * config.rollout.group_size
     return evaluate(
         loop.sampler,
         loop.stream.held_out(config.eval.prompts),
@@ -207,6 +212,7 @@ def _evaluate(
         max_response_length=config.rollout.max_response_length,
         seed=derived_seed(config.seed, _EVAL_SEED),  # the same draws at every step: less noise in the curve
         progress=progress,
+        entropy_of=partial(response_entropy, loop.actor, at_once=at_once) if config.eval.entropy else None,
     )
 
 

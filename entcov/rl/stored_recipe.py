@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from entcov import arguments as check
-from entcov.rl.config import RENAMED, Config, as_written, resolve_config, save_config
+from entcov.rl.config import Config, as_written, resolve_config, save_config
 from entcov.rl.recipe import ConfigError, interpolations, read_recipe, texts, value_at
 from entcov.rl.record.durable import atomic_write
 
@@ -32,6 +32,7 @@ _FREE_KEYS = (
 # Keys that an evaluation depends on: its prompts, how responses are sampled and scored, and the hardware.
 _KEYS_OF_AN_EVALUATION = (
     "eval.", "data.", "rollout.", "megatron.", "device", "threads", "model.compute_dtype", "model.attn_implementation",
+    "actor.micro_batch_tokens",
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
                 f"{check.one_line(key, 80)}: has no effect on an evaluation; of the recipe's keys it depends on "
                 f"{', '.join(one.rstrip('.') for one in _KEYS_OF_AN_EVALUATION)}"
             )
-    tree = _with_new_names(read_recipe(path, [*overrides, f"run_dir={run}"]))
+    tree = read_recipe(path, [*overrides, f"run_dir={run}"])
     if trusted:
         return resolve_config(tree, str(path))
     given = [item.partition("=")[0] for item in overrides]
@@ -104,18 +105,6 @@ def load_run(run: str | Path, overrides: Sequence[str], *, trusted: bool) -> Con
     return config
 
 
-def _with_new_names(tree: DictConfig) -> DictConfig:
-    """The recipe of a run that was stored before keys were renamed."""
-    raw = OmegaConf.to_container(tree, resolve=False)  # an interpolation may not be resolved yet
-    for old, new in RENAMED.items():
-        section, name = old.split(".")
-        if (value := value_at(raw, (section, name))) is not None:
-            del tree[section][name]
-            if value_at(raw, tuple(new.split("."))) is None:  # else an override has set it
-                OmegaConf.update(tree, new, "transformers" if value == "torch" else value)
-    return tree
-
-
 def _refuse(path: Path, wants: list[tuple[str, Any, str]], given: list[str]) -> None:
     """Raises for what the file wants, unless a key that was given on the command line wants it."""
     lines = [
@@ -133,7 +122,7 @@ def _refuse(path: Path, wants: list[tuple[str, Any, str]], given: list[str]) -> 
 def _differences(run_dir: Path, config: Config) -> list[str]:
     """One line for each key that decides what is computed and has another value than in the folder."""
     path = run_dir / _CONFIG
-    stored = resolve_config(_with_new_names(read_recipe(path)), str(path))
+    stored = resolve_config(read_recipe(path), str(path))
     before, now, shown = dataclasses.asdict(stored), dataclasses.asdict(config), _leaves(as_written(config))
     digests = _Digests.of(run_dir)
     for path, (said, _) in stored.interpolated.items():

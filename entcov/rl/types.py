@@ -46,5 +46,8 @@ class Rollout:
     reward: float | None = None  # None: not scored yet
     timed_out: bool = False  # scored 0 because scoring took too long
     shaped_reward: float | None = None  # after reward shaping; None: not shaped
+    components: dict[str, float] | None = None  # of the reward, where the reward function returns several
+    baseline: float | None = None  # reward of a greedy response to the same prompt; None: not sampled
     lag: int = 0  # training steps by which the policy that trains on it is newer
     temperature: float | None = None  # that it was sampled at, where prompts have their own; None: the recipe's
+    entropy: float | None = None  # the policy's at temperature 1, mean over `tokens`, nats; None: not measured

@@ -17,7 +17,7 @@ SHAPE = (
 )  # fmt: skip
 SHORT = (
     "steps=2", "run_dir=runs/smoke", "rollout.prompts_per_step=32", "rollout.filter_zero_variance=false",
-    "rollout.max_draws=3", "rollout.max_response_length=256", "eval.prompts=0",
+    "rollout.max_draws=10", "rollout.on_shortfall=raise", "rollout.max_response_length=256", "eval.prompts=0",
 )  # fmt: skip
 
 

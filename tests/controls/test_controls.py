@@ -11,9 +11,12 @@ from entcov.controls import (
     AdaptiveBonus,
     AEnt,
     ClipCov,
+    DifficultyBonus,
+    EntroPIC,
     EntropyBonus,
     KLCov,
     NoControl,
+    PositiveAdvantageReweighting,
     clamp_arguments,
     make_control,
     needs,
@@ -21,7 +24,9 @@ from entcov.controls import (
 )
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import PolicyLossConfig, Tokens
+from entcov.rl.config import parse_config
 from tests.support.objective_oracle import PROGRESS, top_by_hash
+from tests.support.tiny_run import recipe
 
 CONFIG = PolicyLossConfig()
 
@@ -264,26 +269,49 @@ def test_skywork_trace():
 
 
 def test_trl_trace():
-    """Same controller with <=, its own delta, and the analytic entropy; here the target itself counts as below."""
+    """The same with <=, its own delta, and the analytic entropy of each update; it starts switched off."""
     control = AdaptiveBonus(rule="trl")
     used = []
     for entropy in (0.15, 0.2, 0.21, 0.15):
         used.append(control.applied)
-        control.after_step({"updated/entropy": entropy, "scored/sampled_entropy": 99.0}, PROGRESS)
+        control.after_update({"entropy": entropy, "sampled_entropy": 99.0}, PROGRESS)
+        metrics = control.after_step({"updated/entropy": 99.0, "scored/sampled_entropy": 99.0}, PROGRESS)
+        assert metrics == {"actor/entropy_coef": used[-1], "actor/entropy_target": 0.2}
     assert [*used, control.applied] == pytest.approx([0, 5e-3, 1e-2, 0, 1e-2])
     at_target = AdaptiveBonus()
     at_target.after_step({"scored/sampled_entropy": 0.2}, PROGRESS)
     assert at_target.coef == 0.0 and not at_target.enabled  # Skywork's rule is strict
+    first = [AdaptiveBonus(rule=rule, entropy_coef=2e-3).applied for rule in ("skywork", "trl")]
+    assert first == [2e-3, 0.0]  # before any measurement
+
+
+def test_the_rule_of_skywork_moves_once_a_step_and_that_of_trl_once_an_update():
+    moves = {"skywork": 1, "trl": 3}
+    for rule, times in moves.items():
+        control = AdaptiveBonus(rule=rule)
+        for _ in range(3):
+            control.after_update({"entropy": 0.1, "sampled_entropy": 0.1}, PROGRESS)
+        used = control.after_step({"scored/sampled_entropy": 0.1, "updated/entropy": 0.1}, PROGRESS)
+        assert control.coef == pytest.approx(times * control.delta)
+        assert used["actor/entropy_coef"] == pytest.approx((times - 1) * control.delta)  # in the last update
+
+
+def adapt(control, entropy):
+    """One update and one step at this entropy, of every kind."""
+    names = ("entropy", "sampled_entropy", "clamped_entropy")
+    control.after_update(dict.fromkeys(names, entropy), PROGRESS)
+    both = {f"{when}/{name}": entropy for when in ("scored", "updated") for name in names}
+    return control.after_step(both, PROGRESS)
 
 
 @pytest.mark.parametrize("rule, delta, top", [("skywork", 1e-4, 5e-3), ("trl", 5e-3, 1.0)])
 def test_adaptive_bonus_stays_in_its_box(rule, delta, top):
     control = AdaptiveBonus(rule=rule, coef_min=2 * delta, entropy_coef=2 * delta)
     for _ in range(300):
-        control.after_step({"scored/sampled_entropy": 0.0, "updated/entropy": 0.0}, PROGRESS)
+        adapt(control, 0.0)
     assert control.coef == top
     for _ in range(300):
-        control.after_step({"scored/sampled_entropy": 1.0, "updated/entropy": 1.0}, PROGRESS)
+        adapt(control, 1.0)
     assert control.coef == 2 * delta
 
 
@@ -319,42 +347,45 @@ def test_aent_stays_in_its_box_and_fixed_when_not_adaptive():
 
 
 @pytest.mark.parametrize(
-    "control, key",
+    "control, moment, key",
     [
-        (AEnt(), "updated/clamped_entropy"),
-        (AdaptiveBonus(), "scored/sampled_entropy"),
-        (AdaptiveBonus(rule="trl"), "updated/entropy"),
+        (AEnt(), "after_step", "updated/clamped_entropy"),
+        (AdaptiveBonus(), "after_step", "scored/sampled_entropy"),
+        (AdaptiveBonus(rule="trl"), "after_update", "entropy"),
+        (EntroPIC(), "after_update", "entropy"),
+        (PositiveAdvantageReweighting(), "after_step", "scored/entropy"),
+        (DifficultyBonus(), "after_step", "scored/entropy"),
     ],
     ids=str,
 )
-def test_after_step_needs_its_mean(control, key):
+def test_a_controller_needs_its_mean(control, moment, key):
     before = control.state_dict()
     with pytest.raises(ValueError, match=rf"means must hold '{key}' for control {control.name}, got \['x'\]"):
-        control.after_step({"x": 1.0}, PROGRESS)
+        getattr(control, moment)({"x": 1.0}, PROGRESS)
     with pytest.raises(ValueError, match=rf"means\['{key}'\] must be finite for control {control.name}, got nan"):
-        control.after_step({key: math.nan}, PROGRESS)
+        getattr(control, moment)({key: math.nan}, PROGRESS)
     assert control.state_dict() == before
 
 
 # --- state, registry, validation --------------------------------------------------------------------------------------
 
-KNOBS = {"aent": {"warmup": 1}, "adaptive_bonus": {"rule": "trl"}}
+KNOBS = {
+    "aent": {"warmup": 1}, "adaptive_bonus": {"rule": "skywork"}, "entropic": {}, "positive_advantage_reweighting": {},
+    "difficulty_bonus": {"entropy_coef": 0.005},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(CONTROLS))
 def test_state_survives_json_and_continues_alike(name):
-    read = ("scored/sampled_entropy", "updated/entropy", "updated/clamped_entropy")
-    means = [dict.fromkeys(read, h) for h in (0.1, 0.05, 0.3, 0.6, 0.15)]
+    entropies = (0.1, 0.05, 0.3, 0.6, 0.15)
     whole, first = make_control(name, **KNOBS.get(name, {})), make_control(name, **KNOBS.get(name, {}))
-    for m in means[:3]:
-        whole.after_step(m, PROGRESS)
-        first.after_step(m, PROGRESS)
+    for h in entropies[:3]:
+        adapt(whole, h)
+        adapt(first, h)
     resumed = make_control(name, **KNOBS.get(name, {}))
     assert not first.state or first.state_dict() != resumed.state_dict()
-    if name == "adaptive_bonus":  # above the target since the last step: unlike at the start
-        assert not first.enabled
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [whole.after_step(m, PROGRESS) for m in means[3:]] == [resumed.after_step(m, PROGRESS) for m in means[3:]]
+    assert [adapt(whole, h) for h in entropies[3:]] == [adapt(resumed, h) for h in entropies[3:]]
     assert whole.state_dict() == resumed.state_dict()
     assert bool(whole.state_dict()) == (name in KNOBS)
 
@@ -376,7 +407,11 @@ def test_state_errors_leave_the_state_alone(state, error, message):
 
 
 def test_registry():
-    assert set(CONTROLS) == {"none", "entropy_bonus", "adaptive_bonus", "clip_cov", "kl_cov", "aent"}
+    assert set(CONTROLS) == {
+        "none", "entropy_bonus", "adaptive_bonus", "difficulty_bonus", "aent", "entropic", "clip_cov", "kl_cov", "sent",
+        "clip_b", "clip_v", "high_entropy_tokens", "entropy_advantage", "positive_advantage_reweighting",
+        "relative_entropy", "perplexity_shaping", "position_shaping",
+    }  # fmt: skip
     assert all(cls.name == name and cls().name == name for name, cls in CONTROLS.items())
     assert make_control("kl_cov", kl_cov_ratio=0.01) == KLCov(kl_cov_ratio=0.01)
     with pytest.raises(ValueError, match="control name must be one of none, entropy_bonus, .*; got 'klcov'"):
@@ -385,6 +420,14 @@ def test_registry():
         make_control("kl_cov", k_percent=0.2)
     with pytest.raises(ValueError, match="control none has no knob 'x'; it has none"):
         make_control("none", x=1)
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_every_control_is_built_from_a_recipe(name):
+    knobs = KNOBS.get(name, {})
+    config = parse_config(recipe("unused", control=[name], **{f"controls.{name}": knobs}))
+    (control,) = config.build_controls()
+    assert control == make_control(name, **knobs)
 
 
 def test_needs_and_clamp_arguments():
@@ -440,6 +483,35 @@ def test_select_names_the_missing_field(control):
         ("aent", {"warmup": -1}, ValueError, "warmup must be at least 0, got -1"),
         ("aent", {"coef_lr": -1.0}, ValueError, "coef_lr must be in .* got -1"),
         ("aent", {"adaptive": 1}, TypeError, "adaptive must be True or False, got 1"),
+        ("clip_b", {"mu": -1.0}, ValueError, "mu must be in .0, inf., got -1.0"),
+        ("clip_v", {"max_frac": 2}, ValueError, "max_frac must be in .0, 1., got 2; it is a fraction"),
+        ("high_entropy_tokens", {"top_entropy_quantile": 0}, ValueError, "top_entropy_quantile must be greater than 0"),
+        ("high_entropy_tokens", {"top_entropy_quantile": 20}, ValueError, "got 20; it is a fraction, not a percent"),
+        ("high_entropy_tokens", {"denominator": "al"}, ValueError, "denominator must be one of kept, all; got 'al'"),
+        ("high_entropy_tokens", {"scope": "rollout"}, ValueError, "scope must be one of global, micro_batch; got"),
+        ("sent", {"kl_cov_ratio": 0.6}, ValueError, "kl_cov_ratio must be in .0, 0.5., .* not a percent"),
+        ("sent", {"high_cov_coef": 0.1}, ValueError, "high_cov_coef must be in .* the lower end is low_cov_coef"),
+        ("sent", {"semantics": "v1"}, ValueError, "semantics must be one of paper, reference; got 'v1'"),
+        ("sent", {"low_entropy_ratio": 80}, ValueError, "low_entropy_ratio must be in .0, 1., got 80"),
+        ("entropy_advantage", {"kappa": 0.5}, ValueError, "kappa must be in .1, inf., got 0.5; below 1 the bonus"),
+        ("entropy_advantage", {"alpha": "0.4"}, TypeError, "alpha must be a number, got '0.4'"),
+        (
+            "positive_advantage_reweighting",
+            {"schedule": "linear"},
+            ValueError,
+            "one of entropy, stage, epoch; got 'lin",
+        ),
+        ("positive_advantage_reweighting", {"weight": 1.5}, ValueError, "weight must be in .0, 1., got 1.5"),
+        ("positive_advantage_reweighting", {"delta": -0.1}, ValueError, "delta must be in .0, 1., got -0.1"),
+        ("perplexity_shaping", {"ppl_coef": -1}, ValueError, "ppl_coef must be in .* got -1"),
+        ("position_shaping", {"start": 2.0}, ValueError, "start must be in .0, 1., got 2.0"),
+        ("position_shaping", {"steepness": math.inf}, ValueError, "steepness must be in .* got inf"),
+        ("entropic", {"target": 0.0}, ValueError, "target must be greater than 0"),
+        ("entropic", {"prob_threshold": 95}, ValueError, "prob_threshold must be in .0, 1., got 95; it is a fraction"),
+        ("entropic", {"ki": -0.1}, ValueError, "ki must be in .* got -0.1"),
+        ("difficulty_bonus", {"tau": 4}, ValueError, "tau must be in .0, 1., got 4"),
+        ("difficulty_bonus", {"coef_lr": 0.0}, ValueError, "coef_lr must be greater than 0"),
+        ("difficulty_bonus", {"entropy_coef": 0.1}, ValueError, "entropy_coef must be in .0, 0.01., got 0.1"),
     ],
 )
 def test_knob_errors_name_key_rule_and_value(name, knobs, error, message):

@@ -25,7 +25,13 @@ def written(folder: Path, text: str) -> Path:
     return folder / "recipe.yaml"
 
 
-@pytest.mark.parametrize("name", ["clip_cov", "kl_cov", "aent_math", "entropy_bonus", "skywork"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clip_cov", "kl_cov", "aent_math", "entropy_bonus", "skywork", "clip_b", "clip_v", "high_entropy_tokens",
+        "entropy_advantage", "positive_advantage_reweighting", "entropic", "sent",
+    ],
+)  # fmt: skip
 def test_the_defaults_of_a_control_are_a_published_setting(name):
     control, values = knobs(name)
     assert CONTROLS[control](**values) == CONTROLS[control]()
@@ -49,6 +55,7 @@ def test_the_last_word_on_the_command_line_counts():
     assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.3)
     config = load_config(ROOT / "examples/aent_math_1.5b.yaml", ["preset=clip_cov"])
     assert config.control == ["clip_cov"] and config.loss.clip_low == 1.0
+    assert config.loss.dual_clip is None  # not that of the recipe's own setting
 
 
 def test_keys_of_a_recipe_win_over_its_preset(tmp_path):
@@ -65,7 +72,7 @@ def test_an_unknown_preset_is_named_and_nothing_is_resolved(tmp_path, name, monk
         (written(tmp_path, f"{TINY}preset: {name}\n"), []),
     ):
         written(tmp_path, TINY if overrides else f"{TINY}preset: {name}\n")
-        with pytest.raises(ConfigError, match="preset must be one of grpo, .*skywork; got ") as error:
+        with pytest.raises(ConfigError, match="preset must be one of grpo, .*skywork, .*; got ") as error:
             load_config(recipe, overrides)
         assert "secret" not in str(error.value) and "\n" not in str(error.value)
         assert ("did you mean clip_cov?" in str(error.value)) == (name == "clip_cow")
@@ -79,9 +86,14 @@ def test_the_32b_recipe_has_its_own_setting_s_share_of_tokens():
 
 def test_the_docs_have_every_setting():
     page = (ROOT / "docs/methods.md").read_text()
+
+    def shown(values):
+        return ", ".join(
+            f"{key} {x if isinstance(x, str) else format(x, 'g')}" for key, x in values.items() if x is not None
+        )
+
     for name, setting in PUBLISHED.items():
-        clip = setting.keys.get("loss")
-        cells = [f"clip_low {clip['clip_low']:g}, clip_high {clip['clip_high']:g}"] if clip else []
-        for control, values in setting.keys["controls"].items():
-            cells.append(f"{control}: " + ", ".join(f"{key} {value:g}" for key, value in values.items()))
+        loss = setting.keys.get("loss")
+        cells = [shown(loss)] if loss else []
+        cells += [f"{control}: {shown(values)}" for control, values in setting.keys["controls"].items()]
         assert f"| `{name}` | {'; '.join(cells)} | {setting.source} |" in page, name

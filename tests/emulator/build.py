@@ -151,7 +151,7 @@ MUTANTS = {
         "2049 fp16", "AddressSanitizer: use-after-poison",
     ),
     "vector loads of unaligned rows": Mutant(
-        "plain", "row_stats.cu", "device/vectors.cuh",
+        "plain", "row_stats.cu", "launch.h",
         "return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&",
         "return reinterpret_cast<uintptr_t>(logits.data) % 2 == 0 ||",
         "1000 bf16, unaligned", "misaligned 16-byte load",

@@ -5,7 +5,7 @@ synchronisation, CUDA graphs.
 import pytest
 import torch
 
-from entcov.objective.selection import select_clip_cov, select_kl_cov
+from entcov.objective.selection import select_clip_cov, select_largest
 from entcov.objective.token_covariance import covariance_summary, token_covariance
 from tests.support.on_device import DEVICE
 
@@ -26,7 +26,7 @@ def everything(logprob, advantage, mask, ids, step):
     """All that a step computes, as one tuple of tensors."""
     covariance = token_covariance(logprob, advantage, mask)
     clip = select_clip_cov(covariance, ids, ratio=0.01, low=1.0, high=5.0, seed=1, step=step)
-    kl = select_kl_cov(covariance, ids, ratio=0.02, seed=1, step=step)
+    kl = select_largest(covariance, ids, ratio=0.02, seed=1, step=step)
     summary = covariance_summary(covariance)
     return covariance.value, clip.mask, clip.count, kl.mask, kl.count, kl.threshold, *summary.values()
 

@@ -85,23 +85,34 @@ def test_the_setting_of_cui_et_al(commands, size, lr):
     assert (rollout.prompts_per_step, rollout.group_size, rollout.max_response_length) == (256, 8, 8192)
     assert rollout.filter_zero_variance and config.data.max_prompt_length == 2048
     assert (actor.lr, actor.updates_per_rollout, actor.weight_decay, actor.max_grad_norm) == (lr, 8, 0.0, 1.0)
+    assert (actor.warmup_steps, rollout.max_draws, rollout.on_shortfall, config.eval.entropy) == (0, 10, "raise", True)
     assert config.data.train_files == ["data/dapo_math_17k/train.parquet"]
     protocol = {"aime24": (32, 0.6), "aime25": (32, 0.6), "amc": (32, 0.6), "math500": (1, 0.0), "minerva": (1, 0.0)}
-    assert {source: config.eval.settings(source) for source in protocol} == protocol
+    assert {source: config.eval.settings(source) for source in protocol} == {
+        s: (*p, 1.0, 0) for s, p in protocol.items()
+    }
 
 
 @pytest.mark.parametrize(
-    "setting, model, lr, prompts, group, length",
+    "setting, model, lr, prompts, group, length, steps, every, top_k",
     [
-        ("math", "Qwen/Qwen2.5-Math-1.5B", 2e-6, 512, 16, 3072),
-        ("openr1", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1e-6, 256, 8, 7168),
+        ("math", "Qwen/Qwen2.5-Math-1.5B", 2e-6, 512, 16, 3072, 30 * (7500 // 512), 15, 20),
+        ("openr1", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1e-6, 256, 8, 7168, 6 * (40000 // 256), 25, 0),
     ],
 )
-def test_the_settings_of_shen(commands, setting, model, lr, prompts, group, length):
+def test_the_settings_of_shen(commands, setting, model, lr, prompts, group, length, steps, every, top_k):
     config = loaded(commands["train_aent_1.5b.sh", setting])
     rollout = config.rollout
     assert (config.model.path, config.actor.lr, config.actor.updates_per_rollout) == (model, lr, 4)
     assert (rollout.prompts_per_step, rollout.group_size, rollout.max_response_length) == (prompts, group, length)
+    assert (config.actor.warmup_steps, config.actor.weight_decay, config.steps) == (0, 0.01, steps)
+    assert (config.eval.every, config.eval.prompts, config.eval.settings("minerva")) == (
+        every,
+        None,
+        (4, 0.6, 0.95, top_k),
+    )
+    sets = {"math_hard", "math500", "aime24", "amc23", "minerva", "olympiadbench"}
+    assert {file.split("/")[1] for file in config.data.val_files} == sets
 
 
 @pytest.mark.parametrize("size, gpus", [("7b", 8), ("32b", 32), ("32b", 64), ("32b", 128)])
@@ -214,8 +225,8 @@ def test_the_whole_table_is_evaluated(tmp_path):
     assert (subcommand, run) == ("eval", str(tmp_path))
     config = load_config(ROOT / "examples/qwen2.5_7b_dapo_math.yaml", overrides)
     assert config.data.val_files == [f"data/{name}/test.parquet" for name in EVAL_SETS]
-    assert config.eval.prompts is None and config.eval.settings("omni_math") == (2, 0.0)
-    assert config.eval.settings("aime25") == (32, 0.6)
+    assert config.eval.prompts is None and config.eval.settings("omni_math") == (2, 0.0, 1.0, 0)
+    assert config.eval.settings("aime25") == (32, 0.6, 1.0, 0)
 
 
 def test_mistakes_end_a_script_before_it_starts():

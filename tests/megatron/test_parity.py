@@ -35,6 +35,7 @@ TWO = [
     *matrix(pipeline_parallel=2),
     *matrix(context_parallel=2),
     one("llama", "clip_cov", tensor_parallel=2),
+    one("qwen3", "clip_cov", "responses", context_parallel=2),
     one("qwen3", "aent", overlap=True),
     one("qwen3", "kl_cov", tensor_parallel=2, recompute="selective", selection_logprob="recompute"),
     one("qwen2", "clip_cov", tensor_parallel=2, sequence_parallel=True, recompute="full", packing=True),
@@ -50,6 +51,7 @@ FOUR = [
     one("qwen2", "kl_cov", "few", packing=True, pipeline_parallel=2),
     one("qwen2", "entropy_bonus", "kl", tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
     one("qwen3", "aent", pipeline_parallel=2, overlap=True),
+    one("qwen2", "entropy_bonus", "responses", pipeline_parallel=2, context_parallel=2, packing=True),
     {"task": "refuses", "model": "qwen3", "megatron": {"tensor_parallel": 2}},
 ]
 

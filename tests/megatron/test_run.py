@@ -31,6 +31,9 @@ CHANGES = {
     "control": ["clip_cov", "aent"],
     "controls": {"clip_cov": {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1}, "aent": {"warmup": 1}},
     "loss": {"kl_coef": 0.01},
+    "rollout.temperature": 0.9,
+    "eval.entropy": True,  # at temperature 1
+    "eval.top_k": 3,
 }
 LIMIT = 300.0  # seconds that any wait may take before the test gives up
 

@@ -11,7 +11,7 @@ import torch
 from entcov import arguments
 from entcov.controls import ClipCov, KLCov, select
 from entcov.objective.radix_select import float_key, key_to_float, radix_select
-from entcov.objective.selection import _mix, select_clip_cov, select_kl_cov, token_hash
+from entcov.objective.selection import _mix, select_clip_cov, select_largest, token_hash
 from entcov.objective.token_covariance import covariance_summary, token_covariance
 from entcov.objective.tokens import PolicyLossConfig, Tokens
 from entcov.stats.ranks import AllReduces
@@ -52,7 +52,7 @@ def test_covariance_hand_selection():
     ids = torch.arange(8)
     both = select_clip_cov(result, ids, ratio=0.5, low=1.0, high=5.0, seed=0, step=0)
     assert both.mask.nonzero().flatten().tolist() == [0, 7]
-    top = select_kl_cov(result, ids, ratio=2 / 7, seed=0, step=0)
+    top = select_largest(result, ids, ratio=2 / 7, seed=0, step=0)
     assert top.mask.nonzero().flatten().tolist() == [0, 7]
     assert float(top.threshold) == pytest.approx(1.22953, abs=6e-6)
 
@@ -191,7 +191,7 @@ def test_selections_match_oracle(seed, ratio):
     mask, ids = tokens.loss_mask, tokens.token_id
     clip = select_clip_cov(result, ids, ratio=ratio, low=0.25, high=2.0, seed=seed, step=3)
     assert set(ids[clip.mask].tolist()) == clip_cov_oracle(value, mask, ids, ratio, 0.25, 2.0, seed, 3)
-    kl = select_kl_cov(result, ids, ratio=ratio, seed=seed, step=3)
+    kl = select_largest(result, ids, ratio=ratio, seed=seed, step=3)
     n = int(ratio * int(mask.sum()))
     assert set(ids[kl.mask].tolist()) == kl_cov_oracle(value, mask, ids, n, seed, 3)
     assert int(kl.count) == n
@@ -208,7 +208,7 @@ def test_ties_are_settled_by_the_hash():
     for trial in range(3):
         order = torch.randperm(1000, generator=torch.Generator().manual_seed(trial))
         shuffled = token_covariance(logprob[order], advantage, mask)
-        got = select_kl_cov(shuffled, ids[order], ratio=0.1, seed=5, step=9)
+        got = select_largest(shuffled, ids[order], ratio=0.1, seed=5, step=9)
         assert set(ids[order][got.mask].tolist()) == expected
 
 
@@ -254,8 +254,8 @@ def test_draw_is_uniform_and_changes_with_seed_and_step():
 def test_at_least_one_token():
     tokens, _ = make_batch(0)
     result = token_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask)
-    assert int(select_kl_cov(result, tokens.token_id, ratio=0.0, seed=0, step=0, at_least=1).count) == 1
-    assert int(select_kl_cov(result, tokens.token_id, ratio=0.0, seed=0, step=0).count) == 0
+    assert int(select_largest(result, tokens.token_id, ratio=0.0, seed=0, step=0, at_least=1).count) == 1
+    assert int(select_largest(result, tokens.token_id, ratio=0.0, seed=0, step=0).count) == 0
 
 
 # --- degenerate batches, errors, host synchronisation ---------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_no_token_anywhere_is_an_error():
             token_covariance(torch.zeros(length), torch.zeros(length), nothing[:length])
     empty = token_covariance(torch.zeros(5), torch.zeros(5), nothing, empty_ok=True)
     assert not empty.value.any()
-    assert int(select_kl_cov(empty, torch.arange(5), ratio=0.5, seed=0, step=0, at_least=1).count) == 0
+    assert int(select_largest(empty, torch.arange(5), ratio=0.5, seed=0, step=0, at_least=1).count) == 0
     chosen = select_clip_cov(empty, torch.arange(5), ratio=0.5, low=-1.0, high=1.0, seed=0, step=0, at_least=1)
     assert int(chosen.count) == 0
 
@@ -291,9 +291,9 @@ def test_type_and_shape_errors():
         token_covariance(logprob, logprob[:2], mask)
     result = token_covariance(logprob, logprob, mask)
     with pytest.raises(TypeError, match="token_id must be torch.int64"):
-        select_kl_cov(result, torch.arange(3).int(), ratio=0.1, seed=0, step=0)
+        select_largest(result, torch.arange(3).int(), ratio=0.1, seed=0, step=0)
     with pytest.raises(ValueError, match="ratio must be in .0, 1., got 2; it is a fraction, not a percent"):
-        select_kl_cov(result, torch.arange(3), ratio=2, seed=0, step=0)
+        select_largest(result, torch.arange(3), ratio=2, seed=0, step=0)
 
 
 def test_repeated_token_ids_are_an_error():
@@ -302,7 +302,7 @@ def test_repeated_token_ids_are_an_error():
         ValueError,
         match="token_id must be different for every unmasked token.*at least 1 tokens have the id of another",
     ):
-        select_kl_cov(result, torch.tensor([0, 1, 2, 3, 4, 4]), ratio=0.5, seed=0, step=0)
+        select_largest(result, torch.tensor([0, 1, 2, 3, 4, 4]), ratio=0.5, seed=0, step=0)
 
 
 def test_no_host_synchronisation_on_the_device_path():
@@ -352,7 +352,7 @@ def test_the_device_path_has_the_bits_and_the_traffic_that_are_promised(monkeypa
     calls = {
         "summary": lambda c: tuple(covariance_summary(c).values()),
         "clip": lambda c: selected(select_clip_cov(c, ids, ratio=2e-4, low=0.1, high=5.0, seed=3, step=7)),
-        "kl": lambda c: selected(select_kl_cov(c, ids, ratio=2e-3, seed=3, step=7)),
+        "kl": lambda c: selected(select_largest(c, ids, ratio=2e-3, seed=3, step=7)),
     }
 
     def selected(selection):

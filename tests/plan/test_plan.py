@@ -278,7 +278,7 @@ def test_passes_by_hand():
     gradients = sent["gradients, reduce-scatter"]
     assert gradients.count == 2 and gradients.bytes_each == 4 * p / 2 and gradients.bytes == 4 * p
     assert sent["weights, all-gather"].bytes == 2 * p
-    assert (sent["scores, all-reduce"].count, sent["scores, all-reduce"].bytes_each) == (1, 4 * 160 * 3)
+    assert (sent["scores, all-reduce"].count, sent["scores, all-reduce"].bytes_each) == (1, 4 * 160 * 4)
     assert (sent["selection scores, all-reduce"].count, sent["selection scores, all-reduce"].bytes_each) == (1, 4 * 80)
 
 

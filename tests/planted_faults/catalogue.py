@@ -1,9 +1,21 @@
 """Every planted fault."""
 
-from tests.planted_faults import confinement, data_level, megatron, objective, statistics, storage, trainer
+from tests.planted_faults import (
+    advantages,
+    confinement,
+    controls,
+    data_level,
+    megatron,
+    objective,
+    statistics,
+    storage,
+    trainer,
+)
 
 FAULTS = (
     *objective.FAULTS,
+    *advantages.FAULTS,
+    *controls.FAULTS,
     *trainer.FAULTS,
     *data_level.FAULTS,
     *storage.FAULTS,

@@ -5,14 +5,18 @@ from tests.planted_faults.fault import Fault
 POOL, BUDGET, CORES, WORKER, ISOLATION, GUARD = (
     f"entcov/rl/sandbox/{name}.py" for name in ("pool", "budget", "cores", "worker", "isolation", "guard")
 )
+VALUES, CODE, ASSERTIONS = "entcov/rl/sandbox/values.py", "entcov/rl/rewards/code.py", "entcov/rl/rewards/assertions.py"
 SERVER, TOKEN = "entcov/rl/vllm/guard.py", "entcov/rl/vllm/token.py"
-T_SANDBOX, T_GUARD, T_GYM, T_SERVER = (
+T_SANDBOX, T_GUARD, T_GYM, T_SERVER, T_VALUES, T_CODE, T_ASSERTIONS = (
     f"tests/{name}.py::test_"
     for name in (
         "rl/sandbox/test_sandbox",
         "rl/sandbox/test_guard",
         "rl/tasks/test_reasoning_gym",
         "rl/vllm/test_guard",
+        "rl/sandbox/test_values",
+        "rl/rewards/test_code",
+        "rl/rewards/test_assertions",
     )
 )
 ONE_REPLY = T_SANDBOX + "a_reply_that_is_not_the_one_reply_scores_nothing"
@@ -124,6 +128,107 @@ FAULTS = (
         'b"1" if value > 0 else b"0"',
         [T_GYM + "reasoning_gym_partial_credit_is_no_success_and_its_exceptions_are_zeros"],
         slow="imports reasoning-gym",
+    ),
+    # ---- the reward of programs --------------------------------------------------------------------------------------
+    Fault(
+        "program_is_told_what_is_expected",
+        CODE,
+        "outcomes = call_program(source, self.calls, limit",
+        'outcomes = call_program(f"{source}\\n_ = {self.expected}", self.calls, limit',
+        [T_CODE + "what_is_expected_is_not_in_the_program_s_process"],
+    ),
+    Fault(
+        "object_of_a_program_is_equal_to_what_is_expected",
+        VALUES,
+        "        return False\n\n    __hash__",
+        "        return True\n\n    __hash__",
+        [T_VALUES + "other_objects_are_equal_to_nothing"],
+    ),
+    Fault(
+        "one_right_result_is_enough",
+        CODE,
+        "len(outcomes) == len(self.calls) and all(",
+        "len(outcomes) == len(self.calls) and any(",
+        [T_CODE + "all_tests_must_pass[calls]"],
+    ),
+    Fault(
+        "results_of_a_program_that_ended_early_are_enough",
+        CODE,
+        "len(outcomes) == len(self.calls) and all(\n",
+        "all(\n",
+        [T_CODE + "hostile_programs_earn_nothing_and_the_next_program_runs[calls]"],
+        slow="runs 40 programs, some to their limit",
+    ),
+    Fault(
+        "program_that_crashes_after_its_output_passes",
+        CODE,
+        "done.ended_by or done.status or not",
+        "done.ended_by or not",
+        [T_CODE + "what_the_forms_of_tests_mean"],
+    ),
+    Fault(
+        "tests_of_a_program_have_no_time_in_all",
+        CODE,
+        "limit=min(left, TEST_LIMIT)",
+        "limit=TEST_LIMIT",
+        [T_CODE + "time_is_limited_for_each_test_and_for_all"],
+    ),
+    Fault(
+        "time_of_a_call_is_not_given_anew",
+        WORKER,
+        '            if each is not None and b"\\n" in data:\n',
+        "            if False:\n",
+        [T_CODE + "each_call_has_its_own_time"],
+    ),
+    Fault(
+        "call_may_take_the_time_of_all",
+        WORKER,
+        "line_deadline = deadline if each is None else",
+        "line_deadline = deadline if True else",
+        [T_CODE + "each_call_has_its_own_time"],
+        slow="until the limit of all calls ends the program",
+    ),
+    Fault(
+        "first_block_counts",
+        CODE,
+        "            blocks[language in",
+        "            blocks.setdefault(False, '')\n            blocks[language not in",
+        [T_CODE + "the_last_block_of_python_counts_else_the_last_block"],
+    ),
+    Fault(
+        "test_that_calls_nothing_is_passed_by_every_program",
+        ASSERTIONS,
+        "        if not self.calls:\n",
+        "        if False:\n",
+        [T_ASSERTIONS + "what_cannot_be_judged_is_refused_when_it_is_read"],
+    ),
+    Fault(
+        "exception_in_a_call_is_overlooked",
+        ASSERTIONS,
+        "if any(outcome.raised for outcome in outcomes):",
+        "if False:",
+        [T_ASSERTIONS + "a_statement_holds_for_right_values_alone"],
+    ),
+    Fault(
+        "rows_with_tests_that_cannot_be_judged_are_kept",
+        "entcov/rl/data/code_rows.py",
+        "    except ValueError:\n        return None\n    return truth\n",
+        "    except ValueError:\n        pass\n    return truth\n",
+        ["tests/rl/data/test_code_rows.py::test_every_set_becomes_rows_that_are_paid_for_right_programs[acecode]"],
+    ),
+    Fault(
+        "rows_whose_own_solution_fails_are_kept",
+        "entcov/rl/data/code_rows.py",
+        "truth is not None and passes(",
+        "truth is not None or passes(",
+        ["tests/rl/data/test_code_rows.py::test_every_set_becomes_rows_that_are_paid_for_right_programs[kodcode]"],
+    ),
+    Fault(
+        "program_needs_the_values_that_it_was_shown_alone",
+        "entcov/rl/tasks/programs.py",
+        "TESTED = (*SHOWN, 3, 25, 100, -7)",
+        "TESTED = SHOWN",
+        ["tests/rl/tasks/test_tasks.py::test_a_program_is_scored_by_what_it_computes"],
     ),
     # ---- what a program can do ---------------------------------------------------------------------------------------
     Fault(

@@ -121,23 +121,23 @@ FAULTS = (
     Fault(
         "stored_rollouts_lose_their_temperature",
         COLLECT,
-        'packed.get("temperatures", [None]',
-        'packed.get("temperature", [None]',
+        '_KEPT = ("components", "baseline", "temperature")',
+        '_KEPT = ("components", "baseline")',
         [T_LOOP + "kept_rollouts_are_the_same_rollouts"],
         slow=OTHERS,
     ),
     Fault(
         "rollouts_have_the_temperature_of_the_recipe",
         COLLECT,
-        "rollout.temperature = by_uid[rollout.prompt.uid]",
+        "rollout.temperature = own.get(rollout.prompt.uid)",
         "rollout.temperature = config.temperature",
         [T_LOOP + "a_prompt_policy_chooses_and_heats_prompts"],
     ),
     Fault(
         "advantage_from_raw_scores",
         LOOP,
-        "advantage = ADVANTAGES[self.config.advantage](responses.reward,",
-        "advantage = ADVANTAGES[self.config.advantage](responses.score,",
+        "table = with_pseudo(self.shapings, responses)",
+        "table = replace(responses, reward=responses.score)",
         [T_LOOP + "the_advantage_is_computed_from_shaped_rewards_and_the_score_stays"],
     ),
     # ---- temperatures ------------------------------------------------------------------------------------------------

@@ -1,13 +1,11 @@
-"""Faults of the loss, the token covariance and its selections, the advantages, the controls."""
+"""Faults of the loss, the token covariance and its selections, the controls."""
 
 from tests.planted_faults.fault import Fault
 
-LOSSES, COVARIANCE, ADVANTAGES = (
-    "entcov/objective/policy_loss.py",
-    "entcov/objective/token_covariance.py",
-    "entcov/objective/advantages.py",
+LOSSES, OBJECTIVES, MISMATCH, COVARIANCE = (
+    f"entcov/objective/{name}.py" for name in ("policy_loss", "objectives", "mismatch", "token_covariance")
 )
-TOKENS = "entcov/objective/tokens.py"
+TOKENS, MEANS = "entcov/objective/tokens.py", "entcov/objective/token_means.py"
 RADIX = "entcov/objective/radix_select.py"
 SELECTION = "entcov/objective/selection.py"
 SELECT, CLIP_COV, KL_COV = (f"entcov/controls/{name}.py" for name in ("__init__", "clip_cov", "kl_cov"))
@@ -17,7 +15,7 @@ T_LOSSES, T_COVARIANCE, T_CONTROLS = (
     f"tests/{name}.py::"
     for name in ("objective/test_policy_loss", "objective/test_token_covariance", "controls/test_controls")
 )
-T_ADVANTAGES, T_SPLITS = "tests/objective/test_advantages.py::test_", "tests/objective/test_selection_splits.py::test_"
+T_SPLITS = "tests/objective/test_selection_splits.py::test_"
 T_MOMENTS = "tests/controls/test_moments.py::test_"
 BY_LOOP = T_LOSSES + "test_matches_loop"
 ANY_SPLIT = T_LOSSES + "test_any_split_gives_equal_gradients"
@@ -67,65 +65,65 @@ FAULTS = (
     ),
     Fault(
         "clip_high_used_for_clip_low",
-        LOSSES,
+        OBJECTIVES,
         "bounded = -advantage * ratio.clamp(1 - config.clip_low,",
         "bounded = -advantage * ratio.clamp(1 - config.clip_high,",
         [BY_LOOP, T_LOSSES + "test_clip_hand_values"],
     ),
     Fault(
         "clip_takes_the_smaller_loss",
-        LOSSES,
-        "pg = torch.maximum(pg, bounded)",
-        "pg = torch.minimum(pg, bounded)",
+        OBJECTIVES,
+        "return torch.maximum(pg, bounded)",
+        "return torch.minimum(pg, bounded)",
         [BY_LOOP, T_LOSSES + "test_clip_hand_values"],
     ),
     Fault(
         "dual_clip_on_positive_advantages",
-        LOSSES,
+        OBJECTIVES,
         "lower = (pg > ceiling) & (advantage < 0)",
         "lower = (pg > ceiling) & (advantage > 0)",
         [BY_LOOP, T_LOSSES + "test_dual_clip_hand_values"],
     ),
     Fault(
         "dual_clip_on_the_wrong_side",
-        LOSSES,
+        OBJECTIVES,
         "lower = (pg > ceiling) & (advantage < 0)",
         "lower = (pg < ceiling) & (advantage < 0)",
         [BY_LOOP, T_LOSSES + "test_dual_clip_hand_values"],
     ),
     Fault(
         "importance_weight_has_no_cap",
-        LOSSES,
-        "raw.clamp(max=config.tis_cap)",
-        "raw",
+        MISMATCH,
+        "ratio.clamp(config.tis_floor, config.tis_cap)",
+        "ratio.clamp(min=config.tis_floor)",
         [BY_LOOP, TIS_BY_HAND],
     ),
     Fault(
         "importance_weight_has_a_floor_of_a_half",
-        LOSSES,
-        "raw.clamp(max=config.tis_cap)",
-        "raw.clamp(min=0.5, max=config.tis_cap)",
+        MISMATCH,
+        "ratio.clamp(config.tis_floor, config.tis_cap)",
+        "ratio.clamp(0.5, config.tis_cap)",
         [T_LOSSES + "test_the_importance_weight_has_no_floor"],
     ),
     Fault(
         "importance_weight_has_a_floor_of_a_tenth",
-        LOSSES,
-        "raw.clamp(max=config.tis_cap)",
-        "raw.clamp(min=0.1, max=config.tis_cap)",
+        MISMATCH,
+        "ratio.clamp(config.tis_floor, config.tis_cap)",
+        "ratio.clamp(0.1, config.tis_cap)",
         [T_LOSSES + "test_the_importance_weight_has_no_floor"],
     ),
     Fault(
         "importance_weight_upside_down",
-        LOSSES,
-        "raw = (tokens.old_logprob - rollout_logprob)",
-        "raw = (rollout_logprob - tokens.old_logprob)",
+        MISMATCH,
+        'log_ratio = (tokens.old_logprob - tokens.given("rollout_logprob", "tis_cap"))',
+        'log_ratio = (tokens.given("rollout_logprob", "tis_cap") - tokens.old_logprob)',
         [BY_LOOP, TIS_BY_HAND],
     ),
     Fault(
         "importance_weight_of_the_current_policy",
-        LOSSES,
-        "raw = (tokens.old_logprob - rollout_logprob)",
-        "raw = (tokens.logprob - rollout_logprob)",
+        MISMATCH,
+        'log_ratio = (tokens.old_logprob - tokens.given("rollout_logprob", "tis_cap"))',
+        'log_ratio = (tokens.logprob - tokens.given("rollout_logprob", "tis_cap"))',
         [BY_LOOP],
     ),
     Fault(
@@ -167,9 +165,9 @@ FAULTS = (
     ),
     Fault(
         "log_ratio_without_bound",
-        LOSSES,
-        "log_ratio = (tokens.logprob - tokens.old_logprob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)",
-        "log_ratio = tokens.logprob - tokens.old_logprob",
+        OBJECTIVES,
+        "return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()",
+        "return log_ratio.exp()",
         [T_LOSSES + "test_log_ratio_is_clamped"],
     ),
     Fault(
@@ -192,8 +190,8 @@ FAULTS = (
     Fault(
         "clip_stays_where_a_control_drops_it",
         LOSSES,
-        "if not any(effect.unclipped for effect in effects):",
-        "if True:",
+        "without_clip(config) if unclipped else config",
+        "config",
         [T_CONTROLS + "test_kl_cov_has_no_ppo_clip_in_reference_semantics", T_LOSSES + "test_composition"],
     ),
     Fault(
@@ -220,7 +218,7 @@ FAULTS = (
     # ---- covariance and selections -----------------------------------------------------------------------------------
     Fault(
         "means_of_one_rank",
-        COVARIANCE,
+        MEANS,
         "    sums = ranks.sum(sums)\n",
         "    ranks.sum(sums.clone())\n",
         [RANKS],
@@ -241,14 +239,14 @@ FAULTS = (
     ),
     Fault(
         "masked_tokens_count_in_the_means",
-        COVARIANCE,
+        MEANS,
         "torch.stack([mask.sum(), bad.sum()])",
         "torch.stack([torch.ones_like(mask).sum(), bad.sum()])",
         [T_COVARIANCE + "test_covariance_hand_values"],
     ),
     Fault(
         "denominator_eps_ignored",
-        COVARIANCE,
+        MEANS,
         "/ (num_tokens + denominator_eps)",
         "/ num_tokens",
         [T_COVARIANCE + "test_denominator_eps_is_masked_means"],
@@ -256,15 +254,15 @@ FAULTS = (
     Fault(
         "count_is_rounded",
         SELECTION,
-        "(covariance.num_tokens.double() * ratio).long()",
-        "(covariance.num_tokens.double() * ratio).round().long()",
+        "n = share.long()",
+        "n = share.round().long()",
         [ORACLE],
     ),
     Fault(
         "count_is_one_more",
         SELECTION,
-        "(covariance.num_tokens.double() * ratio).long()",
-        "((covariance.num_tokens.double() * ratio).long() + 1)",
+        "n = share.long()",
+        "n = (share.long() + 1)",
         [ORACLE, T_CONTROLS + "test_reference_counts_depend_on_the_split_and_ours_do_not"],
     ),
     Fault(
@@ -291,8 +289,8 @@ FAULTS = (
     Fault(
         "masked_tokens_are_candidates",
         SELECTION,
-        "candidate, value = covariance.mask, covariance.value",
-        "candidate, value = torch.ones_like(covariance.mask), covariance.value",
+        "candidate, value = scores.mask, scores.value",
+        "candidate, value = torch.ones_like(scores.mask), scores.value",
         [T_COVARIANCE + "test_masked_tokens_are_never_drawn"],
     ),
     Fault(
@@ -343,70 +341,6 @@ FAULTS = (
         "torch.where(bits >= 0, bits + 2**31, -1 - bits)",
         "torch.where(bits >= 0, bits + 2**31, bits + 2**31)",
         [T_COVARIANCE + "test_float_key_sorts_as_numbers_do"],
-    ),
-    # ---- advantages --------------------------------------------------------------------------------------------------
-    Fault(
-        "grpo_std_without_bessel",
-        ADVANTAGES,
-        "_group_sum(centred.square(), group) / (size - 1).clamp(min=1)",
-        "_group_sum(centred.square(), group) / size",
-        [T_ADVANTAGES + "grpo_hand_values", T_ADVANTAGES + "matches_loop_for_groups_in_any_order"],
-    ),
-    Fault(
-        "grpo_eps_a_hundred_times_larger",
-        ADVANTAGES,
-        "STD_EPS = 1e-6",
-        "STD_EPS = 1e-4",
-        [T_ADVANTAGES + "grpo_hand_values"],
-    ),
-    Fault(
-        "grpo_does_not_divide_by_the_std",
-        ADVANTAGES,
-        "(centred / (std + STD_EPS)).float()",
-        "centred.float()",
-        [T_ADVANTAGES + "grpo_hand_values"],
-    ),
-    Fault(
-        "rloo_baseline_includes_the_response_itself",
-        ADVANTAGES,
-        " * size / (size - 1).clamp(min=1)).float()",
-        ").float()",
-        [T_ADVANTAGES + "rloo_hand_values", T_ADVANTAGES + "matches_loop_for_groups_in_any_order"],
-    ),
-    Fault(
-        "a_single_response_gets_nothing",
-        ADVANTAGES,
-        "torch.where(size > 1, reward - _group_sum(reward, group) / size, reward)",
-        "reward - _group_sum(reward, group) / size",
-        [T_ADVANTAGES + "singleton_group_keeps_its_reward"],
-    ),
-    Fault(
-        "reinforce_pp_whitens_over_responses",
-        ADVANTAGES,
-        "weight = response_length.double()",
-        "weight = torch.ones_like(x)",
-        [T_ADVANTAGES + "whitening_is_over_tokens_not_responses", T_ADVANTAGES + "reinforce_pp_hand_values"],
-    ),
-    Fault(
-        "reinforce_pp_variance_without_bessel",
-        ADVANTAGES,
-        "(weight * (x - mean).square()).sum() / (tokens - 1)",
-        "(weight * (x - mean).square()).sum() / tokens",
-        [T_ADVANTAGES + "reinforce_pp_hand_values"],
-    ),
-    Fault(
-        "reinforce_pp_eps_ten_thousand_times_larger",
-        ADVANTAGES,
-        "VARIANCE_EPS = 1e-8",
-        "VARIANCE_EPS = 1e-4",
-        [T_ADVANTAGES + "reinforce_pp_hand_values"],
-    ),
-    Fault(
-        "reinforce_pp_baseline_has_no_baseline",
-        ADVANTAGES,
-        "_whiten_over_tokens(_centred(*_groups(reward, group_id, response_length)), response_length)",
-        "_whiten_over_tokens(_groups(reward, group_id, response_length)[0], response_length)",
-        [T_ADVANTAGES + "matches_loop_for_groups_in_any_order"],
     ),
     # ---- controls ----------------------------------------------------------------------------------------------------
     Fault(
@@ -552,15 +486,15 @@ FAULTS = (
     Fault(
         "adaptive_bonus_counts_the_target_as_below",
         ADAPTIVE,
-        '("scored/sampled_entropy", False,',
-        '("scored/sampled_entropy", True,',
+        '"skywork": (False,',
+        '"skywork": (True,',
         [T_CONTROLS + "test_trl_trace"],
     ),
     Fault(
         "skywork_rule_watches_the_analytic_entropy",
         ADAPTIVE,
-        '("scored/sampled_entropy", False,',
-        '("updated/entropy", False,',
+        'means, "scored/sampled_entropy")',
+        'means, "updated/entropy")',
         [T_CONTROLS + "test_skywork_trace"],
     ),
     Fault(

@@ -150,6 +150,13 @@ FAULTS = (
         ["tests/ops/test_contract.py::test_the_way_around_the_dispatcher_gives_the_same_bits"],
     ),
     Fault(
+        "an_op_that_is_dispatched_loses_its_temperature",
+        CORE,
+        "RowSpec(*args[at : at + count])",
+        "RowSpec(*args[at : at + 2])",
+        ["tests/ops/test_contract.py::test_the_way_around_the_dispatcher_gives_the_same_bits"],
+    ),
+    Fault(
         "ops_drop_gradients_silently",
         CORE,
         "if torch.is_grad_enabled() and any(",
@@ -208,7 +215,7 @@ FAULTS = (
         AGREEMENT,
         "        if self.failure is not None:\n",
         "        if False:\n",
-        [FAILS_BLIND + "[select_kl_cov seed]"],
+        [FAILS_BLIND + "[select_largest seed]"],
     ),
     Fault(
         "rank_that_failed_in_a_gather_blames_another",
@@ -264,7 +271,7 @@ FAULTS = (
         "entcov/objective/selection.py",
         "repeated = sums[1] - _num_bits(sums[2:]).sum()",
         "repeated = 0 * sums[1]",
-        [DISAGREE + "[select_kl_cov one id]", DISAGREE_BLIND + "[select_kl_cov one id]"],
+        [DISAGREE + "[select_largest one id]", DISAGREE_BLIND + "[select_largest one id]"],
     ),
     # ---- the plan ----------------------------------------------------------------------------------------------------
     Fault(

@@ -271,20 +271,6 @@ FAULTS = (
         [T_RUN_FOLDER + "a_start_that_failed_leaves_the_folder_free"],
     ),
     Fault(
-        "runs_under_old_key_names_do_not_go_on",
-        STORED_RECIPE,
-        '"transformers" if value == "torch" else value',
-        "value",
-        [T_STORED_RECIPE + "a_run_that_was_stored_under_old_names_goes_on_and_is_evaluated"],
-    ),
-    Fault(
-        "old_key_names_are_resolved_before_the_recipe_is_trusted",
-        STORED_RECIPE,
-        "resolve=False)  # an interpolation",
-        "resolve=True)  # an interpolation",
-        [T_STORED_RECIPE + "an_old_name_is_not_resolved_before_the_recipe_is_trusted"],
-    ),
-    Fault(
         "value_of_an_interpolation_is_not_compared",
         STORED_RECIPE,
         "value if digests.match(path, value) else said",

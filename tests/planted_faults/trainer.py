@@ -28,6 +28,8 @@ T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_STALENESS, T_
     )
 )  # fmt: skip
 T_BAD_INPUT = "tests/test_bad_input.py::test_"
+T_PREPARE, T_REWARDS = "tests/rl/data/test_prepare.py::test_", "tests/rl/rewards/test_rules.py::test_"
+T_RUN = "tests/rl/test_run.py::test_"
 
 FAULTS = (
     # ---- presets -----------------------------------------------------------------------------------------------------
@@ -288,9 +290,45 @@ FAULTS = (
     Fault(
         "stored_rollouts_lose_that_they_were_cut",
         COLLECT,
-        "logprob[at], *said, temperature",
-        "logprob[at], True, *said[1:], temperature",
+        "logprob[at], *said)",
+        "logprob[at], True, *said[1:])",
         [T_LOOP + "kept_rollouts_are_the_same_rollouts"],
+    ),
+    Fault(
+        "a_shortfall_is_always_accepted",
+        COLLECT,
+        "1 if accepts else config.prompts_per_step",
+        "1",
+        [T_LOOP + "a_shortfall_ends_the_run_unless_the_recipe_accepts_it"],
+    ),
+    Fault(
+        "a_shortfall_is_accepted_unless_told",
+        "entcov/rl/config.py",
+        'on_shortfall: Literal["raise", "accept"] = "raise"',
+        'on_shortfall: Literal["raise", "accept"] = "accept"',
+        [T_LOOP + "a_shortfall_ends_the_run_unless_the_recipe_accepts_it"],
+    ),
+    # ---- prompts and rewards of the papers ---------------------------------------------------------------------------
+    Fault(
+        "an_evaluation_set_with_another_prompt_than_training",
+        "entcov/rl/data/prepare.py",
+        'Source("HuggingFaceH4/MATH-500", {"test": "test.jsonl"}, "math500")',
+        'Source("HuggingFaceH4/MATH-500", {"test": "test.jsonl"}, "math500", template="dapo")',
+        [T_PREPARE + "a_recipe_evaluates_with_the_prompt_that_it_trains_with"],
+    ),
+    Fault(
+        "dapo_s_words_are_the_default",
+        "entcov/rl/data/prepare.py",
+        'template: str = "boxed"',
+        'template: str = "dapo"',
+        [T_PREPARE + "the_papers_prompts_ask_for_a_box_and_its_content_alone_is_scored"],
+    ),
+    Fault(
+        "the_box_s_scorer_reads_an_answer_line_too",
+        "entcov/rl/rewards/rules.py",
+        '"math_boxed": _score_math_boxed',
+        '"math_boxed": _score_math',
+        [T_REWARDS + "math_boxed_reads_the_last_box_and_nothing_else"],
     ),
     # ---- the actor ---------------------------------------------------------------------------------------------------
     Fault(
@@ -310,9 +348,16 @@ FAULTS = (
     Fault(
         "learning_rate_warm_up_starts_at_0",
         ACTOR,
-        "(self.weight_version + 1) / max(1,",
-        "self.weight_version / max(1,",
+        "min(1.0, step / max(1,",
+        "min(1.0, (step - 1) / max(1,",
         [T_ACTOR + "updates_are_adamw_by_hand"],
+    ),
+    Fault(
+        "learning_rate_warms_up_over_updates",
+        ACTOR,
+        "min(1.0, step / max(1,",
+        "min(1.0, (self.weight_version + 1) / max(1,",
+        [T_RUN + "the_learning_rate_warms_up_over_training_steps"],
     ),
     Fault(
         "totals_of_the_micro_batch",
@@ -447,8 +492,8 @@ FAULTS = (
     Fault(
         "sampler_ignores_the_temperature",
         SAMPLER,
-        "(logits / temperature).log_softmax(-1)",
-        "logits.log_softmax(-1)",
+        "likeliest(logits / temperature, top_p",
+        "likeliest(logits, top_p",
         [T_SAMPLER + "draw_follows_the_distribution_and_never_takes_an_impossible_token"],
     ),
     Fault(
@@ -546,9 +591,66 @@ FAULTS = (
     Fault(
         "evaluation_ignores_its_temperature",
         EVALUATION,
-        "temperature=temperature,",
+        "temperature=how.temperature,",
         "temperature=1.0,",
         [T_EVALUATION + "every_data_source_has_its_own_protocol"],
+    ),
+    Fault(
+        "evaluation_does_not_truncate",
+        EVALUATION,
+        "top_p=how.top_p,",
+        "top_p=1.0,",
+        [T_EVALUATION + "every_data_source_has_its_own_protocol"],
+    ),
+    Fault(
+        "a_source_cannot_switch_top_k_off",
+        "entcov/rl/config.py",
+        "default if value is None else value for",
+        "value or default for",
+        [T_EVALUATION + "every_data_source_has_its_own_protocol"],
+    ),
+    Fault(
+        "top_k_without_effect_beside_top_p",
+        SAMPLER,
+        "    if 0 < top_k < logits.shape[-1]:",
+        "    if 0 < top_k < logits.shape[-1] and top_p == 1:",
+        [T_SAMPLER + "truncation_is_that_of_transformers"],
+    ),
+    Fault(
+        "top_p_drops_the_token_that_completes_the_share",
+        SAMPLER,
+        "mass.cumsum(-1) - mass >= top_p",
+        "mass.cumsum(-1) > top_p",
+        [T_SAMPLER + "truncation_is_that_of_transformers"],
+    ),
+    Fault(
+        "held_out_entropy_at_the_rollouts_temperature",
+        ACTOR,
+        '["entropy"], temperature=temperature)',
+        '["entropy"])',
+        [T_ACTOR + "scores_are_the_plain_forward_pass_at_the_samplers_temperature"],
+    ),
+    Fault(
+        "held_out_entropy_is_a_mean_over_tokens",
+        EVALUATION,
+        "entropy=sum(measured) / len(measured) if measured else None",
+        "entropy=sum(r.entropy * len(r.tokens) for r in everything) / sum(len(r.tokens) for r in everything) "
+        "if measured else None",
+        [T_EVALUATION + "held_out_entropy_is_a_mean_over_responses_first_of_each_source"],
+    ),
+    Fault(
+        "response_means_count_prompt_tokens",
+        BATCH,
+        "torch.stack([own[mask].mean() for",
+        "torch.stack([own.mean() for",
+        [T_LOOP + "one_step_by_hand"],
+    ),
+    Fault(
+        "response_mean_entropy_is_the_token_mean",
+        LOOP,
+        'float(batch.response_means(policy["entropy"]).mean())',
+        'means["entropy"]',
+        [T_LOOP + "one_step_by_hand"],
     ),
     Fault(
         "evaluation_draws_differ_from_step_to_step",

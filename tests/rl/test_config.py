@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import yaml
 
+from entcov.objective.advantages import ADVANTAGES
+from entcov.objective.tokens import OBJECTIVE_KNOBS
 from entcov.rl.config import ConfigError, load_config, parse_config, save_config
 from entcov.rl.data.prompt_policy import PREPO
 from entcov.rl.rewards.shaping import Overlong, Reactivate, RelativeLength
@@ -90,6 +92,9 @@ def test_unreadable_recipes(tmp_path):
             load_config(tmp_path / "bad.yaml")
 
 
+MEAN = "seq-mean-token-mean"
+
+
 def test_a_recipe_names_its_reward_shapings_and_its_prompt_policy(tmp_path):
     tree = recipe(
         tmp_path,
@@ -110,3 +115,20 @@ def test_a_recipe_names_its_reward_shapings_and_its_prompt_policy(tmp_path):
         assert policy.name == name and {knob: getattr(policy, knob) for knob in knobs} == knobs
     sampled = for_sampling(parse_config(tree | {"loss": {"kl_coef": 0.1, "kl_estimator": "k1"}}))
     assert sampled.build_reward_shapings() == [] and sampled.build_prompt_policy() is None
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+def test_every_advantage_is_chosen_by_name_with_its_knobs(name):
+    changed = {"grpo": {"scale_rewards": "batch"}, "w_reinforce": {"weight": 0.5}}.get(name, {})
+    config = parse_config(recipe("unused", advantage=name, advantages={"dr_grpo": {}, name: changed}))
+    estimator = config.build_estimator()
+    assert type(estimator) is ADVANTAGES[name] and all(getattr(estimator, k) == v for k, v in changed.items())
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVE_KNOBS))
+def test_every_objective_is_chosen_by_name(name, tmp_path):
+    loss = {"objective": name, "aggregation": MEAN, "tis_cap": 2.0, "tis_level": "sequence"}
+    config = parse_config(recipe("unused", loss=loss, rollout_rs={"level": "token", "high": 2}))
+    save_config(config, tmp_path / "recipe.yaml")
+    again = load_config(tmp_path / "recipe.yaml")
+    assert again == config and (again.loss.objective, again.rollout_rs.high) == (name, 2)

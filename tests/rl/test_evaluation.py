@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from entcov.rl.config import ConfigError, EvalConfig, SourceEvalConfig, parse_config
-from entcov.rl.evaluation import evaluate, format_table, summarize
+from entcov.rl.evaluation import evaluate, format_table, response_entropy, summarize
 from entcov.rl.types import Example, Prompt, Rollout
 from tests.support.tiny_run import recipe
 
@@ -18,8 +19,10 @@ class Scripted:
     def __init__(self):
         self.calls = []
 
-    def generate(self, prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None):
-        self.calls.append(([p.uid for p in prompts], group_size, temperature, seed))
+    def generate(
+        self, prompts, *, group_size, temperature, max_response_length, seed, top_p, top_k, progress=None, on_done=None
+    ):
+        self.calls.append(([p.uid for p in prompts], group_size, temperature, top_p, top_k, seed))
         out = []
         for number, prompt in enumerate(prompts):
             text = prompt.example.prompt[0]["content"]
@@ -42,8 +45,9 @@ def right(example, response):
 
 
 SETTINGS = EvalConfig(
-    prompts=None, samples=1, temperature=0.0, sources={"aime24": SourceEvalConfig(samples=4, temperature=0.6)}
-)
+    prompts=None, samples=1, temperature=0.0, top_p=0.9, top_k=20,
+    sources={"aime24": SourceEvalConfig(samples=4, temperature=0.6, top_p=0.95, top_k=0)},
+)  # fmt: skip
 
 
 def test_every_data_source_has_its_own_protocol():
@@ -57,7 +61,7 @@ def test_every_data_source_has_its_own_protocol():
         seed=5,
         progress=lambda *counts: shown.append(counts),
     )
-    assert sampler.calls == [([0, 2, 4], 1, 0.0, 5), ([1, 3], 4, 0.6, 6)]
+    assert sampler.calls == [([0, 2, 4], 1, 0.0, 0.9, 20, 5), ([1, 3], 4, 0.6, 0.95, 0, 6)]
     assert [(r.prompt.uid, r.sample) for r in rollouts] == [
         (0, 0), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3), (4, 0),
     ]  # fmt: skip
@@ -91,8 +95,44 @@ def test_the_table_holds_accuracies_in_percent_and_the_interval_over_prompts():
 
 def test_recipes_say_how_a_source_is_evaluated(tmp_path):
     config = parse_config(recipe(tmp_path, **{"eval.sources": {"amc": {"samples": 32, "temperature": 0.6}}}))
-    assert config.eval.settings("amc") == (32, 0.6) and config.eval.settings("aime24") == (2, 1.0)
+    assert config.eval.settings("amc") == (32, 0.6, 1.0, 0) and config.eval.settings("aime24") == (2, 1.0, 1.0, 0)
     with pytest.raises(ConfigError, match="eval.sources.amc.temperature: .*greater than or equal to 0, got -1"):
         parse_config(recipe(tmp_path, **{"eval.sources": {"amc": {"temperature": -1}}}))
-    with pytest.raises(ConfigError, match="eval.sources.amc.top_p: unknown key"):
-        parse_config(recipe(tmp_path, **{"eval.sources": {"amc": {"top_p": 1}}}))
+    with pytest.raises(ConfigError, match="eval.sources.amc.min_p: unknown key"):
+        parse_config(recipe(tmp_path, **{"eval.sources": {"amc": {"min_p": 1}}}))
+
+
+def test_held_out_entropy_is_a_mean_over_responses_first_of_each_source():
+    """Not over tokens: the second response is as long as the first three samples' tokens together."""
+    sampler, asked = Scripted(), []
+
+    def entropy_of(rollouts):
+        asked.append([(r.prompt.uid, r.sample) for r in rollouts])
+        return [float(10 * r.prompt.uid + len(r.tokens)) for r in rollouts]
+
+    options = {"settings": SETTINGS, "max_response_length": 8, "seed": 0}
+    held_out = prompts(("aime24", "1010"), ("math500", "1"), ("math500", "0"))
+    metrics, rollouts = evaluate(sampler, held_out, right, **options, entropy_of=entropy_of)
+    assert asked == [[(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0)]]
+    assert metrics["val-aux/aime24/entropy/mean"] == 2.5 and metrics["val-aux/math500/entropy/mean"] == 16.0
+    assert [r.entropy for r in rollouts] == [1.0, 2.0, 3.0, 4.0, 11.0, 21.0]
+    metrics, _ = evaluate(sampler, held_out, right, **options)
+    assert not any("entropy" in name for name in metrics)
+
+
+def test_response_entropy_takes_a_few_responses_at_a_time_at_temperature_1():
+    """Entropy of a token: its id / 10. Outside the mask the actor says 99, which must not count."""
+    calls = []
+
+    class Actor:
+        device = torch.device("cpu")
+
+        def compute_entropy(self, batch, *, temperature):
+            calls.append((batch.num_sequences, temperature))
+            return torch.where(batch.loss_mask, batch.target / 10, 99.0)
+
+    (prompt,) = prompts(("aime24", "1"))
+    responses = [[10, 20, 30], [40], [50, 60]]
+    rollouts = [Rollout(prompt, i, tokens, [0.0] * len(tokens), True, 0) for i, tokens in enumerate(responses)]
+    assert response_entropy(Actor(), rollouts, at_once=2) == pytest.approx([2.0, 4.0, 5.5])
+    assert calls == [(2, 1.0), (1, 1.0)]

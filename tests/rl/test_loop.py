@@ -17,78 +17,10 @@ from entcov.rl.config import EvalConfig, parse_config
 from entcov.rl.data.prompt_policy import Outcome, PromptPolicy
 from entcov.rl.loop import Loop
 from entcov.rl.rewards.shaping import Overlong, Reactivate
-from entcov.rl.types import Example, Prompt, Rollout
+from tests.support.scripted_loop import POLICY, Actor, Sampler, Stream, reward
 from tests.support.tiny_run import recipe
 
-# Of each response: its tokens, the sampler's log-probabilities, whether it is complete, its text (the reward). Prompts
-# beyond the second have the responses of the first two.
-RESPONSES = {
-    (0, 0): ([11, 12], [-1.0, -2.0], True, "1"),
-    (0, 1): ([13], [-0.5], False, "0"),
-    (1, 0): ([14, 15, 16], [-1.0, -1.0, -1.0], True, "1"),
-    (1, 1): ([17, 18], [-2.0, -2.0], True, "0"),
-}
-POLICY = {11: -1.1, 12: -1.8, 13: -0.5, 14: -1.0, 15: -1.3, 16: -1.0, 17: -2.0, 18: -2.4}  # the trainer's own
 A = 0.5 / (math.sqrt(0.5) + 1e-6)  # GRPO's advantage of rewards 1 and 0
-
-
-@dataclass
-class Actor:
-    """Scores by POLICY; its one weight is the number of its updates."""
-
-    weight_version: int = 0
-    weight: float = 0.0
-    updates: list = field(default_factory=list)
-    device = torch.device("cpu")
-
-    def compute_logprobs(self, batch):
-        values = {
-            "logprob": [POLICY.get(t, 99.0) for t in batch.target.tolist()],
-            "entropy": [t / 10 for t in batch.target.tolist()],
-            "entropy_drift": [float((t - 10) ** 2) for t in batch.target.tolist()],
-        }
-        return {name: torch.tensor(value) for name, value in values.items()}
-
-    def update(self, batch, *, step):
-        self.updates.append((step, batch))
-        self.weight_version += 1
-        self.weight += 0.5
-        entropy = 10.0 + self.weight_version
-        return {"actor/pg_loss": float(self.weight_version), "actor/lr": 0.1, "actor/entropy": entropy}
-
-    def named_weights(self):
-        yield "weight", torch.tensor(self.weight)
-
-    def state_dict(self):
-        return {"weight_version": self.weight_version, "weight": self.weight}
-
-    def load_state_dict(self, state):
-        self.weight_version, self.weight = state["weight_version"], state["weight"]
-
-
-class Sampler:
-    def __init__(self, takes_weights=True):
-        self.calls, self.weight, self.weight_version, self.takes_weights = [], None, 0, takes_weights
-
-    def sync(self, weight_version, named_weights):
-        if self.takes_weights:
-            self.weight_version, self.weight = weight_version, float(dict(named_weights())["weight"])
-
-    def generate(self, prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None):
-        self.calls.append({"uids": [p.uid for p in prompts], "temperature": temperature, "seed": seed})
-        out = []
-        for prompt in prompts:
-            for sample in range(group_size):
-                tokens, logprob, finished, text = RESPONSES[prompt.uid % 2, sample % 2]
-                out.append(Rollout(prompt, sample, tokens, logprob, finished, self.weight_version, text=text))
-        return out
-
-
-class Stream:
-    num_rows = None
-
-    def take(self, position, n):
-        return [Prompt(uid, Example("test", (), "1"), (5, 6)[: 1 + uid % 2]) for uid in range(position, position + n)]
 
 
 class Watching(Control):
@@ -103,10 +35,6 @@ class Watching(Control):
         self.seen.append(means)
         self.steps += 1
         return {"actor/entropy_coef": float(self.steps)}
-
-
-def reward(example, text):
-    return float(text)
 
 
 def drawn_reward(example, text):
@@ -133,6 +61,7 @@ def test_one_step_by_hand():
     })  # fmt: skip
     expected = {
         "actor/entropy": 116 / 80,
+        "actor/entropy_response_mean": (1.15 + 1.3 + 1.5 + 1.75) / 4,  # each response counts once, whatever its length
         "training/mismatch": 1.0 / 8,  # 0.1 + 0.2 + 0.3 + 0.4, of both signs
         "training/mismatch_max": 0.4,
         "actor/entropy_drift": A * (1 + 4 - 9 + 16 + 25 + 36 - 49 - 64) / 8,
@@ -276,6 +205,19 @@ def test_dynamic_sampling_draws_other_prompts_with_other_noise():
     assert [r.prompt.uid for r in collected.rollouts] == [11, 11, 13, 13] and collected.position == 14
     assert collected.metrics["training/zero_variance_groups"] == 0.5  # of all four groups
     assert collected.metrics["training/generation_batches"] == 2
+
+
+def test_a_shortfall_ends_the_run_unless_the_recipe_accepts_it():
+    """Of two groups a draw one is kept; the default is that of the papers' scripts, which raise."""
+
+    def collect(**settings):
+        config = loop_of(**{"rollout.filter_zero_variance": True, "rollout.max_draws": 1} | settings).config
+        return Collector(config.rollout, config.seed, Alternating(), Stream(), reward).collect(5, 10)
+
+    with pytest.raises(RuntimeError, match=r"step 5: .* kept 1 groups of 2 in 1 draws, and a step needs 2: "):
+        collect()
+    accepted = collect(**{"rollout.on_shortfall": "accept"})
+    assert [r.prompt.uid for r in accepted.rollouts] == [11, 11] and accepted.position == 12
 
 
 def test_rollouts_of_other_weights_are_refused():

@@ -42,10 +42,12 @@ def test_what_a_run_leaves(tmp_path):
     assert sample.keys() == {"prompt", "response", "ground_truth", "reward", "finished"}
 
 
-def test_learning_rate_warms_up_over_optimizer_steps(tmp_path):
-    rows = run(tmp_path, **{"actor.warmup_steps": 9, "warm_start.steps": 2})
-    per_update = [1e-3 * min(1, (k + 1) / 9) for k in range(9)]
-    assert [row["actor/lr"] for row in rows[1:]] == pytest.approx([sum(per_update[i : i + 3]) / 3 for i in (0, 3, 6)])
+def test_the_learning_rate_warms_up_over_training_steps(tmp_path):
+    """Not over updates, of which a step has three: all of a step have one rate. A resumed run goes on with it."""
+    settings = {"actor.warmup_steps": 4, "warm_start.steps": 2}
+    run(tmp_path, **settings, steps=2)
+    rows = run(tmp_path, **settings, steps=5)
+    assert [row["actor/lr"] for row in rows[1:]] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
 
 
 CONTROLS = {
@@ -55,8 +57,17 @@ CONTROLS = {
     "aent": {"control": ["aent"], "controls": {"aent": {"warmup": 1, "coef_lr": 0.01}}},
     "adaptive_bonus": {"control": ["adaptive_bonus"]},
     "entropy_bonus": {"control": ["entropy_bonus"]},
-    "reference_kl": {"loss": {"kl_coef": 0.05}},
-    "several_epochs": {"actor.epochs": 2, "advantage": "reinforce_pp", "loss": {"aggregation": "seq-mean-token-mean"}},
+    "reference_kl": {  # in the reward, and all around the objective
+        "loss": {"objective": "gspo", "aggregation": "seq-mean-token-mean", "tis_cap": 2.0, "tis_level": "sequence"},
+        "kl_in_reward": {"coef": 0.05, "target": 0.01, "horizon": 50},
+        "rollout_rs": {"level": "sequence", "high": 1.000001},
+        "advantage": "remax",
+    },
+    "several_epochs": {
+        "actor.epochs": 2,
+        "advantage": "reinforce_pp",
+        "loss": {"aggregation": "seq-mean-token-mean", "kl_coef": 0.05},
+    },
 }
 
 
@@ -107,11 +118,12 @@ def test_a_warm_start_learns(tmp_path):
 
 
 def test_dynamic_sampling_keeps_only_groups_that_teach(tmp_path):
-    rows = run(tmp_path, **{"rollout.filter_zero_variance": True, "rollout.max_draws": 4, "warm_start.steps": 60})
+    draws = {"rollout.filter_zero_variance": True, "rollout.max_draws": 4, "rollout.on_shortfall": "accept"}
+    rows = run(tmp_path, **draws, **{"warm_start.steps": 60})
     assert max(row["training/generation_batches"] for row in rows[1:]) > 1
     assert any(row["training/zero_variance_groups"] > 0 for row in rows[1:])  # described before the filter
-    with pytest.raises(RuntimeError, match="filter_zero_variance left nothing of 48 rollouts.*mean 0.000"):
-        filtered = {"rollout.filter_zero_variance": True, "rollout.max_draws": 2}
+    with pytest.raises(RuntimeError, match="kept 0 groups of 12 in 2 draws, and a step needs 6: .*mean 0.000"):
+        filtered = {"rollout.filter_zero_variance": True, "rollout.max_draws": 2, "rollout.on_shortfall": "accept"}
         run(tmp_path / "hopeless", **filtered, **{"data.reward": "tests.rl.test_run:no_reward"})
 
 
@@ -172,11 +184,20 @@ def test_a_damaged_checkpoint_is_named_and_not_passed_over(tmp_path):
 
 
 def test_evaluation_of_a_finished_run(tmp_path):
-    rows = run(tmp_path, steps=2)
-    config = parse_config(recipe(tmp_path))
+    settings = {
+        "eval.entropy": True, "eval.top_k": 3, "eval.prompts": 8, "rollout.temperature": 0.7,
+        "loss": {"kl_coef": 0.1, "kl_estimator": "k2"}, "kl_in_reward": {"coef": 0.1, "estimator": "k3"},
+    }  # fmt: skip
+    rows = run(tmp_path, **settings, steps=2)
+    for file in (tmp_path / "reference").iterdir():  # an evaluation compares nothing with the reference policy
+        file.unlink()
+    config = parse_config(recipe(tmp_path, **settings))
     step, metrics, results = evaluate_run(config)
     key = "val-core/entcov/carry_arithmetic/acc/mean@2"
     assert step == 2 and metrics[key] == rows[-1][key] == results[0].mean and results[0].prompts == 8
+    held_out = "val-aux/entcov/carry_arithmetic/entropy/mean"
+    assert [held_out in row for row in rows] == [True, False, True]
+    assert metrics[held_out] == rows[-1][held_out] == results[0].entropy and 0 < metrics[held_out] < math.log(53)
     config.eval.samples, config.eval.temperature = 1, 0.0
     assert evaluate_run(config, checkpoint=str(tmp_path / "checkpoints" / "step_1"))[0] == 1
     with pytest.raises(FileNotFoundError, match="no checkpoint"):

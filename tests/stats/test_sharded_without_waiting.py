@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from entcov import arguments
 from entcov.objective.selection import Selection
 from entcov.objective.token_covariance import TokenCovariance
+from entcov.objective.token_means import TokenMeans
 from entcov.stats import shards
 from entcov.stats.logit_covariance import logit_covariance
 from entcov.stats.token_stats import token_stats
@@ -85,6 +86,8 @@ def spoilt(result):
         return int(result.count) == -1 and bool(result.mask.all()) and marked
     if isinstance(result, TokenCovariance):
         return bool(result.value.isnan().all())
+    if isinstance(result, TokenMeans):
+        result = result.mean
     if isinstance(result, dict):  # a summary
         return all(value.isnan() for value in result.values())
     if isinstance(result[0], list):  # (selections, metrics) of select

@@ -10,8 +10,9 @@ import torch
 
 from entcov import linear_token_stats, logit_covariance, token_stats
 from entcov.controls import ClipCov, EntropyBonus, KLCov, select
-from entcov.objective.selection import select_clip_cov, select_kl_cov
+from entcov.objective.selection import select_clip_cov, select_largest
 from entcov.objective.token_covariance import covariance_summary, token_covariance
+from entcov.objective.token_means import token_means
 from entcov.objective.tokens import PolicyLossConfig, Tokens
 
 T, WIDTH, D = 5, 16, 12
@@ -75,13 +76,23 @@ def summary(change):
     return call
 
 
+def means(change):
+    """`change`: other values."""
+
+    def call(group, rank, world, odd):
+        tokens = batch(rank)
+        return token_means(change if odd else {"entropy": tokens.advantage}, tokens.loss_mask, group=group)
+
+    return call
+
+
 def selection(which, change):
     """`change`: arguments, or a function of this rank's covariance that returns them."""
 
     def call(group, rank, world, odd):
         tokens = batch(rank)
         covariance = token_covariance(tokens.logprob, tokens.advantage, tokens.loss_mask, group=group)
-        settings = {"covariance": covariance, "token_id": tokens.token_id, "ratio": 0.2, "seed": 1, "step": 4}
+        settings = {"scores": covariance, "token_id": tokens.token_id, "ratio": 0.2, "seed": 1, "step": 4}
         settings |= {"low": -9.0, "high": 9.0} if which is select_clip_cov else {}
         op = which
         if odd:
@@ -147,15 +158,17 @@ FAILURES = {
     "token_covariance shape": (covariance_with({"advantage": numbers(0, 3)}), r"advantage must have shape \(30,\)"),
     "token_covariance mask": (covariance_with({"mask": numbers(0, 30)}), "mask must be torch.bool"),
     "token_covariance no tensor": (covariance_with({"mask": None}), "mask must be a tensor, got NoneType"),
+    "token_means dtype": (means({"entropy": numbers(0, 30).half()}), "entropy must be torch.float32 or"),
+    "token_means shape": (means({"entropy": numbers(0, 3)}), r"entropy must have shape \(30,\)"),
     "covariance_summary": (summary(lambda parts: None), "covariance must be what token_covariance returns, got None"),
     "select_clip_cov percent": (selection(select_clip_cov, {"ratio": 2}), "ratio must be in"),
     "select_clip_cov low": (selection(select_clip_cov, {"low": "1"}), "low must be a number, got '1'"),
     "select_clip_cov exclude": (selection(select_clip_cov, {"exclude": torch.ones(30)}), "exclude must be torch.b"),
     "select_clip_cov step": (selection(select_clip_cov, {"step": 1.5}), "step must be an integer, got 1.5"),
-    "select_kl_cov ids": (selection(select_kl_cov, {"token_id": torch.arange(3)}), r"token_id must have shape"),
-    "select_kl_cov id dtype": (selection(select_kl_cov, {"token_id": torch.arange(30).int()}), "token_id must be "),
-    "select_kl_cov seed": (selection(select_kl_cov, {"seed": None}), "seed must be an integer, got None"),
-    "select_kl_cov covariance": (selection(select_kl_cov, {"covariance": 1}), "covariance must be what token_cova"),
+    "select_largest ids": (selection(select_largest, {"token_id": torch.arange(3)}), r"token_id must have shape"),
+    "select_largest id dtype": (selection(select_largest, {"token_id": torch.arange(30).int()}), "token_id must be "),
+    "select_largest seed": (selection(select_largest, {"seed": None}), "seed must be an integer, got None"),
+    "select_largest scores": (selection(select_largest, {"scores": 1}), "scores must be what token_covariance or"),
     "select without ids": (chosen(without_ids), "tokens.token_id must be given, control clip_cov"),
     "select step": (chosen({"step": torch.tensor(2.0)}), "step must be an integer or a 0-d int64 tensor"),
     "select without tokens": (chosen({"micro_batches": []}), "parts must hold at least one micro-batch"),
@@ -193,18 +206,20 @@ DISAGREEMENTS = {
     "logit_covariance mask": (logits_pair({"loss_mask": None}), SAME + "loss_mask: rank 0 has given"),
     "token_covariance eps": (covariance_with({"denominator_eps": 1e-8}), SAME + "denominator_eps: rank 0 has 0.0"),
     "token_covariance empty": (covariance_with({"empty_ok": True}), SAME + "empty_ok: rank 0 has False"),
-    "covariance_summary": (summary(lambda parts: token_covariance(*parts)), SAME + "covariance.num_tokens: rank 0"),
+    "token_means names": (means({"logprob": numbers(0, 30)}), SAME + r"values: rank 0 has \['entropy'\]"),
+    "select_largest rounding": (selection(select_largest, {"round_up": True}), SAME + "round_up: rank 0 has False"),
+    "covariance_summary": (summary(lambda parts: token_covariance(*parts)), SAME + "num_tokens: rank 0"),
     "select_clip_cov step": (selection(select_clip_cov, {"step": 5}), SAME + r"step: rank 0 has 4, rank \d has 5"),
     "select_clip_cov low": (selection(select_clip_cov, {"low": 0.0}), SAME + "low: rank 0 has -9.0"),
-    "select_kl_cov seed": (selection(select_kl_cov, {"seed": torch.tensor(2)}), SAME + "seed: rank 0 has 1"),
-    "select_kl_cov ratio": (selection(select_kl_cov, {"ratio": 0.3}), SAME + "ratio: rank 0 has 0.2"),
-    "select_kl_cov covariance": (
-        selection(select_kl_cov, lambda c, t: {"covariance": token_covariance(t.logprob, t.advantage, c.mask)}),
-        SAME + "covariance.num_tokens",
+    "select_largest seed": (selection(select_largest, {"seed": torch.tensor(2)}), SAME + "seed: rank 0 has 1"),
+    "select_largest ratio": (selection(select_largest, {"ratio": 0.3}), SAME + "ratio: rank 0 has 0.2"),
+    "select_largest covariance": (
+        selection(select_largest, lambda c, t: {"scores": token_covariance(t.logprob, t.advantage, c.mask)}),
+        SAME + "num_tokens",
     ),
     "another selection": (
-        selection(select_kl_cov, {"op": select_clip_cov, "low": 0.0, "high": 1.0}),
-        r"must make the same call: rank 0 makes select_kl_cov, rank \d makes select_clip_cov",
+        selection(select_largest, {"op": select_clip_cov, "low": 0.0, "high": 1.0}),
+        r"must make the same call: rank 0 makes select_largest, rank \d makes select_clip_cov",
     ),
     "select step": (chosen({"step": 3}), SAME + r"step: rank 0 has 2, rank \d has 3"),
     "select config": (chosen({"config": PolicyLossConfig(clip_high=0.28)}), SAME + "config: rank 0 has Policy"),
@@ -214,7 +229,7 @@ DISAGREEMENTS = {
 # Token ids that two ranks have both: an error that counts them.
 REPEATED = {
     f"{which.__name__} {name}": (selection(which, change), "token_id must be different for every unmasked token")
-    for which in (select_clip_cov, select_kl_cov)
+    for which in (select_clip_cov, select_largest)
     for name, change in {
         "one id": lambda c, t: {"token_id": torch.where(t.token_id == t.token_id[7], 12, t.token_id)},
         "all ids": lambda c, t: {"token_id": torch.arange(30)},

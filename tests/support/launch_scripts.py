@@ -13,7 +13,8 @@ from entcov.plan.model_shapes import PUBLISHED
 ROOT, PYTHON = Path(__file__).resolve().parents[2], Path(sys.executable).parent
 FOLDER = ROOT / "megatron_integration" / "launch"
 
-GRPO = {"clip_low": 0.2, "clip_high": 0.2}
+GRPO = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
+DUAL_CLIP = GRPO | {"dual_clip": 3.0}
 CLIP_COV = {"clip_cov_ratio": 2e-4, "clip_cov_lb": 1.0, "clip_cov_ub": 5.0}
 AENT = {
     "aent_math": {
@@ -28,10 +29,10 @@ AENT = {
 METHODS = {  # -> clip, control's name, its knobs ("7b" and "32b" where they differ)
     "grpo": (GRPO, None, {}),
     "clip_higher": (GRPO | {"clip_high": 0.28}, None, {}),
-    "clip_cov": ({"clip_low": 1.0, "clip_high": 1.0}, "clip_cov", CLIP_COV),
+    "clip_cov": ({"clip_low": 1.0, "clip_high": 1.0, "dual_clip": None}, "clip_cov", CLIP_COV),
     "kl_cov": (GRPO, "kl_cov", {"7b": {"kl_cov_ratio": 2e-3}, "32b": {"kl_cov_ratio": 2e-4}, "ppo_kl_coef": 1.0}),
-    "aent_math": (GRPO, "aent", AENT["aent_math"]),
-    "aent_openr1": (GRPO, "aent", AENT["aent_openr1"]),
+    "aent_math": (DUAL_CLIP, "aent", AENT["aent_math"]),
+    "aent_openr1": (DUAL_CLIP, "aent", AENT["aent_openr1"]),
 }
 
 

@@ -37,7 +37,7 @@ CONTROLS = {
 
 
 def actor_config(**changes: Any) -> ActorConfig:
-    return ActorConfig(**({"lr": 1e-2, "warmup_steps": 0, "micro_batch_tokens": 64} | changes))
+    return ActorConfig(**({"lr": 1e-2, "warmup_steps": 2, "micro_batch_tokens": 64} | changes))
 
 
 def updates(actor, batch, controls) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def updates(actor, batch, controls) -> dict[str, Any]:
     scored = actor.compute_logprobs(batch)
     batch = dataclasses.replace(batch)
     batch.assign_scores(scored, 0)
-    metrics = [actor.update(batch, step=1) for _ in range(UPDATES)]
+    metrics = [actor.update(batch, step=1 + number) for number in range(UPDATES)]
     weights = {name: weight.clone() for name, weight in actor.named_weights()}
     return {"scored": scored, "metrics": metrics, "weights": weights, "chosen": chosen}
 
@@ -68,7 +68,14 @@ SETTINGS = {
     "all": (None, PolicyLossConfig()),
     "few": (slice(0, 3), PolicyLossConfig(aggregation="seq-mean-token-mean")),
     "kl": (None, PolicyLossConfig(kl_coef=0.1)),
-}
+    "responses": (
+        None,
+        PolicyLossConfig(
+            objective="gspo", clip_low=0.01, clip_high=0.01, aggregation="seq-mean-token-mean", tis_cap=1.05,
+            tis_level="sequence",
+        ),
+    ),
+}  # fmt: skip
 
 
 def setting(name: str, batch):

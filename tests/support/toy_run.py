@@ -81,9 +81,7 @@ class ToySampler:
     def sync(self, weight_version, named_weights) -> None:
         self.version = weight_version
 
-    def generate(
-        self, prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None
-    ) -> list[Rollout]:
+    def generate(self, prompts, *, group_size, seed, **settings) -> list[Rollout]:
         out = []
         for prompt in prompts:
             for sample in range(group_size):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from entcov.rl.hf.sampler import InProcessSampler
+from entcov.rl.hf.sampler import InProcessSampler, likeliest
 from entcov.rl.vllm import transfer
 from entcov.rl.vllm.weight_sync import ByReference, ExpectedWeights, WeightSync
 from tests.support.recording_engine import RecordingEngine
@@ -93,6 +93,20 @@ def test_prompts_are_scored_and_sampled_at_temperatures_of_their_own(samplers):
     with pytest.raises(RuntimeError, match="does not hold the trainer's weights"):
         sampler.prompt_logprobs(prompts(1))
     sampler._sync = kept
+
+
+def test_truncated_samples_are_those_of_the_in_process_sampler_s_rule(samplers):
+    """Top-p of the top-k, with the log-probability of what is left; a sampler that ignored one would leave the set."""
+    model, sampler = samplers("qwen3")
+    sampler.sync(17, weights(model))
+    rollouts = sampler.generate(prompts(6), **OPTIONS, top_p=0.8, top_k=5)
+    assert len({tuple(r.tokens) for r in rollouts}) > 6
+    for rollout in rollouts:
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([[*rollout.prompt.tokens, *rollout.tokens]])).logits[0]
+        logprob = likeliest(logits / 0.7, 0.8, 5).log_softmax(-1)[len(rollout.prompt.tokens) - 1 : -1]
+        expected = logprob.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(rollout.logprob), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("guard", ["prefix cache", "tied head"])

@@ -13,9 +13,20 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
+template <class Number>
+__device__ __forceinline__ Number warp_sum(Number v) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+// The sum of v over the lanes up to this one.
+__device__ __forceinline__ uint32_t warp_prefix_sum(uint32_t v) {
+#pragma unroll
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(0xffffffffu, v, offset);
+    v += static_cast<int>(threadIdx.x) % kWarp >= offset ? other : 0u;
+  }
   return v;
 }
 
@@ -64,18 +75,27 @@ struct Team {
   }
 };
 
-// The segment and row that a team computes.
+// The segment of a row that a team computes: `live` columns from `begin` on, then `padding` columns.
 struct Unit {
   int64_t row;
   int segment;
+  int64_t begin;
+  int live, padding;
 };
 
+// num_columns: of the row, without padding; width: with it.
 template <int kTeamWarps>
-__device__ __forceinline__ Unit this_unit(int segments) {
-  if (kTeamWarps == 1)  // such a row is one segment
-    return {static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp, 0};
-  const unsigned parts = static_cast<unsigned>(segments);
-  return {static_cast<int64_t>(blockIdx.x / parts), static_cast<int>(blockIdx.x % parts)};
+__device__ __forceinline__ Unit this_unit(const Cut& cut, int64_t num_columns, int64_t width) {
+  Unit u{static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp, 0, 0, 0, 0};  // one warp: one segment
+  if (kTeamWarps != 1) {
+    const unsigned parts = static_cast<unsigned>(cut.segments);
+    u.row = blockIdx.x / parts, u.segment = static_cast<int>(blockIdx.x % parts);
+  }
+  u.begin = static_cast<int64_t>(u.segment) * cut.length;
+  const int64_t end = u.begin + cut.length < width ? u.begin + cut.length : width;
+  const int64_t live_end = num_columns < u.begin ? u.begin : num_columns < end ? num_columns : end;
+  u.live = static_cast<int>(live_end - u.begin), u.padding = static_cast<int>(end - live_end);
+  return u;
 }
 
 }  // namespace entcov::cuda

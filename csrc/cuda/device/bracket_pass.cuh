@@ -5,7 +5,6 @@
 //   - the sums of RowStats over all logits,
 //   - if it is above hi: the same sums over the kept logits, and their number,
 //   - if it lies in [lo, hi]: a list in shared memory, a few percent of the row, one list per warp in a fixed order.
-// These results are exact for any bracket, so a bad bracket costs time but never accuracy.
 //
 // Numerics. Selection compares keys (clamp.h). Atomics are used on integers only, where the order does not matter; all
 // sums of floats have a fixed order.
@@ -53,12 +52,7 @@ struct SelectionShared {
 // The sum of v over the threads before this one. Called by all threads of the block.
 __device__ __forceinline__ uint32_t sum_before(uint32_t v, uint32_t (&warp_total)[kWarps]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  uint32_t sum = v;
-#pragma unroll
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
-    sum += lane >= offset ? other : 0u;
-  }
+  const uint32_t sum = warp_prefix_sum(v);
   if (lane == kWarp - 1) warp_total[warp] = sum;
   __syncthreads();
   uint32_t before = sum - v;
@@ -144,15 +138,8 @@ __device__ __forceinline__ void select_from_sample(SampleArea& area, int m, int 
   __syncthreads();
   if (thread < size) {  // the smallest digit with fewer than `wanted` elements above it
     const uint32_t wanted = static_cast<uint32_t>(rank(thread));
-    int low = 0, high = kCounters - 1;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (area.above[middle] < wanted)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    s.digit[thread] = static_cast<uint32_t>(low), s.rank[thread] = wanted - area.above[low];
+    const uint32_t digit = first_where(0, kCounters - 1, [&](uint32_t n) { return area.above[n] < wanted; });
+    s.digit[thread] = digit, s.rank[thread] = wanted - area.above[digit];
   }
   __syncthreads();
   if (thread < size && (thread == 0 || s.digit[thread - 1] != s.digit[thread]))
@@ -179,6 +166,7 @@ __device__ __forceinline__ void select_from_sample(SampleArea& area, int m, int 
 struct ClampSums : Sums {
   float kept_e = 0.0f, kept_te = 0.0f;  // e and te over the elements above hi and below max
   uint32_t above = 0;                   // number of elements above hi
+  float hi;
 
   __device__ __forceinline__ void move(float d) {
     const float k = exp2_fast(d);
@@ -187,21 +175,14 @@ struct ClampSums : Sums {
     Sums::move(d);
   }
 
-  __device__ __forceinline__ void make_exact(float c) {
-    const float d = deficit(c);
-    if (d != 0.0f) move(d);
-  }
-
-  __device__ __forceinline__ void raise(float new_max, float c, float hi) {
+  __device__ __forceinline__ void release_max() {
     if (max > hi) kept_e += at_max;
-    release_max();
-    const float d = distance(new_max, c);
-    move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; a NaN in the sums stays
+    Sums::release_max();
   }
 
   // Returns a mask of the elements in [lo, hi].
   template <class T, bool kSlow>
-  __device__ __forceinline__ uint32_t add(const uint4 (&u)[kClampGroup], float c, float lo, float hi) {
+  __device__ __forceinline__ uint32_t add(const uint4 (&u)[kClampGroup], float c, float lo) {
     float2 se, ste;  // x: sums over the even elements, y: over the odd ones
     float sk = 0.0f, stk = 0.0f;
     uint32_t inside = 0;
@@ -228,24 +209,6 @@ struct ClampSums : Sums {
     }
     e += se.x + se.y, te += ste.x + ste.y;
     kept_e += sk, kept_te += stk;
-    return inside;
-  }
-
-  // Adds a group with an element at or above the reference, or one before the thread has seen a finite element.
-  template <class T>
-  __device__ __forceinline__ uint32_t add_slowly(const uint4 (&u)[kClampGroup], float largest, float c, float lo,
-                                                 float hi) {
-    if (largest > max) {
-      make_exact(c);
-      raise(largest, c, hi);
-      refer_to(largest, c);
-      const float d = deficit(c);
-      if (d != 0.0f) move(-d);
-    }
-    const bool nothing = max == -INFINITY;  // only -inf and NaN so far: any finite reference gives the right sums
-    if (nothing) limit = max = 0.0f;
-    const uint32_t inside = add<T, true>(u, c, lo, hi);
-    if (nothing) limit = max = -INFINITY;
     return inside;
   }
 };
@@ -287,45 +250,37 @@ __device__ __forceinline__ RowPass pass_over(const Reader<T, kAligned>& reader, 
   uint32_t listed = 0;
 
   ClampSums s;
+  s.hi = hi;
   s.refer_to(-INFINITY, c);
   const int vectors = reader.vectors();
 #pragma unroll 1
   for (int tile = 0; tile < vectors; tile += kTile) {
     uint4 u[kClampVectors];
-    const int first = tile + thread;
-    const bool whole = tile >= reader.begin() && tile + kTile <= reader.end();
-    if (whole) {
-      reader.whole(first, kThreads, u);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kClampVectors; k++) u[k] = reader.any(first + k * kThreads);
-    }
+    const bool whole = reader.load(tile, thread, kThreads, u);
     if (tile == 0) s.refer_to(team.max(largest<T>(u), shared.team, 0), c);
     uint32_t inside = 0;  // mask of the elements in the bracket
 #pragma unroll
     for (int k = 0; k < kClampVectors; k += kClampGroup) {
       const uint4(&group)[kClampGroup] = *reinterpret_cast<const uint4(*)[kClampGroup]>(&u[k]);
       const float top = largest<T>(group);
-      const uint32_t found = top < s.limit ? s.template add<T, false>(group, c, lo, hi)
-                                           : s.template add_slowly<T>(group, top, c, lo, hi);
+      uint32_t found;
+      if (top < s.limit)
+        found = s.template add<T, false>(group, c, lo);
+      else
+        add_slowly(s, top, c, [&] { found = s.template add<T, true>(group, c, lo); });
       inside |= found << k * kVector<T>;
     }
     if (!whole) {  // remove the -inf that pad the last vector
 #pragma unroll
       for (int k = 0; k < kClampVectors; k++) {
-        const int real = count - (first + k * kThreads) * kVector<T>;
+        const int real = count - (tile + thread + k * kThreads) * kVector<T>;
         if (real < kVector<T>) inside &= ~(((1u << kVector<T>)-(1u << (real > 0 ? real : 0))) << k * kVector<T>);
       }
     }
     // Append to the warp's list in the order of lanes: all elements of a thread, or none if the list has no room for
     // them.
     const uint32_t mine = static_cast<uint32_t>(__popc(inside));
-    uint32_t upto = mine;
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      const uint32_t other = __shfl_up_sync(0xffffffffu, upto, offset);
-      upto += lane >= offset ? other : 0u;
-    }
+    const uint32_t upto = warp_prefix_sum(mine);
     T* at = of_warp + (listed + upto - mine);
     if (listed + upto > kListOfWarp<T>) inside = 0;
     listed += __shfl_sync(0xffffffffu, upto, kWarp - 1);
@@ -339,8 +294,8 @@ __device__ __forceinline__ RowPass pass_over(const Reader<T, kAligned>& reader, 
 
   // Rescale all threads' sums to the block's max, then add them.
   const float max = team.max(s.max, shared.team, 1);
-  s.make_exact(c);
-  if (s.max < max) s.raise(max, c, hi);
+  correct(s, c);
+  if (s.max < max) raise(s, max, c);
   float v[5] = {s.at_max, s.e, s.te, s.kept_e, s.kept_te};
   team.sum(v, shared.team);
   if (lane == 0) shared.listed[warp] = listed;

@@ -68,24 +68,10 @@ struct Columns {
   }
 };
 
-// The column range of a segment: `live` columns from `begin` on, then `padding` columns, which get zeros.
-struct Stretch {
-  int64_t begin;
-  int live, padding;
-};
-
-__device__ __forceinline__ Stretch stretch(int segment, int length, int64_t num_columns, int64_t width) {
-  const int64_t begin = static_cast<int64_t>(segment) * length;
-  const int64_t end = begin + length < width ? begin + length : width;
-  const int64_t live_end = num_columns < begin ? begin : num_columns < end ? num_columns : end;
-  return {begin, static_cast<int>(live_end - begin), static_cast<int>(end - live_end)};
-}
-
 // Whether every row of the gradient has the same offset from a 16-byte boundary as the row of the logits.
-template <class T>
 inline bool aligned_alike(const Logits& logits, const void* grad, int64_t grad_row_stride) {
   return (reinterpret_cast<uintptr_t>(logits.data) - reinterpret_cast<uintptr_t>(grad)) % 16 == 0 &&
-         (logits.T <= 1 || (logits.row_stride - grad_row_stride) * static_cast<int64_t>(sizeof(T)) % 16 == 0);
+         (logits.T <= 1 || (logits.row_stride - grad_row_stride) * logits.element_bytes() % 16 == 0);
 }
 
 }  // namespace entcov::cuda

@@ -73,4 +73,36 @@ struct Sums {
   }
 };
 
+// The following are for Sums and structs that derive from it, with their own move() and release_max().
+
+// Corrects the sums for the rounding of max c (sign 1), or undoes it (-1).
+template <class S>
+__device__ __forceinline__ void correct(S& s, float c, float sign = 1.0f) {
+  const float d = sign * s.deficit(c);
+  if (d != 0.0f) s.move(d);
+}
+
+// Rescales corrected sums to a larger max.
+template <class S>
+__device__ __forceinline__ void raise(S& s, float new_max, float c) {
+  s.release_max();
+  const float d = s.distance(new_max, c);
+  s.move(d > kExp2Floor ? d : kExp2Floor);  // 2^floor = 0; a NaN in the sums stays
+}
+
+// Calls add() for a group with an element at or above the reference, or before the thread has seen a finite element.
+template <class S, class Add>
+__device__ __forceinline__ void add_slowly(S& s, float largest, float c, Add add) {
+  if (largest > s.max) {
+    correct(s, c);
+    raise(s, largest, c);
+    s.refer_to(largest, c);
+    correct(s, c, -1.0f);
+  }
+  const bool nothing = s.max == -INFINITY;  // only -inf and NaN so far: any finite reference gives the right sums
+  if (nothing) s.limit = s.max = 0.0f;
+  add();
+  if (nothing) s.limit = s.max = -INFINITY;
+}
+
 }  // namespace entcov::cuda

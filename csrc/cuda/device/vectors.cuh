@@ -10,14 +10,9 @@
 // Inline PTX and intrinsics have a portable alternative beside them, which runs in the tests on a CPU.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
 #include <cstring>
 
-#include "../../kernels.h"
+#include "../launch.h"
 
 namespace entcov::cuda {
 
@@ -279,6 +274,20 @@ class Reader {
     }
   }
 
+  // The vectors of a thread in a tile of N size vectors: tile + rank, tile + rank + size, ... Elements past the range
+  // are -inf. Returns whether whole() could read them all.
+  template <int N>
+  __device__ __forceinline__ bool load(int tile, int rank, int size, uint4 (&u)[N]) const {
+    const bool inside = tile >= begin_ && tile + N * size <= end_;
+    if (inside) {
+      whole(tile + rank, size, u);
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; k++) u[k] = any(tile + rank + k * size);
+    }
+    return inside;
+  }
+
   // Any vector; elements past the range are -inf.
   __device__ __forceinline__ uint4 any(int i) const {
     if (i >= begin_ && i < end_) return whole(i);
@@ -315,19 +324,5 @@ class Reader {
   const uint4* words_;
   int count_, shift_, begin_, end_;
 };
-
-template <class T>
-inline bool aligned_rows(const Logits& logits) {
-  return reinterpret_cast<uintptr_t>(logits.data) % 16 == 0 &&
-         (logits.T <= 1 || logits.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0);
-}
-
-// Calls run(T{}) with the element type of `dtype`.
-template <class F>
-auto with_dtype(DType dtype, F run) {
-  if (dtype == kBFloat16) return run(__nv_bfloat16{});
-  if (dtype == kFloat16) return run(__half{});
-  return run(float{});
-}
 
 }  // namespace entcov::cuda

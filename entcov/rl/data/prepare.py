@@ -1,7 +1,7 @@
-"""Public mathematics sets into verl's row format: read, extract the answer, apply the prompt, drop repeats, write.
+"""Public sets of mathematics and code into verl's row format: read rows, apply the prompt, drop repeats, write.
 
-`SOURCES` has the sets. The reward is `style: math` (math-verify) unless a set keeps GSM8K's own prompt, whose answers
-stand after "####".
+`SOURCES` has the sets. The reward reads what the prompt asks for: `style: math_boxed` the box, `math` DAPO's answer
+line too, `gsm8k` what stands after "####", `code` a program, which tests judge; `code_rows` reads the sets of those.
 """
 
 import json
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from entcov.rl.data import code_rows
 from entcov.rl.data.stream import raw_rows, write_rows
 from entcov.rl.rewards.rules import last_boxed
 from entcov.rl.types import Example
 
-# The prompts of the runs that the recipes repeat: DAPO-Math-17k carries its own, verl's preparation scripts have the
-# other two. An evaluation set wants the prompt that the policy was trained with.
+# A policy is evaluated with the prompt that it was trained with, so all sets but GSM8K have one default: boxed, which
+# Cui et al. and Shen ask for. Its words are those of verl's and Shen's preparation scripts; Cui et al. publish none.
+# DAPO-Math-17k carries DAPO's.
 TEMPLATES = {
     "dapo": (
         "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
@@ -25,7 +27,14 @@ TEMPLATES = {
     ),
     "boxed": ("", " Let's think step by step and output the final answer within \\boxed{}."),
     "gsm8k": ("", ' Let\'s think step by step and output the final answer after "####".'),
+    "code": ("", code_rows.INSTRUCTION),
 }
+STYLES = {
+    "dapo": "math",
+    "boxed": "math_boxed",
+    "gsm8k": "gsm8k",
+    "code": "code",
+}  # template -> reward_model.style that reads its answer
 _BARE_BOX = re.compile(r"\\f?box(?:ed)?\s+([^\s$]+)")  # some of MATH's solutions: \boxed 2$
 _LEADING_ZEROS = re.compile(r"0+[0-9]+")  # AIME's answer sheets: 033
 
@@ -98,13 +107,14 @@ def _dapo_question(row: dict) -> str:
 class Source:
     """Where a set is and how its rows are read."""
 
-    repo: str  # on the Hugging Face hub
-    files: dict[str, str]  # split -> pattern of file names in the repository
+    repo: str | None  # on the Hugging Face hub; None: part of this package
+    files: dict[str, str]  # split -> pattern of file names in the repository, or in this folder
     data_source: str  # what metrics and `eval.sources` call the set
     question: Callable[[dict], str] = _text("problem")
     answer: Callable[[dict], str | None] = _answer("answer")  # None: the row has none
-    template: str = "dapo"
+    template: str = "boxed"
     solution: Callable[[dict], str | None] | None = None  # a worked one that earns the reward
+    keep: Callable[[dict], bool] = lambda row: True  # other rows are not of the set
 
 
 SOURCES = {
@@ -114,13 +124,16 @@ SOURCES = {
     ),
     "math": Source(
         "DigitalLearningGmbH/MATH-lighteval", {"train": "data/train-*.parquet", "test": "data/test-*.parquet"},
-        "DigitalLearningGmbH/MATH-lighteval", answer=_boxed, template="boxed", solution=_boxed_solution,
+        "DigitalLearningGmbH/MATH-lighteval", answer=_boxed, solution=_boxed_solution,
     ),
     "gsm8k": Source(
         "openai/gsm8k", {"train": "main/train-*.parquet", "test": "main/test-*.parquet"}, "openai/gsm8k",
         question=_text("question"), answer=_after_hashes, template="gsm8k", solution=_text("answer"),
     ),
     "math500": Source("HuggingFaceH4/MATH-500", {"test": "test.jsonl"}, "math500"),
+    "math_hard": Source(  # level 5 of MATH, a file a subject
+        "lighteval/MATH-Hard", {"test": "test/*.jsonl"}, "math_hard", answer=_boxed,
+    ),
     "aime24": Source(
         "HuggingFaceH4/aime_2024", {"test": "data/train-*.parquet"}, "aime24",
         question=_text("problem", "Problem"), answer=_answer("answer", "Answer"),
@@ -129,6 +142,7 @@ SOURCES = {
     "amc": Source(
         "AI-MO/aimo-validation-amc", {"test": "data/train-*.parquet"}, "amc", question=_text("problem", "question"),
     ),
+    "amc23": Source("math-ai/amc23", {"test": "test-*.parquet"}, "amc23", question=_text("question", "problem")),
     "olympiadbench": Source(  # in English, text only, of competitions
         "Hothan/OlympiadBench", {"test": "OlympiadBench/OE_TO_maths_en_COMP/*.parquet"}, "olympiadbench",
         question=_text("question"), answer=_answer("final_answer"),
@@ -137,8 +151,26 @@ SOURCES = {
         "math-ai/minervamath", {"test": "test.jsonl"}, "minerva", question=_text("question", "problem"),
     ),
     "omni_math": Source("KbsdJames/Omni-MATH", {"test": "test.jsonl"}, "omni_math"),
+    "classic_programs": Source(
+        None, {"train": "classic_programs/train.jsonl", "test": "classic_programs/test.jsonl"}, "classic_programs",
+        question=code_rows.user_question, answer=code_rows.own_tests, template="code", solution=_text("solution"),
+    ),
+    "eurus2_code": Source(
+        "PRIME-RL/Eurus-2-RL-Data", {"train": "train.parquet", "test": "validation.parquet"}, "eurus2_code",
+        question=code_rows.user_question, answer=code_rows.own_tests, template="code",
+        keep=lambda row: _column(row, "ability") == "code",
+    ),
+    "acecode": Source(
+        "TIGER-Lab/AceCode-87K", {"train": "data/train-*.parquet"}, "acecode",
+        question=_text("question"), answer=code_rows.acecode_tests, template="code",
+    ),
+    "kodcode": Source(
+        "KodCode/KodCode-V1", {"train": "data/train-*.parquet"}, "kodcode",
+        question=code_rows.kodcode_question, answer=code_rows.kodcode_tests, template="code",
+        solution=code_rows.kodcode_solution, keep=lambda row: _column(row, "style") in ("instruct", "complete"),
+    ),
 }  # fmt: skip
-EVAL_SETS = ("math500", "aime24", "aime25", "amc", "olympiadbench", "minerva", "omni_math")
+EVAL_SETS = ("math500", "aime24", "aime25", "amc", "olympiadbench", "minerva", "omni_math")  # of Cui et al.
 
 
 @dataclass(frozen=True)
@@ -151,7 +183,7 @@ class Prepared:
     written: int
     repeats: int  # rows whose question was there already, with the same answer
     contradictory: int  # rows of questions that occur with different answers: none of them is kept
-    unanswered: int
+    unanswered: int  # rows without an answer, or with tests that the reward cannot judge
 
     def __str__(self) -> str:
         left_out = {"repeats": self.repeats, "contradictory": self.contradictory, "unanswered": self.unanswered}
@@ -186,6 +218,13 @@ def prepare(
         if value not in known:
             raise ValueError(f"{what}: must be one of {', '.join(known)}, got {value!r}")
     spec = SOURCES[name]
+    if template is not None and (template == "code") != (spec.template == "code"):
+        raise ValueError(f"template: code is for sets of programs and they take no other, got {template!r} for {name}")
+    if spec.repo is None and (source is not None or revision is not None):
+        raise ValueError(f"source, revision: {name} is part of entcov and takes neither, got {source} and {revision}")
+    template = template or spec.template
+    if template == "gsm8k" and spec.template != "gsm8k":
+        raise ValueError(f"template: gsm8k is for GSM8K, its reward compares numbers alone; got it for {name}")
     if split is not None and split not in spec.files:
         raise ValueError(f"split: {name} has {', '.join(spec.files)}, got {split!r}")
     if source is not None and revision is not None:
@@ -194,12 +233,14 @@ def prepare(
         raise ValueError(f"split: must be given with source, {name} has {', '.join(spec.files)}")
     results = []
     for one in spec.files if split is None else [split]:
-        if source is None:
+        if source is None and spec.repo is None:
+            files, origin = [Path(__file__).parent / spec.files[one]], "entcov"
+        elif source is None:
             files, origin = _download(spec.repo, spec.files[one], revision)
         else:
             files, origin = [Path(source)], str(source)
         path = Path(out) / name / f"{one}.parquet"
-        results.append(_prepare_split(spec, one, files, origin, path, template or spec.template))
+        results.append(_prepare_split(spec, one, files, origin, path, template))
     return results
 
 
@@ -222,8 +263,10 @@ def _prepare_split(spec: Source, split: str, files: list[Path], origin: str, pat
     contradicted: set[str] = set()
     read = unanswered = 0
     for place, row in _rows(files):
-        read += 1
         try:
+            if not spec.keep(row):
+                continue
+            read += 1
             question, answer = spec.question(row), spec.answer(row)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
@@ -238,13 +281,12 @@ def _prepare_split(spec: Source, split: str, files: list[Path], origin: str, pat
                 contradicted.add(key)
             continue
         before, after = TEMPLATES[template]
-        own_style = template == "gsm8k" and spec.data_source == "openai/gsm8k"
         example = Example(
             data_source=spec.data_source,
             prompt=({"role": "user", "content": f"{before}{question}{after}"},),
             ground_truth=answer,
-            ability="math",
-            style="gsm8k" if own_style else "math",
+            ability="code" if template == "code" else "math",
+            style=STYLES[template],
             extra_info={"split": split, "index": read - 1},
             solution=spec.solution(row) if spec.solution else None,
         )

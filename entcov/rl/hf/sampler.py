@@ -44,6 +44,8 @@ class InProcessSampler:
         temperature: float | Sequence[float],
         max_response_length: int,
         seed: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
@@ -65,7 +67,7 @@ class InProcessSampler:
             rows = [i * group_size + g for i in chosen for g in range(group_size)]
             own = [temperatures[i] for i in chosen]
             responses = self._generate_batch(
-                [prompts[i] for i in chosen], group_size, own, max_response_length, noise[rows]
+                [prompts[i] for i in chosen], group_size, own, (top_p, top_k), max_response_length, noise[rows]
             )
             for row, (tokens, logprob) in zip(rows, responses, strict=True):
                 prompt, sample = prompts[row // group_size], row % group_size
@@ -97,7 +99,7 @@ class InProcessSampler:
         self.model.train(was_training)
         return out
 
-    def _generate_batch(self, prompts, group_size, temperatures, max_response_length, noise):
+    def _generate_batch(self, prompts, group_size, temperatures, top, max_response_length, noise):
         device = self.model.device
         temperature = temperatures[0]
         if len(set(temperatures)) > 1:  # else a number, so that nothing changes in the last digit
@@ -120,7 +122,7 @@ class InProcessSampler:
         length = torch.full((len(rows),), max_response_length, device=device)
         for t in range(max_response_length):
             own = temperature[rows] if isinstance(temperature, Tensor) else temperature
-            token, token_logprob = draw(logits, own, noise[rows, t])
+            token, token_logprob = draw(logits, noise[rows, t], own, *top)
             tokens[rows, t], logprob[rows, t] = token, token_logprob
             done = token == eos_id
             length[rows[done]] = t + 1
@@ -148,16 +150,19 @@ class InProcessSampler:
         return out.logits[:, -1]
 
 
-def draw(logits: Tensor, temperature: float | Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniform: Tensor, temperature: float | Tensor, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
     """One token a row by inverting the distribution function at `uniform`, and its log-probability.
 
     Args:
         logits: [B, V].
-        temperature: one number, 0 takes the likeliest token instead; or [B], each greater than 0.
         uniform: [B] float64 in [0, 1).
+        temperature: one number, 0 takes the likeliest token instead; or [B], each greater than 0.
+        top_p, top_k: see `likeliest`.
 
     Returns:
-        token [B] int64, and logprob [B] float32 under softmax(logits / temperature), or softmax(logits) at 0.
+        token [B] int64, and logprob [B] float32 under softmax(likeliest(logits / temperature)); softmax(logits) at 0.
     """
     logits = logits.float()
     if isinstance(temperature, Tensor):
@@ -165,9 +170,25 @@ def draw(logits: Tensor, temperature: float | Tensor, uniform: Tensor) -> tuple[
     elif temperature == 0:
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    logp = (logits / temperature).log_softmax(-1)
+    logp = likeliest(logits / temperature, top_p, top_k).log_softmax(-1)
     cumulative = logp.double().exp().cumsum(-1)
     point = uniform[:, None] * cumulative[:, -1:]  # the sum is 1 but for rounding
     # The first column whose cumulative mass exceeds the point: a token of probability 0 is never it.
     token = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[1] - 1)
     return token[:, 0], logp.gather(1, token)[:, 0]
+
+
+def likeliest(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    """The logits [B, V] with -inf in place of all but the `top_k` largest (0: all), as vLLM removes them.
+
+    Of those, `top_p` < 1 keeps the fewest likeliest that hold this share of their probability. A logit that equals the
+    smallest of the `top_k` stays too.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        mass = ordered.double().softmax(-1)
+        beyond = mass.cumsum(-1) - mass >= top_p  # those before it hold the share already
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return logits

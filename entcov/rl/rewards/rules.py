@@ -9,12 +9,14 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
+from entcov.rl.rewards.code import CODE_SOURCES, score_code
 from entcov.rl.sandbox import SandboxPool
 from entcov.rl.tasks.base import TASKS, answer_after_mark, import_object, score_after_mark
 from entcov.rl.tasks.reasoning_gym import answer_in_tags
 from entcov.rl.types import Example
 
-RewardFunction = Callable[[Example, str], float]
+# One number, or several by name, whose sum is the reward (the advantage gdpo normalises each alone).
+RewardFunction = Callable[[Example, str], float | dict[str, float]]
 
 MATH_SOURCES = (
     "DigitalLearningGmbH/MATH-lighteval",
@@ -45,14 +47,17 @@ def final_answer(example: Example, response: str) -> str | None:
     GSM8K's numbers are equal texts where they are equal numbers. Otherwise 1/2 and 0.5 are two answers.
 
     Raises:
-        ValueError: unknown style or data source.
+        ValueError: unknown style or data source, or one of programs.
     """
     scorer = _scorer(example)
     if scorer is _score_gsm8k:
         number = _gsm8k_answer(response)
         return None if number is None else str(number.normalize())
-    if scorer is _score_math:
-        return _bare(_math_answer(response) or "") or None
+    if scorer in (_score_math, _score_math_boxed):
+        answer = _math_answer(response) if scorer is _score_math else last_boxed(response)
+        return _bare(answer or "") or None
+    if scorer is score_code:
+        raise ValueError(f"data_source {example.data_source!r}: a program is no final answer that could be compared")
     find = answer_in_tags if scorer is TASKS["reasoning_gym"].score else answer_after_mark
     return find(response) or None
 
@@ -60,7 +65,8 @@ def final_answer(example: Example, response: str) -> str | None:
 def load_reward(spec: str | None) -> RewardFunction:
     """The reward function that a recipe names: None for `score`, or "module:function" for your own.
 
-    Your function gets (example, response text) and returns a finite number.
+    Your function gets (example, response text) and returns a finite number, or a dict of them with the same keys for
+    every response, whose sum is the reward.
     """
     if spec is None:
         return score
@@ -85,8 +91,10 @@ def _scorer(example: Example) -> RewardFunction:
         return _score_gsm8k
     if source in MATH_SOURCES or source.lower().startswith(("aime", "amc")):
         return _score_math
+    if source in CODE_SOURCES:
+        return score_code
     known = [*(f"entcov/{name}" for name in sorted(TASKS) if name != "reasoning_gym"), "reasoning_gym/DATASET"]
-    known += ["openai/gsm8k", *MATH_SOURCES, "aime*", "amc*"]
+    known += ["openai/gsm8k", *MATH_SOURCES, "aime*", "amc*", *CODE_SOURCES]
     raise ValueError(
         f"no reward for data_source {source!r}; known: {', '.join(known)}. Other data can set reward_model.style to "
         f"{', '.join(STYLES)}, or bring a reward function of its own as 'module:function'"
@@ -119,7 +127,14 @@ def _number(text: str) -> Decimal | None:
 
 
 def _score_math(example: Example, response: str) -> float:
-    answer = _math_answer(response)
+    return _equals_truth(example, _math_answer(response))
+
+
+def _score_math_boxed(example: Example, response: str) -> float:
+    return _equals_truth(example, last_boxed(response))
+
+
+def _equals_truth(example: Example, answer: str | None) -> float:
     if answer is None or len(answer) > _MAX_ANSWER:
         return 0.0
     boxed_truth = last_boxed(example.ground_truth)
@@ -161,4 +176,10 @@ def _math_pool() -> SandboxPool:
     return SandboxPool("math", limit=_TIME_LIMIT, extra="train")
 
 
-STYLES: dict[str, RewardFunction] = {"exact": score_after_mark, "gsm8k": _score_gsm8k, "math": _score_math}
+STYLES: dict[str, RewardFunction] = {
+    "exact": score_after_mark,
+    "gsm8k": _score_gsm8k,
+    "math": _score_math,
+    "math_boxed": _score_math_boxed,
+    "code": score_code,
+}

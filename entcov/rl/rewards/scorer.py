@@ -15,7 +15,9 @@ STEP_LIMIT = 300.0  # seconds that the responses of one step may keep every sand
 
 
 class Scorer:
-    """Threads that fill in `Rollout.reward`. A context manager; `take` is a sampler's `on_done`, `finish` comes after.
+    """Threads that fill in `Rollout.reward` and `Rollout.components`. A context manager.
+
+    `take` is a sampler's `on_done`, `finish` comes after.
 
     The built-in rewards run in child processes or take microseconds, so they hardly slow the generation: they get one
     thread for each sandbox. A reward function of your own gets one thread, so it need not be thread-safe. Where the
@@ -59,7 +61,10 @@ class Scorer:
 
     def _score(self, rollout: Rollout) -> None:
         with self._turn, self._budget.charged() as charge:
-            rollout.reward = self.reward_fn(rollout.prompt.example, rollout.text)
+            reward = self.reward_fn(rollout.prompt.example, rollout.text)
+        if isinstance(reward, dict):
+            rollout.components, reward = reward, float(sum(reward.values()))
+        rollout.reward = reward
         rollout.timed_out = charge.timed_out
 
     def __enter__(self) -> Scorer:

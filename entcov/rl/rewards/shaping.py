@@ -158,4 +158,5 @@ def with_pseudo(shapings: Sequence[RewardShaping], responses: Responses) -> Resp
     group = zero.new_tensor([group for _, group in added])
     rows = {"reward": reward, "score": reward, "group": group, "length": zero, "lag": zero}
     rows["number"] = len(responses.reward) + torch.arange(len(added), device=zero.device)
-    return replace(responses, **{name: torch.cat([getattr(responses, name), row]) for name, row in rows.items()})
+    joined = {name: torch.cat([getattr(responses, name), row]) for name, row in rows.items()}
+    return replace(responses, **joined, baseline=None, components=None)  # a response that does not exist has neither

@@ -3,6 +3,16 @@
 from entcov.rl.sandbox.budget import Budget
 from entcov.rl.sandbox.cores import free_cores
 from entcov.rl.sandbox.pool import IsolationError, SandboxPool
-from entcov.rl.sandbox.programs import ProgramResult, run_program
+from entcov.rl.sandbox.programs import Call, Outcome, ProgramResult, call_program, run_program
 
-__all__ = ["Budget", "IsolationError", "ProgramResult", "SandboxPool", "free_cores", "run_program"]
+__all__ = [
+    "Budget",
+    "Call",
+    "IsolationError",
+    "Outcome",
+    "ProgramResult",
+    "SandboxPool",
+    "call_program",
+    "free_cores",
+    "run_program",
+]

@@ -9,6 +9,9 @@ which its reply repeats, and a "limit" in seconds; a reply says "timed_out" wher
     reasoning_gym   {"item": {...}}                                       -> {"question": ..., "answer": ...}
     reasoning_gym   {"names": true}                                       -> {"names": [...], "version": ...}
     program         {"source": ..., "stdin": ..., "most_output": ...}     -> {"status", "stdout", "ended_by", "seconds"}
+    program         {"source": ..., "calls": [...], "each": ..., "most_output": ...}                       -> the same
+
+With "calls" the program is loaded as a module, and its standard output is one line a call (`_call_source`).
 
 A request that is wrong for every response is answered by {"error": ...}.
 
@@ -39,6 +42,7 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # -P keeps it off; the trainer's path replaces it
 import guard  # noqa: E402
 import isolation  # noqa: E402
+import values  # noqa: E402
 
 _MEMORY = 4 << 30  # bytes of address space; "9**9**9" fails instead of eating the machine
 _PROGRAM_MEMORY = 2 << 30
@@ -178,13 +182,15 @@ def _program(lacking: dict[str, str]) -> Handler:
     children = _Children(lacking)
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
+        calls = request.get("calls")
         done = children.run(
-            lambda: _run_source(request["source"]),
+            lambda: _run_source(request["source"]) if calls is None else _call_source(request["source"], calls),
             limit=request["limit"],
             memory=_PROGRAM_MEMORY,
             most_output=request["most_output"],
-            stdin=request["stdin"].encode(errors="surrogatepass"),
+            stdin=request.get("stdin", "").encode(errors="surrogatepass"),
             threads=True,
+            each=request.get("each"),
         )
         return {
             "status": done.status,
@@ -216,6 +222,32 @@ def _run_source(source: str) -> int:
     except (OSError, ValueError):
         status = status or 1
     return status
+
+
+def _call_source(source: str, calls: list[Any]) -> int:
+    """Loads `source` as a module, calls its functions, and writes a line of JSON for each call: {"value": ...} or
+    {"raised": [names of the exception's classes]}.
+
+    `calls` has [name, arguments, named arguments], values as `values` encodes them. A name that the module lacks is
+    looked up in its class Solution. What the program prints goes nowhere. The program can write to the pipe itself, and
+    gains nothing by it: the reader knows what is expected, and this process does not.
+    """
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    sys.argv = ["solution.py"]
+    sys.modules["solution"] = module = types.ModuleType("solution")
+    exec(compile(source, "solution.py", "exec"), module.__dict__)
+    solution, write, dumps = module.__dict__.get("Solution"), os.write, json.dumps
+    for name, arguments, named in calls:
+        try:
+            function = module.__dict__[name] if name in module.__dict__ else getattr(solution(), name)
+            reply = {"value": values.encode(function(*values.decode(arguments), **values.decode(named)))}
+        except Exception as error:
+            reply = {"raised": [cls.__name__ for cls in type(error).__mro__]}
+        line = memoryview(dumps(reply).encode() + b"\n")
+        while line:
+            line = line[write(replies, line) :]
+    return 0
 
 
 # ---- a child for each answer ---------------------------------------------------------------------------------------
@@ -260,6 +292,7 @@ class _Children:
         most_output: int,
         stdin: bytes = b"",
         threads: bool = False,
+        each: float | None = None,
     ) -> _Done:
         """Calls `work` in a child, whose standard input is `stdin`. Returns what it wrote to its standard output.
 
@@ -268,6 +301,7 @@ class _Children:
             limit: seconds, after which the child is ended.
             most_output: bytes, beyond which the child is ended.
             threads: whether the child may have threads, up to 32 of them.
+            each: seconds that each line of output may take; None: only `limit` counts.
         """
         started = time.monotonic()
         source = _stdin(stdin)
@@ -288,7 +322,7 @@ class _Children:
                 leave(status & 0xFF)
         os.close(source)
         os.close(sink)
-        received, ended_by, status = _watch(child, output, started + limit, most_output, threads)
+        received, ended_by, status = _watch(child, output, started + limit, most_output, threads, each)
         os.close(output)
         if ended_by:
             os.kill(child, signal.SIGKILL)
@@ -296,15 +330,18 @@ class _Children:
         return _Done(os.waitstatus_to_exitcode(status), received, time.monotonic() - started, ended_by)
 
 
-def _watch(child: int, output: int, deadline: float, most: int, threads: bool) -> tuple[bytes, str, int]:
+def _watch(
+    child: int, output: int, deadline: float, most: int, threads: bool, each: float | None
+) -> tuple[bytes, str, int]:
     """Reads a child's output until it has ended, or must be ended. Returns the output, why, and the wait status."""
     received = b""
+    line_deadline = deadline if each is None else min(deadline, time.monotonic() + each)
     poll = select.poll()
     poll.register(output, select.POLLIN)
     poll.register(0, 0)  # the trainer's end of stdin: the kernel tells when it is closed
     at_end = False
     while True:
-        left = deadline - time.monotonic()
+        left = line_deadline - time.monotonic()
         if left <= 0:
             return received, "time", 0
         if threads and _threads_of(child) > _MOST_THREADS:
@@ -322,6 +359,8 @@ def _watch(child: int, output: int, deadline: float, most: int, threads: bool) -
             data = os.read(output, min(1 << 16, most + 1 - len(received)))
             received += data
             at_end = not data
+            if each is not None and b"\n" in data:
+                line_deadline = min(deadline, time.monotonic() + each)
             if len(received) > most:
                 return received[:most], "output", 0
 

@@ -5,6 +5,7 @@ from entcov.rl.tasks import (  # noqa: F401  (importing them registers them)
     countdown,
     linear_equations,
     modular_arithmetic,
+    programs,
     reasoning_gym,
     word_problems,
 )

@@ -165,6 +165,7 @@ class GeneratedTask(ABC, Generic[Q]):
     """
 
     name: ClassVar[str]
+    ability: ClassVar[str] = "math"
     seed: int = 0
     held_out_fraction: float = 0.1
 
@@ -205,7 +206,7 @@ class GeneratedTask(ABC, Generic[Q]):
             data_source=f"entcov/{self.name}",
             prompt=({"role": "user", "content": self.prompt(question)},),
             ground_truth=self.answer(question),
-            ability="math",
+            ability=self.ability,
             extra_info={"split": split, "index": index, "seed": self.seed},
             solution=self.solve(question, rng),
         )

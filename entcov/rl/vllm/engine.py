@@ -37,13 +37,18 @@ _OWN_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be sampled from softmax(logits / temperature); temperature 0 takes the likeliest token."""
+    """One response to be sampled from softmax(logits / temperature), or from its likeliest tokens: `Sampler.generate`.
+
+    Temperature 0 takes the likeliest token.
+    """
 
     prompt: Sequence[int]
     seed: int
     temperature: float
     max_tokens: int
     stop: Sequence[int]  # tokens that end the response, and stay its last token
+    top_p: float = 1.0
+    top_k: int = 0
     prompt_logprob: bool = False  # whether the completion has the prompt's log-probabilities, at temperature 1
 
 
@@ -61,6 +66,8 @@ def sampling_arguments(request: Request) -> dict[str, Any]:
     """vLLM's SamplingParams for a request: token ids in, token ids and log-probabilities out."""
     return {
         "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
         "max_tokens": request.max_tokens,
         "seed": request.seed,
         "stop_token_ids": list(request.stop),

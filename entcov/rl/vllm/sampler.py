@@ -54,6 +54,8 @@ class VllmSampler:
         temperature: float | Sequence[float],
         max_response_length: int,
         seed: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
         progress: Callable[[int, int], None] | None = None,
         on_done: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
@@ -74,10 +76,12 @@ class VllmSampler:
             )
         stop = (self.tokenizer.eos_token_id,)
         requests = [
-            Request(prompt.tokens, derived_seed(seed, prompt.uid, sample), own, max_response_length, stop)
+            Request(
+                prompt.tokens, derived_seed(seed, prompt.uid, sample), own, max_response_length, stop, top_p, top_k
+            )
             for prompt, own in zip(prompts, temperatures, strict=True)
             for sample in range(group_size)
-        ]
+        ]  # fmt: skip
         out: list[Rollout | None] = [None] * len(requests)
         for done, (row, completion) in enumerate(self._answers(requests), start=1):
             prompt, sample, version = prompts[row // group_size], row % group_size, self._sync.version

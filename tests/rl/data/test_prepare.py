@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -11,11 +13,13 @@ pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
 from entcov.cli import main  # noqa: E402
-from entcov.rl.data.prepare import EVAL_SETS, SOURCES, TEMPLATES, plain_answer, prepare  # noqa: E402
+from entcov.rl.config import load_config  # noqa: E402
+from entcov.rl.data.prepare import EVAL_SETS, SOURCES, STYLES, TEMPLATES, plain_answer, prepare  # noqa: E402
 from entcov.rl.data.stream import load_rows  # noqa: E402
 from entcov.rl.rewards.rules import score  # noqa: E402
 
 BEFORE, AFTER = TEMPLATES["dapo"]
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def dapo(question, answer):
@@ -71,6 +75,12 @@ SAMPLES = {
           "is_multiple_answer": True, "unit": None, "answer_type": "Numerical", "subfield": "Algebra"}],
         [("P", r"\frac{1}{4}"), ("Q", "1, 2")],
     ),
+    "math_hard": (
+        "jsonl",
+        [{"problem": "P", "level": "Level 5", "type": "Algebra", "solution": r"Hence $\boxed{\sqrt{2}}$."}],
+        [("P", r"\sqrt{2}")],
+    ),
+    "amc23": ("parquet", [{"id": 0, "question": "P", "answer": "27.0", "url": "https://..."}], [("P", "27.0")]),
     "minerva": ("jsonl", [{"question": "P", "answer": "1.6e-7"}], [("P", "1.6e-7")]),
     "omni_math": (
         "jsonl",
@@ -117,12 +127,30 @@ def test_every_set_becomes_rows_that_the_trainer_reads_and_pays_for(name, source
         assert score(example, "so " + mark.format("123456789")) == 0.0
         if example.solution is not None:
             assert score(example, example.solution) == 1.0
-        if name != "gsm8k":
-            assert score(example, f"...\nAnswer: {example.ground_truth}") == 1.0
+        assert score(example, f"...\nAnswer: {example.ground_truth}") == 0.0  # not what the prompt asks for
 
 
 def test_samples_cover_every_set():
-    assert set(SAMPLES) == set(SOURCES) and set(EVAL_SETS) < set(SOURCES)
+    assert set(EVAL_SETS) < set(SAMPLES) == {name for name, source in SOURCES.items() if source.template != "code"}
+    assert set(TEMPLATES) == set(STYLES)
+
+
+@pytest.mark.parametrize("recipe", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_evaluates_with_the_prompt_that_it_trains_with(recipe):
+    """The rule of docs/tasks.md, for the files that the recipe's `entcov data` command writes."""
+    data = load_config(recipe).data
+    sets = {Path(file).parts[1] for file in (*data.train_files, *data.val_files)} - {"openr1"}  # a file of the user's
+    assert len({SOURCES[name].template for name in sets}) <= 1
+    (told,) = re.findall(r"-m entcov data ([a-z0-9_ ]+)", recipe.read_text()) or [""]
+    assert sets == {name for word in told.split() for name in (EVAL_SETS if word == "eval" else [word])} & sets
+
+
+def test_the_papers_prompts_ask_for_a_box_and_its_content_alone_is_scored(source, tmp_path):
+    for name in ("dapo_math_17k", "math", "math500", "math_hard", "aime24", "amc23", "minerva", "olympiadbench"):
+        (result,) = prepare(name, tmp_path, source=source(name)[0], split=next(iter(SOURCES[name].files)))
+        example = load_rows(result.path)[0]
+        assert example.prompt[0]["content"].endswith("output the final answer within \\boxed{}.")
+        assert example.style == "math_boxed" and "Answer:" not in example.prompt[0]["content"]
 
 
 def test_counts_say_what_was_left_out(source, tmp_path):
@@ -139,8 +167,10 @@ def test_another_prompt(source, tmp_path):
     first = load_rows(result.path)[0]
     assert first.prompt[0]["content"] == f"{BEFORE}How many?{AFTER}" and first.style == "math"
     assert score(first, "1200 in all\nAnswer: 1,200") == 1.0
-    (result,) = prepare("dapo_math_17k", tmp_path, source=source("dapo_math_17k")[0], template="boxed")
-    assert load_rows(result.path)[0].prompt[0]["content"] == "What is 2+2?" + TEMPLATES["boxed"][1]
+    (result,) = prepare("dapo_math_17k", tmp_path, source=source("dapo_math_17k")[0], template="dapo")
+    assert load_rows(result.path)[0].prompt[0]["content"] == f"{BEFORE}What is 2+2?{AFTER}"
+    with pytest.raises(ValueError, match="template: gsm8k is for GSM8K, .* got it for amc"):
+        prepare("amc", tmp_path, source=source("amc")[0], template="gsm8k")
 
 
 def test_the_hub_is_asked_for_the_set_s_own_files(source, tmp_path, monkeypatch):
@@ -213,7 +243,7 @@ def test_the_command(source, tmp_path, capsys):
         (["data", "eval", "--source", str(path), *out], "--source: goes with one data set, got math500, aime24"),
         (["data", "gsm8k", "--source", str(path), *out], "split: must be given with source, gsm8k has train, test"),
         (["data", "aime24", "--split", "train", *out], "split: aime24 has test, got 'train'"),
-        (["data", "aime24", "--template", "plain", *out], "template: must be one of dapo, boxed, gsm8k, got 'plain'"),
+        (["data", "aime24", "--template", "plain", *out], "must be one of dapo, boxed, gsm8k, code, got 'plain'"),
         (["data", "aime24", "--source", str(path), "--revision", "v1", *out], "revision: belongs to the hub"),
         (["data", "aime24", "--source", str(tmp_path / "no.parquet"), *out], "no such dataset file"),
     ):

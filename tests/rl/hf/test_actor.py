@@ -129,8 +129,9 @@ def test_padded_and_packed_statistics_agree_with_one_sequence_at_a_time(rolled_o
 
 
 def plain_statistics(model, batch, temperature):
-    """(log-probability, entropy) of every token of the batch, 0 outside the mask: one plain forward pass a sequence."""
-    logprob, entropy, start = torch.zeros(len(batch.tokens)), torch.zeros(len(batch.tokens)), 0
+    """(log-probability, entropy, collision) of every token, 0 outside the mask: one plain forward pass a sequence."""
+    logprob, entropy, collision = torch.zeros(3, len(batch.tokens))
+    start = 0
     for n in batch.lengths:
         at = slice(start, start + n)
         with torch.no_grad():
@@ -139,8 +140,9 @@ def plain_statistics(model, batch, temperature):
         mask = batch.loss_mask[at]
         logprob[at] = torch.where(mask, log_p.gather(1, batch.target[at].clamp(min=0)[:, None])[:, 0], 0.0).float()
         entropy[at] = torch.where(mask, -(log_p.exp() * log_p).sum(-1), 0.0).float()
+        collision[at] = torch.where(mask, log_p.exp().square().sum(-1), 0.0).float()
         start += n
-    return logprob, entropy
+    return logprob, entropy, collision
 
 
 def test_scores_are_the_plain_forward_pass_at_the_samplers_temperature(rolled_out):
@@ -154,10 +156,13 @@ def test_scores_are_the_plain_forward_pass_at_the_samplers_temperature(rolled_ou
         reference=reference,
     )  # fmt: skip
     scored = actor.compute_logprobs(batch)
-    logprob, entropy = plain_statistics(model, batch, 0.8)
+    logprob, entropy, collision = plain_statistics(model, batch, 0.8)
     torch.testing.assert_close(scored["logprob"], logprob, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scored["entropy"], entropy, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(scored["collision"], collision, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(scored["ref_logprob"], plain_statistics(reference, batch, 0.8)[0], atol=2e-5, rtol=1e-5)
+    entropy = actor.compute_entropy(batch, temperature=1.0)
+    torch.testing.assert_close(entropy, plain_statistics(model, batch, 1.0)[1], atol=2e-5, rtol=1e-5)
 
 
 def test_denominators_are_the_response_tokens_of_the_mini_batch(rolled_out):
@@ -189,7 +194,7 @@ def test_updates_are_adamw_by_hand(rolled_out):
     for k in range(3):
         gradient, norm = gradient_of(actor.model, batch)
         clipped = gradient * min(1.0, limit / (norm + 1e-6))
-        metrics = actor.update(batch, step=1)
+        metrics = actor.update(batch, step=k + 1)
         assert norm > limit and metrics["actor/grad_norm"] == pytest.approx(norm, rel=1e-4)
         rate = lr * (0.5, 1.0, 1.0)[k]
         assert metrics["actor/lr"] == pytest.approx(rate, rel=1e-12)

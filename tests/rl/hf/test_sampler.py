@@ -9,7 +9,7 @@ import transformers
 from entcov.rl.batch import pack
 from entcov.rl.config import ModelConfig
 from entcov.rl.hf.model import batch_token_stats, build_model, forward
-from entcov.rl.hf.sampler import InProcessSampler, draw
+from entcov.rl.hf.sampler import InProcessSampler, draw, likeliest
 from tests.support.tiny_run import RECIPE, prompts
 
 
@@ -111,13 +111,50 @@ def test_draw_follows_the_distribution_and_never_takes_an_impossible_token():
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -torch.inf]])
     n = 40_000
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    token, logprob = draw(logits.expand(n, -1), 0.5, uniform)
+    token, logprob = draw(logits.expand(n, -1), uniform, 0.5)
     p = (logits[0].double() / 0.5).softmax(-1)
     counts = torch.bincount(token, minlength=6).double() / n
     torch.testing.assert_close(counts, p, atol=1.0 / n, rtol=0)  # a grid of uniforms: exact to one grid step
     torch.testing.assert_close(logprob.double().exp(), p[token], atol=1e-6, rtol=1e-6)
-    edge, _ = draw(logits.expand(2, -1), 1.0, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64))
+    edge, _ = draw(logits.expand(2, -1), torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64), 1.0)
     assert edge.tolist() == [1, 4]
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (1.0, 3), (0.7, 4), (1e-6, 0), (1.0, 99)])
+def test_truncation_is_that_of_transformers(top_p, top_k):
+    """Its generate() takes the k largest first and then top_p of what is left, too."""
+    logits = torch.randn((20, 12), generator=torch.Generator().manual_seed(5)) * 2
+    wanted = logits.double()
+    if top_k:
+        wanted = transformers.TopKLogitsWarper(top_k)(None, wanted)
+    if top_p < 1:
+        wanted = transformers.TopPLogitsWarper(top_p)(None, wanted)
+    kept = likeliest(logits, top_p, top_k)
+    assert torch.equal(kept, torch.where(wanted.isfinite(), logits, -torch.inf))
+    assert 20 <= int(kept.isfinite().sum()) < 240 or top_k == 99
+
+
+def test_ties_and_exact_shares_of_a_truncation():
+    tied = torch.tensor([[1.0, 0.0, 1.0, 1.0, -1.0]])
+    assert likeliest(tied, 1.0, 2).isfinite().tolist() == [[True, False, True, True, False]]  # three share second place
+    halves = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert likeliest(halves, 0.74, 0).isfinite().tolist() == [[True, True, False, False]]
+    assert likeliest(halves, 0.76, 0).isfinite().tolist() == [[True, True, True, False]]
+    assert likeliest(halves, 0.6, 2).isfinite().tolist() == [[True, False, False, False]]  # 2/3 of what two hold
+
+
+def test_truncated_responses_have_the_truncated_log_probability(policy):
+    model, tokenizer = policy
+    options = {"group_size": 2, "temperature": 0.6, "max_response_length": 8, "seed": 3}
+    sampler = InProcessSampler(model, tokenizer, batch_size=16)
+    rollouts = sampler.generate(prompts(6), **options, top_p=0.8, top_k=5)
+    assert [r.tokens for r in rollouts] != [r.tokens for r in sampler.generate(prompts(6), **options)]
+    for rollout in rollouts:
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([[*rollout.prompt.tokens, *rollout.tokens]])).logits[0]
+        logp = likeliest(logits / 0.6, 0.8, 5).double().log_softmax(-1)[len(rollout.prompt.tokens) - 1 : -1]
+        expected = logp.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(rollout.logprob).double(), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_dropout_is_off():

@@ -41,7 +41,7 @@ def test_an_unknown_source_is_named_and_the_known_ones_listed():
 
 
 def test_an_unknown_style_is_named():
-    with pytest.raises(ValueError, match="unknown reward style 'model'; known: rule, exact, gsm8k, math"):
+    with pytest.raises(ValueError, match="unknown reward style 'model'; known: .*gsm8k, math, math_boxed, code"):
         score(example("1", "entcov/countdown", style="model"), "#1")
 
 
@@ -50,6 +50,16 @@ def test_the_style_overrules_the_source():
     assert score(example("7", "my/data", style="gsm8k"), "#### 7.0") == 1.0
     assert score(example("7", "my/data", style="math"), r"\boxed{7}") == 1.0
     assert score(example("7", "my/data", style="exact"), r"\boxed{7}") == 0.0
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [(r"so \boxed{14/2}", 1.0), (r"\boxed{8}, no: \boxed{7}", 1.0), ("Answer: 7", 0.0), (r"7 \boxed{8} Answer: 7", 0.0),
+     (r"\boxed{}", 0.0), (r"Answer: 7 \boxed{7", 0.0), ("7", 0.0)],
+)  # fmt: skip
+def test_math_boxed_reads_the_last_box_and_nothing_else(response, reward):
+    assert score(example("7.0", "math_dapo", style="math_boxed"), response) == reward
 
 
 def test_load_reward():
@@ -256,7 +266,7 @@ def test_no_response_raises(source):
         target = make_task(source.removeprefix("entcov/")).example("train", 0)
     else:
         target = example("31", source)
-    for response in responses(1500):
+    for response in responses(100 if source == "entcov/programs" else 1500):  # a process for each
         assert score(target, response) in (0.0, 1.0)
 
 
@@ -283,6 +293,8 @@ def test_importing_the_package_is_light():
         ("math", "so\nAnswer: **$7$**.\nAnswer: 8.", "8"),
         ("math", "no answer", None),
         ("math", r"\boxed{}", None),
+        ("aime24/math_boxed", "Answer: 8", None),
+        ("aime24/math_boxed", r"Answer: 8 \boxed{$9$}", "9"),
         ("openai/gsm8k", "#### 1,234.50 dollars", "1234.5"),
         ("openai/gsm8k", "#### 1234.5", "1234.5"),
         ("openai/gsm8k", "1234.5", None),
@@ -294,4 +306,10 @@ def test_importing_the_package_is_light():
     ],
 )
 def test_the_final_answer_is_what_the_score_looks_at(source, response, answer):
-    assert final_answer(example("1", source), response) == answer
+    source, _, style = source.partition("/math_")
+    assert final_answer(example("1", source, f"math_{style}" if style else "rule"), response) == answer
+
+
+def test_a_program_is_no_final_answer():
+    with pytest.raises(ValueError, match="data_source 'taco': a program is no final answer"):
+        final_answer(example("1", "taco"), "#1")

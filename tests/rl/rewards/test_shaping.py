@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from entcov.objective.advantages import dr_grpo, grpo
+from entcov.objective.advantages import GRPO, DrGRPO
 from entcov.objective.responses import Responses
 from entcov.rl.rewards.shaping import Overlong, Reactivate, RelativeLength, shape_rewards, with_pseudo
 from entcov.rl.types import Example, Prompt, Rollout
@@ -64,11 +65,12 @@ def test_reactivate_gives_all_right_groups_an_advantage(pseudo):
     score = torch.tensor([1.0] * 8 + [1.0, 0.0, 1.0, 0.0] + [0.0] * 4)
     groups = torch.tensor([5] * 8 + [3] * 4 + [9] * 4)
     plain = Responses.of(score, groups, torch.full((16,), 7))
+    plain = replace(plain, baseline=score, components={"a": score})
     table = with_pseudo([Reactivate(pseudo_reward=pseudo)], plain)
     assert table.reward.tolist() == [*score.tolist(), pseudo] and table.group[-1] == 5 and table.length[-1] == 0
-    advantage = grpo(table.reward, table.group, table.length)[:16]
+    advantage = GRPO()(table).value[:16]
     assert advantage[:8].tolist() == pytest.approx([1 / math.sqrt(9)] * 8, rel=1e-5)
-    assert torch.equal(advantage[8:], grpo(plain.reward, plain.group, plain.length)[8:])
-    centred = dr_grpo(table.reward, table.group, table.length)[:16]
+    assert torch.equal(advantage[8:], GRPO()(plain).value[8:])
+    centred = DrGRPO()(table).value[:16]
     assert centred[:8].tolist() == pytest.approx([(1 - pseudo) / 9] * 8)
     assert with_pseudo([Overlong()], plain) is plain

@@ -13,11 +13,13 @@ import pytest
 
 from entcov.rl import tasks
 from entcov.rl.rewards.rules import score
-from entcov.rl.tasks import ALPHABET, TASKS, countdown, make_task
+from entcov.rl.sandbox import IsolationError, isolation
+from entcov.rl.tasks import ALPHABET, TASKS, countdown, make_task, programs
 from entcov.rl.tasks.base import answer_after_mark
 from entcov.rl.types import Example
 
-GENERATED = [name for name in sorted(TASKS) if name != "reasoning_gym"]
+LEFT_OUT = {"reasoning_gym", *(["programs"] if isolation.missing() else [])}  # programs runs its answers in a sandbox
+GENERATED = [name for name in sorted(TASKS) if name not in LEFT_OUT]
 
 # Small settings, whose question spaces thousands of draws run through many times over.
 SMALL = {
@@ -25,6 +27,7 @@ SMALL = {
     "countdown": {"numbers": 2, "max_number": 5, "held_out_fraction": 0.4},
     "linear_equations": {"max_coefficient": 3, "max_constant": 3, "max_solution": 4, "held_out_fraction": 0.4},
     "modular_arithmetic": {"max_operand": 4, "max_modulus": 3, "held_out_fraction": 0.4},
+    "programs": {"max_coefficient": 3, "max_constant": 3, "held_out_fraction": 0.4},
     "word_problems": {"max_number": 5, "templates": ["compare", "times", "buys"], "held_out_fraction": 0.4},
 }
 
@@ -39,7 +42,8 @@ def text(example: Example) -> str:
 @pytest.mark.parametrize("name", GENERATED)
 def test_solutions_earn_the_reward_and_keep_to_the_alphabet(name):
     task = make_task(name, seed=3)
-    for split, count in (("train", 400), ("held_out", 100)):
+    few = 5 if name == "programs" else 1  # a process for each answer
+    for split, count in (("train", 400 // few), ("held_out", 100 // few)):
         for example in (task.example(split, index) for index in range(count)):
             assert task.score(example, example.solution) == 1.0
             assert score(example, example.solution) == 1.0
@@ -57,7 +61,8 @@ def test_wrong_and_missing_answers_earn_nothing(name):
     task = make_task(name)
     for example in (task.example("train", index) for index in range(50)):
         answer = answer_after_mark(example.solution)
-        for wrong in (answer, "", "#", example.solution + "1", example.solution + "#", "#" + answer + " or so"):
+        after = " or so" if name != "programs" else " and so"  # "2*x or so" is right Python where 2*x is not 0
+        for wrong in (answer, "", "#", example.solution + "1", example.solution + "#", "#" + answer + after):
             assert task.score(example, wrong) == 0.0, wrong
 
 
@@ -121,6 +126,8 @@ def canonical(name: str, example: Example):
     if name == "linear_equations":
         a, b, c = read_equation(text(example))
         return a, b, c
+    if name == "programs":
+        return text(example)  # four values, which no two functions share (below)
     if name == "modular_arithmetic":
         return tuple(sorted(numbers[:2])), "+" in text(example), numbers[2:]
     kind = next(word for word in ("together", "times", "buys") if word in text(example))
@@ -163,6 +170,9 @@ def test_the_held_out_part_has_the_size_asked_for():
         ("linear_equations", {"max_coefficient": 1}, "max_coefficient must be an integer in"),
         ("modular_arithmetic", {"max_modulus": 1.5}, "max_modulus must be an integer in .* got 1.5"),
         ("word_problems", {"templates": ["boats"]}, "templates must be among"),
+        ("programs", {"max_coefficient": 8}, r"max_coefficient must be an integer in \[3, 7\], got 8"),
+        ("programs", {"max_constant": 0}, "max_constant must be an integer in .* got 0"),
+        ("programs", {"shapes": ["line", "cube"]}, "shapes must be among line, .*, got 'cube'"),
         ("no_such_task", {}, "unknown task 'no_such_task'; known: carry_arithmetic, countdown"),
         ("math:NoSuchClass", {}, "module 'math' has no 'NoSuchClass'"),
         ("no_such_module:Task", {}, "there is no module 'no_such_module'"),
@@ -426,3 +436,62 @@ def test_word_problems_by_hand(template, numbers, question, answer):
     problem = TEMPLATES[template](Scene("tom", "he", "ann", "pens"), *numbers)
     assert problem.text == question
     assert make_task("word_problems").answer(problem) == str(answer)
+
+
+# ---- programs ------------------------------------------------------------------------------------------------------
+
+
+def test_the_values_shown_tell_every_function_from_every_other():
+    functions = [
+        programs.Question(shape, a, b) for shape in programs.SHAPES for a in range(2, 8) for b in range(-99, 100)
+    ]
+    seen = {}
+    for question in functions:
+        shown = tuple(programs.value_of(question, x) for x in programs.SHOWN)
+        assert seen.setdefault(shown, question) == question
+    assert len(seen) == 5 * 6 * 199
+
+
+def test_every_way_to_write_a_program_is_the_function_that_was_asked_for():
+    import json
+    import random
+
+    task, rng, written = make_task("programs"), random.Random(0), set()
+    for question in (task.draw(rng) for _ in range(400)):
+        source = task.solve(question, rng).removeprefix("#")
+        space = {}
+        exec(source, space)
+        truth = json.loads(task.answer(question))
+        assert [space["f"](*arguments) for arguments in truth["inputs"]] == truth["outputs"], source
+        assert [f"f({x})={space['f'](x)}" for x in (0, 1, 2, 60)] == task.prompt(question).rstrip(": ").split()
+        written.add(re.sub(r"\d+", "n", source))
+    assert len(written) > 40 and any("\n" in source for source in written) and any("lambda" in w for w in written)
+
+
+@pytest.mark.skipif(bool(isolation.missing()), reason=f"this system lacks {isolation.missing()}")
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("#def f(x): return 3*x+4", 1.0),
+        ("not 2*x #f=lambda y: y+4+y+y", 1.0),
+        ("#def f(x):\n y=x*3\n return 4+y", 1.0),
+        ("def f(x): return 3*x+4", 0.0),  # no mark
+        ("#def g(x): return 3*x+4", 0.0),
+        ("#def f(x): return 3*x", 0.0),
+        ("#def f(x): return 4 if x<1 else 7 if x<2 else 10 if x<3 else 184", 0.0),  # those shown alone
+        ("#f", 0.0),
+        ("#f(", 0.0),
+    ],
+)
+def test_a_program_is_scored_by_what_it_computes(response, reward):
+    task = make_task("programs")
+    question = programs.Question("line", 3, 4)
+    example = Example("entcov/programs", ({"role": "user", "content": task.prompt(question)},), task.answer(question))
+    assert text(example) == "f(0)=4 f(1)=7 f(2)=10 f(60)=184: "
+    assert score(example, response) == reward
+
+
+def test_programs_are_refused_where_they_cannot_be_confined(monkeypatch):
+    monkeypatch.setattr(isolation, "missing", lambda: {"seccomp": "none here"})
+    with pytest.raises(IsolationError, match="programs must be confined .*no seccomp: none here"):
+        make_task("programs")

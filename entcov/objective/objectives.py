@@ -1,0 +1,166 @@
+"""The objectives: the policy-gradient term of each token, chosen by `PolicyLossConfig.objective`.
+
+Every function of `OBJECTIVES` takes the same arguments and returns (pg, clipped, lower):
+
+    log_ratio  [T] float, logprob - old_logprob, 0 outside the mask; not bounded
+    advantage  [T] float, times the multipliers of all controls, 0 outside the mask; no gradient
+    tokens     the micro-batch, `Tokens.masked`
+    config     the loss's knobs; OBJECTIVE_KNOBS says which ones an objective reads
+    sequences  sums over whole responses; None where the objective is not one of SEQUENCE_OBJECTIVES
+
+    pg         [T], the term that the aggregation weighs; differentiable in tokens.logprob
+    clipped    [T] bool, the clip acts on the token; where the loss is a maximum, its gradient is 0 there
+    lower      [T] bool, the dual clip acts on the token
+
+Controls act on every objective in the same way: a multiplier scales the advantage, keep=False makes the token's pg 0,
+a penalty is added after it. In "gspo" and "geo_mean" a token with keep=False has still its share in the response's
+ratio; a dropped token has none. `without_clip` says what `unclipped` means.
+
+Collectives: "gspo" and "geo_mean" enter one all-reduce over `sequences.group`, where there is one; others none.
+Source: the formulas are those of verl's trainer/ppo/core_algos.py, which the docstrings compare with the papers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from entcov.objective.sequences import SequenceIndex
+from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
+
+GSPO_BOUND = 10.0  # verl's upper bound of the mean log ratio
+Terms = tuple[Tensor, Tensor, Tensor]
+
+
+def ppo(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high)), r = exp(clamp(log_ratio, +-20)); at most -A dual_clip.
+
+    The bound of the last part is for A < 0, if dual_clip is set.
+    Source: Schulman et al., arXiv 1707.06347, eq. 7; Ye et al., arXiv 1912.09729 (dual clip); verl "vanilla".
+    """
+    ratio = token_ratio(log_ratio)
+    pg, clipped = _clipped(ratio, advantage, config)
+    lower = torch.zeros_like(clipped)
+    if config.dual_clip is not None:
+        ceiling = -advantage * config.dual_clip
+        lower = (pg > ceiling) & (advantage < 0)
+        pg = torch.where(lower, ceiling, pg)
+    return pg, clipped, lower
+
+
+def gspo(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """PPO's clip of s_t = sg[s] pi_t / sg[pi_t], where s = exp(mean of log_ratio over the response).
+
+    log s_t is bounded by 10 from above, as in verl. Every token of a response has the same s, so the clip takes or
+    leaves whole responses where the advantage is one number a response. The paper's ranges are 3e-4 and 4e-4.
+    Source: Zheng et al., arXiv 2507.18071 (the form by tokens: GSPO-token); verl "gspo". TRL:
+    importance_sampling_level="sequence" with loss_type="grpo", without the bound, and with the gradient through s
+    itself, which is the same where the advantage is one number a response.
+    """
+    mean = _response_mean(log_ratio, tokens, config, sequences)
+    log_s = (tokens.logprob - tokens.logprob.detach() + mean).clamp(max=GSPO_BOUND)
+    pg, clipped = _clipped(log_s.exp(), advantage, config)
+    return pg, clipped, torch.zeros_like(clipped)
+
+
+def geo_mean(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """GMPO: -A s, s = exp(mean over the response of l), l = sgn(A) min(sgn(A) log r, sgn(A) clamp(log r)).
+
+    The clamp is of the logarithm, to [-clip_low, clip_high] (the paper: 0.4 both ways). Written by tokens,
+    s_t = sg[s] exp(l_t) / sg[exp(l_t)]: the same value and gradient as -A s where the advantage is one number a
+    response. Where a control's multiplier differs between tokens, each token's gradient has its own A; verl takes the
+    mean of A over the response. verl does not bound log r by +-20, and counts a token as clipped wherever it leaves
+    the range; here it is clipped if that changes l.
+    Source: Zhao et al., arXiv 2507.20673; verl "geo_mean".
+    """
+    log_ratio, sign = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND), advantage.sign()
+    bounded = log_ratio.clamp(-config.clip_low, config.clip_high)
+    least = sign * torch.minimum(sign * log_ratio, sign * bounded)
+    clipped = (least != log_ratio) & (sign != 0)
+    log_s = least - least.detach() + _response_mean(least, tokens, config, sequences)
+    return -advantage * log_s.exp(), clipped, torch.zeros_like(clipped)
+
+
+def cispo(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """-sg[clamp(r, 1 - clip_low, 1 + clip_high)] A logprob: the clip bounds the weight; no token loses its gradient.
+
+    Source: MiniMax-M1, arXiv 2506.13585 (there without a lower bound: clip_low 1); verl "cispo" clamps both
+    sides. TRL's loss_type="cispo" clamps at epsilon_high itself, so its epsilon_high is 1 + clip_high.
+    """
+    ratio = token_ratio(log_ratio).detach()
+    weight = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    clipped = weight != ratio
+    return -weight * advantage * tokens.logprob, clipped, torch.zeros_like(clipped)
+
+
+def sapo(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """-A sigmoid(tau (r - 1)) 4 / tau, tau = tau_pos where A > 0, else tau_neg: a soft gate instead of the clip.
+
+    Its gradient at r = 1 is that of -A r. Published with the aggregation "seq-mean-token-mean", the only one that verl
+    and TRL have for it.
+    Source: Gao et al., arXiv 2511.20347 (tau 1.0 and 1.05); verl "sapo", TRL loss_type="sapo": the same formula.
+    """
+    tau = torch.full_like(advantage, config.tau_neg).masked_fill(advantage > 0, config.tau_pos)
+    gate = torch.sigmoid(tau * (token_ratio(log_ratio) - 1)) * 4 / tau
+    never = torch.zeros_like(tokens.loss_mask)
+    return -advantage * gate, never, never
+
+
+def gpg(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """-A logprob: the policy gradient without a ratio, for any number of updates.
+
+    Source: Chu et al., arXiv 2504.02546; verl "gpg". The paper's rescaling of the advantages is not part of it.
+    """
+    never = torch.zeros_like(tokens.loss_mask)
+    return -advantage * tokens.logprob, never, never
+
+
+OBJECTIVES: dict[str, Callable[..., Terms]] = {f.__name__: f for f in (ppo, gspo, geo_mean, cispo, sapo, gpg)}
+UNCLIPPED = ("ppo", "cispo", "gpg")  # objectives that a control may ask for without their clip
+
+
+def without_clip(config: PolicyLossConfig) -> PolicyLossConfig:
+    """The knobs of the same objective where a control drops the clip (`Effect.unclipped`).
+
+    ppo: -A r, without dual clip. cispo: -sg[r] A logprob, whose gradient is the same. gpg has no clip to drop. In gspo
+    and geo_mean the clip is of whole responses, which no control that picks tokens replaces, and sapo's gate is its
+    shape: they are refused.
+    """
+    if config.objective not in UNCLIPPED:
+        raise ValueError(
+            f"objective must be one of {', '.join(UNCLIPPED)} for a control that drops the clip of single tokens, got "
+            f"{config.objective}"
+        )
+    return config if config.objective == "gpg" else replace(config, clip_low=1.0, clip_high=math.inf, dual_clip=None)
+
+
+def token_ratio(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), with log_ratio bounded by +-20."""
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+
+
+def _clipped(ratio: Tensor, advantage: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    """PPO's clip: (the loss of each token, whether the clip acts)."""
+    pg = -advantage * ratio
+    bounded = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    return torch.maximum(pg, bounded), bounded > pg
+
+
+def _response_mean(value: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None) -> Tensor:
+    """[T]: for each token the mean of `value` over the loss tokens of its whole response; no gradient."""
+    length = tokens.given("sequence_length", f"objective {config.objective}")
+    return (sequences.sum(value) / length.clamp(min=1)).to(value.dtype)

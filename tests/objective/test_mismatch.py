@@ -1,0 +1,96 @@
+"""Importance weights between sampler and trainer, and rejection: hand values for every level and mode."""
+
+import math
+
+import pytest
+import torch
+
+from entcov.objective.mismatch import RolloutRejection
+from entcov.objective.policy_loss import policy_loss
+from entcov.objective.tokens import PolicyLossConfig, Tokens
+
+LN2 = math.log(2)
+# Three responses: ratios 2, 2, 1/2 (product 2); 4, 1/2 (product 2); 1/8 (product 1/8).
+LOG_RATIO = [LN2, LN2, -LN2, 2 * LN2, -LN2, -3 * LN2]
+SEQUENCE = [5, 5, 5, 2, 2, 9]
+
+
+def batch(mask=(True,) * 6):
+    zero = torch.zeros(6, dtype=torch.float64)
+    rollout = -torch.tensor(LOG_RATIO, dtype=torch.float64)
+    rollout[~torch.tensor(mask)] = torch.nan
+    return Tokens(
+        zero.clone().requires_grad_(), zero, zero + 1.0, torch.tensor(mask), rollout_logprob=rollout,
+        sequence=torch.tensor(SEQUENCE),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "knobs, weights, outside",
+    [
+        ({"tis_cap": 1.5}, [1.5, 1.5, 0.5, 1.5, 0.5, 0.125], 3),
+        ({"tis_cap": 3.0, "tis_floor": 0.6}, [2, 2, 0.6, 3, 0.6, 0.6], 4),
+        ({"tis_cap": 3.0, "tis_floor": 0.5, "tis_mode": "mask"}, [2, 2, 0.5, 0, 0.5, 0], 2),
+        ({"tis_cap": 1.5, "tis_level": "sequence"}, [1.5] * 5 + [0.125], 5),
+        ({"tis_cap": 3.0, "tis_level": "sequence", "tis_floor": 0.25}, [2] * 5 + [0.25], 1),
+        ({"tis_cap": 3.0, "tis_level": "sequence", "tis_floor": 0.25, "tis_mode": "mask"}, [2] * 5 + [0], 1),
+    ],
+)
+def test_weights_by_hand(knobs, weights, outside):
+    """Loss and gradient are the weights', divided by all six tokens: a weight of 0 leaves no denominator."""
+    tokens = batch()
+    loss, metrics = policy_loss(tokens, PolicyLossConfig(**knobs))
+    loss.backward()
+    assert tokens.logprob.grad.tolist() == pytest.approx([-w / 6 for w in weights], rel=1e-12)
+    assert loss.item() == pytest.approx(-sum(weights) / 6)
+    assert float(metrics["actor/tis_weight"]) == pytest.approx(sum(weights) / 6)
+    assert float(metrics["actor/tis_capfrac"]) == pytest.approx(outside / 6)
+
+
+def test_the_weight_of_a_response_is_bounded_in_its_logarithm():
+    tokens = batch()
+    tokens.rollout_logprob = tokens.rollout_logprob - 15.0  # three tokens: 45 and more
+    loss, _ = policy_loss(tokens, PolicyLossConfig(tis_cap=1e30, tis_level="sequence"))
+    assert loss.item() == pytest.approx(-(5 * math.exp(20) + math.exp(15) / 8) / 6)
+
+
+@pytest.mark.parametrize(
+    "knobs, rejected",
+    [
+        ({"level": "token", "high": 3.0}, [0, 0, 0, 1, 0, 0]),
+        ({"level": "token", "low": 0.3, "high": 3.0}, [0, 0, 0, 1, 0, 1]),
+        ({"level": "sequence", "high": 1.9}, [1, 1, 1, 1, 1, 0]),
+        ({"level": "sequence", "low": 0.2}, [0, 0, 0, 0, 0, 1]),
+        ({"level": "geometric", "high": 1.3}, [0, 0, 0, 1, 1, 0]),  # 2^(1/3) = 1.26 and 2^(1/2) = 1.41
+        ({"level": "geometric", "low": 0.2, "high": 1.2}, [1, 1, 1, 1, 1, 1]),
+        ({"level": "sequence", "high": 9.0, "veto": 0.6}, [1, 1, 1, 1, 1, 1]),
+        ({"level": "sequence", "high": 9.0, "veto": 0.2}, [0, 0, 0, 0, 0, 1]),
+    ],
+)
+def test_rejection_by_hand(knobs, rejected):
+    assert RolloutRejection(**knobs).rejected(batch()).tolist() == [bool(x) for x in rejected]
+
+
+def test_tokens_outside_the_mask_decide_nothing():
+    """Without its first token the first response has ratios 2 and 1/2: product 1."""
+    mask = (False, True, True, True, True, True)
+    assert RolloutRejection("sequence", high=1.5).rejected(batch(mask)).tolist() == [False] * 3 + [True] * 2 + [False]
+    assert RolloutRejection("geometric", high=1.3).rejected(batch(mask)).tolist() == [False] * 3 + [True] * 2 + [False]
+
+
+@pytest.mark.parametrize(
+    "knobs, message",
+    [
+        ({"level": "response"}, "level must be one of token, sequence, geometric; got 'response'"),
+        ({"level": "token"}, "low or high must be given for level token, got None for both"),
+        ({"high": 2.0}, "high has no effect without level, got 2.0"),
+        ({"veto": 0.1}, "veto has no effect without level"),
+        ({"level": "token", "low": 1.5}, r"low must be in \[0, 1\], got 1.5"),
+        ({"level": "token", "low": 0}, "low must be greater than 0"),
+        ({"level": "token", "high": 0.9}, r"high must be in \[1, inf\], got 0.9"),
+        ({"level": "token", "high": 2.0, "veto": 2.0}, r"veto must be in \[0, 1\], got 2.0"),
+    ],
+)
+def test_rejection_knobs(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutRejection(**knobs)
