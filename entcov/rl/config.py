@@ -397,7 +397,7 @@ class Config:
             raise ValueError(f"reward_shaping: must not repeat an entry, got {self.reward_shaping}")
         if self.reward_shaping and "components" in ADVANTAGES[self.advantage].needs:
             raise ValueError(
-                f"reward_shaping: has no effect with advantage {self.advantage}, which reads the components of a reward "
+                f"reward_shaping: has no effect with advantage {self.advantage}, which reads a reward's components "
                 f"alone; got {self.reward_shaping}"
             )
         policy = self.build_prompt_policy()
