@@ -11,7 +11,7 @@ pytest.importorskip("mbridge")
 from entcov.controls import Selection
 from entcov.rl.config import ConfigError, MegatronConfig  # noqa: E402
 from megatron_integration.micro_batches import assign_to_replicas, build_inputs, dummy_micro_batch  # noqa: E402
-from tests.support.megatron_cases import CONTROLS  # noqa: E402
+from tests.support.megatron_cases import CONTROLS, METHODS  # noqa: E402
 from tests.support.megatron_policies import LLAMA3, MODELS, SHAPE  # noqa: E402
 from tests.support.megatron_processes import run_cases  # noqa: E402
 
@@ -29,11 +29,20 @@ def one(model: str, control: str, setting: str = "all", packing: bool = False, *
     return {"megatron": megatron, "control": control, "model": model, "packing": packing, "setting": setting}
 
 
+def methods(**megatron) -> list[dict]:
+    """One layout with every way in which a control acts, and the losses that need sums over responses."""
+    kinds = [one("qwen3", control, packing=n % 2 == 0, **megatron) for n, control in enumerate(METHODS)]
+    return kinds + [one("qwen2", "entropy_bonus", loss, **megatron) for loss in ("gspo", "geo_mean", "tis")]
+
+
 TWO = [
     *matrix(tensor_parallel=2),
     *matrix(tensor_parallel=2, sequence_parallel=True),
     *matrix(pipeline_parallel=2),
     *matrix(context_parallel=2),
+    *methods(tensor_parallel=2),
+    *methods(context_parallel=2),
+    *methods(),  # two replicas
     one("llama", "clip_cov", tensor_parallel=2),
     one("qwen3", "clip_cov", "responses", context_parallel=2),
     one("qwen3", "aent", overlap=True),

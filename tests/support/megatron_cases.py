@@ -15,14 +15,16 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from entcov.controls import make_control
+from entcov.controls import begin, make_control, selects
 from entcov.objective.tokens import PolicyLossConfig
+from entcov.rl.actor import needs_reference
 from entcov.rl.config import ActorConfig, MegatronConfig
 from entcov.rl.hf.actor import TransformersActor
 from megatron_integration.actor import MegatronActor
 from megatron_integration.adaptors import keep_logits_dtype, logits_stats
 from megatron_integration.bridge import build_model, load_hf_weights, make_bridge
 from megatron_integration.process_groups import make_process_groups
+from tests.support.objective_oracle import PROGRESS
 
 # Adam's epsilon in place of 1e-8: a first step is sign-like, so where a gradient is as small as rounding, the default
 # moves a weight by lr in one engine and not in the other. It has no bearing on what is compared.
@@ -34,6 +36,22 @@ CONTROLS = {
     "clip_cov": [("clip_cov", {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1, "clip_cov_ub": 50.0})],
     "kl_cov": [("kl_cov", {"kl_cov_ratio": 0.2})],
 }
+# The other ways in which a control acts, several of them in one update: in `begin`, by a selection and its numbers,
+# against the reference policy, in `apply`.
+METHODS = {
+    "begin": [
+        ("clip_b", {"mu": 0.5}), ("clip_v", {"mu": 1.0, "max_frac": 0.1}), ("relative_entropy", {}),
+        ("perplexity_shaping", {"ppl_coef": 0.2}), ("position_shaping", {}),
+        ("clip_cov", {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1, "clip_cov_ub": 50.0, "scope": "rollout"}),
+    ],
+    "select": [
+        ("high_entropy_tokens", {"top_entropy_quantile": 0.5}),
+        ("entropic", {"target": 0.5, "prob_threshold": 0.3}),
+        ("difficulty_bonus", {"entropy_coef": 0.01}),
+    ],
+    "reference": [("sent", {"semantics": "paper", "low_entropy_ratio": 0.5, "kl_cov_ratio": 0.2, "ppo_kl_coef": 1.0})],
+    "apply": [("entropy_advantage", {}), ("positive_advantage_reweighting", {"weight": 0.3})],
+}  # fmt: skip
 
 
 def actor_config(**changes: Any) -> ActorConfig:
@@ -44,11 +62,20 @@ def updates(actor, batch, controls) -> dict[str, Any]:
     """Scores, then three updates: the first at ratio 1, the others not. What came of it."""
     chosen: list[list[int]] = []
     for control in controls:
-        if "selection" in control.needs:
+        if selects(control):
             control.select = _recording(control.select, chosen)
     scored = actor.compute_logprobs(batch)
     batch = dataclasses.replace(batch)
     batch.assign_scores(scored, 0)
+    at = batch.loss_mask
+    shown = {name: getattr(batch, name)[at] for name in ("entropy", "entropy_drift")}
+    shaped = begin(controls, batch.loss_tokens(at, batch.old_logprob[at], **shown), PROGRESS)
+    batch.assign_advantages(shaped.advantage)
+    for name, own in shaped.selected.items():
+        batch.selected = {name: at.clone().masked_scatter_(at, own)}
+    if shaped.drop is not None:
+        assert 0 < shaped.drop.sum() < len(shaped.drop)
+        batch.drop(shaped.drop)
     metrics = [actor.update(batch, step=1 + number) for number in range(UPDATES)]
     weights = {name: weight.clone() for name, weight in actor.named_weights()}
     return {"scored": scored, "metrics": metrics, "weights": weights, "chosen": chosen}
@@ -57,17 +84,23 @@ def updates(actor, batch, controls) -> dict[str, Any]:
 def _recording(select, chosen: list[list[int]]):
     def record(tokens, **arguments):
         selection = select(tokens, **arguments)
-        chosen.append(sorted(tokens.token_id[selection.mask].tolist()))
+        for part in (selection.mask, selection.drop):
+            if part is not None:
+                chosen.append(sorted(tokens.token_id[part].tolist()))
         return selection
 
     return record
 
 
 # What is trained: a batch's sequences and a loss. "few" leaves one of two or more replicas without a sequence.
+PER_SEQUENCE = "seq-mean-token-mean"
 SETTINGS = {
     "all": (None, PolicyLossConfig()),
     "few": (slice(0, 3), PolicyLossConfig(aggregation="seq-mean-token-mean")),
     "kl": (None, PolicyLossConfig(kl_coef=0.1)),
+    "gspo": (None, PolicyLossConfig(objective="gspo", aggregation=PER_SEQUENCE, clip_low=3e-4, clip_high=4e-4)),
+    "geo_mean": (None, PolicyLossConfig(objective="geo_mean", aggregation=PER_SEQUENCE)),
+    "tis": (None, PolicyLossConfig(tis_cap=1.5, tis_level="sequence")),
     "responses": (
         None,
         PolicyLossConfig(
@@ -86,8 +119,8 @@ def setting(name: str, batch):
 def torch_updates(model, batch, control: str, name: str) -> dict[str, Any]:
     """The one-process oracle."""
     batch, loss = setting(name, batch)
-    controls = [make_control(c, **knobs) for c, knobs in CONTROLS[control]]
-    reference = copy.deepcopy(model) if loss.kl_coef else None
+    controls = [make_control(c, **knobs) for c, knobs in (CONTROLS | METHODS)[control]]
+    reference = copy.deepcopy(model) if needs_reference(loss, controls) else None
     policy = copy.deepcopy(model)
     actor = TransformersActor(policy, actor_config(), loss, controls, temperature=0.8, reference=reference)
     for group in actor.optimizer.param_groups:
@@ -101,7 +134,7 @@ def megatron_actor(folder: Path, layout, megatron: MegatronConfig, controls=(), 
     model, reference = build_model(bridge, layout), None
     load_hf_weights(bridge, model, str(folder), layout)
     config, loss = options.pop("config", None) or actor_config(), options.pop("loss", PolicyLossConfig())
-    if loss.kl_coef:
+    if needs_reference(loss, controls):
         reference = build_model(bridge, layout).eval()
         load_hf_weights(bridge, reference, str(folder), layout)
     return MegatronActor(
@@ -119,7 +152,7 @@ def parity(folder: Path, case: dict[str, Any]) -> str | None:
     name = case.get("setting", "all")
     batch, loss = setting(name, load(folder / "batch.pt"))
     with laid_out(**case["megatron"]) as (megatron, layout):
-        controls = [make_control(c, **knobs) for c, knobs in CONTROLS[case["control"]]]
+        controls = [make_control(c, **knobs) for c, knobs in (CONTROLS | METHODS)[case["control"]]]
         config = actor_config(packing=case.get("packing", False))
         actor = megatron_actor(folder / case["model"], layout, megatron, controls, config=config, loss=loss)
         got = updates(actor, batch, controls)

@@ -50,7 +50,7 @@ def policies(tmp_path_factory):
                 prompts(6), group_size=4, temperature=1.0, max_response_length=10, seed=0
             )
             batch = pack(rollouts)
-            batch.assign_advantages(torch.randn(len(rollouts), generator=generator))
+            batch.assign_advantages(torch.tensor([float(torch.randn((), generator=generator)) for _ in rollouts]))
             batch.temperatures = (None, None, 1.3) * (len(rollouts) // 3)  # a third has a temperature of its own
             torch.save(batch, folder / "batch.pt")
         save_model(model, tokenizer, folder / name)
