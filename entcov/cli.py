@@ -1,4 +1,4 @@
-"""`python -m entcov train | eval | compare | plot | data | plan | check`.
+"""`python -m entcov train | eval | compare | plot | data | rank | plan | check`.
 
 Parses arguments, prints results, and turns a failure into a message and an exit code. Imports are made by the command
 that needs them.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = (
     "Reinforcement learning of language models with control of the policy's entropy: train from a recipe, evaluate, "
-    "compare controls in matched runs, plot, prepare data, plan a large run, check the ops on this machine."
+    "compare controls in matched runs, plot, prepare and rank data, plan a large run, check the ops on this machine."
 )
 _EPILOG = (
     "A recipe is a YAML file, such as examples/tiny_cpu.yaml, and key=value changes it. "
@@ -178,6 +178,23 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--out", default="data", help="folder; default %(default)s; files are OUT/NAME/SPLIT.parquet")
     data.set_defaults(command=_data)
 
+    rank = commands.add_parser("rank", help="a data set's prompts by what a policy makes of them, before training")
+    rank.add_argument("recipe", help="its data.train_files are ranked, by its policy and rollout settings")
+    rank.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
+    rank.add_argument(
+        "--by", choices=("semantic_entropy", "kmeans"), default="semantic_entropy", help="default: %(default)s"
+    )
+    rank.add_argument("--out", required=True, help="folder of the new files, in verl's row format with score columns")
+    rank.add_argument("--checkpoint", metavar="RUN/checkpoints/step_N", help="its policy; default: the recipe's")
+    rank.add_argument("--samples", type=int, help="semantic_entropy: responses to each prompt; default 8")
+    rank.add_argument("--stages", type=int, help="semantic_entropy: files, from low to high entropy; default 2")
+    rank.add_argument(
+        "--length-normalized", action="store_true", default=None,
+        help="semantic_entropy: a response's probability is exp(mean log-probability of its tokens), not of their sum",
+    )  # fmt: skip
+    rank.add_argument("--count", type=int, help="kmeans: prompts to choose; default 616")
+    rank.set_defaults(command=_rank)
+
     plan = commands.add_parser("plan", help="memory, traffic and time of a Megatron recipe by arithmetic, no GPU")
     plan.add_argument("recipe")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
@@ -226,15 +243,11 @@ def eval_command(args: argparse.Namespace) -> int:
     config = load_run(args.run, args.overrides, trusted=args.trust_run)
     backend = args.make_backend(config)
     shown = sys.stderr.isatty() and backend.world_size == 1
-
-    def progress(done: int, in_all: int) -> None:
-        print(f"\r{done} of {in_all} responses", end="", file=sys.stderr, flush=True)
-
     unkept: list[OSError] = []
     step, _, results = evaluate_run(
         config,
         checkpoint=args.checkpoint,
-        progress=progress if shown else None,
+        progress=_counter("responses") if shown else None,
         backend=backend,
         on_unkept=unkept.append,
     )
@@ -244,6 +257,11 @@ def eval_command(args: argparse.Namespace) -> int:
         print(report(args.run, step, results, config.eval, *unkept))
     backend.close()
     return 0
+
+
+def _counter(what: str) -> Callable[[int, int], None]:
+    """Shows on one line of a terminal how many are done."""
+    return lambda done, in_all: print(f"\r{done} of {in_all} {what}", end="", file=sys.stderr, flush=True)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -337,6 +355,29 @@ def _data(args: argparse.Namespace) -> int:
         options = {"source": args.source, "split": args.split, "template": args.template, "revision": args.revision}
         for prepared in prepare(name, args.out, **options):
             print(prepared)
+    return 0
+
+
+def _rank(args: argparse.Namespace) -> int:
+    from entcov.rl.config import load_config
+    from entcov.rl.data.rank import kmeans_subset, rank_by_entropy
+
+    options = {"semantic_entropy": ("samples", "stages", "length_normalized"), "kmeans": ("count",)}
+    for by, names in options.items():
+        for name in names:
+            if by != args.by and getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: goes with --by {by}, got --by {args.by}")
+    given = {name: getattr(args, name) for name in options[args.by] if getattr(args, name) is not None}
+    shown = sys.stderr.isatty()
+    command = {"semantic_entropy": rank_by_entropy, "kmeans": kmeans_subset}[args.by]
+    paths = command(
+        load_config(args.recipe, args.overrides), args.out, checkpoint=args.checkpoint, **given,
+        progress=_counter("prompts") if shown else None,
+    )  # fmt: skip
+    if shown:
+        print(file=sys.stderr)
+    for path in paths:
+        print(path)
     return 0
 
 

@@ -148,7 +148,7 @@ class MegatronModel(TrainedModel):
         """
         lengths = tuple(padded_length(n, self._unit) for n in batch.lengths)
         replicas = assign_to_replicas(
-            lengths, self.groups.replicas, self.config.micro_batch_tokens, not self.config.packing
+            lengths, self.groups.replicas, self.config.micro_batch_tokens, not self.config.packing, batch.temperatures
         )
         return [
             [(batch.subset(group), batch.positions(group)) for group in groups] or [dummy_micro_batch(batch)]
@@ -209,7 +209,7 @@ class MegatronModel(TrainedModel):
 
     def _stats(self, micro: MicroBatch, logits: Tensor, **options: Any) -> TokenStats:
         """Statistics of this rank's loss tokens, [k] each, in the logits' order."""
-        options = {"temperature": self.temperature} | options
+        options = {"temperature": self.temperature_of(micro.sequences)} | options
         stats = logits_stats(logits, micro.target, vocab_size=self.bridge.hf_config.vocab_size, **options)
         at = micro.target != IGNORE_INDEX
         return TokenStats(*(None if value is None else value[at] for value in stats))

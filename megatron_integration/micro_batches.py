@@ -3,6 +3,7 @@
 Every rank holds the whole mini-batch and computes the same division, so nothing is communicated.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -39,7 +40,9 @@ class MicroBatch:
         return selection.at(numbers[self.rows])
 
 
-def assign_to_replicas(lengths: tuple[int, ...], replicas: int, max_tokens: int, padded: bool) -> list[list[list[int]]]:
+def assign_to_replicas(
+    lengths: tuple[int, ...], replicas: int, max_tokens: int, padded: bool, temperatures: Sequence[float | None] = ()
+) -> list[list[list[int]]]:
     """Sequence numbers by replica and micro-batch.
 
     Sequences go, longest first, to the replica with the fewest tokens so far. Each replica then makes its micro-batches
@@ -48,6 +51,7 @@ def assign_to_replicas(lengths: tuple[int, ...], replicas: int, max_tokens: int,
     Args:
         lengths: tokens of each sequence, its own padding included.
         max_tokens: of one micro-batch of one replica, before context parallelism splits it.
+        temperatures: of each sequence, one a micro-batch; none given: they are equal.
     """
     loads = [0] * replicas
     members: list[list[int]] = [[] for _ in range(replicas)]
@@ -56,7 +60,12 @@ def assign_to_replicas(lengths: tuple[int, ...], replicas: int, max_tokens: int,
         loads[lightest] += lengths[s]
         members[lightest].append(s)
     return [
-        [[own[i] for i in group] for group in micro_batches([lengths[s] for s in own], max_tokens, padded)]
+        [
+            [own[i] for i in group]
+            for group in micro_batches(
+                [lengths[s] for s in own], max_tokens, padded, [temperatures[s] for s in own] if temperatures else ()
+            )
+        ]
         for own in members
     ]
 

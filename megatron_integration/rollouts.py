@@ -1,13 +1,14 @@
 """Rollouts over several processes: each sampler generates and scores a share, and every rank gets all of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from entcov.rl.collect import derived_seed, pack_rollouts, unpack_rollouts
+from entcov.rl.collect import derived_seed, pack_rollouts, temperature_of_each, unpack_rollouts
 from entcov.rl.config import RolloutConfig
 from entcov.rl.hf.sampler import InProcessSampler
 from entcov.rl.interfaces import NamedWeights, Sampler
@@ -15,6 +16,8 @@ from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
 from entcov.rl.types import Prompt, Rollout
 from megatron_integration.process_groups import ProcessGroups
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class SharedRollouts:
         prompts: Sequence[Prompt],
         *,
         group_size: int,
-        temperature: float,
+        temperature: float | Sequence[float],
         max_response_length: int,
         seed: int,
         top_p: float = 1.0,
@@ -82,7 +85,8 @@ class SharedRollouts:
     ) -> list[Rollout]:
         """As `Sampler.generate`, with rewards. With one sampler, and with vLLM, the draws are a single process's."""
         count, own = len(self.ranks.members), self.ranks.own
-        bounds = [round(i * len(prompts) / count) for i in range(count + 1)]
+        bounds = self._bounds(len(prompts))
+        temperatures = temperature_of_each(temperature, len(prompts))
         own_rollouts: list[Rollout] = []
         if own is not None and bounds[own + 1] > bounds[own]:
             reports = self.ranks.members[own][0] == dist.get_rank()
@@ -90,7 +94,7 @@ class SharedRollouts:
                 own_rollouts = self.sampler.generate(
                     prompts[bounds[own] : bounds[own + 1]],
                     group_size=group_size,
-                    temperature=temperature,
+                    temperature=temperatures[bounds[own] : bounds[own + 1]],
                     max_response_length=max_response_length,
                     top_p=top_p,
                     top_k=top_k,
@@ -101,12 +105,27 @@ class SharedRollouts:
                 if reports:
                     scorer.finish(own_rollouts)
         by_uid = {prompt.uid: prompt for prompt in prompts}
-        everything: list[Rollout] = []
-        for ranks in self.ranks.members:  # one by one: a rank holds one sampler's payload at a time
-            payload = [pack_rollouts(own_rollouts) if ranks[0] == dist.get_rank() else None]
+        shares = self._everywhere(lambda: pack_rollouts(own_rollouts))
+        return [rollout for share in shares for rollout in unpack_rollouts(share, by_uid)]
+
+    def prompt_logprobs(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """As `Sampler.prompt_logprobs`: each sampler does a share."""
+        own, bounds = self.ranks.own, self._bounds(len(prompts))
+        share = [] if own is None else prompts[bounds[own] : bounds[own + 1]]
+        found = self.sampler.prompt_logprobs(share) if share else []
+        return [row for rows in self._everywhere(lambda: found) for row in rows]
+
+    def _bounds(self, count: int) -> list[int]:
+        """Sampler i takes the prompts from bounds[i] to bounds[i + 1]."""
+        samplers = len(self.ranks.members)
+        return [round(i * count / samplers) for i in range(samplers + 1)]
+
+    def _everywhere(self, own: Callable[[], T]) -> Iterator[T]:
+        """`own()` of the first rank of each sampler, on every rank. One by one: a rank holds one payload at a time."""
+        for ranks in self.ranks.members:
+            payload = [own() if ranks[0] == dist.get_rank() else None]
             dist.broadcast_object_list(payload, src=ranks[0], group=self.groups.control)
-            everything += unpack_rollouts(payload[0], by_uid)
-        return everything
+            yield payload[0]
 
 
 class CopySampler(InProcessSampler):

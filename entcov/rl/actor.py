@@ -36,7 +36,7 @@ class PolicyActor(TrainedModel):
 
     Args:
         reference: a frozen model, where `needs_reference`.
-        temperature: the policy is softmax(logits / temperature).
+        temperature: the policy is softmax(logits / temperature), except for sequences with a temperature of their own.
     """
 
     what = "actor"
@@ -60,6 +60,10 @@ class PolicyActor(TrainedModel):
         super().__init__(model, config, temperature=temperature, reference=reference)
         self.loss, self.controls = loss, list(controls)
         self.clamp = clamp_arguments(self.controls)
+
+    def temperature_of(self, micro: Batch) -> float:
+        """The temperature that a micro-batch was sampled at, so that its policy is the one that sampled."""
+        return self.temperature if micro.temperature is None else micro.temperature
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch) -> PolicyStats:

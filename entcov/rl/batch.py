@@ -36,6 +36,7 @@ class Batch:
     advantage: Tensor
     rollout_logprob: Tensor
     responses: Responses  # S of them: what is known of whole responses
+    temperatures: tuple[float | None, ...]  # S of them: that each was sampled at; None: the recipe's
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
     token_reward: Tensor | None = None  # of a reward model
@@ -55,6 +56,18 @@ class Batch:
         """[N] int64: the number in this batch of each token's sequence."""
         lengths = torch.tensor(self.lengths, device=self.tokens.device)
         return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+
+    @property
+    def temperature(self) -> float | None:
+        """The one temperature of all sequences, as `micro_batches` groups them; None: the recipe's.
+
+        Raises:
+            ValueError: they differ.
+        """
+        found = set(self.temperatures)
+        if len(found) != 1:
+            raise ValueError(f"temperatures: all sequences of a micro-batch must have one, got {self.temperatures}")
+        return found.pop()
 
     def response_position(self) -> Tensor:
         """[N] int64: where `loss_mask` may be True, the position in the response of the token that is predicted."""
@@ -79,8 +92,8 @@ class Batch:
     def subset(self, sequences: Sequence[int]) -> Batch:
         """The sequences with these indices, in this order."""
         index, rows = self.positions(sequences), torch.tensor(sequences, dtype=torch.int64, device=self.tokens.device)
-        lengths = tuple(self.lengths[s] for s in sequences)
-        return self._map(lambda value: value[index], lengths=lengths, responses=self.responses.at(rows))
+        chosen = {name: tuple(getattr(self, name)[s] for s in sequences) for name in ("lengths", "temperatures")}
+        return self._map(lambda value: value[index], **chosen, responses=self.responses.at(rows))
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda value: value.to(device), responses=self.responses.to(device))
@@ -175,6 +188,7 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
         advantage=torch.zeros(len(target)),
         rollout_logprob=torch.tensor(columns["logprob"], dtype=torch.float32),
         responses=_table(rollouts),
+        temperatures=tuple(rollout.temperature for rollout in rollouts),
     )
 
 
@@ -212,12 +226,21 @@ def _components(rollouts: Sequence[Rollout]) -> dict[str, Tensor] | None:
     return {name: _column([r.components[name] for r in rollouts]) for name in sorted(names)} or None
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, padded: bool) -> list[list[int]]:
-    """Sequence indices grouped so that no group costs more than `max_tokens`.
+def micro_batches(
+    lengths: Sequence[int], max_tokens: int, padded: bool, temperatures: Sequence[float | None] = ()
+) -> list[list[int]]:
+    """Sequence indices grouped so that no group costs more than `max_tokens`, and each has one temperature.
 
     A group's cost is its number of tokens, or with `padded` its size times its longest sequence. Sequences are taken
     longest first, so that padded groups hold similar lengths; a sequence longer than `max_tokens` is an error.
+    `temperatures`: of each sequence; none given: they are equal.
     """
+    if len(kinds := dict.fromkeys(temperatures)) > 1:
+        return [
+            [own[i] for i in group]
+            for own in ([s for s in range(len(lengths)) if temperatures[s] == kind] for kind in kinds)
+            for group in micro_batches([lengths[s] for s in own], max_tokens, padded)
+        ]
     order = sorted(range(len(lengths)), key=lambda s: -lengths[s])
     if order and lengths[order[0]] > max_tokens:
         raise ValueError(

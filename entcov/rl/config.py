@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
@@ -14,13 +14,16 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from entcov import arguments as check
-from entcov.controls import CONTROLS, Control, check_composition, check_objective, make_control
-from entcov.objective.advantages import ADVANTAGES, Estimator, make_estimator
+from entcov.controls import CONTROLS, Control, check_composition, check_objective
+from entcov.objective.advantages import ADVANTAGES, Estimator
 from entcov.objective.kl_in_reward import KLInReward
 from entcov.objective.mismatch import RolloutRejection
 from entcov.objective.tokens import PolicyLossConfig
-from entcov.rl.recipe import ConfigError, interpolations, read_recipe, resolved, texts, value_at
+from entcov.registry import Registry
+from entcov.rl.data.prompt_policy import PROMPT_POLICIES, PromptPolicy
+from entcov.rl.recipe import ConfigError, interpolations, naming, read_recipe, resolved, texts, value_at
 from entcov.rl.record.durable import atomic_write
+from entcov.rl.rewards.shaping import REWARD_SHAPINGS, Overlong, Reactivate, RewardShaping
 
 T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid")
@@ -71,6 +74,7 @@ class DataConfig:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # the task's own arguments
     train_files: list[Text] = dataclasses.field(default_factory=list)
     val_files: list[Text] = dataclasses.field(default_factory=list)
+    order: Literal["shuffled", "file"] = "shuffled"  # of train_files in each epoch; file: as written, a curriculum
     max_prompt_length: Count = 1024
     overlong: Literal["error", "filter"] = "error"  # longer prompts: refused, or left out and counted
     reward: Text | None = None  # "module:function" instead of the built-in rewards
@@ -84,6 +88,8 @@ class DataConfig:
                 "val_files: goes with train_files, a task has a held-out split of its own; got task "
                 f"{self.task!r} and val_files {check.shown(self.val_files)}"
             )
+        if self.task is not None and self.order != "shuffled":
+            raise ValueError(f"order: goes with train_files, got task {self.task!r} and order {self.order!r}")
         if self.task is None and self.settings:
             raise ValueError(
                 f"settings: are those of a task, got train_files and settings {check.shown(self.settings)}"
@@ -306,6 +312,10 @@ class Config:
     prime: PrimeConfig = dataclasses.field(default_factory=PrimeConfig)
     control: list[Text] = dataclasses.field(default_factory=list)  # names of the entropy controls to use, in order
     controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
+    reward_shaping: list[Text] = dataclasses.field(default_factory=list)  # names of what is added to the scores
+    reward_shapings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each
+    prompt_policy: Text | None = None  # which prompts are sampled and how hot; None: the stream's, rollout.temperature
+    prompt_policies: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
@@ -323,6 +333,10 @@ class Config:
         for key, names, known in (
             ("advantage", [self.advantage], ADVANTAGES), ("advantages", self.advantages, ADVANTAGES),
             ("control", self.control, CONTROLS), ("controls", self.controls, CONTROLS),
+            ("reward_shaping", self.reward_shaping, REWARD_SHAPINGS),
+            ("reward_shapings", self.reward_shapings, REWARD_SHAPINGS),
+            ("prompt_policy", [self.prompt_policy] if self.prompt_policy else [], PROMPT_POLICIES),
+            ("prompt_policies", self.prompt_policies, PROMPT_POLICIES),
         ):  # fmt: skip
             for name in names:
                 if name not in known:
@@ -330,12 +344,15 @@ class Config:
                         f"{key}: must be one of {', '.join(known)}, got {check.shown(name)}"
                         + check.suggestion(name, known)
                     )
-        for name in self.controls:
-            _build("controls", make_control, name, self.controls[name])
-        for name in self.advantages:
-            _build("advantages", make_estimator, name, self.advantages[name])
+        for key, registry in (
+            ("advantages", ADVANTAGES), ("controls", CONTROLS), ("reward_shapings", REWARD_SHAPINGS),
+            ("prompt_policies", PROMPT_POLICIES),
+        ):  # fmt: skip
+            for name, settings in getattr(self, key).items():
+                _make(registry, key, name, settings)
         check_composition(self.build_controls())
         check_objective(self.build_controls(), self.loss)
+        self._check_data_level()
         if self.rollout.group_size < self.build_estimator().smallest_group:
             raise ValueError(
                 f"rollout.group_size: must be at least {self.build_estimator().smallest_group} for advantage "
@@ -374,16 +391,56 @@ class Config:
 
     def build_controls(self) -> list[Control]:
         """The controls that `control` names, in order, in their initial state."""
-        return [_build("controls", make_control, name, self.controls.get(name, {})) for name in self.control]
+        return [_make(CONTROLS, "controls", name, self.controls.get(name, {})) for name in self.control]
 
     def build_estimator(self) -> Estimator:
         """The estimator that `advantage` names."""
-        return _build("advantages", make_estimator, self.advantage, self.advantages.get(self.advantage, {}))
+        return _make(ADVANTAGES, "advantages", self.advantage, self.advantages.get(self.advantage, {}))
+
+    def build_reward_shapings(self) -> list[RewardShaping]:
+        settings = self.reward_shapings
+        return [_make(REWARD_SHAPINGS, "reward_shapings", name, settings.get(name, {})) for name in self.reward_shaping]
+
+    def build_prompt_policy(self) -> PromptPolicy | None:
+        """The policy that `prompt_policy` names, in its initial state."""
+        name = self.prompt_policy
+        return name and _make(PROMPT_POLICIES, "prompt_policies", name, self.prompt_policies.get(name, {}))
+
+    def _check_data_level(self) -> None:
+        """Raises for reward shapings and prompt policies that cannot be used in this recipe."""
+        if len(set(self.reward_shaping)) < len(self.reward_shaping):
+            raise ValueError(f"reward_shaping: must not repeat an entry, got {self.reward_shaping}")
+        if self.reward_shaping and "components" in ADVANTAGES[self.advantage].needs:
+            raise ValueError(
+                f"reward_shaping: has no effect with advantage {self.advantage}, which reads a reward's components "
+                f"alone; got {self.reward_shaping}"
+            )
+        policy = self.build_prompt_policy()
+        if policy is not None and policy.needs_rows and self.data.task is not None:
+            raise ValueError(
+                f"prompt_policy: {policy.name} remembers the rows of a data set, so it needs data.train_files; got "
+                f"data.task {self.data.task!r}"
+            )
+        for shaping in self.build_reward_shapings():
+            if isinstance(shaping, Overlong):
+                with naming("reward_shapings.overlong"):
+                    shaping.check_length(self.rollout.max_response_length)
+            if isinstance(shaping, Reactivate) and self.rollout.filter_zero_variance:
+                raise ValueError(
+                    "reward_shaping: reactivate has no effect with rollout.filter_zero_variance, which drops the "
+                    "groups that are all right; got true"
+                )
+            if isinstance(shaping, Reactivate) and self.advantage not in ("grpo", "dr_grpo", "rloo"):
+                raise ValueError(
+                    "reward_shaping: reactivate changes the mean of a group, so it needs advantage grpo, dr_grpo or "
+                    f"rloo; got {self.advantage}"
+                )
 
 
-def _build(section: str, make: Callable[..., T], name: str, settings: dict[str, Any]) -> T:
+def _make(registry: Registry[T], section: str, name: str, settings: dict[str, Any]) -> T:
+    """The class of that name with the knobs that the recipe's section has for it."""
     try:
-        return make(name, **settings)
+        return registry.make(name, **settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{section}.{name}: {error}") from None
 

@@ -112,7 +112,7 @@ class Sampler(Protocol):
         prompts: Sequence[Prompt],
         *,
         group_size: int,
-        temperature: float,
+        temperature: float | Sequence[float],
         max_response_length: int,
         seed: int,
         top_p: float = 1.0,
@@ -123,8 +123,8 @@ class Sampler(Protocol):
         """`group_size` responses to each prompt, prompt by prompt. Collective.
 
         Args:
-            temperature: the policy is softmax(logits / temperature); 0 takes the likeliest token, with the
-                log-probability of softmax(logits).
+            temperature: of all prompts, or one a prompt. The policy is softmax(logits / temperature); 0 takes the
+                likeliest token, with the log-probability of softmax(logits).
             seed: fixes every draw.
             top_p, top_k: for evaluations. Tokens are drawn from the `top_k` likeliest (0: from all), and of these from
                 the fewest that hold `top_p` of their probability (1: from all). The recorded log-probability is that
@@ -132,6 +132,12 @@ class Sampler(Protocol):
             progress: called with (responses done, responses in all).
             on_done: called with each response as soon as it is complete, in no particular order. A sampler over
                 several processes computes the rewards itself and does not call it.
+        """
+
+    def prompt_logprobs(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """Log-probability of each prompt's tokens but the first, nats: of softmax(logits) of the weights that sample.
+
+        Collective; equal on all ranks.
         """
 
 

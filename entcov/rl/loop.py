@@ -2,7 +2,7 @@
 
 It knows the actor and the sampler by their interfaces alone (entcov/rl/interfaces.py). Every random choice comes from
 (seed, step), every prompt from its position in the stream, so the whole state of a run is the weights, the optimizer,
-the controls, the step and one position: a resumed run continues bit for bit.
+the controls, the prompt policy, the step and one position: a resumed run continues bit for bit.
 
 With `rollout.max_staleness: 1` the rollouts of step k + 1 are sampled while step k updates the policy, so by the
 weights that step k began with; at the end of step k they are complete, and only then does the sampler get the new
@@ -21,16 +21,18 @@ import numpy as np
 import torch
 
 from entcov.controls import Control, Progress, begin
-from entcov.objective.advantages import Estimator
+from entcov.objective.advantages import Advantages, Estimator
 from entcov.objective.responses import Responses
 from entcov.objective.token_covariance import covariance_summary, token_covariance
 from entcov.objective.tokens import Tokens
 from entcov.rl.batch import Batch, mini_batches, pack
 from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, timed
 from entcov.rl.config import Config
+from entcov.rl.data.prompt_policy import PromptPolicy
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.interfaces import Actor, RewardModel, Sampler
 from entcov.rl.rewards.rules import RewardFunction
+from entcov.rl.rewards.shaping import RewardShaping, shape_rewards, with_pseudo
 from entcov.rl.threads import in_background
 from entcov.rl.types import Rollout
 
@@ -53,8 +55,11 @@ class Loop:
     reward_fn: RewardFunction
     reward_model: RewardModel | None = None
     phase: Callable[[str], None] = lambda name: None  # called with the name of each phase, for the display
+    shapings: Sequence[RewardShaping] = ()  # what is added to the scores
+    prompt_policy: PromptPolicy | None = None  # which prompts are sampled, and how hot; None: as the stream gives them
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
+    _first: int = 0  # the position before the current step's prompts
     unstorable: str = ""
     kl_reward_coef: float = field(init=False)  # the weight of `kl_in_reward`, which may adapt
     _estimator: Estimator = field(init=False)
@@ -78,7 +83,8 @@ class Loop:
 
         rollouts = self.rollouts(step, metrics)
         if self.config.rollout.max_staleness:
-            self._next = in_background(lambda: self._collector.collect(step + 1, self.position), "entcov-rollouts")
+            collector, ahead = self._collector(step + 1), self.position
+            self._next = in_background(lambda: collector.collect(step + 1, ahead), "entcov-rollouts")
         batch = pack(rollouts).to(self.actor.device)
         tokens = len(batch.tokens)
         with timed(self._seconds, "old_log_prob"):
@@ -124,9 +130,14 @@ class Loop:
         if self._next is not None:
             collected, self._next = self._next.result(), None
         else:
-            collected = self._collector.collect(step, self.position, self.phase)
-        self.position = collected.position
+            collected = self._collector(step).collect(step, self.position, self.phase)
+        self._first, self.position = self.position, collected.position
         metrics |= collected.metrics
+        if self.prompt_policy is not None:
+            metrics |= self.prompt_policy.observe(collected.outcomes, self._progress())
+        length = self.config.rollout.max_response_length
+        metrics |= shape_rewards(self.shapings, collected.rollouts, max_response_length=length)
+        metrics |= spread("critic/rewards", [rollout.shaped_reward for rollout in collected.rollouts])
         lags = {version: lag for lag, version in enumerate(reversed(self._versions))}
         for rollout in collected.rollouts:
             if rollout.weight_version not in lags:
@@ -138,12 +149,13 @@ class Loop:
         metrics["training/staleness"] = mean(rollout.lag for rollout in collected.rollouts)
         return collected.rollouts
 
-    @property
-    def _collector(self) -> Collector:
-        greedy = "baseline" in self._estimator.needs
+    def _collector(self, step: int) -> Collector:
+        """It has a copy of the prompt policy, which nothing changes while it collects."""
         return Collector(
-            self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn, greedy_baseline=greedy
-        )
+            self.config.rollout, self.config.seed, self.sampler, self.stream, self.reward_fn,
+            copy.deepcopy(self.prompt_policy), self._progress(step, self.position),
+            greedy_baseline="baseline" in self._estimator.needs,
+        )  # fmt: skip
 
     def compute_old_logprobs(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
         """Fills in what the current policy says of the batch; returns the rollout's means for the controls."""
@@ -176,7 +188,10 @@ class Loop:
         local = batch.to("cpu")
         tokens = self._scored_tokens(local)
         responses = self._less_kl(local.responses, tokens, metrics)
-        advantages = self._estimator(responses, tokens)
+        table = with_pseudo(self.shapings, responses)
+        advantages = self._estimator(table, tokens)
+        if table is not responses:  # pseudo responses are at its end, and have no tokens
+            advantages = Advantages(advantages.value[: batch.num_sequences])
         batch.assign_advantages(advantages.value)
         dropped = torch.zeros_like(tokens.loss_mask)
         if advantages.keep is not None:
@@ -250,13 +265,15 @@ class Loop:
             if name in gathered
         }
 
-    def _progress(self) -> Progress:
+    def _progress(self, step: int | None = None, first: int | None = None) -> Progress:
+        """Of the current step, or of one whose prompts begin at position `first`."""
         config, rows = self.config, self.stream.num_rows
-        done = {"step": self.steps_done + 1, "steps": config.steps, "update": self.actor.weight_version}
+        step, first = step or self.steps_done + 1, self._first if first is None else first
+        done = {"step": step, "steps": config.steps, "update": self.actor.weight_version}
         if rows is None:
             return Progress(**done)
-        first = max(0, self.position - config.rollout.prompts_per_step)  # position: after the step's prompts
-        planned = -(-config.steps * config.rollout.prompts_per_step // rows)
+        candidates = config.rollout.prompts_per_step * (self.prompt_policy.oversample if self.prompt_policy else 1)
+        planned = -(-config.steps * candidates // rows)
         return Progress(**done, epoch=first // rows + 1, epochs=max(planned, first // rows + 1))
 
     def sync_weights(self) -> None:
@@ -285,6 +302,7 @@ class Loop:
             "position": self.position,
             "next": self._next,
             "controls": copy.deepcopy([control.state_dict() for control in self.controls]),
+            "prompt_policy": None if self.prompt_policy is None else copy.deepcopy(self.prompt_policy.state_dict()),
             "kl_reward_coef": self.kl_reward_coef,
             "torch_rng": torch.get_rng_state(),  # for models and rewards that draw from the global generator
         }
@@ -302,6 +320,8 @@ class Loop:
             self.reward_model.load_state_dict(state["reward_model"])
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)
+        if self.prompt_policy is not None:
+            self.prompt_policy.load_state_dict(state["prompt_policy"])
         torch.set_rng_state(state["torch_rng"])
         self._next = None
         self._versions.clear()

@@ -76,7 +76,10 @@ def build(
     reward_model = None
     if "token_reward" in config.build_estimator().needs:
         reward_model = backend.build_reward_model(config.prime, start, actor)
-    return Loop(config, actor, sampler, stream, controls, reward_fn, reward_model, phase=phase)
+    return Loop(
+        config, actor, sampler, stream, controls, reward_fn, reward_model, phase=phase,
+        shapings=config.build_reward_shapings(), prompt_policy=config.build_prompt_policy(),
+    )  # fmt: skip
 
 
 def train(
@@ -172,12 +175,7 @@ def evaluate_run(
     backend = backend or TransformersBackend(config.device)
     run_dir = Path(config.run_dir)
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
-    # An evaluation needs neither the reference policy nor a reward model.
-    loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
-    plain = dataclasses.replace(
-        config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[], advantage=Config.advantage
-    )
-    loop = build(plain, backend, found)
+    loop = build(for_sampling(config), backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
     if backend.is_rank0:
         result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
@@ -188,6 +186,15 @@ def evaluate_run(
                 raise
             on_unkept(error)
     return found.step, metrics, summarize(rollouts)
+
+
+def for_sampling(config: Config) -> Config:
+    """The recipe without what only training needs: neither the reference policy nor a reward model is loaded."""
+    loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
+    return dataclasses.replace(
+        config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[], reward_shaping=[], prompt_policy=None,
+        advantage=Config.advantage,
+    )  # fmt: skip
 
 
 def _checkpoint(run_dir: Path, path: str | None) -> Checkpoint:

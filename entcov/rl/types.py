@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+RIGHT = 1.0  # the score of a right response
+
 
 @dataclass(frozen=True)
 class Example:
@@ -27,6 +29,7 @@ class Prompt:
     uid: int  # position in the stream; identifies the group of rollouts that share the prompt
     example: Example
     tokens: tuple[int, ...]
+    row: int | None = None  # of the data set, the same in every epoch; None: a generated task has none
 
 
 @dataclass
@@ -46,4 +49,5 @@ class Rollout:
     components: dict[str, float] | None = None  # of the reward, where the reward function returns several
     baseline: float | None = None  # reward of a greedy response to the same prompt; None: not sampled
     lag: int = 0  # training steps by which the policy that trains on it is newer
+    temperature: float | None = None  # that it was sampled at, where prompts have their own; None: the recipe's
     entropy: float | None = None  # the policy's at temperature 1, mean over `tokens`, nats; None: not measured

@@ -84,6 +84,19 @@ def test_replicas_share_the_tokens_evenly_and_completely():
     assert assign_to_replicas((7,), 2, max_tokens=64, padded=True) == [[[0]], []]
 
 
+def test_no_micro_batch_of_a_replica_mixes_temperatures():
+    lengths, temperatures = (50, 10, 20, 30, 40, 10, 60, 5), (1.0, 1.1) * 4
+    shares = assign_to_replicas(lengths, 3, 64, False, temperatures)
+    groups = [group for share in shares for group in share]
+    assert sorted(s for group in groups for s in group) == list(range(len(lengths)))
+    assert all(len({temperatures[s] for s in group}) == 1 for group in groups)
+    alone = assign_to_replicas(lengths, 3, 64, False)
+    of_replicas = [[{s for group in share for s in group} for share in division] for division in (shares, alone)]
+    assert of_replicas[0] == of_replicas[1]
+    assert assign_to_replicas(lengths, 3, 64, False, (0.7,) * 8) == alone  # equal: nothing changes
+    assert assign_to_replicas((7,), 2, 64, True, (1.2,)) == [[[0]], []]
+
+
 def test_a_replica_without_a_sequence_runs_one_without_a_loss(policies):
     batch = torch.load(policies[0] / "batch.pt", weights_only=False)
     micro, index = dummy_micro_batch(batch)

@@ -391,8 +391,8 @@ FAULTS = (
     Fault(
         "packed_rollouts_forget_their_baselines",
         COLLECT,
-        '_SCORES = ("components", "baseline")',
-        '_SCORES = ("components",)',
+        '_KEPT = ("components", "baseline", ',
+        '_KEPT = ("components", ',
         [T_LOOP + "packed_rollouts_keep_components_and_baselines"],
     ),
 )

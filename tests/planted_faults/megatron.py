@@ -8,6 +8,22 @@ SLOW = "importing Megatron-Core takes ten seconds"
 
 FAULTS = (
     Fault(
+        "megatron_actor_has_one_temperature",
+        "megatron_integration/actor.py",
+        '{"temperature": self.temperature_of(micro.sequences)} | options',
+        '{"temperature": self.temperature} | options',
+        [T_PARITY + "every_layout_updates_as_one_process_does[two processes]"],
+        slow="eight layouts in two processes",
+    ),
+    Fault(
+        "micro_batches_of_a_replica_mix_temperatures",
+        BATCHES,
+        "[temperatures[s] for s in own] if temperatures else ()",
+        "()",
+        [T_PARITY + "no_micro_batch_of_a_replica_mixes_temperatures"],
+        slow=SLOW,
+    ),
+    Fault(
         "replicas_get_unequal_shares",
         BATCHES,
         "lightest = loads.index(min(loads))",

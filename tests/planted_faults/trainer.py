@@ -193,8 +193,8 @@ FAULTS = (
     Fault(
         "prompts_of_the_first_step_again",
         LOOP,
-        "        self.position = collected.position\n",
-        "",
+        "self._first, self.position = self.position, collected.position",
+        "self._first = self.position",
         [T_LOOP + "every_step_has_prompts_noise_and_an_order_of_its_own"],
     ),
     Fault(
@@ -270,8 +270,8 @@ FAULTS = (
     Fault(
         "further_draws_repeat_the_prompts",
         COLLECT,
-        "            position += config.prompts_per_step\n",
-        "            position += config.prompts_per_step * (draw == 0)\n",
+        "return self.stream.take(position, wanted), position + wanted, []",
+        "return self.stream.take(position, wanted), position + wanted * (draw == 0), []",
         [T_LOOP + "dynamic_sampling_draws_other_prompts_with_other_noise"],
     ),
     Fault(
@@ -291,8 +291,8 @@ FAULTS = (
     Fault(
         "stored_rollouts_lose_that_they_were_cut",
         COLLECT,
-        "logprob[at], finished, version,",
-        "logprob[at], True, version,",
+        "logprob[at], *said)",
+        "logprob[at], True, *said[1:])",
         [T_LOOP + "kept_rollouts_are_the_same_rollouts"],
     ),
     Fault(
@@ -426,8 +426,8 @@ FAULTS = (
     Fault(
         "trainer_ignores_the_temperature",
         HF_ACTOR,
-        '{"temperature": self.temperature} | options',
-        "{} | options",
+        'options = {"temperature": self.temperature_of(micro)} | options',
+        'options = {"temperature": 1.0} | options',
         [T_ACTOR + "scores_are_the_plain_forward_pass_at_the_samplers_temperature"],
     ),
     Fault(

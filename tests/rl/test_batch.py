@@ -56,6 +56,23 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(padded):
             assert (len(g) * max(own) if padded else sum(own)) <= 60
 
 
+def test_a_micro_batch_has_one_temperature():
+    temperatures = [1.0, 1.2, 1.0, 1.1, 1.2, 1.0]
+    for padded in (False, True):
+        groups = micro_batches([5, 9, 7, 3, 2, 8], 16, padded, temperatures)
+        assert sorted(s for g in groups for s in g) == list(range(6)) and len(groups) == 4 + padded
+        assert all(len({temperatures[s] for s in g}) == 1 for g in groups)
+        alone = micro_batches([5, 9, 7, 3, 2, 8], 16, padded)
+        assert micro_batches([5, 9, 7, 3, 2, 8], 16, padded, [0.7] * 6) == alone != groups  # equal: nothing changes
+    rollouts = [rollout(i, [1], [2, 3]) for i in range(3)]
+    assert pack(rollouts).temperature is None
+    rollouts[1].temperature = 1.2
+    batch = pack(rollouts)
+    assert batch.subset([1]).temperature == 1.2 and batch.subset([2, 0]).temperature is None
+    with pytest.raises(ValueError, match=r"must have one, got \(None, 1.2, None\)"):
+        batch.temperature  # noqa: B018
+
+
 def test_micro_batches_refuse_a_sequence_beyond_the_budget():
     with pytest.raises(ValueError, match="micro_batch_tokens.*got 8 for a sequence of 9"):
         micro_batches([3, 9], 8, padded=False)

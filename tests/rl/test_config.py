@@ -10,6 +10,9 @@ import yaml
 from entcov.objective.advantages import ADVANTAGES
 from entcov.objective.tokens import OBJECTIVE_KNOBS
 from entcov.rl.config import ConfigError, load_config, parse_config, save_config
+from entcov.rl.data.prompt_policy import PREPO
+from entcov.rl.rewards.shaping import Overlong, Reactivate, RelativeLength
+from entcov.rl.run import for_sampling
 from tests.support.tiny_run import recipe
 
 
@@ -90,6 +93,28 @@ def test_unreadable_recipes(tmp_path):
 
 
 MEAN = "seq-mean-token-mean"
+
+
+def test_a_recipe_names_its_reward_shapings_and_its_prompt_policy(tmp_path):
+    tree = recipe(
+        tmp_path,
+        reward_shaping=["rlr", "overlong", "reactivate"],
+        reward_shapings={"overlong": {"buffer": 4, "factor": 0.5}, "rlr": {"length_base": 1000}},
+        prompt_policy="prepo",
+        prompt_policies={"prepo": {"oversample": 3}, "erpo": {"increment": 0.1}},
+    )
+    config = parse_config(tree)
+    assert config.build_reward_shapings() == [RelativeLength(length_base=1000), Overlong(4, 0.5), Reactivate()]
+    assert config.build_prompt_policy() == PREPO(oversample=3)
+    plain = parse_config(recipe(tmp_path))
+    assert plain.build_reward_shapings() == [] and plain.build_prompt_policy() is None
+    files = {"train_files": ["x.jsonl"], "order": "file"}
+    for name, knobs in (("erpo", {"increment": 0.1}), ("greso", {"p_easy": 0.3})):
+        tree = recipe(tmp_path, data=files, prompt_policy=name, prompt_policies={name: knobs}, **{"eval.prompts": 0})
+        policy = parse_config(tree).build_prompt_policy()
+        assert policy.name == name and {knob: getattr(policy, knob) for knob in knobs} == knobs
+    sampled = for_sampling(parse_config(tree | {"loss": {"kl_coef": 0.1, "kl_estimator": "k1"}}))
+    assert sampled.build_reward_shapings() == [] and sampled.build_prompt_policy() is None
 
 
 @pytest.mark.parametrize("name", sorted(ADVANTAGES))

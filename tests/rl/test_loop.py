@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ import torch
 from entcov.controls import Control, Progress, Shaping
 from entcov.rl.collect import Collected, Collector, derived_seed
 from entcov.rl.config import EvalConfig, parse_config
+from entcov.rl.data.prompt_policy import Outcome, PromptPolicy
 from entcov.rl.loop import Loop
+from entcov.rl.rewards.shaping import Overlong, Reactivate
 from tests.support.scripted_loop import POLICY, Actor, Sampler, Stream, reward
 from tests.support.tiny_run import recipe
 
@@ -257,9 +262,9 @@ def test_rollouts_sampled_ahead_are_resumed_as_they_were():
 def test_kept_rollouts_are_the_same_rollouts():
     rollouts = Sampler().generate(Stream().take(4, 2), group_size=2, temperature=1.0, max_response_length=3, seed=0)
     for number, rollout in enumerate(rollouts):
-        rollout.reward, rollout.weight_version = number / 4, 3
-    again = Collected.from_state(Collected(rollouts, 6, {"a": 1.0}).state_dict(), Stream())
-    assert again == Collected(rollouts, 6, {"a": 1.0})
+        rollout.reward, rollout.weight_version, rollout.temperature = number / 4, 3, 1 + number / 8
+    kept = Collected(rollouts, 6, {"a": 1.0}, [Outcome(None, (0.0, 1.0)), Outcome(7, (0.5,))])
+    assert Collected.from_state(kept.state_dict(), Stream()) == kept
 
 
 def test_rollouts_that_an_earlier_version_kept_are_read():
@@ -292,3 +297,188 @@ def test_evaluation_has_the_same_noise_at_every_step_and_none_of_training(monkey
         whole.evaluation(step)
     assert len(set(seeds)) == 1
     assert seeds[0] not in {derived_seed(7, step, draw) for step in range(30) for draw in range(3)}
+
+
+# ---- the data level: prompt policies and reward shaping --------------------------------------------------------------
+
+
+class Rows(Stream):
+    """A data set of five rows, read in order."""
+
+    num_rows = 5
+
+    def take(self, position, n):
+        return [replace(prompt, row=prompt.uid % 5) for prompt in super().take(position, n)]
+
+
+class Perplexed(Sampler):
+    """A prompt's log-probability falls with its distance from uid 6."""
+
+    def prompt_logprobs(self, prompts):
+        self.calls.append({"scored": [p.uid for p in prompts]})
+        return [[-abs(p.uid - 6.0)] for p in prompts]
+
+
+@dataclass
+class Curious(PromptPolicy):
+    """Chooses the candidates whose rows it has seen least often, and samples a row hotter each time."""
+
+    name, needs_logprob, needs_rows, oversample = "curious", True, True, 2
+    seen: dict = field(default_factory=dict)
+    asked: list = field(default_factory=list)
+
+    def __deepcopy__(self, memo):
+        return Curious(dict(self.seen), self.asked)  # the record is shared: it sees what copies are asked
+
+    def choose(self, candidates, prompt_logprob, count, progress, *, seed):
+        self.asked.append((progress.step, progress.epoch, dict(self.seen), seed))
+        keys = [(self.seen.get(p.row, 0), -own[0]) for p, own in zip(candidates, prompt_logprob, strict=True)]
+        return sorted(range(len(candidates)), key=keys.__getitem__)[:count]
+
+    def temperature(self, prompt, base, progress):
+        return base + 0.1 * self.seen.get(prompt.row, 0)
+
+    def observe(self, outcomes, progress):
+        for outcome in outcomes:
+            assert outcome.scores == (1.0, 0.0)
+            self.seen[outcome.row] = self.seen.get(outcome.row, 0) + 1
+        return {"prompts/seen": float(len(self.seen)), "prompts/epoch": float(progress.epoch)}
+
+    def state_dict(self):
+        return {"seen": [list(item) for item in self.seen.items()]}
+
+    def load_state_dict(self, state):
+        self.seen = {row: times for row, times in state["seen"]}
+
+
+def curious_loop(**overrides) -> Loop:
+    loop = loop_of(**overrides)
+    return Loop(loop.config, Actor(), Perplexed(), Rows(), [], reward, prompt_policy=Curious())
+
+
+def test_a_prompt_policy_chooses_and_heats_prompts():
+    loop = curious_loop()
+    first, second = loop.step(), loop.step()
+    scored = [call["scored"] for call in loop.sampler.calls if "scored" in call]
+    made = [call for call in loop.sampler.calls if "uids" in call]
+    assert scored == [[0, 1, 2, 3], [4, 5, 6, 7]]  # two candidates for each prompt
+    # Rows 3 and 2 are nearest to uid 6. Then of uids 4 to 7, rows 4, 0, 1, 2: row 2 was seen, uid 6 is nearest, then 5.
+    assert [call["uids"] for call in made] == [[3, 2], [6, 5]]
+    assert [call["temperature"] for call in made] == [[1.0, 1.0], [1.0, 1.0]]
+    assert first["prompts/candidates"] == 4 and loop.position == 8
+    assert first["prompts/perplexity/max"] == pytest.approx(math.exp(4)) and first["prompts/seen"] == 2
+    assert (first["prompts/epoch"], second["prompts/epoch"]) == (1, 1)
+    loop.step()  # uids 8 to 11, rows 3, 4, 0, 1: row 4 is new, of the others uid 8 is nearest; 0.1 hotter, in epoch 2
+    assert loop.sampler.calls[-1]["uids"] == [9, 8] and loop.sampler.calls[-1]["temperature"] == [1.0, 1.1]
+    assert [(step, epoch) for step, epoch, _, _ in loop.prompt_policy.asked] == [(1, 1), (2, 1), (3, 2)]
+    batches = [batch for step, batch in loop.actor.updates if step == 3]
+    assert sorted(temperature for batch in batches for temperature in batch.temperatures) == [1.0, 1.0, 1.1, 1.1]
+    assert len({seed for *_, seed in loop.prompt_policy.asked}) == 3
+
+
+def test_a_policy_that_chooses_too_few_is_asked_again_and_one_that_chooses_badly_is_refused():
+    class Picky(PromptPolicy):
+        name, oversample = "picky", 2
+
+        def choose(self, candidates, prompt_logprob, count, progress, *, seed):
+            return [i for i, prompt in enumerate(candidates) if prompt.uid % 3 == 0][:count]
+
+    config = loop_of(**{"rollout.prompts_per_step": 3}).config
+    sampler = Sampler()
+    collected = Collector(config.rollout, 7, sampler, Stream(), reward, Picky()).collect(1, 1)
+    assert sampler.calls[0]["uids"] == [3, 6, 9]  # of 1 to 6, then of 7 and 8, which has none, then of 9 and 10
+    assert collected.position == 11
+    assert [outcome.scores for outcome in collected.outcomes] == [(1.0, 0.0)] * 3
+    for bad in ([0, 0], [0, 6], [0, 1, 2, 3], [-1]):
+        policy = Picky()
+        policy.choose = lambda *_, seed, bad=bad: bad
+        with pytest.raises(RuntimeError, match="prompt policy picky: choose must return at most 3 different indices"):
+            Collector(config.rollout, 7, Sampler(), Stream(), reward, policy).collect(1, 1)
+    policy.choose = lambda *_, seed: []
+    with pytest.raises(RuntimeError, match="step 1: prompt policy picky chose 0 prompts of 3 in 10000 rounds"):
+        Collector(config.rollout, 7, Sampler(), Stream(), reward, policy).collect(1, 1)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_prompt_policy_is_resumed_bit_for_bit(staleness):
+    """It chooses for step k + 1 after observing step k, also where step k + 1 is sampled ahead."""
+    options = {"rollout.sampler": "vllm", "rollout.max_staleness": staleness}
+    straight, rows, states = curious_loop(**options), [], []
+    for _ in range(5):
+        rows.append(straight.step())
+        states.append(copy.deepcopy(straight.state_dict()))
+    asked = {step: seen for step, _, seen, _ in straight.prompt_policy.asked}
+    assert [sum(asked[step].values()) for step in range(1, 6)] == [0, 2, 4, 6, 8]
+    assert states[2]["prompt_policy"] == json.loads(json.dumps(states[2]["prompt_policy"]))
+    resumed = curious_loop(**options)
+    resumed.load_state_dict(states[2])
+    again = [resumed.step(), resumed.step()]
+    keep = lambda row: {k: v for k, v in row.items() if not k.startswith(("timing", "perf/"))}  # noqa: E731
+    assert [keep(row) for row in again] == [keep(row) for row in rows[3:]]
+    resumed.state_dict(), straight.state_dict()  # wait for what is sampled ahead
+    made = [call for call in resumed.sampler.calls if "uids" in call]
+    assert made == [call for call in straight.sampler.calls if "uids" in call][3 + staleness :]
+    assert resumed.state_dict()["prompt_policy"] == straight.state_dict()["prompt_policy"]
+
+
+def test_a_step_that_fails_before_its_update_forgets_what_the_policy_has_observed():
+    loop = curious_loop()
+    loop.step()
+    before = loop.state_dict()["prompt_policy"]
+    loop.actor.compute_logprobs = lambda batch: {}["nothing"]
+    with pytest.raises(KeyError):
+        loop.step()
+    assert len(loop.prompt_policy.seen) > 2
+    assert loop.state_dict()["prompt_policy"] == before
+
+
+def test_the_advantage_is_computed_from_shaped_rewards_and_the_score_stays():
+    """Responses of 2, 1, 3 and 2 tokens with rewards 1, 0, 1, 0; a limit of 3 and a buffer of 2: -1/2, 0, -1, -1/2."""
+    loop = loop_of(**{"rollout.max_response_length": 3, "advantage": "dr_grpo"})
+    loop.shapings = [Overlong(buffer=2)]
+    metrics = loop.step()
+    assert (metrics["critic/score/mean"], metrics["critic/score/max"]) == (0.5, 1.0)
+    assert (metrics["critic/rewards/mean"], metrics["critic/rewards/min"]) == (0.0, -0.5)
+    assert metrics["critic/shaping/overlong"] == -0.5
+    seen = {}
+    for _, batch in loop.actor.updates:
+        seen |= dict(zip(batch.target.tolist(), batch.advantage.tolist(), strict=True))
+    assert [seen[token] for token in (11, 13, 14, 17)] == pytest.approx([0.25, -0.25, 0.25, -0.25])
+    scores = {score for _, batch in loop.actor.updates for score in batch.responses.score.tolist()}
+    assert scores == {0.0, 1.0}
+
+
+def test_reactivated_groups_have_an_advantage_and_the_pseudo_response_is_not_trained_on():
+    loop = loop_of(reward_fn=lambda example, text: 1.0)
+    loop.shapings = [Reactivate()]
+    metrics = loop.step()
+    assert metrics["critic/advantages/min"] == pytest.approx(1 / math.sqrt(3), rel=1e-5)  # 1 / sqrt(G + 1), G = 2
+    assert sum(batch.num_sequences for _, batch in loop.actor.updates) == 4
+    assert metrics["critic/rewards/mean"] == 1.0
+
+
+def test_the_filter_of_dynamic_sampling_looks_at_scores():
+    """Shaping makes the rewards of an equal group differ; it is dropped all the same."""
+    loop = loop_of(
+        reward_fn=lambda example, text: 1.0, **{"rollout.filter_zero_variance": True, "rollout.max_draws": 1}
+    )
+    loop.shapings = [Overlong(buffer=2)]
+    with pytest.raises(RuntimeError, match="filter_zero_variance"):
+        loop.step()
+
+
+def test_a_prompt_policy_hears_of_groups_that_the_filter_drops():
+    config = loop_of(**{"rollout.filter_zero_variance": True, "rollout.max_draws": 3}).config
+    collected = Collector(config.rollout, config.seed, Alternating(), Rows(), reward).collect(5, 10)
+    assert [r.prompt.uid for r in collected.rollouts] == [11, 11, 13, 13]
+    expected = [(0, (1.0, 1.0)), (1, (1.0, 0.0)), (2, (1.0, 1.0)), (3, (1.0, 0.0))]
+    assert [(outcome.row, outcome.scores) for outcome in collected.outcomes] == expected
+
+
+def test_the_state_before_a_step_is_a_copy():
+    """A policy that hands out what it goes on writing to."""
+    loop = curious_loop()
+    loop.prompt_policy.state_dict = lambda: {"seen": loop.prompt_policy.seen}
+    before = loop._here()["prompt_policy"]
+    loop.step()
+    assert before == {"seen": {}}

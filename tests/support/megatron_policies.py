@@ -51,6 +51,7 @@ def policies(tmp_path_factory):
             )
             batch = pack(rollouts)
             batch.assign_advantages(torch.tensor([float(torch.randn((), generator=generator)) for _ in rollouts]))
+            batch.temperatures = (None, None, 1.3) * (len(rollouts) // 3)  # a third has a temperature of its own
             torch.save(batch, folder / "batch.pt")
         save_model(model, tokenizer, folder / name)
         models[name] = model

@@ -133,8 +133,8 @@ def agreement(folder: Path, case: dict[str, Any]) -> str | None:
 
 def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
     """Two replicas share the prompts: all ranks get all rollouts, scored where they were sampled, by the actor's
-    weights."""
-    asked = prompts(5)
+    weights, at each prompt's temperature; and the log-probabilities of all prompts."""
+    asked, temperatures = prompts(5), [0.8, 1.2, 0.6, 1.2, 0.8]
     with laid_out(**case["megatron"]) as (megatron, layout):
         actor = megatron_actor(folder / case["model"], layout, megatron)
         batch = load(folder / "batch.pt")
@@ -153,13 +153,20 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
 
         shared = SharedRollouts(sampler if ranks.own is not None else None, ranks, layout, score)
         shared.sync(actor.weight_version, actor.named_weights)
-        got = shared.generate(asked, group_size=3, temperature=0.8, max_response_length=6, seed=3)
+        got = shared.generate(asked, group_size=3, temperature=temperatures, max_response_length=6, seed=3)
+        of_prompts = shared.prompt_logprobs(asked)
+        for rollout in got:
+            rollout.temperature = temperatures[rollout.prompt.uid]
         if [(r.prompt.uid, r.sample) for r in got] != [(i, g) for i in range(5) for g in range(3)]:
             return f"order: {[(r.prompt.uid, r.sample) for r in got]}"
         everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, [(r.tokens, r.logprob, r.reward, r.text, r.weight_version) for r in got])
+        mine = [(r.tokens, r.logprob, r.reward, r.text, r.weight_version) for r in got]
+        dist.all_gather_object(everyones, (mine, of_prompts))
         if everyones[0] != everyones[1]:
-            return "ranks have different rollouts"
+            return "ranks have different rollouts or prompts"
+        for found, expected in zip(of_prompts, sampler.prompt_logprobs(asked), strict=True):
+            if len(found) != len(expected) or any(abs(a - b) > 2e-5 for a, b in zip(found, expected, strict=True)):
+                return f"a prompt's log-probabilities are {found}, and not {expected}"
         if any(r.reward != len(r.text) + 0.5 or r.weight_version != 1 for r in got):
             return "rewards or weight versions are wrong"
         if any(r.timed_out != bool(len(r.text) % 2) for r in got):

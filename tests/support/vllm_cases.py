@@ -21,6 +21,7 @@ from tests.support.vllm_policies import (
     TOLERANCE,
     gap,
     policy,
+    prompt_gap,
     prompts,
     reshuffle,
     settings,
@@ -69,6 +70,29 @@ def test_logprobs_are_those_of_transformers_before_and_after_updates(samplers, n
     mine = InProcessSampler(model, sampler.tokenizer, batch_size=8)
     other = mine.generate(prompts(4), **(OPTIONS | {"temperature": 0.0, "group_size": 1}))
     assert [r.tokens for r in greedy] == [r.tokens for r in other]
+
+
+def test_prompts_are_scored_and_sampled_at_temperatures_of_their_own(samplers):
+    model, sampler = samplers("qwen3")
+    reshuffle(model, seed=3)
+    sampler.sync(15, weights(model))
+    assert prompt_gap(model, sampler) < TOLERANCE
+    own = [0.5, 1.0, 1.6, 0.7, 1.0, 0.5]
+    rollouts = sampler.generate(prompts(6), **(OPTIONS | {"temperature": own}))
+    for temperature in set(own):
+        of_it = [r for r in rollouts if own[r.prompt.uid] == temperature]
+        assert gap(model, of_it, temperature=temperature) < TOLERANCE
+    plain = sampler.generate(prompts(6), **OPTIONS)
+    assert [r.tokens for r in sampler.generate(prompts(6), **(OPTIONS | {"temperature": [0.7] * 6}))] == [
+        r.tokens for r in plain
+    ]
+    with pytest.raises(ValueError, match="temperature: vLLM samples at temperatures from 0.01 to 2.*got 2.5"):
+        sampler.generate(prompts(2), **(OPTIONS | {"temperature": [1.0, 2.5]}))
+    another = another_sync(sampler)
+    sampler._sync, kept = another, sampler._sync
+    with pytest.raises(RuntimeError, match="does not hold the trainer's weights"):
+        sampler.prompt_logprobs(prompts(1))
+    sampler._sync = kept
 
 
 def test_truncated_samples_are_those_of_the_in_process_sampler_s_rule(samplers):

@@ -80,3 +80,15 @@ def gap(model, rollouts, temperature: float = 0.7) -> float:
 
 def weights(model):
     return lambda: iter([(name, tensor.detach()) for name, tensor in model.state_dict().items()])
+
+
+def prompt_gap(model, sampler) -> float:
+    """The greatest distance of `prompt_logprobs` from the plain forward pass, nats."""
+    worst, some = 0.0, prompts(8)
+    for prompt, found in zip(some, sampler.prompt_logprobs(some), strict=True):
+        with torch.no_grad():
+            logp = model(torch.tensor([prompt.tokens])).logits[0].log_softmax(-1)
+        expected = logp[:-1].gather(1, torch.tensor(prompt.tokens[1:]).long()[:, None])[:, 0]
+        assert len(found) == len(prompt.tokens) - 1
+        worst = max([worst, *(torch.tensor(found) - expected).abs().tolist()])
+    return worst

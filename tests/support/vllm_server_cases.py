@@ -26,6 +26,7 @@ from tests.support.vllm_policies import (
     TOLERANCE,
     gap,
     policy,
+    prompt_gap,
     prompts,
     reshuffle,
     settings,
@@ -101,6 +102,7 @@ def test_logprobs_are_those_of_transformers_before_and_after_updates(server):
         assert gap(model, rollouts) < TOLERANCE
         assert {r.weight_version for r in rollouts} == {version}
         assert sorted(map(id, announced)) == sorted(map(id, rollouts))
+        assert prompt_gap(model, sampler) < TOLERANCE
         seen.append([r.tokens for r in rollouts])
         assert [r.tokens for r in sampler.generate(prompts(6), **OPTIONS)] == seen[-1]
     assert seen[0] != seen[1]

@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,8 +179,12 @@ def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
 
 
-def write_rows(examples: Iterable[Example], path: str | os.PathLike[str]) -> int:
+def write_rows(
+    examples: Iterable[Example], path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]] | None = None
+) -> int:
     """Writes examples as verl's rows to a .parquet or .jsonl file and returns how many.
+
+    `columns`: further columns, a value for each example; `load_rows` and verl ignore them.
 
     A failure (full disk, a value the format cannot hold) leaves an earlier file of that name as it was.
 
@@ -190,6 +194,9 @@ def write_rows(examples: Iterable[Example], path: str | os.PathLike[str]) -> int
     path = Path(path)
     _check_suffix(path)
     rows = [to_row(example) for example in examples]
+    for name, values in (columns or {}).items():
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
     if not rows:
         raise ValueError(f"{path}: no examples to write")
     if path.suffix == ".jsonl":
@@ -228,8 +235,8 @@ class PromptStream:
 
     `take(position, n)` is a pure function of its arguments, so a resumed run needs one integer to go on with the same
     prompts. A generator's position is its index; a list of examples is read epoch by epoch, in an order by
-    (seed, epoch). Prompts are tokenised with the tokenizer's chat template (generation prompt added) where it
-    has one, else as the messages' contents joined by newlines.
+    (seed, epoch) or in that of its files. Prompts are tokenised with the tokenizer's chat template (generation prompt
+    added) where it has one, else as the messages' contents joined by newlines.
 
     Args:
         source: a task (endless), or a list of examples (see `load_rows`).
@@ -237,6 +244,7 @@ class PromptStream:
         seed: of the epochs' orders; without effect on a task, which has a seed of its own.
         max_prompt_length: tokens a prompt may have.
         held_out: held-out examples; default: the held-out split of a task, none for a list.
+        order: of a list in each epoch: "shuffled" by (seed, epoch), or as in the "file".
         overlong: what to do with longer prompts. "error" refuses them: a list's at construction, a task's when met.
             "filter" leaves them out of a list, and lets a task draw another example; `num_filtered` counts them.
 
@@ -253,17 +261,18 @@ class PromptStream:
         max_prompt_length: int,
         held_out: Sequence[Example] | None = None,
         overlong: str = "error",
+        order: str = "shuffled",
     ) -> None:
         self.tokenizer = tokenizer
         self.seed = seed
         self.max_prompt_length = max_prompt_length
-        self.overlong = overlong
+        self.overlong, self.order = overlong, order
         self.num_filtered = 0
         self._task = source if isinstance(source, Task) else None
         self._rows = [] if self._task is not None else self._fitting(source, "source")
         self._held_out = None if held_out is None else self._fitting(held_out, "held_out")
         self._drawn_held_out: list[Prompt] = []
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._rows_of_epoch: tuple[int, list[int]] = (-1, [])
 
     @classmethod
     def from_config(cls, data: Any, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PromptStream:
@@ -280,7 +289,7 @@ class PromptStream:
             held_out = load_rows(*data.val_files) if data.val_files else None
         with naming("data.train_files"):
             rows = load_rows(*data.train_files)
-        return cls(rows, tokenizer, held_out=held_out, **options)
+        return cls(rows, tokenizer, held_out=held_out, order=data.order, **options)
 
     @property
     def num_rows(self) -> int | None:
@@ -290,6 +299,16 @@ class PromptStream:
     def take(self, position: int, n: int) -> list[Prompt]:
         """The prompts at positions [position, position + n); `uid` is the position."""
         return [self._at(place) for place in range(position, position + n)]
+
+    def rows(self) -> list[Prompt]:
+        """All prompts of a list in the order of its files; `uid` is the row.
+
+        Raises:
+            ValueError: the stream is that of a task.
+        """
+        if self._task is not None:
+            raise ValueError(f"rows: a generated task has none, got task {self._task.name!r}; give data.train_files")
+        return [Prompt(row, example, tuple(self._encode(example)), row) for row, example in enumerate(self._rows)]
 
     def held_out(self, n: int | None = None) -> list[Prompt]:
         """The first n held-out prompts of each data source, the same at every call; `uid` counts from 0.
@@ -315,12 +334,13 @@ class PromptStream:
         if self._task is not None:
             return self._drawn("train", position)
         epoch, offset = divmod(position, len(self._rows))
-        if self._order[0] != epoch:
-            order = list(range(len(self._rows)))
-            random.Random(f"{self.seed}|{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        example = self._rows[self._order[1][offset]]
-        return Prompt(position, example, tuple(self._encode(example)))
+        if self._rows_of_epoch[0] != epoch:
+            rows = list(range(len(self._rows)))
+            if self.order == "shuffled":
+                random.Random(f"{self.seed}|{epoch}").shuffle(rows)
+            self._rows_of_epoch = (epoch, rows)
+        row = self._rows_of_epoch[1][offset]
+        return Prompt(position, self._rows[row], tuple(self._encode(self._rows[row])), row)
 
     def _drawn(self, split: str, index: int) -> Prompt:
         for retry in range(_MAX_RETRIES):

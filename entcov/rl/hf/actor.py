@@ -44,7 +44,8 @@ class TransformersModel(TrainedModel):
         self.weight_version = state["weight_version"]
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
-        groups = micro_batches(batch.lengths, self.config.micro_batch_tokens, padded=not self.config.packing)
+        limit, padded = self.config.micro_batch_tokens, not self.config.packing
+        groups = micro_batches(batch.lengths, limit, padded, batch.temperatures)
         return [(batch.subset(group), batch.positions(group)) for group in groups]
 
     def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str], **options: Any) -> PolicyStats:
@@ -69,7 +70,7 @@ class TransformersModel(TrainedModel):
         self.optimizer.step()
 
     def _stats(self, model: nn.Module, micro: Batch, **options: Any) -> TokenStats:
-        options = {"temperature": self.temperature} | options
+        options = {"temperature": self.temperature_of(micro)} | options
         return batch_token_stats(model, micro, packing=self.config.packing, **options)
 
 

@@ -3,13 +3,19 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from entcov.rl.collect import as_rollout
+from entcov.rl.batch import IGNORE_INDEX, micro_batches
+from entcov.rl.collect import as_rollout, temperature_of_each
 from entcov.rl.hf.model import forward
 from entcov.rl.interfaces import NamedWeights
 from entcov.rl.types import Prompt, Rollout
+from entcov.stats.token_stats import token_stats
+
+_PROMPT_TOKENS = 4096  # of one forward pass over prompts, padding included: it has logits for each
 
 
 class InProcessSampler:
@@ -35,7 +41,7 @@ class InProcessSampler:
         prompts: Sequence[Prompt],
         *,
         group_size: int,
-        temperature: float,
+        temperature: float | Sequence[float],
         max_response_length: int,
         seed: int,
         top_p: float = 1.0,
@@ -49,6 +55,7 @@ class InProcessSampler:
             dtype=torch.float64,
             generator=torch.Generator().manual_seed(seed),
         )
+        temperatures = temperature_of_each(temperature, len(prompts))
         was_training = self.model.training
         self.model.eval()
         # Prompts of similar length share a batch: less padding. Results are put back in the caller's order.
@@ -58,8 +65,9 @@ class InProcessSampler:
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             rows = [i * group_size + g for i in chosen for g in range(group_size)]
+            own = [temperatures[i] for i in chosen]
             responses = self._generate_batch(
-                [prompts[i] for i in chosen], group_size, (temperature, top_p, top_k), max_response_length, noise[rows]
+                [prompts[i] for i in chosen], group_size, own, (top_p, top_k), max_response_length, noise[rows]
             )
             for row, (tokens, logprob) in zip(rows, responses, strict=True):
                 prompt, sample = prompts[row // group_size], row % group_size
@@ -71,8 +79,31 @@ class InProcessSampler:
         self.model.train(was_training)
         return out  # type: ignore[return-value]  # every row was filled
 
-    def _generate_batch(self, prompts, group_size, how, max_response_length, noise):
+    @torch.no_grad()
+    def prompt_logprobs(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """As `entcov.rl.interfaces.Sampler.prompt_logprobs`."""
+        was_training = self.model.training
+        self.model.eval()
+        out: list[list[float]] = [[] for _ in prompts]
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        for group in micro_batches(lengths, max([_PROMPT_TOKENS, *lengths]), padded=True):
+            tokens = [torch.tensor(prompts[i].tokens, device=self.model.device) for i in group]
+            ids = pad_sequence(tokens, batch_first=True)
+            mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+            target = [F.pad(row[1:], (0, 1), value=IGNORE_INDEX) for row in tokens]
+            target = pad_sequence(target, batch_first=True, padding_value=IGNORE_INDEX)
+            logits = forward(self.model, input_ids=ids, attention_mask=mask, use_cache=False).logits
+            stats = token_stats(logits, target, ignore_index=IGNORE_INDEX)
+            for i, row in zip(group, stats.logprob.tolist(), strict=True):
+                out[i] = row[: lengths[i] - 1]
+        self.model.train(was_training)
+        return out
+
+    def _generate_batch(self, prompts, group_size, temperatures, top, max_response_length, noise):
         device = self.model.device
+        temperature = temperatures[0]
+        if len(set(temperatures)) > 1:  # else a number, so that nothing changes in the last digit
+            temperature = torch.tensor(temperatures, device=device).repeat_interleave(group_size)
         noise, eos_id = noise.to(device), self.tokenizer.eos_token_id
         width = max(len(p.tokens) for p in prompts)
         pad = self.tokenizer.pad_token_id
@@ -90,7 +121,8 @@ class InProcessSampler:
         logprob = torch.zeros((len(rows), max_response_length), dtype=torch.float32, device=device)
         length = torch.full((len(rows),), max_response_length, device=device)
         for t in range(max_response_length):
-            token, token_logprob = draw(logits, noise[rows, t], *how)
+            own = temperature[rows] if isinstance(temperature, Tensor) else temperature
+            token, token_logprob = draw(logits, noise[rows, t], own, *top)
             tokens[rows, t], logprob[rows, t] = token, token_logprob
             done = token == eos_id
             length[rows[done]] = t + 1
@@ -119,21 +151,23 @@ class InProcessSampler:
 
 
 def draw(
-    logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0
+    logits: Tensor, uniform: Tensor, temperature: float | Tensor, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor]:
     """One token a row by inverting the distribution function at `uniform`, and its log-probability.
 
     Args:
         logits: [B, V].
         uniform: [B] float64 in [0, 1).
-        temperature: 0 takes the likeliest token instead.
+        temperature: one number, 0 takes the likeliest token instead; or [B], each greater than 0.
         top_p, top_k: see `likeliest`.
 
     Returns:
         token [B] int64, and logprob [B] float32 under softmax(likeliest(logits / temperature)); softmax(logits) at 0.
     """
     logits = logits.float()
-    if temperature == 0:
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None]
+    elif temperature == 0:
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
     logp = likeliest(logits / temperature, top_p, top_k).log_softmax(-1)

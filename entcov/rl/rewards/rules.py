@@ -11,7 +11,8 @@ from decimal import Decimal
 
 from entcov.rl.rewards.code import CODE_SOURCES, score_code
 from entcov.rl.sandbox import SandboxPool
-from entcov.rl.tasks.base import TASKS, import_object, score_after_mark
+from entcov.rl.tasks.base import TASKS, answer_after_mark, import_object, score_after_mark
+from entcov.rl.tasks.reasoning_gym import answer_in_tags
 from entcov.rl.types import Example
 
 # One number, or several by name, whose sum is the reward (the advantage gdpo normalises each alone).
@@ -38,6 +39,27 @@ def score(example: Example, response: str) -> float:
         ValueError: unknown style or data source (the message lists the known ones), or an unusable ground truth.
     """
     return _scorer(example)(example, response)
+
+
+def final_answer(example: Example, response: str) -> str | None:
+    """The answer in a response that `score` judges, as text without decoration; None where it has none.
+
+    GSM8K's numbers are equal texts where they are equal numbers. Otherwise 1/2 and 0.5 are two answers.
+
+    Raises:
+        ValueError: unknown style or data source, or one of programs.
+    """
+    scorer = _scorer(example)
+    if scorer is _score_gsm8k:
+        number = _gsm8k_answer(response)
+        return None if number is None else str(number.normalize())
+    if scorer in (_score_math, _score_math_boxed):
+        answer = _math_answer(response) if scorer is _score_math else last_boxed(response)
+        return _bare(answer or "") or None
+    if scorer is score_code:
+        raise ValueError(f"data_source {example.data_source!r}: a program is no final answer that could be compared")
+    find = answer_in_tags if scorer is TASKS["reasoning_gym"].score else answer_after_mark
+    return find(response) or None
 
 
 def load_reward(spec: str | None) -> RewardFunction:
@@ -86,9 +108,13 @@ def _score_gsm8k(example: Example, response: str) -> float:
     truth = _number(example.ground_truth.rpartition("####")[2])
     if truth is None:
         raise ValueError(f"gsm8k ground_truth must be a number, or end in '#### number', got {example.ground_truth!r}")
+    return 1.0 if _gsm8k_answer(response) == truth else 0.0
+
+
+def _gsm8k_answer(response: str) -> Decimal | None:
     _, mark, tail = response.rpartition("####")
     answer = tail if mark else last_boxed(response)
-    return 1.0 if answer is not None and _number(answer) == truth else 0.0
+    return None if answer is None else _number(answer)
 
 
 def _number(text: str) -> Decimal | None:
@@ -101,11 +127,7 @@ def _number(text: str) -> Decimal | None:
 
 
 def _score_math(example: Example, response: str) -> float:
-    answer = last_boxed(response)
-    if answer is None:
-        lines = _ANSWER_LINE.findall(response)
-        answer = lines[-1] if lines else None
-    return _equals_truth(example, answer)
+    return _equals_truth(example, _math_answer(response))
 
 
 def _score_math_boxed(example: Example, response: str) -> float:
@@ -120,6 +142,14 @@ def _equals_truth(example: Example, answer: str | None) -> float:
     if not answer:
         return 0.0
     return 1.0 if answer == truth else _math_pool().score(gold=truth, answer=answer)
+
+
+def _math_answer(response: str) -> str | None:
+    boxed = last_boxed(response)
+    if boxed is not None:
+        return boxed
+    lines = _ANSWER_LINE.findall(response)
+    return lines[-1] if lines else None
 
 
 def last_boxed(text: str) -> str | None:

@@ -126,9 +126,8 @@ class ReasoningGym:
 
     @staticmethod
     def score(example: Example, response: str) -> float:
-        end = response.rfind(_CLOSE)
-        start = response.rfind(_OPEN, 0, max(end, 0))
-        if start < 0:
+        answer = answer_in_tags(response)
+        if answer is None:
             return 0.0
         info = example.extra_info
         keys = ("dataset", "settings", "seed", "size", "item")
@@ -140,13 +139,20 @@ class ReasoningGym:
             return _pool().score(
                 item={key: info[key] for key in keys},
                 question=example.prompt[-1]["content"].removesuffix(_INSTRUCTION),
-                answer=response[start + len(_OPEN) : end].strip(),
+                answer=answer,
             )
         except ValueError as error:
             raise ValueError(
                 f"{example.data_source}: item {info['item']} of seed {info['seed']} cannot be made again: {error} "
                 f"(written by reasoning-gym {info.get('version')}, installed is {_installed()['version']})"
             ) from None
+
+
+def answer_in_tags(response: str) -> str | None:
+    """What the last <answer>...</answer> holds, without surrounding white space; None where there is none."""
+    end = response.rfind(_CLOSE)
+    start = response.rfind(_OPEN, 0, max(end, 0))
+    return None if start < 0 else response[start + len(_OPEN) : end].strip()
 
 
 @functools.lru_cache(maxsize=64)

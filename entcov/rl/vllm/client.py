@@ -98,9 +98,14 @@ class ServerEngine:
 
     def _complete(self, request: Request) -> Completion:
         body = {"token_ids": list(request.prompt), "sampling_params": sampling_arguments(request)}
-        choice = self._call("POST", "/inference/v1/generate", body)["choices"][0]
+        answer, prompt = self._call("POST", "/inference/v1/generate", body), None
+        choice = answer["choices"][0]
         logprob = [position["logprob"] for position in choice["logprobs"]["content"]]
-        return Completion(choice["token_ids"], logprob, tuple(span["version"] for span in choice["weight_versions"]))
+        if request.prompt_logprob:
+            pairs = list(zip(answer["prompt_logprobs"], request.prompt, strict=True))[1:]  # the first token has none
+            prompt = [chosen[str(token)]["logprob"] for chosen, token in pairs]
+        versions = tuple(span["version"] for span in choice["weight_versions"])
+        return Completion(choice["token_ids"], logprob, versions, prompt)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})

@@ -49,6 +49,7 @@ class Request:
     stop: Sequence[int]  # tokens that end the response, and stay its last token
     top_p: float = 1.0
     top_k: int = 0
+    prompt_logprob: bool = False  # whether the completion has the prompt's log-probabilities, at temperature 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Completion:
     tokens: list[int]
     logprob: list[float]
     versions: tuple[str, ...]  # of the weights that sampled it, oldest first
+    prompt_logprob: list[float] | None = None  # of the prompt's tokens but the first
 
 
 def sampling_arguments(request: Request) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def sampling_arguments(request: Request) -> dict[str, Any]:
         "ignore_eos": True,  # `stop` alone says what ends a response, not the folder's generation_config
         "logprobs": 0,  # of the sampled token alone
         "detokenize": False,
+        **({"prompt_logprobs": 0} if request.prompt_logprob else {}),  # likewise
     }
 
 
@@ -162,7 +165,8 @@ class LocalEngine:
                 while engine.has_unfinished_requests():
                     for output in engine.step():
                         if output.finished:
-                            yield int(output.request_id), _completion(output.outputs[0])
+                            number = int(output.request_id)
+                            yield number, _completion(output, requests[number])
             except BaseException:
                 engine.abort_request([str(number) for number in range(len(requests))])
                 raise
@@ -266,10 +270,14 @@ def _release(core: Any) -> None:
     gc.unfreeze()  # what vLLM froze when it started, its tensors among it
 
 
-def _completion(output: Any) -> Completion:
-    tokens = list(output.token_ids)
-    logprob = [chosen[token].logprob for chosen, token in zip(output.logprobs, tokens, strict=True)]
-    return Completion(tokens, logprob, tuple(span.version for span in output.weight_versions))
+def _completion(output: Any, request: Request) -> Completion:
+    response, prompt = output.outputs[0], None
+    tokens = list(response.token_ids)
+    logprob = [chosen[token].logprob for chosen, token in zip(response.logprobs, tokens, strict=True)]
+    if request.prompt_logprob:
+        pairs = list(zip(output.prompt_logprobs, request.prompt, strict=True))[1:]  # the first token has none
+        prompt = [chosen[token].logprob for chosen, token in pairs]
+    return Completion(tokens, logprob, tuple(span.version for span in response.weight_versions), prompt)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from entcov.rl.collect import as_rollout, derived_seed
+from entcov.rl.collect import as_rollout, derived_seed, temperature_of_each
 from entcov.rl.config import RolloutConfig
 from entcov.rl.interfaces import NamedWeights
 from entcov.rl.types import Prompt, Rollout
@@ -51,7 +51,7 @@ class VllmSampler:
         prompts: Sequence[Prompt],
         *,
         group_size: int,
-        temperature: float,
+        temperature: float | Sequence[float],
         max_response_length: int,
         seed: int,
         top_p: float = 1.0,
@@ -65,39 +65,52 @@ class VllmSampler:
             ValueError: a temperature that vLLM does not sample at, or more tokens than the engine was started for.
             RuntimeError: the engine has no weights yet, or parts of two sets, or others than the trainer's last ones.
         """
-        _check_temperature("temperature", temperature)
+        temperatures = temperature_of_each(temperature, len(prompts))
+        for value in set(temperatures):
+            _check_temperature("temperature", value)
         longest = max((len(prompt.tokens) for prompt in prompts), default=0)
         if longest + max_response_length > self.max_model_len:  # vLLM would cut responses off before their limit
             raise ValueError(
                 f"max_response_length: prompt and response must fit into {self.max_model_len} tokens, got "
                 f"{max_response_length} after a prompt of {longest}"
             )
-        version = self._sync.version
-        if version is None:
-            raise RuntimeError("generate: vLLM does not hold the trainer's weights; a whole sync must come first")
         stop = (self.tokenizer.eos_token_id,)
         requests = [
             Request(
-                prompt.tokens, derived_seed(seed, prompt.uid, sample), temperature, max_response_length, stop, top_p,
-                top_k,
+                prompt.tokens, derived_seed(seed, prompt.uid, sample), own, max_response_length, stop, top_p, top_k
             )
-            for prompt in prompts
+            for prompt, own in zip(prompts, temperatures, strict=True)
             for sample in range(group_size)
         ]  # fmt: skip
         out: list[Rollout | None] = [None] * len(requests)
-        for done, (row, completion) in enumerate(self.engine.generate(requests), start=1):
-            if completion.versions != (str(version),):
-                raise RuntimeError(
-                    f"generate: a response came from weights {' and '.join(completion.versions)}, and the trainer's "
-                    f"last sync was {version}: somebody else updates this engine"
-                )
-            prompt, sample = prompts[row // group_size], row % group_size
+        for done, (row, completion) in enumerate(self._answers(requests), start=1):
+            prompt, sample, version = prompts[row // group_size], row % group_size, self._sync.version
             out[row] = as_rollout(prompt, sample, completion.tokens, completion.logprob, version, self.tokenizer)
             if on_done is not None:
                 on_done(out[row])
             if progress is not None:
                 progress(done, len(out))
         return out  # type: ignore[return-value]  # every request has been answered
+
+    def prompt_logprobs(self, prompts: Sequence[Prompt]) -> list[list[float]]:
+        """As `entcov.rl.interfaces.Sampler.prompt_logprobs`. Raises as `generate`."""
+        # vLLM samples one token at least.
+        requests = [Request(prompt.tokens, 0, 1.0, 1, (), prompt_logprob=True) for prompt in prompts]
+        found = {row: completion.prompt_logprob for row, completion in self._answers(requests)}
+        return [found[row] for row in range(len(prompts))]
+
+    def _answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """The engine's answers, all from the weights of the last sync."""
+        version = self._sync.version
+        if version is None:
+            raise RuntimeError("generate: vLLM does not hold the trainer's weights; a whole sync must come first")
+        for row, completion in self.engine.generate(requests):
+            if completion.versions != (str(version),):
+                raise RuntimeError(
+                    f"generate: a response came from weights {' and '.join(completion.versions)}, and the trainer's "
+                    f"last sync was {version}: somebody else updates this engine"
+                )
+            yield row, completion
 
 
 def build_vllm_sampler(

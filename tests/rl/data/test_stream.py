@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from entcov.rl.data.stream import PromptStream, from_row, load_rows, to_row, write_rows
+from entcov.rl.data.stream import PromptStream, from_row, load_rows, raw_rows, to_row, write_rows
 from entcov.rl.tasks import make_task
 from entcov.rl.types import Example
 
@@ -229,6 +229,30 @@ def test_the_order_of_epochs_is_pinned(tokenizer):
     assert order == [3, 2, 4, 0, 1, 5, 0, 1, 5, 4, 2, 3]
 
 
+def test_a_curriculum_is_read_in_the_order_of_its_files(tokenizer):
+    source = examples(6)
+    ordered = stream(source, tokenizer, order="file")
+    prompts = ordered.take(4, 6)
+    assert [p.example for p in prompts] == source[4:] + source[:4]
+    assert [p.row for p in prompts] == [4, 5, 0, 1, 2, 3] and [p.uid for p in prompts] == [4, 5, 6, 7, 8, 9]
+    assert [(p.uid, p.row, p.example) for p in ordered.rows()] == [(i, i, e) for i, e in enumerate(source)]
+    shuffled = stream(source, tokenizer).take(0, 12)
+    assert all(p.example == source[p.row] for p in shuffled) and shuffled[6].row != shuffled[0].row
+    of_task = stream(make_task("countdown"), tokenizer)
+    assert of_task.take(3, 1)[0].row is None
+    with pytest.raises(ValueError, match="rows: a generated task has none, got task 'countdown'"):
+        of_task.rows()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_further_columns_are_written_and_ignored_when_read(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    write_rows(examples(3), path, {"score": [0.5, 1.5, 2.5]})
+    assert load_rows(path) == examples(3)
+    stored = [json.loads(row) if isinstance(row, str) else row for _, row in raw_rows(path)]
+    assert [row["score"] for row in stored] == [0.5, 1.5, 2.5]
+
+
 def test_held_out(tokenizer):
     task = make_task("carry_arithmetic")
     from_task = stream(task, tokenizer).held_out(5)
@@ -315,7 +339,7 @@ def test_a_tokenizer_that_ends_prompts_is_refused(tokenizer):
 def test_from_config(tokenizer, tmp_path):
     from types import SimpleNamespace
 
-    options = {"max_prompt_length": 32, "overlong": "error"}
+    options = {"max_prompt_length": 32, "overlong": "error", "order": "shuffled"}
     section = SimpleNamespace(task="countdown", settings={"numbers": 4}, train_files=[], val_files=[], **options)
     built = PromptStream.from_config(section, tokenizer, seed=9)
     assert built.take(3, 1)[0].example == make_task("countdown", numbers=4, seed=9).example("train", 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -64,6 +64,30 @@ def two_updates(actor: TransformersActor, batch) -> tuple[list[dict], list[torch
     batch.assign_scores(scored, actor.weight_version)
     metrics = [actor.update(batch, step=1), actor.update(batch, step=1)]
     return metrics, [p.detach() for p in actor.model.parameters()]
+
+
+def test_sequences_of_several_temperatures_are_scored_and_trained_at_their_own(rolled_out):
+    """Statistics as at each temperature alone; one gradient for every division; nothing changes where all are equal."""
+    model, batch = rolled_out
+    own = tuple([0.5, 0.8, 1.3][s // 8] for s in range(batch.num_sequences))
+    mixed, equal = replace(batch, temperatures=own), replace(batch, temperatures=(0.8,) * batch.num_sequences)
+    found = actor_for(model, [], micro_batch_tokens=200).compute_logprobs(mixed)
+    for temperature in (0.5, 0.8, 1.3):
+        rows = [s for s in range(batch.num_sequences) if own[s] == temperature]
+        part = batch.subset(rows)
+        stats = batch_token_stats(model, part, packing=False, temperature=temperature, moments=True)
+        at = batch.positions(rows)[part.loss_mask]
+        for name in ("logprob", "entropy", "entropy_drift"):
+            torch.testing.assert_close(found[name][at], getattr(stats, name), atol=2e-5, rtol=1e-5)
+    controls, longest = CONTROLS["kl_cov"], max(batch.lengths)
+    _, reference = two_updates(actor_for(model, controls, micro_batch_tokens=100_000), mixed)
+    _, others = two_updates(actor_for(model, controls, micro_batch_tokens=longest), mixed)
+    for a, b in zip(reference, others, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    plain = two_updates(actor_for(model, controls, micro_batch_tokens=3 * longest), batch)
+    same = two_updates(actor_for(model, controls, micro_batch_tokens=3 * longest), equal)
+    assert plain[0] == same[0] and all(map(torch.equal, plain[1], same[1]))  # the actor's own is 0.8
+    assert not all(map(torch.equal, plain[1], reference))
 
 
 @pytest.mark.parametrize("name", CONTROLS)

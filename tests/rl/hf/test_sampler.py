@@ -41,6 +41,38 @@ def test_logprob_is_that_of_the_plain_forward_pass(policy, temperature):
         assert rollout.finished or len(rollout.tokens) == 24
 
 
+def test_every_prompt_may_have_its_own_temperature(policy):
+    model, tokenizer = policy
+    sampler, own = InProcessSampler(model, tokenizer, batch_size=16), [0.6, 1.0, 1.4, 1.0, 0.6, 1.2]
+    options = {"group_size": 3, "max_response_length": 12, "seed": 3}
+    rollouts = sampler.generate(prompts(6), temperature=own, **options)
+    for rollout in rollouts:
+        ids = [*rollout.prompt.tokens, *rollout.tokens]
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([ids])).logits[0].double()
+        logprob = (logits / own[rollout.prompt.uid]).log_softmax(-1)[len(rollout.prompt.tokens) - 1 : -1]
+        expected = logprob.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(rollout.logprob).double(), expected, atol=2e-5, rtol=1e-5)
+    equal = sampler.generate(prompts(6), temperature=[0.7] * 6, **options)
+    assert equal == sampler.generate(prompts(6), temperature=0.7, **options)  # to the last bit
+    for bad, said in (([1.0] * 5, "one for each of 6 prompts, got 5"), ([0.0] + [1.0] * 5, "greater than 0, got 0.0")):
+        with pytest.raises(ValueError, match=f"temperature: .*{said}"):
+            sampler.generate(prompts(6), temperature=bad, **options)
+
+
+def test_prompt_logprobs_are_those_of_the_plain_forward_pass(policy, monkeypatch):
+    model, tokenizer = policy
+    sampler, some = InProcessSampler(model, tokenizer, batch_size=16), prompts(9)
+    assert 1 in {len(prompt.tokens) for prompt in some}
+    for most in (4096, 12):
+        monkeypatch.setattr("entcov.rl.hf.sampler._PROMPT_TOKENS", most)
+        for prompt, found in zip(some, sampler.prompt_logprobs(some), strict=True):
+            with torch.no_grad():
+                logp = model.eval()(torch.tensor([prompt.tokens])).logits[0].log_softmax(-1)
+            expected = logp[:-1].gather(1, torch.tensor(prompt.tokens[1:]).long()[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(found), expected, atol=2e-5, rtol=1e-5)
+
+
 def test_responses_do_not_depend_on_the_batch_they_are_generated_in(policy):
     options = {"group_size": 2, "temperature": 1.0, "max_response_length": 10, "seed": 5}
     texts = []

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from entcov.rl.rewards import rules
-from entcov.rl.rewards.rules import last_boxed, load_reward, score
+from entcov.rl.rewards.rules import final_answer, last_boxed, load_reward, score
 from entcov.rl.sandbox import SandboxPool
 from entcov.rl.tasks import TASKS, make_task
 from entcov.rl.types import Example
@@ -284,3 +284,32 @@ def test_importing_the_package_is_light():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "response", "answer"),
+    [
+        ("math", r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("math", "so\nAnswer: **$7$**.\nAnswer: 8.", "8"),
+        ("math", "no answer", None),
+        ("math", r"\boxed{}", None),
+        ("aime24/math_boxed", "Answer: 8", None),
+        ("aime24/math_boxed", r"Answer: 8 \boxed{$9$}", "9"),
+        ("openai/gsm8k", "#### 1,234.50 dollars", "1234.5"),
+        ("openai/gsm8k", "#### 1234.5", "1234.5"),
+        ("openai/gsm8k", "1234.5", None),
+        ("entcov/countdown", "3+5#3*5", "3*5"),
+        ("entcov/countdown", "3+5", None),
+        ("entcov/countdown", "3+5#", None),
+        ("reasoning_gym/chain_sum", "<answer>1</answer> no, <answer> 2 </answer>", "2"),
+        ("reasoning_gym/chain_sum", "2", None),
+    ],
+)
+def test_the_final_answer_is_what_the_score_looks_at(source, response, answer):
+    source, _, style = source.partition("/math_")
+    assert final_answer(example("1", source, f"math_{style}" if style else "rule"), response) == answer
+
+
+def test_a_program_is_no_final_answer():
+    with pytest.raises(ValueError, match="data_source 'taco': a program is no final answer"):
+        final_answer(example("1", "taco"), "#1")
