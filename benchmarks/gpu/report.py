@@ -68,6 +68,8 @@ def text(run: dict, runs: list[dict]) -> list[str]:
                if run["stages"].get(name, {}).get("steps")}  # fmt: skip
     if trained:
         lines += ["", "the tiny recipe, a line a step", *table_lines(*training_table(trained))]
+    if run["environment"].get("packages", {}).get("matplotlib", "") is None:
+        lines += ["", "No plot: matplotlib is not installed here."]
     return lines + tables(measurements(run), top)
 
 

@@ -11,10 +11,10 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.gpu import report
+from benchmarks.gpu import report, roofline
 from benchmarks.gpu.stages import SKIPPED, Context
 
-RESULTS, TABLES, LOGS = "results.json", "RESULTS.md", "logs.tar.gz"
+RESULTS, TABLES, LOGS, PLOT = "results.json", "RESULTS.md", "logs.tar.gz", "roofline.png"
 # Two commands with the same of these are one run.
 SAME = ("device", "driver", "nvcc", "torch", "python", "commit")
 
@@ -72,7 +72,7 @@ def _replaced(name: str, run: dict) -> bool:
 
 
 def write(context: Context, earlier: list[dict], document: Path) -> None:
-    """The three files of `context.out`; a new entry in `document` (benchmarks/RESULTS.md) unless it is a rehearsal."""
+    """The four files of `context.out`; a new entry in `document` (benchmarks/RESULTS.md) unless it is a rehearsal."""
     runs = merged([*earlier, of(context)])
     replace(context.out / RESULTS, lambda path: path.write_text(json.dumps({"runs": runs}, indent=1) + "\n"))
     device = runs[-1]["environment"].get("device", "unknown device")
@@ -82,6 +82,8 @@ def write(context: Context, earlier: list[dict], document: Path) -> None:
     if not context.rehearsal:
         replace(document, lambda path: path.write_text(renewed))
     replace(context.out / LOGS, lambda path: _pack(context.scratch / "logs", path))
+    if roofline.points(same) and roofline.available():
+        replace(context.out / PLOT, lambda path: roofline.draw(same, path))
 
 
 def take_up_logs(context: Context) -> None:

@@ -26,6 +26,7 @@ from benchmarks.gpu import (
     report,
     results,
     rivals,
+    roofline,
     runner,
     sanitizer_target,
     stages,
@@ -77,7 +78,7 @@ def test_three_commands_rehearse_every_stage_and_add_to_one_result(tmp_path):
         done = rehearse(out, "--only", *part, *merge, "--commit", "abc123")
         assert done.returncode == 0, done.stdout + done.stderr
         printed += done.stdout
-        assert {path.name for path in out.iterdir()} <= {"results.json", "RESULTS.md", "logs.tar.gz"}
+        assert {path.name for path in out.iterdir()} <= {"results.json", "RESULTS.md", "logs.tar.gz", "roofline.png"}
     (run,) = json.loads((tmp_path / "fresh" / "results.json").read_text())["runs"]
     stages = run["stages"]
     assert run["rehearsal"] and set(stages) == {stage.name for stage in runner.STAGES}
@@ -97,6 +98,7 @@ def test_three_commands_rehearse_every_stage_and_add_to_one_result(tmp_path):
     text = (tmp_path / "fresh" / "RESULTS.md").read_text()
     assert "## CPU rehearsal" in text and "KL-Cov" in text and "the tiny recipe" in text
     assert runner.DOCUMENT.read_text() == results_before  # a rehearsal leaves the measurements alone
+    assert (tmp_path / "first" / "roofline.png").read_bytes().startswith(b"\x89PNG")
     with tarfile.open(tmp_path / "first" / "logs.tar.gz") as logs:  # of both commands
         assert {"logs/sanitizer_target.log", "logs/worker entcov.log"} <= set(logs.getnames())
 
@@ -615,6 +617,24 @@ def test_code_is_told_apart_without_git(tmp_path):
     assert runner.fingerprint(tmp_path) == before
     (tmp_path / "csrc" / "a.cu").write_text("two")
     assert runner.fingerprint(tmp_path) != before
+
+
+def test_the_plot_shows_what_was_measured_against_the_ceilings(tmp_path, monkeypatch):
+    def measured(contender, columns, tb_per_s, **more):
+        return {"contender": contender, "workload": "token_stats", "dtype": "bf16", "columns": columns,
+                "pass": "forward", "tb_per_s": tb_per_s, **more}  # fmt: skip
+
+    ceilings = [{"ceiling": "read", "tb_per_s": 3.0}]
+    ours = [measured("entcov", 152064, 2.9), measured("entcov", 19008, 2.5), {"contender": "entcov", "failure": "x"},
+            measured("entcov", 7, 9, workload="lm_head")]  # fmt: skip
+    run = finished(benchmarks={"status": "passed", "ceilings": ceilings, "measurements": ours},
+                   rivals={"status": "passed", "measurements": [measured("TRL", 152064, 1.5)]})  # fmt: skip
+    assert roofline.points([run]) == {("bf16", "forward"): {"entcov": {152064: 2.9, 19008: 2.5}, "TRL": {152064: 1.5}}}
+    roofline.draw([run], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    run = finished(selection="passed")
+    run["environment"]["packages"]["matplotlib"] = None
+    assert "No plot: matplotlib is not installed here." in report.text(run, [run])
 
 
 def test_a_row_of_the_table():
