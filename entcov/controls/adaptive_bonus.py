@@ -31,7 +31,7 @@ class AdaptiveBonus(Control):
 
     name: ClassVar[str] = "adaptive_bonus"
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
-    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus", "the target of the entropy"})
     state: ClassVar[tuple[str, ...]] = ("coef", "enabled")
 
     rule: str = "skywork"

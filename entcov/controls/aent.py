@@ -26,7 +26,7 @@ class AEnt(Control):
 
     name: ClassVar[str] = "aent"
     needs: ClassVar[frozenset[str]] = frozenset({"clamped_entropy"})
-    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus", "the target of the entropy"})
     state: ClassVar[tuple[str, ...]] = ("coef", "steps")
 
     entropy_coef: float = 2e-3  # initial

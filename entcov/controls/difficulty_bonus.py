@@ -30,7 +30,7 @@ class DifficultyBonus(Control):
 
     name: ClassVar[str] = "difficulty_bonus"
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
-    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the entropy bonus", "the target of the entropy"})
     state: ClassVar[tuple[str, ...]] = ("coef", "initial_entropy", "anchored")
 
     entropy_coef: float = 0.0  # initial

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from entcov import arguments as check
 from entcov.controls.base import Control, Effect, Progress, Selection, finite_mean
 from entcov.controls.clip_cov import SEMANTICS
+from entcov.objective.objectives import UNCLIPPED
 from entcov.objective.token_means import token_means
 from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
 
@@ -40,7 +41,7 @@ class EntroPIC(Control):
 
     name: ClassVar[str] = "entropic"
     needs: ClassVar[frozenset[str]] = frozenset({"selection", "entropy"})
-    sets: ClassVar[frozenset[str]] = frozenset({"the weight of positive advantages"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the weight of positive advantages", "the target of the entropy"})
     state: ClassVar[tuple[str, ...]] = ("integral",)
 
     target: float = 0.1  # nats
@@ -57,6 +58,11 @@ class EntroPIC(Control):
         check.positive("prob_threshold", self.prob_threshold)
         check.one_of("semantics", self.semantics, SEMANTICS)
         self.integral = 0.0  # nats, of the errors of all updates
+
+    @property
+    def objectives(self) -> tuple[str, ...] | None:
+        """The term that the reference form adds has the ratios of single tokens, without a clip."""
+        return UNCLIPPED if self.semantics == "reference" else None
 
     def check(self, tokens: Tokens) -> None:
         if tokens.entropy is None:

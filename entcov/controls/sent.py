@@ -9,6 +9,7 @@ import torch.distributed as dist
 from entcov import arguments as check
 from entcov.controls.base import Control, Effect, Selection
 from entcov.controls.clip_cov import SEMANTICS
+from entcov.objective.objectives import UNCLIPPED
 from entcov.objective.selection import select_largest
 from entcov.objective.token_covariance import token_covariance
 from entcov.objective.token_means import token_scores
@@ -67,6 +68,11 @@ class SENT(Control):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"selection", "entropy"} | ({"ref_logprob"} if self.semantics == "paper" else set()))
+
+    @property
+    def objectives(self) -> tuple[str, ...] | None:
+        """The reference form drops the clip of single tokens."""
+        return UNCLIPPED if self.semantics == "reference" else None
 
     @property
     def baseline_knobs(self) -> dict[str, Any] | None:

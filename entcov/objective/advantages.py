@@ -48,7 +48,7 @@ class Estimator:
     """
 
     name: ClassVar[str]  # key in ADVANTAGES
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "baseline" and "components": fields of Responses
+    needs: ClassVar[frozenset[str]] = frozenset()  # "baseline": one more response to each prompt is sampled, greedily
     smallest_group: ClassVar[int] = 1  # responses to a prompt
 
     def __call__(self, responses: Responses, tokens: Tokens | None = None) -> Advantages:
@@ -199,14 +199,14 @@ class GDPO(Estimator):
     """GRPO's advantage of each component of the reward, their weighted sum, whitened over all response tokens.
 
     The reward function returns a dict of components, the same names for every response; the score is their plain sum.
-    weights  by component; None: 1 for each. Reward shaping and kl_in_reward change the sum, which this does not read.
+    weights  by component; None: 1 for each. Reward shaping and kl_in_reward change the sum, which this does not read;
+             dynamic sampling (rollout.filter_zero_variance) looks at the sum.
     Source: GDPO, arXiv 2601.05242; code: NVlabs/GDPO, which whitens over tokens,
         (x - mean) / sqrt(var + 1e-8). TRL's multi_objective_aggregation="normalize_then_sum" takes the mean and the
         std over responses instead, and 1e-4 in both divisions.
     """
 
     name: ClassVar[str] = "gdpo"
-    needs: ClassVar[frozenset[str]] = frozenset({"components"})
 
     weights: dict[str, float] | None = None
 

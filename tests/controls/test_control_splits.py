@@ -11,7 +11,7 @@ from entcov.objective.policy_loss import policy_loss
 from entcov.objective.token_means import token_means, token_scores
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.stats import ranks as agreement
-from tests.support.objective_oracle import hash64, make_batch, part
+from tests.support.objective_oracle import NoHostRead, hash64, make_batch, part
 from tests.support.thread_ranks import ThreadRanks
 
 CONFIG = PolicyLossConfig()
@@ -181,3 +181,16 @@ def test_a_rank_that_fails_leaves_no_other_rank_waiting_on_an_accelerator(monkey
     metrics, message = group.run(on_rank)
     assert message == "step must be an integer, got 0.5"
     assert all(metrics[f"actor/cov_{name}"].isnan() for name in ("mean", "max", "p999"))
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_the_host_reads_nothing_on_an_accelerator(name, monkeypatch):
+    control, tokens = CONTROLS[name], batch()
+    monkeypatch.setattr(arguments, "readable", lambda tensor: False)
+    expected = control.select(tokens, step=5, config=CONFIG)
+    with NoHostRead():
+        selection = control.select(tokens, step=5, config=CONFIG)
+        control.apply(tokens.masked(), selection)
+    for part_of in ("mask", "drop", "weight"):
+        first, second = getattr(expected, part_of), getattr(selection, part_of)
+        assert first is second or torch.equal(first, second)

@@ -9,13 +9,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from entcov.controls import AEnt, DifficultyBonus, EntroPIC, PositiveAdvantageReweighting, begin, select
+from entcov.controls import (
+    SENT,
+    AEnt,
+    DifficultyBonus,
+    EntroPIC,
+    PositiveAdvantageReweighting,
+    begin,
+    check_objective,
+    select,
+)
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import PolicyLossConfig, Tokens
 from tests.support.objective_oracle import PROGRESS, make_tokens
 
 CONFIG = PolicyLossConfig()
 UNCLIPPED = PolicyLossConfig(clip_low=1.0, clip_high=math.inf)
+GSPO = PolicyLossConfig(objective="gspo", aggregation="seq-mean-token-mean")
 
 
 def loss_of(tokens, controls, config=CONFIG):
@@ -86,6 +96,14 @@ def test_entropic_without_an_error_or_a_likely_token_is_the_plain_loss(semantics
     assert torch.equal(loss_of(tokens, [none])[1], loss_of(tokens, [])[1])
     some = EntroPIC(target=0.01, semantics=semantics, prob_threshold=0.3)
     assert not torch.equal(loss_of(tokens, [some])[1], loss_of(tokens, [])[1])
+
+
+@pytest.mark.parametrize("control", [EntroPIC, SENT])
+def test_the_reference_forms_refuse_objectives_of_whole_responses(control):
+    check_objective([control(semantics="paper")], GSPO)
+    check_objective([control()], PolicyLossConfig(objective="cispo"))
+    with pytest.raises(ValueError, match=f"objective must be one of ppo, cispo, gpg for control {control.name}.* gspo"):
+        check_objective([control()], GSPO)
 
 
 def test_an_infinite_ratio_of_an_unlikely_token_stays_out_of_entropic():
@@ -171,12 +189,12 @@ def test_difficulty_bonus_refuses_what_it_cannot_weigh():
 
 
 def test_aent_s_second_coefficient_is_that_of_the_updates_and_not_of_the_score_before_them():
-    """A run of examples/tiny_cpu.yaml once had 0.02157 in its second step, where the logged entropy gives 0.02140.
+    """Numbers of examples/tiny_cpu.yaml with control=[aent]: coefficient 0.03, step size 0.05, band up to 0.25.
 
-    The controller was fed the clamped entropy before the first update, 0.4186; the mean over the step's eight updates,
-    which is what AReaL feeds and what is logged, was 0.4220: 0.03 - 0.05 (H - 0.25).
+    In its first step the clamped entropy was 0.463062 before the first update, and 0.458332 in the mean over the tokens
+    of its eight updates, which is what the authors' code feeds: 0.03 - 0.05 (0.458332 - 0.25) = 0.0195834.
     """
     control = AEnt(0.03, 0.33, True, 0.15, 0.25, 0.05, 0.0, 0.06, warmup=0)
-    control.after_step({"scored/clamped_entropy": 0.4186, "updated/clamped_entropy": 0.4220}, PROGRESS)
-    assert control.coef == pytest.approx(0.02140, abs=5e-6)
-    assert control.coef != pytest.approx(0.02157, abs=5e-5)
+    control.after_step({"scored/clamped_entropy": 0.463062, "updated/clamped_entropy": 0.458332}, PROGRESS)
+    assert control.coef == pytest.approx(0.0195834, abs=1e-7)
+    assert control.coef != pytest.approx(0.0193469, abs=1e-5)  # of the score

@@ -219,3 +219,21 @@ def test_clipping_moves_the_entropy_by_the_clipped_tokens_alone(p, q, clip, numb
 def test_clip_low_raises_the_entropy_where_rare_tokens_are_clipped():
     assert clip_effect([4.0, -1.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], 0.2, math.inf)[2] > 0
     assert clip_effect([4.0, -1.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], 1.0, math.inf)[2] == 0
+
+
+def test_the_logit_gradient_of_the_clipped_loss():
+    """r A (onehot - p), and 0 where the clip stops the token (Jin et al., arXiv 2511.05993)."""
+    g = torch.Generator().manual_seed(2)
+    logits = 2 * torch.randn(400, V, generator=g, dtype=torch.float64)
+    old = logits + 0.3 * torch.randn(400, V, generator=g, dtype=torch.float64)
+    action = torch.randint(V, (400,), generator=g)
+    advantage = torch.randn(400, generator=g, dtype=torch.float64)
+    config = PolicyLossConfig(clip_low=0.2, clip_high=0.28)
+    found = gradient(logits, lambda z: tokens_of(z, action, advantage, old), config=config)
+    tokens = tokens_of(logits, action, advantage, old)
+    ratio = (tokens.logprob - tokens.old_logprob).exp()
+    stopped = ((advantage > 0) & (ratio > 1.28)) | ((advantage < 0) & (ratio < 0.8))
+    assert 50 < int(stopped.sum()) < 200
+    away = torch.nn.functional.one_hot(action, V) - logits.softmax(-1)
+    expected = -(ratio * advantage * ~stopped)[:, None] * away / 400
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)

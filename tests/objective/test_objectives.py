@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from entcov.controls import ClipCov, Control, Effect, KLCov, select
+from entcov.controls import ClipCov, Control, Effect, KLCov, make_control, select
 from entcov.objective import sequences as sequences_module
 from entcov.objective.objectives import OBJECTIVES, UNCLIPPED
 from entcov.objective.policy_loss import policy_loss
@@ -285,6 +285,7 @@ def test_a_control_without_clip(objective):
     [
         (KLCov(), "gspo", "ppo, cispo, gpg"),
         (KLCov(), "sapo", "ppo, cispo, gpg"),
+        (make_control("sent"), "geo_mean", "ppo, cispo, gpg"),
         (ClipCov(semantics="reference"), "cispo", "ppo"),
         (ClipCov(semantics="reference"), "geo_mean", "ppo"),
     ],

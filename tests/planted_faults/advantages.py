@@ -104,6 +104,13 @@ FAULTS = (
         [NOT_WITH],
     ),
     Fault(
+        "sent_goes_with_every_objective",
+        "entcov/controls/sent.py",
+        'return UNCLIPPED if self.semantics == "reference" else None',
+        "return None",
+        [NOT_WITH],
+    ),
+    Fault(
         "clip_cov_goes_with_every_objective",
         CLIP_COV,
         'return ("ppo",) if self.semantics == "reference" else None',

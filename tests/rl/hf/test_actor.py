@@ -22,12 +22,14 @@ from tests.support.tiny_run import RECIPE, prompts
 
 CONTROLS = {
     "none": [],
-    "entropy_bonus": [("entropy_bonus", {"entropy_coef": 0.01})],
     "aent": [("aent", {"entropy_coef": 0.05, "adaptive": False})],
     "clip_cov": [("clip_cov", {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1, "clip_cov_ub": 50.0})],
     "kl_cov": [("kl_cov", {"kl_cov_ratio": 0.2})],
+    "steered": [
+        ("entropic", {"target": 1.0, "prob_threshold": 0.3}), ("high_entropy_tokens", {"top_entropy_quantile": 0.3}),
+    ],
     "composed": [("clip_cov", {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1}), ("entropy_bonus", {"entropy_coef": 0.01})],
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
