@@ -1,4 +1,5 @@
-"""The actor of the Megatron backend: the policy over any tensor, pipeline, context and data parallel layout.
+"""The models that the Megatron backend trains, over any tensor, pipeline, context and data parallel layout: the policy,
+and PRIME's reward model.
 
 Every rank of the job makes every call with the same arguments; each computes its own share of the batch. The metrics
 and the updates are those of the transformers backend, to rounding.
@@ -19,12 +20,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
 
-from entcov.controls import Control
-from entcov.objective.tokens import PolicyLossConfig, Totals
-from entcov.rl.actor import PolicyActor, Selections
+from entcov.objective.tokens import Totals
+from entcov.rl.actor import PolicyActor
 from entcov.rl.batch import IGNORE_INDEX, Batch
 from entcov.rl.config import ActorConfig, MegatronConfig
 from entcov.rl.interfaces import PolicyStats
+from entcov.rl.reward_model import ImplicitRewardModel
+from entcov.rl.trained_model import Selections, TrainedModel
 from entcov.stats.token_stats import TokenStats
 from megatron_integration.adaptors import logits_stats, per_token_loss
 from megatron_integration.bridge import named_weights
@@ -38,15 +40,14 @@ from megatron_integration.micro_batches import (
 from megatron_integration.process_groups import ProcessGroups
 
 
-class MegatronActor(PolicyActor):
-    """Owns this rank's shard of the policy and of its optimizer.
+class MegatronModel(TrainedModel):
+    """Owns this rank's shard of a model and of its optimizer.
 
     Weight decay leaves biases and norms alone, as Megatron-Core's does; `TransformersActor` decays every weight.
 
     Args:
         model: this rank's shard, from `build_model`, with its weights loaded.
-        bridge: its converter.
-        reference: a frozen model of the same layout, where `needs_reference`.
+        bridge: its converter, of this model alone: the schedules find the optimizer in its configuration.
         adam_eps: Adam's epsilon. Where gradients are not larger than it, their rounding may move a weight by up to lr.
     """
 
@@ -57,14 +58,12 @@ class MegatronActor(PolicyActor):
         groups: ProcessGroups,
         config: ActorConfig,
         megatron: MegatronConfig,
-        loss: PolicyLossConfig,
-        controls: Sequence[Control],
-        *,
-        temperature: float,
-        reference: MegatronModule | None = None,
+        *arguments: Any,
         adam_eps: float = 1e-8,
+        **options: Any,
     ):
-        super().__init__(model, config, loss, controls, temperature=temperature, reference=reference)
+        super().__init__(model, config, *arguments, **options)
+        config = self.config  # a reward model's is not the actor's
         if megatron.optimizer_offload and groups.device.type != "cuda":
             raise ValueError(
                 f"megatron.optimizer_offload: needs a GPU to move optimizer state away from, got "
@@ -193,7 +192,7 @@ class MegatronActor(PolicyActor):
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
             work = list(zip(self._own_inputs(batch), own, strict=True))
-            metrics = self._run(self.model, work, partial(self._loss, totals=totals), forward_only=False)
+            metrics = self._run(self.model, work, partial(self._logits_loss, totals=totals), forward_only=False)
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
         return self._add_up(metrics), grad_norm
@@ -202,10 +201,10 @@ class MegatronActor(PolicyActor):
         with self.groups.running():
             self.optimizer.step()
 
-    def _loss(self, micro: MicroBatch, selections: Selections, logits: Tensor, *, totals: Totals):
+    def _logits_loss(self, micro: MicroBatch, selections: Selections, logits: Tensor, *, totals: Totals):
         stats = self._stats(micro, logits, **self.clamp)
         own = [micro.local(selection) for selection in selections]
-        loss, tokens, metrics = self._policy_loss(micro.sequences, micro.rows, stats, own, totals)
+        loss, tokens, metrics = self._loss(micro.sequences, micro.rows, stats, own, totals)
         return per_token_loss(loss, tokens, totals, metrics)
 
     def _stats(self, micro: MicroBatch, logits: Tensor, **options: Any) -> TokenStats:
@@ -260,3 +259,11 @@ class MegatronActor(PolicyActor):
         group = self.groups.pipeline_group
         if dist.get_world_size(group) > 1:
             dist.broadcast(values, src=dist.get_process_group_ranks(group)[-1], group=group)
+
+
+class MegatronActor(MegatronModel, PolicyActor):
+    """Arguments as `PolicyActor`'s, after those of `MegatronModel`; the reference has the policy's layout."""
+
+
+class MegatronRewardModel(MegatronModel, ImplicitRewardModel):
+    """Arguments as `ImplicitRewardModel`'s, after those of `MegatronModel`."""

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mbridge.core import LLMBridge
+from megatron.core.transformer.module import MegatronModule
 from transformers import PreTrainedTokenizerBase
 
 from entcov.controls import Control
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.actor import needs_reference
-from entcov.rl.backend import REFERENCE, check_reference
-from entcov.rl.config import ActorConfig, Config, ConfigError, MegatronConfig, RolloutConfig
+from entcov.rl.backend import REFERENCE, REWARD_MODEL, check_reference
+from entcov.rl.config import ActorConfig, Config, ConfigError, MegatronConfig, PrimeConfig, RolloutConfig
 from entcov.rl.hf import model as hf
 from entcov.rl.hf.model_config import check_context
 from entcov.rl.interfaces import Sampler, Start
@@ -21,7 +23,7 @@ from entcov.rl.preflight import check_recipe
 from entcov.rl.record.checkpoint import save_checkpoint
 from entcov.rl.record.sealed import replace_sealed
 from entcov.rl.rewards.rules import RewardFunction
-from megatron_integration.actor import MegatronActor
+from megatron_integration.actor import MegatronActor, MegatronRewardModel
 from megatron_integration.bridge import (
     build_model,
     load_hf_weights,
@@ -52,6 +54,7 @@ class MegatronBackend:
         self.is_rank0 = dist.get_rank() == 0
         self.broadcast_from_rank0 = self.groups.broadcast_from_rank0
         self._vllm_in_process = False
+        self._initial: str | None = None  # the folder of the weights that reinforcement started from, once asked for
 
     def max_over_ranks(self, value: int) -> int:
         most = torch.tensor(value)
@@ -69,19 +72,13 @@ class MegatronBackend:
                 f"run_dir: must be on a file system that all nodes share, rank {dist.get_rank()} finds no run in "
                 f"{start.run_dir}"
             )
-        folder, initial = start.stored_model.path, None
-        needed = start.reference or needs_reference(loss, controls)
-        if start.checkpoint is None or needed:  # a resumed run needs it only as the reference
-            initial = local_folder(self.broadcast_from_rank0(lambda: initial_model(start, self.groups.device)))
-        if start.checkpoint is None:
-            folder = initial
+        folder = self._initial_folder(start) if start.checkpoint is None else start.stored_model.path
         bridge = make_bridge(folder, self.config, self.groups, dtype=getattr(torch, start.model.compute_dtype))
         policy, reference = build_model(bridge, self.groups), None
         if start.checkpoint is None:
             load_hf_weights(bridge, policy, folder, self.groups)
-        if needed:
-            reference = build_model(bridge, self.groups).requires_grad_(False).eval()
-            load_hf_weights(bridge, reference, initial, self.groups)
+        if start.reference or needs_reference(loss, controls):
+            reference = self._frozen(bridge, self._initial_folder(start))
         actor = MegatronActor(
             policy, bridge, self.groups, config, self.config, loss, controls,
             temperature=temperature, reference=reference,
@@ -89,6 +86,32 @@ class MegatronBackend:
         if start.checkpoint is not None:
             load_sharded(actor, start.checkpoint.file("megatron"))
         return actor
+
+    def build_reward_model(self, config: PrimeConfig, start: Start, actor: MegatronActor) -> MegatronRewardModel:
+        folder = self._initial_folder(start) if config.path is None else local_folder(config.path)
+        bridge = make_bridge(folder, self.config, self.groups, dtype=actor.bridge.dtype)
+        shared = actor.reference if config.path is None else None
+        model = build_model(bridge, self.groups)
+        if start.checkpoint is None:
+            load_hf_weights(bridge, model, folder, self.groups)
+        reward_model = MegatronRewardModel(
+            model, bridge, self.groups, actor.config, self.config, config,
+            reference=self._frozen(bridge, folder) if shared is None else shared,
+        )  # fmt: skip
+        if start.checkpoint is not None:
+            load_sharded(reward_model, start.checkpoint.file(REWARD_MODEL))
+        return reward_model
+
+    def _initial_folder(self, start: Start) -> str:
+        """The folder of the weights that reinforcement started from, made in a fresh run. Collective."""
+        if self._initial is None:
+            self._initial = local_folder(self.broadcast_from_rank0(lambda: initial_model(start, self.groups.device)))
+        return self._initial
+
+    def _frozen(self, bridge: LLMBridge, folder: str) -> MegatronModule:
+        model = build_model(bridge, self.groups).requires_grad_(False).eval()
+        load_hf_weights(bridge, model, folder, self.groups)
+        return model
 
     def build_sampler(
         self, config: RolloutConfig, max_prompt_length: int, start: Start, actor: MegatronActor,
@@ -108,8 +131,8 @@ class MegatronBackend:
         return SharedRollouts(sampler, ranks, self.groups, reward_fn)
 
     def save(
-        self, directory: Path, step: int, actor: MegatronActor, tokenizer: PreTrainedTokenizerBase,
-        state: dict[str, Any], keep: int,
+        self, directory: Path, step: int, actor: MegatronActor, reward_model: MegatronRewardModel | None,
+        tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], keep: int,
     ) -> None:  # fmt: skip
         """Every rank writes its shard into rank 0's temporary folder; rank 0 checks, renames and moves the pointer.
 
@@ -119,6 +142,8 @@ class MegatronBackend:
             "model": lambda path: save_hf(actor.bridge, actor.model, self.groups, tokenizer, path),
             "megatron": lambda path: save_sharded(actor, path),
         }
+        if reward_model is not None:
+            writers[REWARD_MODEL] = lambda path: save_sharded(reward_model, path)
 
         def on_every_rank(write: Callable[[Path], None], path: Path | None = None) -> None:
             shared = [path]

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from entcov import arguments as check
 from entcov.rl.record.checkpoint import CheckpointError
-from megatron_integration.actor import MegatronActor
+from megatron_integration.actor import MegatronModel
 from megatron_integration.bridge import unwrapped
 from megatron_integration.process_groups import PeerError
 
@@ -35,7 +35,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_
 _COMMON = "entcov"
 
 
-def save_sharded(actor: MegatronActor, folder: Path) -> None:
+def save_sharded(actor: MegatronModel, folder: Path) -> None:
     """Writes this rank's shard into `folder`. Collective; returns when every rank's shard is on the disk."""
     actor.gather_parameters()
     if dist.get_rank() == 0:
@@ -70,7 +70,7 @@ def _results_in_this_process() -> Iterator[None]:
         filesystem_async._results_queue = before
 
 
-def load_sharded(actor: MegatronActor, folder: Path) -> None:
+def load_sharded(actor: MegatronModel, folder: Path) -> None:
     """Fills the actor's weights, optimizer and weight_version from `folder`. Collective.
 
     Raises:
@@ -97,7 +97,7 @@ def load_sharded(actor: MegatronActor, folder: Path) -> None:
     _check_steps(actor, folder)
 
 
-def _tree(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
+def _tree(actor: MegatronModel, *, is_loading: bool) -> dict[str, Any]:
     model = unwrapped(actor.model).sharded_state_dict()
     tree: dict[str, Any] = {"model": model, _COMMON: {"weight_version": actor.weight_version, "kind": _kind(actor)}}
     if actor.weight_version:  # before its first step an optimizer has no state
@@ -105,17 +105,17 @@ def _tree(actor: MegatronActor, *, is_loading: bool) -> dict[str, Any]:
     return tree
 
 
-def _kind(actor: MegatronActor) -> str:
+def _kind(actor: MegatronModel) -> str:
     which = "the distributed optimizer" if actor.megatron.distributed_optimizer else "the plain optimizer"
     return f"{which} on {str(actor.bridge.dtype).removeprefix('torch.')} parameters"
 
 
-def _inner(actor: MegatronActor) -> list[Any]:
+def _inner(actor: MegatronModel) -> list[Any]:
     return getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])
 
 
 @contextmanager
-def _torch_adam_loads_rightly(actor: MegatronActor) -> Iterator[None]:
+def _torch_adam_loads_rightly(actor: MegatronModel) -> Iterator[None]:
     """Corrects how the actor's distributed optimizers over torch's Adam load. No other optimizer is changed."""
     optimizers = [
         o for o in _inner(actor)
@@ -134,7 +134,7 @@ def _torch_adam_loads_rightly(actor: MegatronActor) -> Iterator[None]:
                 optimizer.__dict__.pop(name, None)
 
 
-def _take_an_empty_step(actor: MegatronActor) -> None:
+def _take_an_empty_step(actor: MegatronModel) -> None:
     """Makes the optimizer's state, without changing a weight: no gradient, and a learning rate of 0."""
     groups = actor.optimizer.param_groups
     before = [group["lr"] for group in groups]
@@ -169,7 +169,7 @@ def _with_own_steps(optimizer: DistributedOptimizer):
     return load
 
 
-def _check_steps(actor: MegatronActor, folder: Path) -> None:
+def _check_steps(actor: MegatronModel, folder: Path) -> None:
     """Raises unless every parameter's own step count is the number of optimizer steps taken."""
     steps = [step for optimizer in _inner(actor) for step in _steps(optimizer.optimizer)]
     tensors = [step for step in steps if isinstance(step, torch.Tensor)]

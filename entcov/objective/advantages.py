@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from entcov import arguments as check
+from entcov.objective.prime import NORMS, prime_advantage
 from entcov.objective.responses import Responses
 from entcov.objective.tokens import Tokens
 from entcov.registry import Registry
@@ -48,7 +49,8 @@ class Estimator:
     """
 
     name: ClassVar[str]  # key in ADVANTAGES
-    needs: ClassVar[frozenset[str]] = frozenset()  # "baseline": one more response to each prompt is sampled, greedily
+    # "baseline": one more response to each prompt is sampled, greedily. "token_reward": a reward model is trained.
+    needs: ClassVar[frozenset[str]] = frozenset()
     smallest_group: ClassVar[int] = 1  # responses to a prompt
 
     def __call__(self, responses: Responses, tokens: Tokens | None = None) -> Advantages:
@@ -350,12 +352,43 @@ class MaxRL(Estimator):
         return Advantages((_centred(reward, group, size) / (_group_sum(reward, group) / size + STD_EPS)).float())
 
 
+@dataclass
+class Prime(Estimator):
+    """[T]: `entcov.objective.prime.prime_advantage` of the token rewards of a reward model, and of the outcomes.
+
+    Source: Cui et al., "Process Reinforcement through Implicit Rewards", arXiv 2502.01456.
+    """
+
+    name: ClassVar[str] = "prime"
+    needs: ClassVar[frozenset[str]] = frozenset({"token_reward"})
+
+    reward_dpo_coef: float = 5.0
+    reward_gt_coef: float = 5.0
+    prime_norm: str = "batch_norm"
+
+    def __post_init__(self) -> None:
+        # The whitening takes a common factor away.
+        check.number("reward_dpo_coef", self.reward_dpo_coef, 0.0, 1e6)
+        check.number("reward_gt_coef", self.reward_gt_coef, 0.0, 1e6)
+        check.one_of("prime_norm", self.prime_norm, NORMS)
+        if self.reward_dpo_coef == self.reward_gt_coef == 0:
+            raise ValueError("reward_dpo_coef and reward_gt_coef must not both be 0: every advantage would be 0")
+
+    def __call__(self, responses: Responses, tokens: Tokens | None = None) -> Advantages:
+        _groups(responses)  # for its checks
+        if tokens is None:
+            raise ValueError(f"tokens must be given for the advantage {self.name}, got None")
+        reward = tokens.given("token_reward", f"the advantage {self.name}")
+        parts = responses.reward, responses.group, responses.length
+        return Advantages(prime_advantage(reward, *parts, **vars(self)))
+
+
 ADVANTAGES = Registry(
     "advantage",
     Estimator,
     (
         GRPO, DrGRPO, RLOO, ReinforcePP, ReinforcePPBaseline, OPO, ReMax, GRPOPassK, GDPO, OptimalTokenBaseline, PSR,
-        NSR, WReinforce, MaxRL,
+        NSR, WReinforce, MaxRL, Prime,
     ),
     "entcov.advantages",
 )  # fmt: skip

@@ -53,6 +53,7 @@ class Tokens:
     reward: Tensor | None = None  # of the token's response, as scored: before shaping
     group: Tensor | None = None  # int64, responses to the same prompt share it
     lag: Tensor | None = None  # int64, training steps by which the policy is newer than the one that sampled
+    token_reward: Tensor | None = None  # of the token itself, where a reward model gives one
 
     def __post_init__(self) -> None:
         check.vector("logprob", self.logprob, _FLOAT)

@@ -70,6 +70,9 @@ class Settings:
     recompute: str = "none"
     optimizer_offload: float = 0.0
     reference: bool = False  # a frozen copy of the policy, where the loss or a control compares with it
+    reward_model: bool = False  # PRIME's second trained model, taken to have the policy's shape
+    reward_model_path: bool = False  # ... which then has a reference of its own
+    reward_model_updates: int = 0  # its optimizer steps in a step of the loop
     selection: bool = False  # a control selects tokens by covariance
     select_on_first_update: bool = False  # a forward pass for it on the first update too
     clamped_entropy: bool = False
@@ -114,7 +117,23 @@ class Settings:
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one replica in one optimizer step, if they are full."""
-        return max(1, math.ceil(self.step_tokens / self.updates / self.data_parallel / self.micro_batch_tokens))
+        return self.micro_batches_of(self.updates)
+
+    def micro_batches_of(self, updates: int) -> int:
+        """Of one of so many optimizer steps over a rollout batch."""
+        return max(1, math.ceil(self.step_tokens / updates / self.data_parallel / self.micro_batch_tokens))
+
+    @property
+    def scorings(self) -> int:
+        """Forward passes over the rollout batch: of the policy, its reference, the reward model and its reference."""
+        return 1 + self.reference + 2 * self.reward_model
+
+    @property
+    def references(self) -> int:
+        """Frozen models in memory: policy and reward model share one if both started from it."""
+        return max(self.reference, self.reward_model) + (
+            self.reference and self.reward_model and self.reward_model_path
+        )
 
 
 KNOBS = {
@@ -150,6 +169,7 @@ def settings_from(
         raise ValueError(f"mean_response: must be in [1, rollout.max_response_length = {limit}], got {mean_response}")
     megatron, vllm = config.megatron, config.rollout.vllm
     controls = config.build_controls()
+    reward_model = "token_reward" in config.build_estimator().needs
     return Settings(
         shape=shape_of(config.model.path, config.model.config),
         gpu=gpu,
@@ -166,6 +186,9 @@ def settings_from(
         reference=config.loss.kl_coef > 0
         or config.kl_in_reward.coef > 0
         or any("ref_logprob" in c.needs for c in controls),
+        reward_model=reward_model,
+        reward_model_path=config.prime.path is not None,
+        reward_model_updates=config.prime.updates_per_rollout * (reward_model and config.prime.update != "none"),
         selection=any("selection" in c.needs for c in controls),
         select_on_first_update=megatron.selection_logprob == "recompute",
         clamped_entropy=any("clamped_entropy" in c.needs for c in controls),
@@ -192,6 +215,7 @@ class Memory:
     gradients: int
     optimizer: int  # main weights and Adam's two moments, the part on the GPU
     reference: int
+    reward_model: int  # its weights, gradients and optimizer
     activations: int
     logits: int  # with their gradient and the statistics; 0 but for the last stage
     engine_weights: int
@@ -202,7 +226,7 @@ class Memory:
     @property
     def resident(self) -> int:
         """What the trainer holds while it trains and while the engine generates."""
-        return self.weights + self.gradients + self.optimizer + self.reference + TRAINER_RESERVE
+        return self.weights + self.gradients + self.optimizer + self.reference + self.reward_model + TRAINER_RESERVE
 
     @property
     def engine(self) -> int:
@@ -257,13 +281,16 @@ def memory(s: Settings, stage: int) -> Memory:
         columns = s.shape.padded_vocab(s.tensor_parallel) // s.tensor_parallel
         logits = s.tokens_on_rank * (2 * columns * s.value_bytes + 36)
     engine_weights, cache = engine_memory(s)
+    weights, gradients = parameters * s.value_bytes, parameters * 4
+    optimizer = round(state * (1 - s.optimizer_offload))
     return Memory(
         stage=stage,
         parameters=parameters,
-        weights=parameters * s.value_bytes,
-        gradients=parameters * 4,
-        optimizer=round(state * (1 - s.optimizer_offload)),
-        reference=parameters * s.value_bytes if s.reference else 0,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        reference=weights * s.references,
+        reward_model=weights + gradients + optimizer if s.reward_model else 0,
         activations=activations(s, stage),
         logits=logits,
         engine_weights=engine_weights,

@@ -62,10 +62,12 @@ def _memory(s: Settings, held: Sequence[Memory]) -> Table:
     for one in shown:
         table.add_column(f"stage {one.stage}", justify="right")
     table.add_row("parameters on the rank, millions", *(f"{one.parameters / 1e6:.1f}" for one in shown))
-    rows = ["weights", "gradients", "optimizer", "reference", "activations", "logits", "engine_weights", "kv_cache"]
+    rows = ["weights", "gradients", "optimizer", "reference", "reward_model", "activations", "logits", "engine_weights",
+            "kv_cache"]  # fmt: skip
     names = {
         "gradients": "gradients (float32)",
         "optimizer": "optimizer (main weights, two moments)",
+        "reward_model": "reward model, its gradients, its optimizer",
         "logits": "logits, their gradient, statistics",
         "engine_weights": "engine: weights",
         "kv_cache": "engine: key-value cache",

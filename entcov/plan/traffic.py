@@ -35,7 +35,7 @@ class Traffic:
 class Passes:
     """Passes over micro-batches that one replica makes in a step of the loop."""
 
-    scoring: int  # forward alone: old log-probabilities, and those of the reference
+    scoring: int  # forward alone: old log-probabilities, those of the reference, of a reward model and its reference
     selecting: int  # forward alone: covariance under the current policy
     forward: int  # with a backward pass after it
     recomputed: int
@@ -47,13 +47,16 @@ class Passes:
 
 def passes(s: Settings) -> Passes:
     updates = s.epochs * s.updates * s.micro_batches
-    scoring = math.ceil(s.step_tokens / s.data_parallel / s.micro_batch_tokens) * (2 if s.reference else 1)
+    scoring = math.ceil(s.step_tokens / s.data_parallel / s.micro_batch_tokens) * s.scorings
+    forward = updates
+    if s.reward_model_updates:
+        forward += s.reward_model_updates * s.micro_batches_of(s.reward_model_updates)
     selecting = updates if s.select_on_first_update else updates - s.micro_batches
     return Passes(
         scoring=scoring,
         selecting=selecting if s.selection else 0,
-        forward=updates,
-        recomputed=updates if s.recompute == "full" else 0,
+        forward=forward,
+        recomputed=forward if s.recompute == "full" else 0,
     )
 
 
@@ -107,7 +110,7 @@ def traffic(s: Settings) -> list[Traffic]:
     add("row statistics, all-gather", "tensor", t, once * rounds, rows * plain, 1, near)
     ranks = s.data_parallel * c
     parameters = max(memory(s, stage).parameters for stage in range(p))
-    steps = s.epochs * s.updates
+    steps = s.epochs * s.updates + s.reward_model_updates
     if s.distributed_optimizer:
         add("gradients, reduce-scatter", "data", ranks, steps, 4 * parameters, 1, group_speed)
         add("weights, all-gather", "data", ranks, steps, s.value_bytes * parameters, 1, group_speed)
@@ -116,8 +119,8 @@ def traffic(s: Settings) -> list[Traffic]:
     # Every rank gets the statistics that the last stage has computed: one float32 number for each token and statistic.
     scored = 4 * s.step_tokens * (5 if s.clamped_entropy else 4)
     add("scores, all-reduce", "data", ranks, 1, scored, 2, group_speed)
-    if s.reference:
-        add("reference scores, all-reduce", "data", ranks, 1, 4 * s.step_tokens, 2, group_speed)
+    if s.scorings > 1:
+        add("reference scores, all-reduce", "data", ranks, s.scorings - 1, 4 * s.step_tokens, 2, group_speed)
     if s.selection:
         chosen = n.selecting // s.micro_batches
         add("selection scores, all-reduce", "data", ranks, chosen, 4 * s.step_tokens / s.updates, 2, group_speed)
@@ -154,9 +157,9 @@ def estimate(s: Settings) -> Time:
     hidden = {"gradients, reduce-scatter", "weights, all-gather"} if s.overlap else set()
     return Time(
         generation=_generation(s) if s.engine == "colocated" else 0.0,
-        scoring=once * (2 if s.reference else 1),
-        selecting=once * s.epochs * n.selecting / n.forward,
-        updates=once * s.epochs * (4 if s.recompute == "full" else 3),
+        scoring=once * s.scorings,
+        selecting=once * n.selecting / (s.updates * s.micro_batches),
+        updates=once * (s.epochs + (s.reward_model_updates > 0)) * (4 if s.recompute == "full" else 3),
         communication=sum(one.seconds for one in sent if one.name not in hidden and one.name != "weight sync"),
         sync=sum(one.seconds for one in sent if one.name == "weight sync"),
     )

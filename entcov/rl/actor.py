@@ -1,17 +1,10 @@
-"""The base of the actors of all backends: the statistics of the policy, and one optimizer step.
+"""The base of the actors of all backends: the statistics of the policy, and the update by the policy loss."""
 
-A backend's actor adds the passes through its model: `_forward`, `_micro_batches`, `_backward`, `_take_step`.
-"""
-
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from entcov.controls import (
     Control,
@@ -29,9 +22,8 @@ from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
 from entcov.rl.batch import Batch
 from entcov.rl.config import ActorConfig
 from entcov.rl.interfaces import PolicyStats
+from entcov.rl.trained_model import Selections, TrainedModel
 from entcov.stats.token_stats import TokenStats
-
-Selections = list[Selection | None]  # of the loss tokens of one micro-batch: one entry a control
 
 
 def needs_reference(loss: PolicyLossConfig, controls: Sequence[Control]) -> bool:
@@ -39,7 +31,7 @@ def needs_reference(loss: PolicyLossConfig, controls: Sequence[Control]) -> bool
     return loss.kl_coef > 0 or "ref_logprob" in needs(controls)
 
 
-class PolicyActor(ABC):
+class PolicyActor(TrainedModel):
     """An `entcov.rl.interfaces.Actor` without its model's passes.
 
     Args:
@@ -47,8 +39,7 @@ class PolicyActor(ABC):
         temperature: the policy is softmax(logits / temperature), except for sequences with a temperature of their own.
     """
 
-    optimizer: Any  # has `param_groups`
-    sequence_group: ProcessGroup | None = None  # the ranks that a sequence's tokens are divided over
+    what = "actor"
     selects_by_old_logprob = True  # on the first update after a rollout, where the policy is still the old one
 
     def __init__(
@@ -66,10 +57,8 @@ class PolicyActor(ABC):
                 f"reference: a reference model is needed where loss.kl_coef > 0 (got {loss.kl_coef}) or a control "
                 f"compares with it (got {[control.name for control in controls]})"
             )
-        self.model, self.reference = model, reference
-        self.config, self.loss, self.controls = config, loss, list(controls)
-        self.temperature = temperature
-        self.weight_version = 0  # optimizer steps taken
+        super().__init__(model, config, temperature=temperature, reference=reference)
+        self.loss, self.controls = loss, list(controls)
         self.clamp = clamp_arguments(self.controls)
 
     def temperature_of(self, micro: Batch) -> float:
@@ -91,27 +80,11 @@ class PolicyActor(ABC):
     def update(self, batch: Batch, *, step: int) -> dict[str, float]:
         """One optimizer step on a mini-batch, on every rank.
 
-        The controls select over the whole mini-batch, under the current policy, before the first backward pass. The
-        micro-batches' losses have the denominators of the mini-batch, so their gradients add up to its gradient.
-
-        The learning rate warms up over `warmup_steps` rollouts, with one rate for all updates of a rollout, as in verl.
-        verl counts the rollouts from 0, so that its first one changes no weight; here `step` counts from 1.
+        The controls select over the whole mini-batch, under the current policy, before the first backward pass.
         """
-        lr = self.config.lr * min(1.0, step / max(1, self.config.warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         selections, selection_metrics, totals = self._select(batch)
-        metrics, grad_norm = self._backward(batch, selections, totals)
-        if not math.isfinite(grad_norm):
-            raise RuntimeError(
-                f"step {step}: the gradient norm must be finite, got {grad_norm}; the weights were not changed. Look "
-                "for NaN logits (half precision overflow, a learning rate too high) in the last metrics. On GPUs, "
-                "ranks called differently get NaN too; TORCH_DISTRIBUTED_DEBUG=DETAIL names what differs"
-            )
-        self._take_step()
-        self.weight_version += 1
-        metrics |= {name: float(value) for name, value in selection_metrics.items()}
-        return metrics | {"actor/grad_norm": grad_norm, "actor/lr": lr}
+        metrics = self._optimize(batch, selections, totals, step)
+        return metrics | {name: float(value) for name, value in selection_metrics.items()}
 
     def _select(self, batch: Batch) -> tuple[list[Selections], dict[str, Tensor], Totals]:
         """The controls' selections for every micro-batch of all ranks, their metrics, the mini-batch's denominators.
@@ -145,32 +118,12 @@ class PolicyActor(ABC):
         with torch.no_grad():
             return self._forward(self.model, batch, names)
 
-    def _policy_loss(
+    def _loss(
         self, micro: Batch, at: Tensor, stats: TokenStats, selections: Selections, totals: Totals
     ) -> tuple[Tensor, Tokens, dict[str, Tensor]]:
-        """(loss, its tokens, metrics) of the entries `at` of a micro-batch; `stats` and `selections` hold these."""
         tokens = micro.loss_tokens(at, stats.logprob, entropy=stats.entropy, clamped_entropy=stats.clamped_entropy)
         sequences = SequenceIndex(micro.sequence[at], micro.num_sequences, self.sequence_group)
         loss, metrics = policy_loss(
             tokens, self.loss, totals=totals, controls=self.controls, selections=selections, sequences=sequences
         )
         return loss, replace(tokens, loss_mask=kept_tokens(tokens, selections)), metrics
-
-    @abstractmethod
-    def _micro_batches(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
-        """(micro-batch, positions of its tokens in `batch`), those of all ranks in order."""
-
-    @abstractmethod
-    def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str], **options: Any) -> PolicyStats:
-        """The fields `names` of `token_stats(..., **options)`, as `compute_logprobs` returns them. Collective.
-
-        The temperature is the rollouts', unless the options have another.
-        """
-
-    @abstractmethod
-    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:
-        """Leaves the mini-batch's gradient in the model; its metrics, and the norm before clipping. Collective."""
-
-    @abstractmethod
-    def _take_step(self) -> None:
-        """The optimizer's step along the gradient of `_backward`, clipped to `config.max_grad_norm`. Collective."""

@@ -1,6 +1,7 @@
 """The transformers backend: one process that trains a transformers model; and the reference policy of a run."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from entcov.controls import Control
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.actor import needs_reference
-from entcov.rl.config import ActorConfig, Config, RolloutConfig
-from entcov.rl.hf.actor import TransformersActor
+from entcov.rl.config import ActorConfig, Config, PrimeConfig, RolloutConfig
+from entcov.rl.hf.actor import TransformersActor, TransformersRewardModel
 from entcov.rl.hf.model import build_model, save_model
 from entcov.rl.hf.model_config import check_context
 from entcov.rl.hf.sampler import InProcessSampler
@@ -25,6 +26,7 @@ from entcov.rl.rewards.rules import RewardFunction
 
 T = TypeVar("T")
 REFERENCE = "the reference policy"
+REWARD_MODEL = "reward_model"  # in a checkpoint
 
 
 class TransformersBackend:
@@ -57,6 +59,28 @@ class TransformersBackend:
         reference = reference_policy(policy, start.run_dir, fresh=fresh) if needed else None
         return TransformersActor(policy, config, loss, controls, temperature=temperature, reference=reference)
 
+    def build_reward_model(
+        self, config: PrimeConfig, start: Start, actor: TransformersActor
+    ) -> TransformersRewardModel:
+        policy, fresh = actor.model, start.checkpoint is None
+        if config.path is not None:
+            reference = self._other_model(config.path, start).requires_grad_(False).eval()
+        elif actor.reference is not None:
+            reference = actor.reference
+        else:
+            reference = reference_policy(policy, start.run_dir, fresh=fresh)
+        if fresh:
+            model = copy.deepcopy(reference).requires_grad_(True).train()
+        else:
+            model = self._other_model(str(start.checkpoint.file(REWARD_MODEL)), start)
+        return TransformersRewardModel(model, actor.config, config, reference=reference)
+
+    def _other_model(self, path: str, start: Start) -> nn.Module:
+        """The model in a folder, with the policy's tokenizer, precision and attention."""
+        tokenizer = start.stored_model.tokenizer or start.stored_model.path
+        settings = dataclasses.replace(start.model, path=path, config=None, tokenizer=tokenizer)
+        return build_model(settings, seed=start.seed, device=resolve_device(self.device))[0]
+
     def build_sampler(
         self, config: RolloutConfig, max_prompt_length: int, start: Start, actor: TransformersActor,
         tokenizer: PreTrainedTokenizerBase, reward_fn: RewardFunction,
@@ -70,10 +94,12 @@ class TransformersBackend:
         return InProcessSampler(model, tokenizer, batch_size=config.batch_size)
 
     def save(
-        self, directory: Path, step: int, actor: TransformersActor, tokenizer: PreTrainedTokenizerBase,
-        state: dict[str, Any], keep: int,
+        self, directory: Path, step: int, actor: TransformersActor, reward_model: TransformersRewardModel | None,
+        tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], keep: int,
     ) -> None:  # fmt: skip
         writers = {"model": lambda path: save_model(actor.model, tokenizer, path)}
+        if reward_model is not None:
+            writers[REWARD_MODEL] = lambda path: save_model(reward_model.model, tokenizer, path)
         save_checkpoint(directory, step, writers, state, keep)
 
     def close(self) -> None: ...

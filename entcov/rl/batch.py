@@ -39,6 +39,7 @@ class Batch:
     temperatures: tuple[float | None, ...]  # S of them: that each was sampled at; None: the recipe's
     old_logprob: Tensor | None = None
     ref_logprob: Tensor | None = None
+    token_reward: Tensor | None = None  # of a reward model
     entropy: Tensor | None = None  # this and the next three of the policy that scored, as `old_logprob`
     clamped_entropy: Tensor | None = None
     entropy_drift: Tensor | None = None
@@ -148,6 +149,7 @@ class Batch:
             reward=responses.score[sequence],
             group=responses.group[sequence],
             lag=responses.lag[sequence],
+            token_reward=taken(self.token_reward),
             **statistics,
         )
 

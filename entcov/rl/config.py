@@ -187,6 +187,20 @@ class ActorConfig:
 
 
 @dataclass(config=_STRICT)
+class PrimeConfig:
+    """The reward model of `advantage: prime`, see entcov/rl/reward_model.py. Defaults: the authors' settings."""
+
+    path: Text | None = None  # its first weights, which are also what it is compared with; default: the policy's own
+    beta_train: Positive = 0.05  # reward of a token = beta_train * (log pi_rm - log pi_ref)
+    update: Literal["before", "after", "none"] = "before"  # its step, before or after the rewards are computed
+    updates_per_rollout: Count = 1  # mini-batches a rollout batch is divided into. The authors' script: 4
+    lr: Positive = 1e-6
+    warmup_steps: Whole = 0
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive = 10.0
+
+
+@dataclass(config=_STRICT)
 class SourceEvalConfig:
     """How one data source is evaluated where it differs from the rest; None: as `eval` says."""
 
@@ -295,6 +309,7 @@ class Config:
     kl_in_reward: _KLInReward = dataclasses.field(default_factory=_KLInReward)  # type: ignore[valid-type]
     advantage: str = "grpo"
     advantages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
+    prime: PrimeConfig = dataclasses.field(default_factory=PrimeConfig)
     control: list[Text] = dataclasses.field(default_factory=list)  # names of the entropy controls to use, in order
     controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each, used or not
     reward_shaping: list[Text] = dataclasses.field(default_factory=list)  # names of what is added to the scores
@@ -395,10 +410,10 @@ class Config:
         """Raises for reward shapings and prompt policies that cannot be used in this recipe."""
         if len(set(self.reward_shaping)) < len(self.reward_shaping):
             raise ValueError(f"reward_shaping: must not repeat an entry, got {self.reward_shaping}")
-        if self.reward_shaping and "components" in ADVANTAGES[self.advantage].needs:
+        if self.reward_shaping and self.advantage == "gdpo":
             raise ValueError(
-                f"reward_shaping: has no effect with advantage {self.advantage}, which reads a reward's components "
-                f"alone; got {self.reward_shaping}"
+                "reward_shaping: has no effect with advantage gdpo, which reads a reward's components alone; got "
+                f"{self.reward_shaping}"
             )
         policy = self.build_prompt_policy()
         if policy is not None and policy.needs_rows and self.data.task is not None:
@@ -442,6 +457,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     for section, choice, wanted, chosen in (
         ("megatron.", "actor.backend", "megatron", config.actor.backend),
         ("rollout.vllm.", "rollout.sampler", "vllm", config.rollout.sampler),
+        ("prime.", "advantage", "prime", config.advantage),
     ):
         # A recipe may hold settings of a backend or sampler that it does not use; an override of one is a mistake.
         for key in changed:

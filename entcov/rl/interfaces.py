@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from entcov.controls import Control
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.batch import Batch
-from entcov.rl.config import ActorConfig, Config, ModelConfig, RolloutConfig
+from entcov.rl.config import ActorConfig, Config, ModelConfig, PrimeConfig, RolloutConfig
 from entcov.rl.record.checkpoint import Checkpoint
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.types import Prompt, Rollout
@@ -75,6 +75,28 @@ class Actor(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """What state.pt of a checkpoint keeps of the actor. `Backend.save` stores the weights."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class RewardModel(Protocol):
+    """Owns a second model that is trained beside the policy and gives every token a reward."""
+
+    weight_version: int  # optimizer steps taken
+
+    def token_rewards(self, batch: Batch, *, step: int) -> tuple[Tensor, dict[str, float]]:
+        """([N] float32 rewards, 0 where `batch.loss_mask` is False; metrics). It may train on the batch. Collective.
+
+        Args:
+            batch: the whole scored rollout.
+            step: the loop's step, for messages.
+
+        Raises:
+            RuntimeError: the gradient norm is not finite.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What state.pt of a checkpoint keeps of it. `Backend.save` stores the weights."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -137,9 +159,10 @@ class Start:
 
 
 A = TypeVar("A", bound=Actor)
+R = TypeVar("R", bound=RewardModel)
 
 
-class Backend(Protocol[A]):
+class Backend(Protocol[A, R]):
     """What trains: transformers in one process, or Megatron-Core in many. Rank 0 alone logs, displays and writes."""
 
     name: str  # the value of `actor.backend`
@@ -160,6 +183,9 @@ class Backend(Protocol[A]):
     ) -> A:
         """The actor of a fresh run, warm-started, or with the weights of the start's checkpoint. Collective."""
 
+    def build_reward_model(self, config: PrimeConfig, start: Start, actor: A) -> R:
+        """PRIME's reward model, of a fresh run (before the actor's first step) or of the checkpoint. Collective."""
+
     def build_sampler(
         self, config: RolloutConfig, max_prompt_length: int, start: Start, actor: A, tokenizer: Tokenizer,
         reward_fn: RewardFunction,
@@ -167,8 +193,9 @@ class Backend(Protocol[A]):
         """The sampler that `rollout.sampler` names. Collective."""
 
     def save(
-        self, directory: Path, step: int, actor: A, tokenizer: Tokenizer, state: dict[str, Any], keep: int
-    ) -> None:
+        self, directory: Path, step: int, actor: A, reward_model: R | None, tokenizer: Tokenizer,
+        state: dict[str, Any], keep: int,
+    ) -> None:  # fmt: skip
         """Stores a checkpoint as `save_checkpoint` does; `state` is rank 0's. Collective."""
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, 
 from entcov.rl.config import Config
 from entcov.rl.data.prompt_policy import PromptPolicy
 from entcov.rl.data.stream import PromptStream
-from entcov.rl.interfaces import Actor, Sampler
+from entcov.rl.interfaces import Actor, RewardModel, Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.shaping import RewardShaping, shape_rewards, with_pseudo
 from entcov.rl.threads import in_background
@@ -53,6 +53,7 @@ class Loop:
     stream: PromptStream
     controls: Sequence[Control]
     reward_fn: RewardFunction
+    reward_model: RewardModel | None = None
     phase: Callable[[str], None] = lambda name: None  # called with the name of each phase, for the display
     shapings: Sequence[RewardShaping] = ()  # what is added to the scores
     prompt_policy: PromptPolicy | None = None  # which prompts are sampled, and how hot; None: as the stream gives them
@@ -88,6 +89,12 @@ class Loop:
         tokens = len(batch.tokens)
         with timed(self._seconds, "old_log_prob"):
             scored = self.compute_old_logprobs(batch, metrics)
+        if self.reward_model is not None:
+            self.phase("reward model")
+            self.unstorable = f"step {step} has begun to change the reward model"
+            with timed(self._seconds, "reward_model"):
+                batch.token_reward, found = self.reward_model.token_rewards(batch, step=step)
+            metrics |= found
         with timed(self._seconds, "adv"):
             batch = self.assign_advantages(batch, metrics)
         self.unstorable = f"step {step} has begun to change the weights"
@@ -285,6 +292,7 @@ class Loop:
         return state | {
             "next": None if ahead is None else ahead.result().state_dict(),
             "actor": self.actor.state_dict(),
+            "reward_model": None if self.reward_model is None else self.reward_model.state_dict(),
         }
 
     def _here(self) -> dict[str, Any]:
@@ -308,6 +316,8 @@ class Loop:
         self.unstorable, self._before = "", None
         self.kl_reward_coef = state.get("kl_reward_coef", self.kl_reward_coef)  # earlier versions had none
         self.actor.load_state_dict(state["actor"])
+        if self.reward_model is not None:
+            self.reward_model.load_state_dict(state["reward_model"])
         for control, saved in zip(self.controls, state["controls"], strict=True):
             control.load_state_dict(saved)
         if self.prompt_policy is not None:

@@ -1,5 +1,6 @@
 """Checks before a run writes anything that what the recipe names exists and fits together."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +39,8 @@ def check_recipe(config: Config) -> PretrainedConfig:
     check_context(settings, config.data.max_prompt_length, config.rollout.max_response_length)
     if config.model.path is not None:
         _check_weights(Path(config.model.path))
+    if "token_reward" in config.build_estimator().needs and config.prime.path is not None:
+        _check_reward_model(config, settings)
     stream = PromptStream.from_config(config.data, tokenizer, seed=config.seed)
     for prompt in stream.take(0, config.warm_start.batch_size if config.warm_start.steps else 1):
         if config.warm_start.steps:
@@ -81,6 +84,23 @@ def _check_weights(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise ConfigError(f"model.path: {file} is not a whole safetensors file ({check.one_line(error)})") from None
+
+
+def _check_reward_model(config: Config, policy: PretrainedConfig) -> None:
+    """Raises where `prime.path` holds no model, or one with another vocabulary than the policy's."""
+    tokenizer = config.model.tokenizer or config.model.path
+    other = dataclasses.replace(config.model, path=config.prime.path, config=None, tokenizer=tokenizer)
+    try:
+        found = model_settings(other, model_tokenizer(other))
+        _check_weights(Path(other.path))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", "prime.path")) from error
+    size, wanted = (settings.get_text_config().vocab_size for settings in (found, policy))
+    if size != wanted:
+        raise ConfigError(
+            f"prime.path: must hold a model with the policy's vocabulary of {wanted} tokens, got {size} in "
+            f"{other.path!r}"
+        )
 
 
 def _check_sources(config: Config, held_out: Iterable[Example]) -> None:

@@ -73,8 +73,11 @@ def build(
     controls, reward_fn = config.build_controls(), load_reward(config.data.reward)
     actor = backend.build_actor(config.actor, config.loss, controls, config.rollout.temperature, start)
     sampler = backend.build_sampler(config.rollout, config.data.max_prompt_length, start, actor, tokenizer, reward_fn)
+    reward_model = None
+    if "token_reward" in config.build_estimator().needs:
+        reward_model = backend.build_reward_model(config.prime, start, actor)
     return Loop(
-        config, actor, sampler, stream, controls, reward_fn, phase=phase,
+        config, actor, sampler, stream, controls, reward_fn, reward_model, phase=phase,
         shapings=config.build_reward_shapings(), prompt_policy=config.build_prompt_policy(),
     )  # fmt: skip
 
@@ -186,11 +189,12 @@ def evaluate_run(
 
 
 def for_sampling(config: Config) -> Config:
-    """The recipe without what only training needs: no reference policy is loaded."""
+    """The recipe without what only training needs: neither the reference policy nor a reward model is loaded."""
     loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
     return dataclasses.replace(
-        config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[], reward_shaping=[], prompt_policy=None
-    )
+        config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), advantage=Config.advantage, control=[],
+        reward_shaping=[], prompt_policy=None,
+    )  # fmt: skip
 
 
 def _checkpoint(run_dir: Path, path: str | None) -> Checkpoint:
@@ -307,7 +311,8 @@ class _Run:
         self.progress.phase("checkpoint")
         step, loop = self.loop.steps_done, self.loop
         folder, keep = Path(self.config.run_dir) / "checkpoints", self.config.checkpoint.keep + more
-        self.backend.save(folder, step, loop.actor, loop.stream.tokenizer, loop.state_dict(), keep)
+        models = loop.actor, loop.reward_model
+        self.backend.save(folder, step, *models, loop.stream.tokenizer, loop.state_dict(), keep)
         self.stored = step
 
     def evaluation(self, step: int) -> dict[str, float]:

@@ -50,6 +50,7 @@ TWO = [
     one("qwen2", "clip_cov", tensor_parallel=2, sequence_parallel=True, recompute="full", packing=True),
     {"task": "refuses", "model": "qwen3", "megatron": {"pipeline_parallel": 2}},
     {"task": "adaptors", "model": "qwen2", "megatron": {"tensor_parallel": 2}},
+    {"task": "prime", "model": "qwen2", "layouts": [{"tensor_parallel": 2}, {"context_parallel": 2}]},
 ]
 FOUR = [
     *matrix(tensor_parallel=2),  # and two replicas, with the distributed optimizer

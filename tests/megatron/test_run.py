@@ -31,6 +31,10 @@ CHANGES = {
     "control": ["clip_cov", "aent"],
     "controls": {"clip_cov": {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1}, "aent": {"warmup": 1}},
     "loss": {"kl_coef": 0.01},
+    "advantage": "prime",
+    # Without its steps and the norm, which would blow rounding up; test_parity.py has the steps.
+    "prime": {"update": "none"},
+    "advantages": {"prime": {"prime_norm": "none"}},
     "rollout.temperature": 0.9,
     "eval.entropy": True,  # at temperature 1
     "eval.top_k": 3,
@@ -125,7 +129,7 @@ def test_vllm_rollouts_with_tensor_parallelism_give_the_torch_path_with_vllm(tmp
     pytest.importorskip("vllm")
     # vLLM's CPU attention has heads of 32 and more; every rank has an engine and takes half of the prompts.
     changes = CHANGES | {"model.config.head_dim": 32, "rollout.sampler": "vllm", "rollout.vllm": {"max_num_seqs": 8}}
-    changes |= {"steps": 2, "eval": {"prompts": 0}, "checkpoint": {"every": 0}}
+    changes |= {"advantage": "grpo", "steps": 2, "eval": {"prompts": 0}, "checkpoint": {"every": 0}}
     megatron, alone, log = tmp_path / "megatron", tmp_path / "torch", tmp_path / "log"
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(OmegaConf.to_yaml(OmegaConf.create(recipe(megatron, **changes))))
@@ -145,5 +149,6 @@ def same_metrics(rows: list[dict], wanted: list[dict]) -> None:
         assert got.keys() == want.keys()
         noise = {key for key in want if "mismatch" in key}  # rounding itself: near 1e-7 in both, and no more alike
         assert all(got[key] < 1e-5 for key in noise)
+        noise |= {key for key in want if key.startswith("reward_model/dpo_acc")}  # its signs
         same = {key: value for key, value in want.items() if key not in noise}
         assert {key: got[key] for key in same} == pytest.approx(same, rel=5e-3, abs=2e-5), got["step"]

@@ -255,7 +255,9 @@ def test_errors(name):
     def call(reward, group=one, length=one):
         table = Responses.of(reward, group, length)
         table.baseline, table.components = reward, {"a": reward}
-        return make_estimator(name)(table, path_tokens([0, 1], [0, 0], [-1.0, -1.0], [0.5, 0.5]))
+        tokens = path_tokens([0, 1], [0, 0], [-1.0, -1.0], [0.5, 0.5])
+        tokens.token_reward = torch.zeros(2)
+        return make_estimator(name)(table, tokens)
 
     assert call(torch.ones(2)).value.shape == (2,)
     with pytest.raises(ValueError, match="reward must be finite: 1 of 2 values are not .first: .1. is nan"):

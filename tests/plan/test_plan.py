@@ -103,6 +103,12 @@ def test_weights_gradients_and_optimizer_by_hand():
     assert memory(settings(optimizer_offload=0.5), 0).optimizer == 1.5 * p
     assert memory(settings(context_parallel=2), 0).optimizer == 3 * p  # 2 replicas of 2 context-parallel ranks each
     assert memory(settings(reference=True), 0).reference == 2 * p
+    held = memory(settings(reward_model=True), 0)  # a second model is trained, and both are compared with the first one
+    assert (held.reference, held.reward_model) == (2 * p, (2 + 4 + 3) * p)
+    assert held.resident == memory(settings(), 0).resident + 11 * p
+    both = {"reference": True, "reward_model": True}
+    assert memory(settings(**both), 0).reference == 2 * p
+    assert memory(settings(**both, reward_model_path=True), 0).reference == 4 * p
 
 
 class _Norm(torch.autograd.Function):
@@ -269,6 +275,11 @@ def test_passes_by_hand():
     assert (one.scoring, one.selecting, one.forward, one.recomputed) == (4, 0, 4, 0)
     one = passes(dataclasses.replace(s, selection=True, recompute="full", epochs=2, reference=True))
     assert (one.scoring, one.selecting, one.forward, one.recomputed) == (8, 6, 8, 8)
+    # A reward model: scores of it and of its reference, and one optimizer step of 4 micro-batches.
+    one = passes(dataclasses.replace(s, reward_model=True, reward_model_updates=1, recompute="full"))
+    assert (one.scoring, one.forward, one.recomputed) == (12, 8, 8)
+    more = estimate(dataclasses.replace(s, reward_model=True, reward_model_updates=1))
+    assert (more.scoring, more.updates) == pytest.approx((3 * estimate(s).scoring, 2 * estimate(s).updates))
     assert passes(dataclasses.replace(s, selection=True, select_on_first_update=True)).selecting == 4
     sent = {t.name: t for t in traffic(dataclasses.replace(s, selection=True))}
     p = memory(s, 0).parameters

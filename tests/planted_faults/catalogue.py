@@ -7,6 +7,7 @@ from tests.planted_faults import (
     data_level,
     megatron,
     objective,
+    prime,
     statistics,
     storage,
     trainer,
@@ -22,4 +23,5 @@ FAULTS = (
     *confinement.FAULTS,
     *statistics.FAULTS,
     *megatron.FAULTS,
+    *prime.FAULTS,
 )

@@ -284,8 +284,8 @@ FAULTS = (
     Fault(
         "gradients_in_bfloat16",
         PLAN,
-        "gradients=parameters * 4",
-        "gradients=parameters * s.value_bytes",
+        "weights, gradients = parameters * s.value_bytes, parameters * 4",
+        "weights, gradients = parameters * s.value_bytes, parameters * s.value_bytes",
         [T_PLAN + "weights_gradients_and_optimizer_by_hand"],
     ),
     Fault(
@@ -340,7 +340,7 @@ FAULTS = (
     Fault(
         "reference_is_free",
         PLAN,
-        "reference=parameters * s.value_bytes if s.reference else 0",
+        "reference=weights * s.references",
         "reference=0",
         [T_PLAN + "weights_gradients_and_optimizer_by_hand"],
     ),

@@ -17,6 +17,7 @@ LOOP, COLLECT, ACTOR, HF_ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, BAC
         "backend",
     )
 )
+TRAINED = "entcov/rl/trained_model.py"
 INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (
     f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "hf/model_config")
 )
@@ -333,28 +334,28 @@ FAULTS = (
     # ---- the actor ---------------------------------------------------------------------------------------------------
     Fault(
         "learning_rate_warm_up_is_not_applied",
-        ACTOR,
+        TRAINED,
         'group["lr"] = lr\n',
         "pass\n",
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
     Fault(
         "learning_rate_does_not_warm_up",
-        ACTOR,
+        TRAINED,
         "lr = self.config.lr * min(1.0, ",
         "lr = self.config.lr * max(1.0, 0 * ",
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
     Fault(
         "learning_rate_warm_up_starts_at_0",
-        ACTOR,
+        TRAINED,
         "min(1.0, step / max(1,",
         "min(1.0, (step - 1) / max(1,",
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
     Fault(
         "learning_rate_warms_up_over_updates",
-        ACTOR,
+        TRAINED,
         "min(1.0, step / max(1,",
         "min(1.0, (self.weight_version + 1) / max(1,",
         [T_RUN + "the_learning_rate_warms_up_over_training_steps"],
@@ -389,7 +390,7 @@ FAULTS = (
     ),
     Fault(
         "infinite_gradients_update",
-        ACTOR,
+        TRAINED,
         "if not math.isfinite(grad_norm):",
         "if False:",
         [T_ACTOR + "a_gradient_that_is_not_finite_changes_nothing"],

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_integration.process_groups import start_processes
-from tests.support import megatron_cases, megatron_state_cases
+from tests.support import megatron_cases, megatron_prime, megatron_state_cases
 
 TASKS = {
     "parity": megatron_cases.parity,
     "refuses": megatron_cases.refuses,
     "adaptors": megatron_cases.adaptors,
+    "prime": megatron_prime.prime,
     "resharding": megatron_state_cases.resharding,
     "wrong_load": megatron_state_cases.wrong_load,
     "export": megatron_state_cases.export,

@@ -1,4 +1,4 @@
-"""The actor of the transformers backend: one process, any transformers causal language model."""
+"""The models that the transformers backend trains: one process, any transformers causal language model."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -8,19 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from entcov.objective.tokens import Totals
-from entcov.rl.actor import PolicyActor, Selections
+from entcov.rl.actor import PolicyActor
 from entcov.rl.batch import Batch, micro_batches
 from entcov.rl.config import ActorConfig
 from entcov.rl.hf.model import batch_token_stats
 from entcov.rl.interfaces import PolicyStats
+from entcov.rl.reward_model import ImplicitRewardModel
+from entcov.rl.trained_model import Selections, TrainedModel
 from entcov.stats.token_stats import TokenStats
 
 
-class TransformersActor(PolicyActor):
-    """Arguments as `PolicyActor`'s; `model` comes from `entcov.rl.hf.model.build_model`."""
+class TransformersModel(TrainedModel):
+    """The passes and the optimizer; `model` comes from `entcov.rl.hf.model.build_model`."""
 
     def __init__(self, model: nn.Module, config: ActorConfig, *arguments: Any, **options: Any):
         super().__init__(model, config, *arguments, **options)
+        config = self.config  # a reward model's is not the actor's
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -57,7 +60,7 @@ class TransformersActor(PolicyActor):
         self.optimizer.zero_grad(set_to_none=True)
         for (micro, _), chosen in zip(self._micro_batches(batch), selections, strict=True):
             stats = self._stats(self.model, micro, **self.clamp)
-            loss, _, sums = self._policy_loss(micro, micro.loss_mask, stats, chosen, totals)
+            loss, _, sums = self._loss(micro, micro.loss_mask, stats, chosen, totals)
             loss.backward()
             for name, value in sums.items():
                 metrics[name] += float(value)
@@ -69,3 +72,11 @@ class TransformersActor(PolicyActor):
     def _stats(self, model: nn.Module, micro: Batch, **options: Any) -> TokenStats:
         options = {"temperature": self.temperature_of(micro)} | options
         return batch_token_stats(model, micro, packing=self.config.packing, **options)
+
+
+class TransformersActor(TransformersModel, PolicyActor):
+    """Arguments as `PolicyActor`'s."""
+
+
+class TransformersRewardModel(TransformersModel, ImplicitRewardModel):
+    """Arguments as `ImplicitRewardModel`'s."""

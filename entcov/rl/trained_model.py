@@ -1,0 +1,100 @@
+"""A model with its optimizer that takes one step on a mini-batch: what the policy and a reward model have in common.
+
+A backend adds the passes through its model: `_forward`, `_micro_batches`, `_backward`, `_take_step`. What is trained
+(entcov/rl/actor.py, entcov/rl/reward_model.py) adds `_loss`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from entcov.controls import Selection
+from entcov.objective.tokens import Tokens, Totals
+from entcov.rl.batch import Batch
+from entcov.rl.config import ActorConfig
+from entcov.rl.interfaces import PolicyStats
+from entcov.stats.token_stats import TokenStats
+
+Selections = list[Selection | None]  # of the loss tokens of one micro-batch: one entry a control
+
+
+class TrainedModel(ABC):
+    """The passes through a model and its optimizer steps, without a backend.
+
+    Args:
+        model: what is trained.
+        config: of its optimizer and of the division into micro-batches.
+        reference: a frozen model of the same kind to compare with.
+        temperature: token probabilities are softmax(logits / temperature).
+    """
+
+    what: ClassVar[str]  # before the names of its metrics
+    optimizer: Any  # has `param_groups`
+    sequence_group: ProcessGroup | None = None  # the ranks that a sequence's tokens are divided over
+
+    def __init__(self, model: nn.Module, config: ActorConfig, *, temperature: float, reference: nn.Module | None):
+        self.model, self.config, self.temperature, self.reference = model, config, temperature, reference
+        self.weight_version = 0  # optimizer steps taken
+        self.clamp: dict[str, Any] = {}  # arguments of `token_stats` that the loss needs
+
+    def _optimize(self, batch: Batch, selections: list[Selections], totals: Totals, step: int) -> dict[str, float]:
+        """One optimizer step on a mini-batch; returns its metrics. Collective.
+
+        The micro-batches' losses have the denominators of the mini-batch, so their gradients add up to its gradient.
+
+        The learning rate warms up over `warmup_steps` rollouts, with one rate for all updates of a rollout, as in verl.
+        verl counts the rollouts from 0, so that its first one changes no weight; here `step` counts from 1.
+
+        Raises:
+            RuntimeError: the gradient norm is not finite; nothing was updated.
+        """
+        lr = self.config.lr * min(1.0, step / max(1, self.config.warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        metrics, grad_norm = self._backward(batch, selections, totals)
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(
+                f"step {step}: the gradient norm must be finite, got {grad_norm}; the weights were not changed "
+                f"({self.what}). Look for NaN logits (half precision overflow, a learning rate too high) in the last "
+                "metrics. On GPUs, ranks called differently get NaN too; TORCH_DISTRIBUTED_DEBUG=DETAIL names what "
+                "differs"
+            )
+        self._take_step()
+        self.weight_version += 1
+        return metrics | {f"{self.what}/grad_norm": grad_norm, f"{self.what}/lr": lr}
+
+    def temperature_of(self, micro: Batch) -> float:
+        """The temperature of a micro-batch's token probabilities."""
+        return self.temperature
+
+    @abstractmethod
+    def _loss(
+        self, micro: Batch, at: Tensor, stats: TokenStats, selections: Selections, totals: Totals
+    ) -> tuple[Tensor, Tokens, dict[str, Tensor]]:
+        """(loss, its tokens, metrics) of the entries `at` of a micro-batch; `stats` and `selections` hold these.
+
+        Losses and metrics add up to those of the mini-batch.
+        """
+
+    @abstractmethod
+    def _micro_batches(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
+        """(micro-batch, positions of its tokens in `batch`), those of all ranks in order."""
+
+    @abstractmethod
+    def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str], **options: Any) -> PolicyStats:
+        """The fields `names` of `token_stats(..., **options)`, each [N]: 0 outside the loss mask. Collective.
+
+        The temperature is the model's, unless the options have another.
+        """
+
+    @abstractmethod
+    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:
+        """Leaves the mini-batch's gradient in the model; its metrics, and the norm before clipping. Collective."""
+
+    @abstractmethod
+    def _take_step(self) -> None:
+        """The optimizer's step along the gradient of `_backward`, clipped to `config.max_grad_norm`. Collective."""
