@@ -186,7 +186,6 @@ def installed(tmp_path, monkeypatch):
         known = entcov.controls.CONTROLS
         fresh = Registry(known.kind, known.base, tuple(known._classes.values()), known.group)
         monkeypatch.setattr(entcov.rl.config, "CONTROLS", fresh)
-        monkeypatch.setattr(entcov.rl.config, "make_control", fresh.make)
         return fresh
 
     yield install
