@@ -410,10 +410,10 @@ class Config:
         """Raises for reward shapings and prompt policies that cannot be used in this recipe."""
         if len(set(self.reward_shaping)) < len(self.reward_shaping):
             raise ValueError(f"reward_shaping: must not repeat an entry, got {self.reward_shaping}")
-        if self.reward_shaping and "components" in ADVANTAGES[self.advantage].needs:
+        if self.reward_shaping and self.advantage == "gdpo":
             raise ValueError(
-                f"reward_shaping: has no effect with advantage {self.advantage}, which reads a reward's components "
-                f"alone; got {self.reward_shaping}"
+                "reward_shaping: has no effect with advantage gdpo, which reads a reward's components alone; got "
+                f"{self.reward_shaping}"
             )
         policy = self.build_prompt_policy()
         if policy is not None and policy.needs_rows and self.data.task is not None:

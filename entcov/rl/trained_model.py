@@ -67,6 +67,10 @@ class TrainedModel(ABC):
         self.weight_version += 1
         return metrics | {f"{self.what}/grad_norm": grad_norm, f"{self.what}/lr": lr}
 
+    def temperature_of(self, micro: Batch) -> float:
+        """The temperature of a micro-batch's token probabilities."""
+        return self.temperature
+
     @abstractmethod
     def _loss(
         self, micro: Batch, at: Tensor, stats: TokenStats, selections: Selections, totals: Totals

@@ -156,6 +156,14 @@ FAULTS = (
         [T_ACTOR + "sequences_of_several_temperatures_are_scored_and_trained_at_their_own"],
     ),
     Fault(
+        "reward_model_has_the_temperature_of_the_policy",
+        "entcov/rl/trained_model.py",
+        "        return self.temperature\n",
+        "        return micro.temperature or self.temperature\n",
+        ["tests/rl/hf/test_reward_model.py::test_the_step_precedes_the_rewards_or_follows_them"],
+        slow=OTHERS,
+    ),
+    Fault(
         "temperatures_belong_to_the_first_rows",
         SAMPLER,
         "own = temperature[rows] if",

@@ -30,6 +30,7 @@ def rolled_out():
     )
     for rollout in rollouts:  # what can be learned: whether the first token has an even number
         rollout.reward = float(rollout.tokens[0] % 2 == 0)
+        rollout.temperature = 1.3 if rollout.sample % 2 else None  # of the policy alone: the reward model is at 1
     return model, pack(rollouts)
 
 
