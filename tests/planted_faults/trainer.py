@@ -119,6 +119,13 @@ FAULTS = (
         "torch.tensor([len(r.tokens) + len(r.prompt.tokens) for r in rollouts])",
         [T_LOOP + "advantages_are_weighted_by_response_tokens"],
     ),
+    Fault(
+        "display_hides_the_metrics_of_methods",
+        "entcov/rl/record/progress.py",
+        "for key in own[:_MOST_OF_METHODS]",
+        "for key in own[:0]",
+        ["tests/rl/record/test_progress.py::test_metrics_of_the_recipe_s_own_methods_are_shown_by_name"],
+    ),
     # ---- moments of controls -----------------------------------------------------------------------------------------
     Fault(
         "updated_means_without_weights",

@@ -15,6 +15,16 @@ from rich.text import Text
 from entcov.rl.threads import no_thread, say
 
 _SPARKS = "▁▂▃▄▅▆▇█"
+# Metrics of every run. What else is under _OF_METHODS comes from the controls and other methods of the recipe.
+_OF_EVERY_RUN = frozenset(
+    f"actor/{name}"
+    for name in (
+        "cov_max", "cov_mean", "cov_p999", "entropy", "entropy_drift", "entropy_response_mean", "grad_norm", "loss",
+        "lr", "mismatch", "pg_clipfrac", "pg_clipfrac_lower", "pg_loss", "ppo_kl", "sampled_entropy",
+    )
+)  # fmt: skip
+_OF_METHODS = ("actor/", "critic/shaping/", "prompts/", "reward_model/", "training/dropped_", "training/rejected_")
+_MOST_OF_METHODS = 8
 PLAIN_SECONDS = 10.0  # a plain log gets at most a line per so many seconds, besides evaluations, first and last step
 
 
@@ -143,6 +153,9 @@ class Progress(_Display):
             ("gradient norm", show("actor/grad_norm", digits=".3g"), ""),
             ("tokens/s", show("perf/throughput", digits=",.0f"), ""),
         ]
+        own = [key for key in sorted(last) if key.startswith(_OF_METHODS) and not key.endswith(("/max", "/min"))]
+        own = [key for key in own if key not in _OF_EVERY_RUN]
+        rows += [(_short(key), show(key, digits=".3g"), "") for key in own[:_MOST_OF_METHODS]]
         return [(name, value, curve) for name, value, curve in rows if value is not None]
 
     def __rich__(self) -> Panel:
@@ -272,6 +285,11 @@ def duration(seconds: float) -> str:
 def _finite_mean(values: Sequence[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
+
+
+def _short(key: str) -> str:
+    """A metric's name for the display: actor/entropy_coef is entropy coef."""
+    return key.partition("/")[2].removesuffix("/mean").replace("_", " ")
 
 
 def _unit(text: str | None, unit: str) -> str | None:

@@ -6,7 +6,11 @@ import math
 import pytest
 from rich.console import Console
 
+from entcov.rl.config import parse_config
+from entcov.rl.loop import Loop
 from entcov.rl.record.progress import PLAIN_SECONDS, Progress, RunsProgress, duration, sparkline
+from tests.support.scripted_loop import Actor, Sampler, Stream, reward
+from tests.support.tiny_run import recipe
 
 
 class Clock:
@@ -64,6 +68,27 @@ def test_live_panel_shows_everything_uncut(width):
     ):
         assert part in text, part
     assert "…" not in text and max(map(len, text.splitlines())) <= width
+
+
+def test_metrics_of_the_recipe_s_own_methods_are_shown_by_name():
+    """And none that every run has: a step of the loop without any control adds nothing to the display."""
+    console, _, progress = panel(120)
+    before = {name for name, _, _ in progress._cells()}
+    small = {"rollout": {"prompts_per_step": 2, "group_size": 2}, "actor.updates_per_rollout": 1}
+    config = parse_config(recipe("unused", **small))
+    progress.update(41, Loop(config, Actor(), Sampler(), Stream(), [], reward).step())
+    assert {name for name, _, _ in progress._cells()} == before
+    own = {
+        "actor/entropy_coef": 0.002,
+        "prompts/p_easy": 0.5,
+        "critic/shaping/overlong": -0.25,
+        "prompts/temperature/max": 9,
+    }
+    progress.update(42, own | {f"actor/x_{n}": 1.0 for n in range(9)})
+    shown = {name: value for name, value, _ in progress._cells() if name not in before}
+    assert len(shown) == 8 and shown["entropy coef"] == "0.002" and "temperature/max" not in shown
+    console.print(progress)
+    assert "entropy coef" in console.export_text()
 
 
 def test_warm_start_bar_ends_with_its_phase():
