@@ -66,7 +66,7 @@ class ToyBackend(TransformersBackend):
     def build_sampler(self, config, max_prompt_length, start, actor, tokenizer, reward_fn) -> ToySampler:
         return self.sampler(ToySampler())
 
-    def save(self, directory, step, actor, tokenizer, state, keep) -> None:
+    def save(self, directory, step, actor, reward_model, tokenizer, state, keep) -> None:
         writers = {"model": lambda path: path.write_bytes(actor.model.weight.numpy().tobytes())}
         save_checkpoint(directory, step, writers, state, keep)
 
