@@ -56,9 +56,13 @@ CONTROLS = {
     "kl_cov": {"control": ["kl_cov"], "controls": {"kl_cov": {"kl_cov_ratio": 0.2}}},
     "aent": {"control": ["aent"], "controls": {"aent": {"warmup": 1, "coef_lr": 0.01}}},
     "adaptive_bonus": {"control": ["adaptive_bonus"]},
+    "difficulty_bonus": {
+        "control": ["difficulty_bonus", "positive_advantage_reweighting"],
+        "controls": {"difficulty_bonus": {"entropy_coef": 0.005}},
+    },
     "several_controls": {
-        "control": ["entropic", "difficulty_bonus", "high_entropy_tokens", "clip_b", "relative_entropy"],
-        "controls": {"entropic": {"prob_threshold": 0.5}, "difficulty_bonus": {"entropy_coef": 0.005}},
+        "control": ["entropic", "high_entropy_tokens", "clip_b", "relative_entropy"],
+        "controls": {"entropic": {"prob_threshold": 0.5}},
     },
     "reference_kl": {  # in the reward, and all around the objective
         "loss": {"objective": "gspo", "aggregation": "seq-mean-token-mean", "tis_cap": 2.0, "tis_level": "sequence"},

@@ -47,10 +47,10 @@ METHODS = {
     "select": [
         ("high_entropy_tokens", {"top_entropy_quantile": 0.5}),
         ("entropic", {"target": 0.5, "prob_threshold": 0.3}),
-        ("difficulty_bonus", {"entropy_coef": 0.01}),
     ],
     "reference": [("sent", {"semantics": "paper", "low_entropy_ratio": 0.5, "kl_cov_ratio": 0.2, "ppo_kl_coef": 1.0})],
-    "apply": [("entropy_advantage", {}), ("positive_advantage_reweighting", {"weight": 0.3})],
+    "apply": [("entropy_advantage", {}), ("positive_advantage_reweighting", {"weight": 0.3}),
+              ("difficulty_bonus", {"entropy_coef": 0.01})],
 }  # fmt: skip
 
 
