@@ -89,6 +89,7 @@ def _rank(megatron: MegatronConfig, stage: int, data_parallel: int, device: str)
             context_parallel=cp,
             data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+            context_group=parallel_state.get_context_parallel_group() if cp > 1 else None,
             control=dist.group.WORLD,
         )
     finally:
