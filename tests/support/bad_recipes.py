@@ -28,7 +28,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     # unknown keys
     "actor.lrr=1": ("actor.lrr: unknown key", "did you mean actor.lr?"),
     "rollouts={}": ("rollouts: unknown key", "did you mean rollout?"),
-    "lr=1": ("lr: unknown key", "did you mean warm_start.lr or actor.lr?"),
+    "lr=1": ("lr: unknown key", "did you mean warm_start.lr or actor.lr or prime.lr?"),
     "rollout.vllm.max_seqs=1": ("did you mean rollout.vllm.max_num_seqs?",),
     "loss.clip_lo=0.2": ("loss.clip_lo: unknown key", "did you mean loss.clip_low?"),
     "eval.sources.x.sample=1": ("eval.sources.x.sample: unknown key",),

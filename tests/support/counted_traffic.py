@@ -61,8 +61,10 @@ def batch():
         tokens = torch.randint(0, 128, (length,), generator=generator).tolist()
         prompt = Prompt(uid, Example("x", ({"role": "user", "content": "x"},), "1"), tuple(tokens[:4]))
         response = tokens[4:]
-        rollouts.append(Rollout(prompt, 0, response, [-1.0] * len(response), True, 0, reward=1.0, advantage=1.0 - uid))
-    return pack(rollouts)
+        rollouts.append(Rollout(prompt, 0, response, [-1.0] * len(response), True, 0, reward=1.0))
+    packed = pack(rollouts)
+    packed.assign_advantages(torch.tensor([1.0, 0.0]))
+    return packed
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def count(case: dict, device: torch.device) -> dict:
     actor = MegatronActor(model, bridge, layout, settings, megatron, PolicyLossConfig(), [], temperature=1.0)
     work = batch()
     with Counting() as scoring:
-        work.old_logprob = actor.compute_logprobs(work)["logprob"]
+        work.assign_scores(actor.compute_logprobs(work), 0)
     with Counting() as updating:
         actor.update(work, step=1)
     layout.destroy()
