@@ -1,4 +1,4 @@
-"""`python -m entcov train | eval | compare | plot | data | rank | plan | check`.
+"""`python -m entcov train | eval | compare | plot | data | data rank | plan | check`.
 
 Parses arguments, prints results, and turns a failure into a message and an exit code. Imports are made by the command
 that needs them.
@@ -42,7 +42,10 @@ _BAD_INPUT = (ValueError, TypeError, OSError, UnpicklingError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_parser(), argv, lambda error, text: print(text, file=sys.stderr))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["data", "rank"]:  # argparse takes a command of one word
+        words[:2] = ["data rank"]
+    return run_command(_parser(), words, lambda error, text: print(text, file=sys.stderr))
 
 
 def run_command(
@@ -178,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--out", default="data", help="folder; default %(default)s; files are OUT/NAME/SPLIT.parquet")
     data.set_defaults(command=_data)
 
-    rank = commands.add_parser("rank", help="a data set's prompts by what a policy makes of them, before training")
+    rank = commands.add_parser("data rank", help="a data set's prompts by what a policy makes of them, before training")
     rank.add_argument("recipe", help="its data.train_files are ranked, by its policy and rollout settings")
     rank.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     rank.add_argument(

@@ -127,7 +127,7 @@ def dataset(tmp_path):
 
 def test_the_command_writes_stages_of_rising_entropy(dataset, capsys):
     out = dataset.parent / "ranked"
-    command = ["rank", str(dataset), "--out", str(out), "--samples", "4", "--stages", "3"]
+    command = ["data", "rank", str(dataset), "--out", str(out), "--samples", "4", "--stages", "3"]
     assert main(command) == 0
     printed = capsys.readouterr().out.split()
     assert printed == [str(out / f"stage_{i}.parquet") for i in (1, 2, 3)]
@@ -143,7 +143,10 @@ def test_the_command_writes_stages_of_rising_entropy(dataset, capsys):
 
 def test_the_command_writes_a_subset_in_file_order(dataset, capsys):
     out = dataset.parent / "subset"
-    assert main(["rank", str(dataset), "warm_start.steps=0", "--by", "kmeans", "--count", "5", "--out", str(out)]) == 0
+    assert (
+        main(["data", "rank", str(dataset), "warm_start.steps=0", "--by", "kmeans", "--count", "5", "--out", str(out)])
+        == 0
+    )
     rows = [row for _, row in raw_rows(out / "subset.parquet")]
     assert len(rows) == 5 and sum(row["cluster_size"] for row in rows) == 12
     original = load_rows(dataset.parent / "rows.parquet")
@@ -166,12 +169,12 @@ def test_a_data_source_without_a_rule_is_refused_before_anything_is_sampled(data
     rows = dataset.parent / "rows.parquet"
     write_rows([*load_rows(rows), Example("my/data", ({"role": "user", "content": "1+1"},), "2")], rows)
     out = dataset.parent / "ranked"
-    assert main(["rank", str(dataset), "warm_start.steps=0", "--out", str(out)]) == 2
+    assert main(["data", "rank", str(dataset), "warm_start.steps=0", "--out", str(out)]) == 2
     assert "no reward for data_source 'my/data'" in capsys.readouterr().err and not out.exists()
 
 
 def test_answers_that_cannot_be_found_are_an_error(dataset, capsys):
     out = dataset.parent / "ranked"
-    command = ["rank", str(dataset), "warm_start.steps=0", "rollout.max_response_length=1", "--out", str(out)]
+    command = ["data", "rank", str(dataset), "warm_start.steps=0", "rollout.max_response_length=1", "--out", str(out)]
     assert main([*command, "--samples", "2"]) == 2
     assert "none of 24 responses has a final answer" in capsys.readouterr().err
