@@ -89,6 +89,9 @@ class Control:
     # Of "selection" (`select` is called), "entropy", "clamped_entropy", "ref_logprob": what `select` and `apply` read.
     # `begin` always has the scored entropy and entropy_drift.
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[
+        tuple[str, ...]
+    ] = ()  # fields of Tokens that `select` needs besides those that every micro-batch has
     # What the control sets alone: two controls that set the same are refused. docs/controls.md lists them.
     sets: ClassVar[frozenset[str]] = frozenset()
     state: ClassVar[tuple[str, ...]] = ()  # attributes that change during training: numbers and booleans
@@ -117,11 +120,20 @@ class Control:
         `rollout` holds the loss tokens of the whole rollout, on every rank, with the statistics of the policy that
         scored them and without gradient; `logprob` equals `old_logprob`. So no collective is needed, and no split
         changes the result. With staleness the scored policy is newer than the one that sampled (`rollout.lag`).
+        A control of scope "rollout" chooses here what it would otherwise choose of every mini-batch.
         """
-        return None
+        if self.scope != "rollout":
+            return None
+        self.check(rollout)
+        chosen = self.select(rollout, step=progress.update, config=PolicyLossConfig())
+        metrics = {name: float(value) for name, value in chosen.metrics.items()}
+        return Shaping(selected=chosen.mask, drop=chosen.drop, metrics=metrics)
 
     def check(self, tokens: Tokens) -> None:
         """Raises if `tokens` lack what `select` reads. Called before any collective, only if `select` will be."""
+        for name in self.reads:
+            if getattr(tokens, name) is None:
+                raise ValueError(f"tokens.{name} must be given, control {self.name} reads it; got None")
 
     def select(
         self, tokens: Tokens, *, step: int, config: PolicyLossConfig, group: dist.ProcessGroup | None = None

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import arguments as check
-from entcov.controls.base import Control, Effect, Progress, Selection, Shaping
+from entcov.controls.base import Control, Effect, Selection
 from entcov.objective.selection import select_clip_cov
 from entcov.objective.token_covariance import token_covariance
 from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
@@ -38,6 +38,7 @@ class ClipCov(Control):
     """
 
     name: ClassVar[str] = "clip_cov"
+    reads: ClassVar[tuple[str, ...]] = ("token_id",)
     needs: ClassVar[frozenset[str]] = frozenset({"selection"})
 
     clip_cov_ratio: float = 2e-4
@@ -60,10 +61,6 @@ class ClipCov(Control):
     def objectives(self) -> tuple[str, ...] | None:
         """The reference form leaves out the tokens that PPO's clip stops."""
         return ("ppo",) if self.semantics == "reference" else None
-
-    def check(self, tokens: Tokens) -> None:
-        if tokens.token_id is None:
-            raise ValueError("tokens.token_id must be given, control clip_cov draws by it; got None")
 
     @torch.no_grad()
     def select(
@@ -92,12 +89,6 @@ class ClipCov(Control):
             group=group,
         )
         return Selection(chosen.mask)
-
-    def begin(self, rollout: Tokens, progress: Progress) -> Shaping | None:
-        if self.scope != "rollout":
-            return None
-        self.check(rollout)  # the ratio is 1 for every token: the PPO clip stops none
-        return Shaping(selected=self.select(rollout, step=progress.update, config=PolicyLossConfig()).mask)
 
     def apply(self, tokens: Tokens, selection: Selection | None) -> Effect:
         return Effect(keep=~selection.mask, metrics={"actor/cov_clipfrac": selection.mask})

@@ -40,6 +40,7 @@ class EntroPIC(Control):
     """
 
     name: ClassVar[str] = "entropic"
+    reads: ClassVar[tuple[str, ...]] = ("entropy",)
     needs: ClassVar[frozenset[str]] = frozenset({"selection", "entropy"})
     sets: ClassVar[frozenset[str]] = frozenset({"the weight of positive advantages", "the target of the entropy"})
     state: ClassVar[tuple[str, ...]] = ("integral",)
@@ -63,10 +64,6 @@ class EntroPIC(Control):
     def objectives(self) -> tuple[str, ...] | None:
         """The term that the reference form adds has the ratios of single tokens, without a clip."""
         return UNCLIPPED if self.semantics == "reference" else None
-
-    def check(self, tokens: Tokens) -> None:
-        if tokens.entropy is None:
-            raise ValueError("tokens.entropy must be given, control entropic steers by it; got None")
 
     @torch.no_grad()
     def select(

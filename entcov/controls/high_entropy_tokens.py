@@ -36,6 +36,7 @@ class HighEntropyTokens(Control):
     """
 
     name: ClassVar[str] = "high_entropy_tokens"
+    reads: ClassVar[tuple[str, ...]] = ("token_id", "entropy")
     needs: ClassVar[frozenset[str]] = frozenset({"selection", "entropy"})
     sets: ClassVar[frozenset[str]] = frozenset({"the loss of low-entropy tokens"})
 
@@ -50,11 +51,6 @@ class HighEntropyTokens(Control):
         check.one_of("denominator", self.denominator, ("kept", "all"))
         check.one_of("scope", self.scope, ("global", "micro_batch"))
         check.integer("seed", self.seed, 0)
-
-    def check(self, tokens: Tokens) -> None:
-        for name in ("token_id", "entropy"):
-            if getattr(tokens, name) is None:
-                raise ValueError(f"tokens.{name} must be given, control high_entropy_tokens reads it; got None")
 
     @torch.no_grad()
     def select(

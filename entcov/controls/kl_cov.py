@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from entcov import arguments as check
-from entcov.controls.base import Control, Effect, Progress, Selection, Shaping
+from entcov.controls.base import Control, Effect, Selection
 from entcov.controls.clip_cov import SCOPES, SEMANTICS
 from entcov.objective.objectives import UNCLIPPED
 from entcov.objective.selection import select_largest
@@ -38,6 +38,7 @@ class KLCov(Control):
     """
 
     name: ClassVar[str] = "kl_cov"
+    reads: ClassVar[tuple[str, ...]] = ("token_id",)
     needs: ClassVar[frozenset[str]] = frozenset({"selection"})
     sets: ClassVar[frozenset[str]] = frozenset({"the penalty on log-ratios"})
 
@@ -65,10 +66,6 @@ class KLCov(Control):
         """Without its penalty, the reference form still drops the PPO clip."""
         return {"ppo_kl_coef": 0.0} if self.semantics == "reference" else None
 
-    def check(self, tokens: Tokens) -> None:
-        if tokens.token_id is None:
-            raise ValueError("tokens.token_id must be given, control kl_cov settles ties by it; got None")
-
     @torch.no_grad()
     def select(
         self, tokens: Tokens, *, step: int, config: PolicyLossConfig, group: dist.ProcessGroup | None = None
@@ -86,13 +83,6 @@ class KLCov(Control):
             group=group,
         )
         return Selection(chosen.mask, metrics={"actor/cov_threshold": chosen.threshold})
-
-    def begin(self, rollout: Tokens, progress: Progress) -> Shaping | None:
-        if self.scope != "rollout":
-            return None
-        self.check(rollout)
-        chosen = self.select(rollout, step=progress.update, config=PolicyLossConfig())
-        return Shaping(selected=chosen.mask, metrics={name: float(v) for name, v in chosen.metrics.items()})
 
     def apply(self, tokens: Tokens, selection: Selection | None) -> Effect:
         reference = self.semantics == "reference"

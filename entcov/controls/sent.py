@@ -43,6 +43,7 @@ class SENT(Control):
     """
 
     name: ClassVar[str] = "sent"
+    reads: ClassVar[tuple[str, ...]] = ("token_id", "entropy")
     sets: ClassVar[frozenset[str]] = frozenset({"the loss of low-entropy tokens", "the penalty on log-ratios"})
 
     low_entropy_ratio: float = 0.8
@@ -78,11 +79,6 @@ class SENT(Control):
     def baseline_knobs(self) -> dict[str, Any] | None:
         """Without its penalty, the reference form still drops the PPO clip."""
         return {"ppo_kl_coef": 0.0} if self.semantics == "reference" else None
-
-    def check(self, tokens: Tokens) -> None:
-        for name in ("token_id", "entropy"):
-            if getattr(tokens, name) is None:
-                raise ValueError(f"tokens.{name} must be given, control sent reads it; got None")
 
     @torch.no_grad()
     def select(

@@ -112,6 +112,33 @@ def test_rollout_scope_chooses_what_the_global_scope_chooses_on_the_whole_rollou
     assert torch.equal(other, row[0].mask) == (wide.name == "kl_cov")  # Clip-Cov draws anew for every rollout
 
 
+@dataclass
+class Late(Control):
+    """Selects the tokens of number 3 and more, and drops that of number 5."""
+
+    name: ClassVar[str] = "late"
+    needs: ClassVar[frozenset[str]] = frozenset({"selection"})
+    reads: ClassVar[tuple[str, ...]] = ("token_id",)
+    scope: str = "rollout"
+
+    def select(self, tokens, *, step, config, group=None):
+        return Selection(tokens.token_id >= 3, drop=tokens.token_id == 5, metrics={"late": torch.tensor(float(step))})
+
+
+def test_a_control_of_scope_rollout_chooses_and_drops_by_its_select():
+    shaped = begin([Late()], rollout(), replace(PROGRESS, update=9))
+    assert shaped.selected["late"].tolist() == [False] * 3 + [True] * 3
+    assert shaped.drop.tolist() == [False] * 5 + [True] and shaped.metrics == {"late": 9.0}
+
+
+@pytest.mark.parametrize("name", [name for name in CONTROLS if CONTROLS[name].reads])
+def test_a_field_that_a_selection_reads_is_named(name):
+    tokens = replace(rollout(), entropy=torch.ones(6))
+    for field_name in CONTROLS[name].reads:
+        with pytest.raises(ValueError, match=f"tokens.{field_name} must be given, control {name} reads it; got None"):
+            select([make_control(name)], [replace(tokens, **{field_name: None})], step=0, config=PolicyLossConfig())
+
+
 # ---- what a selection drops ------------------------------------------------------------------------------------------
 
 

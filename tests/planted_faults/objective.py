@@ -359,10 +359,24 @@ FAULTS = (
     ),
     Fault(
         "rollout_scope_draws_alike_in_every_rollout",
-        CLIP_COV,
+        "entcov/controls/base.py",
         "step=progress.update, config=PolicyLossConfig()",
         "step=0, config=PolicyLossConfig()",
         [T_MOMENTS + "rollout_scope_chooses_what_the_global_scope_chooses_on_the_whole_rollout"],
+    ),
+    Fault(
+        "rollout_scope_forgets_what_it_drops",
+        "entcov/controls/base.py",
+        "Shaping(selected=chosen.mask, drop=chosen.drop, metrics=metrics)",
+        "Shaping(selected=chosen.mask, metrics=metrics)",
+        [T_MOMENTS + "a_control_of_scope_rollout_chooses_and_drops_by_its_select"],
+    ),
+    Fault(
+        "fields_that_a_selection_reads_are_not_checked",
+        "entcov/controls/base.py",
+        "        for name in self.reads:\n",
+        "        for name in ():\n",
+        [T_MOMENTS + "a_field_that_a_selection_reads_is_named"],
     ),
     Fault(
         "tokens_that_selections_drop_stay_in_the_loss",
