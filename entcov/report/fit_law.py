@@ -99,8 +99,8 @@ def fit_runs(
     atomic_write(picture, plot(found, keys, fraction))
     console = console or Console()
     for title, header, rows in tables(found, fraction):
-        console.print(rich_table(title, header, rows))
-        console.print()
+        console.print(f"\n[bold]{title}[/]", soft_wrap=True)
+        console.print(rich_table("", header, rows))
     return [table, picture]
 
 

@@ -1,4 +1,4 @@
-"""The law's metrics while a run goes on: from which step, that they are the fit so far, and that a resumed run has them."""
+"""The law's metrics while a run goes on: from which step on, that they are the fit so far, and a resumed run."""
 
 from __future__ import annotations
 
