@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from entcov.report.plots import COLOURS, new_figure
 from entcov.rl.solve_counts import SolveCounts
@@ -60,7 +60,7 @@ def _pass_at_k(ax: Axes, counts: SolveCounts, label: str, colour: str, *, last: 
     style, alpha = ("-", 1.0) if last else ("--", 0.5)
     ax.plot(list(curve), list(curve.values()), style, marker=".", color=colour, alpha=alpha, label=label, gid=label)
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_major_formatter(FormatStrFormatter("%d"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("k")
     ax.set_ylabel("pass@k")
@@ -72,5 +72,5 @@ def _histogram(ax: Axes, counts: SolveCounts, label: str, colour: str, *, last: 
     edges = (np.arange(counts.samples + 2) - 0.5) / counts.samples
     style, alpha = ("-", 1.0) if last else ("--", 0.5)
     ax.stairs(share, edges, color=colour, alpha=alpha, linestyle=style, label=label, gid=label)
-    ax.set_xlabel(f"right responses / {counts.samples}")
+    ax.set_xlabel(f"share of the {counts.samples} responses that are right")
     ax.set_ylabel("share of prompts")

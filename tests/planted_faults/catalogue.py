@@ -6,6 +6,7 @@ from tests.planted_faults import (
     controls,
     data_level,
     integrations,
+    law,
     megatron,
     objective,
     prime,
@@ -26,4 +27,5 @@ FAULTS = (
     *megatron.FAULTS,
     *prime.FAULTS,
     *integrations.FAULTS,
+    *law.FAULTS,
 )
