@@ -36,7 +36,7 @@ from entcov.rl.record.run_folder import (
     write_samples,
 )
 from entcov.rl.rewards.rules import load_reward
-from entcov.rl.solve_counts import SolveCounts, write_solve_counts
+from entcov.rl.solve_counts import write_solve_counts
 from entcov.rl.types import Rollout
 
 _COMMANDS = {
@@ -179,17 +179,17 @@ def evaluate_run(
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
     loop = build(for_sampling(config), backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
+    results = summarize(rollouts)
     if backend.is_rank0:
-        counts = {source: count.state_dict() for source, count in SolveCounts.by_source(rollouts).items()}
         result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
-        result["solve_counts"] = counts
+        result["solve_counts"] = {row.source: row.solved.state_dict() for row in results}
         try:
             keep_evaluation(run_dir, found.step, result, rollouts)
         except OSError as error:
             if on_unkept is None:
                 raise
             on_unkept(error)
-    return found.step, metrics, summarize(rollouts)
+    return found.step, metrics, results
 
 
 def for_sampling(config: Config) -> Config:

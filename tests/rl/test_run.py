@@ -64,6 +64,9 @@ def test_the_law_of_a_run_that_goes_on_is_that_of_all_its_steps(tmp_path):
         "eval.prompts": 0,
         "checkpoint.every": 0,
         "actor.updates_per_rollout": 1,
+        "rollout.prompts_per_step": 2,
+        "rollout.group_size": 2,
+        "rollout.max_response_length": 4,
     }
     straight = run(tmp_path / "straight", **settings)
     run(tmp_path / "cut", **settings | {"steps": 20})
