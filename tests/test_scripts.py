@@ -118,6 +118,12 @@ def test_an_environment_that_fails_is_made_again(tmp_path, fails):
     assert run_setup(tmp_path, "verl", "trl", fails=fails).returncode == 1
     done = run_setup(tmp_path, "verl", "trl")
     assert done.returncode == 0 and {line.split(" ")[0] for line in done.commands} == {fails}
+    changed = tmp_path / "tree" / f"constraints-{fails.removeprefix('.venv-')}.txt"
+    before = changed.read_text()
+    changed.write_text("torch==9.8\n")
+    assert run_setup(tmp_path, "verl", "trl", fails="-e .").returncode == 1
+    changed.write_text(before)  # the packages of 9.8 may be there
+    assert run_setup(tmp_path, "verl", "trl").commands
 
 
 def test_engines_are_added_to_the_environment_and_stay(tmp_path):

@@ -43,6 +43,7 @@ FAULTS = [
           "if ENVIRONMENT is not None and report.skipped:", "if False:",
           ["tests/integrations/test_environment.py::test_a_skip_in_an_environment_of_a_trainer_is_a_failure"]),
     Fault("a_file_that_is_skipped_as_a_whole_passes", "tests/integrations/conftest.py",
-          "def pytest_make_collect_report():\n    return no_skip((yield))", "def pytest_make_collect_report():\n    return (yield)",
+          "def pytest_make_collect_report():\n    return no_skip((yield))",
+          "def pytest_make_collect_report():\n    return (yield)",
           ["tests/integrations/test_environment.py::test_a_skip_in_an_environment_of_a_trainer_is_a_failure"]),
 ]  # fmt: skip
