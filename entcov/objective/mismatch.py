@@ -1,4 +1,4 @@
-"""What the loss does about a sampler that is not the trainer's policy: importance weights, and rejection.
+"""What the loss does about a sampler that is not the trainer's policy: importance weights, a mask, and rejection.
 
 The ratio is exp(old_logprob - rollout_logprob), of the trainer's policy to that which sampled: another program
 (vLLM), another precision, or older weights. A weight changes a token's policy-gradient term and no denominator; what
@@ -47,6 +47,24 @@ def importance_weight(
     if config.tis_mode == "mask":
         return torch.where(outside, 0.0, ratio), outside
     return ratio.clamp(config.tis_floor, config.tis_cap), outside
+
+
+def off_policy_mask(tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex) -> Tensor:
+    """[T] bool: the tokens with A < 0 of responses that the policy has moved away from. They lose their gradient.
+
+    A response is one where the mean over its loss tokens of sampled - logprob, an estimate of KL(sampler || policy), is
+    above `config.off_policy_mask_threshold`. `sampled` is rollout_logprob where it is given, else old_logprob. A is the
+    advantage before the multipliers of controls.
+
+    Args: as `importance_weight`.
+    Collectives: two all-reduces over sequences.group, where there is one. No gradient.
+    Source: DeepSeek-V3.2, arXiv 2512.02556, eq. 9; TRL 1.16, GRPOConfig.off_policy_mask_threshold.
+    """
+    sampled = tokens.old_logprob
+    if tokens.rollout_logprob is not None:
+        sampled = tokens.given("rollout_logprob", "off_policy_mask_threshold")
+    drift = sequences.sum(sampled - tokens.logprob.detach()) / sequences.sum(tokens.loss_mask).clamp(min=1)
+    return tokens.loss_mask & (tokens.advantage < 0) & (drift > config.off_policy_mask_threshold)
 
 
 @dataclass(frozen=True)

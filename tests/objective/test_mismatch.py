@@ -55,6 +55,34 @@ def test_the_weight_of_a_response_is_bounded_in_its_logarithm():
 
 
 @pytest.mark.parametrize(
+    "threshold, with_rollout, masked",
+    [
+        # mean of -log pi over each response: 0.4, 0.1, 0.5 from the old policy (0); A of the last is positive
+        (0.3, False, [1, 0, 1, 0, 0, 0]),
+        (0.09, False, [1, 0, 1, 1, 1, 0]),
+        (0.4, False, [0, 0, 0, 0, 0, 0]),
+        # the sampler's are 1 higher in the second response: 1.1
+        (0.5, True, [0, 0, 0, 1, 1, 0]),
+    ],
+)
+def test_off_policy_mask_by_hand(threshold, with_rollout, masked):
+    """Tokens with A < 0 of responses that the policy has left lose their gradient, and count in the denominator."""
+    make = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
+    tokens = Tokens(
+        make(-0.9, torch.nan, 0.1, -0.3, 0.1, -0.5).requires_grad_(), make(0, 0, 0, 0, 0, 0),
+        make(-1, -1, -1, -1, -1, 1), torch.tensor([True, False, True, True, True, True]),
+        rollout_logprob=make(0, torch.nan, 0, 1, 1, 0) if with_rollout else None, sequence=torch.tensor(SEQUENCE),
+    )  # fmt: skip
+    config = dict(clip_low=1.0, clip_high=math.inf)
+    plain = torch.autograd.grad(policy_loss(tokens, PolicyLossConfig(**config))[0], tokens.logprob)[0]
+    loss, metrics = policy_loss(tokens, PolicyLossConfig(**config, off_policy_mask_threshold=threshold))
+    (gradient,) = torch.autograd.grad(loss, tokens.logprob)
+    kept = ~torch.tensor(masked).bool()
+    assert gradient.tolist() == torch.where(kept, plain, 0.0).tolist() and plain[kept & tokens.loss_mask].all()
+    assert float(metrics["actor/off_policy_maskfrac"]) == pytest.approx((~kept & tokens.loss_mask).sum().item() / 5)
+
+
+@pytest.mark.parametrize(
     "knobs, rejected",
     [
         ({"level": "token", "high": 3.0}, [0, 0, 0, 1, 0, 0]),

@@ -43,6 +43,20 @@ FAULTS = (
         [ANY_SPLIT],
     ),
     Fault(
+        "token_sum_is_the_mean",
+        LOSSES,
+        'if config.aggregation == "token-sum":',
+        "if False:",
+        [BY_LOOP, T_LOSSES + "test_token_sum_by_hand"],
+    ),
+    Fault(
+        "kl_bias_correction_is_a_constant",
+        LOSSES,
+        "kl = kl * token_ratio(log_ratio)",
+        "kl = kl * token_ratio(log_ratio).detach()",
+        [T_LOSSES + "test_kl_bias_correction_by_hand"],
+    ),
+    Fault(
         "sequences_are_averaged_over_tokens",
         LOSSES,
         "weight = one / totals.num_sequences",

@@ -113,7 +113,9 @@ def test_a_recipe_names_its_reward_shapings_and_its_prompt_policy(tmp_path):
         tree = recipe(tmp_path, data=files, prompt_policy=name, prompt_policies={name: knobs}, **{"eval.prompts": 0})
         policy = parse_config(tree).build_prompt_policy()
         assert policy.name == name and {knob: getattr(policy, knob) for knob in knobs} == knobs
-    sampled = for_sampling(parse_config(tree | {"loss": {"kl_coef": 0.1, "kl_estimator": "k1"}}))
+    sampled = for_sampling(
+        parse_config(tree | {"loss": {"kl_coef": 0.1, "kl_estimator": "k1", "kl_bias_correction": True}})
+    )
     assert sampled.build_reward_shapings() == [] and sampled.build_prompt_policy() is None
 
 
