@@ -72,7 +72,7 @@ def policy_loss(
         pg = min(pg, -A dual_clip)                                    where A < 0, if dual_clip (and not unclipped)
         pg = pg * min(exp(old_logprob - rollout_logprob), tis_cap)    if tis_cap; see tis_level, tis_mode; a constant
         pg = 0                                                        where a keep is False, or the off-policy mask
-        kl = kl_estimate(logprob, ref_logprob)                        times r if kl_bias_correction
+        kl = kl_estimate(logprob, ref_logprob)                        times r if kl_weight is "ratio"
         loss = sum_t w_t (pg + kl_coef kl + sum of penalties)
 
         w_t = 1 / num_tokens                               token-mean
@@ -109,7 +109,7 @@ def policy_loss(
         mask without totals, a value under the mask that is not finite (CPU), a wrong number or shape of selections.
     Source: Schulman et al. 2017 (clip), Ye et al. 2020 (dual clip), Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO:
         token-mean, clip_high), Liu et al. 2025 (Dr.GRPO: constant divisor), Yao et al. 2025 (truncated weights),
-        DeepSeek-V3.2, arXiv 2512.02556 (kl_bias_correction, off_policy_mask_threshold); names and bounds as in verl.
+        DeepSeek-V3.2, arXiv 2512.02556 (kl_weight, off_policy_mask_threshold); names and bounds as in verl.
     """
     for name in ("logprob", "old_logprob", "advantage"):
         check.finite(name, getattr(tokens, name), tokens.loss_mask)
@@ -152,7 +152,7 @@ def policy_loss(
     token_loss = pg
     if config.kl_coef > 0:
         kl = kl_estimate(tokens.logprob, tokens.given("ref_logprob", "kl_coef"), config.kl_estimator)
-        if config.kl_bias_correction:
+        if config.kl_weight == "ratio":
             kl = kl * token_ratio(log_ratio)
         token_loss = token_loss + config.kl_coef * kl
         metrics["actor/kl_loss"] = _weighted_sum(weight, kl)

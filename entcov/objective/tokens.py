@@ -143,7 +143,7 @@ class PolicyLossConfig:
     max_response_length: int | None = None
     kl_coef: float = 0.0  # weight of the estimated KL(policy || reference)
     kl_estimator: str = "k3"
-    kl_bias_correction: bool = False  # the estimate times r: its gradient is that of KL(policy || reference)
+    kl_weight: str = "none"  # "ratio": the estimate times r, so that its mean over old samples is that of the policy's
     # Importance weight of sampling by another program than the trainer: see entcov/objective/mismatch.py.
     tis_cap: float | None = None  # weight min(exp(old_logprob - rollout_logprob), tis_cap)
     objective: str = "ppo"  # a name of OBJECTIVES, see entcov/objective/objectives.py
@@ -198,10 +198,9 @@ class PolicyLossConfig:
             )
         check.number("kl_coef", self.kl_coef, 0.0)
         check.one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        if not isinstance(self.kl_bias_correction, bool):
-            raise TypeError(f"kl_bias_correction must be true or false, got {self.kl_bias_correction!r}")
+        check.one_of("kl_weight", self.kl_weight, ("none", "ratio"))
         if self.kl_coef == 0:
-            self._refuse("kl_bias_correction", "there is no KL term where kl_coef is 0")
+            self._refuse("kl_weight", "there is no KL term where kl_coef is 0")
         if self.off_policy_mask_threshold is not None:
             check.number("off_policy_mask_threshold", self.off_policy_mask_threshold, 0.0)
         check.one_of("tis_level", self.tis_level, ("token", "sequence"))

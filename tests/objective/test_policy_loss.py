@@ -39,7 +39,7 @@ def loop_loss(tokens, sequence, config):
         d = at["ref_logprob"][i] - at["logprob"][i]
         loss += (
             config.kl_coef
-            * (r if config.kl_bias_correction else 1)
+            * (r if config.kl_weight == "ratio" else 1)
             * {
                 "k1": -d,
                 "abs": abs(d),
@@ -74,7 +74,7 @@ VARIANTS = [
     {"dual_clip": 1.5},
     {"kl_coef": 0.3},
     {"kl_coef": 0.3, "kl_estimator": "k1"},
-    {"kl_coef": 0.3, "kl_bias_correction": True},
+    {"kl_coef": 0.3, "kl_weight": "ratio"},
     {"tis_cap": 1.1},
     {"clip_high": 0.28, "dual_clip": 3.0, "kl_coef": 0.1, "kl_estimator": "k2", "tis_cap": 2.0},
 ]
@@ -186,10 +186,10 @@ def test_kl_gradients():
         assert float(x.grad) == pytest.approx(value, rel=1e-14), name
 
 
-def test_kl_bias_correction_by_hand():
+def test_kl_weighted_by_the_ratio():
     """k3 at d = ln 2 is 1 - ln 2; r = 3 multiplies it, and d(r k3) = r (k3 + 1 - e^d) = -3 ln 2: that of -r d."""
     tokens = tiny([0.0], [-math.log(3)], [0.0], ref_logprob=[math.log(2)])
-    loss, metrics = policy_loss(tokens, PolicyLossConfig(kl_coef=0.5, kl_bias_correction=True))
+    loss, metrics = policy_loss(tokens, PolicyLossConfig(kl_coef=0.5, kl_weight="ratio"))
     loss.backward()
     assert loss.item() == pytest.approx(0.5 * 3 * (1 - math.log(2)))
     assert tokens.logprob.grad.item() == pytest.approx(-0.5 * 3 * math.log(2))

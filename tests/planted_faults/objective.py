@@ -50,11 +50,11 @@ FAULTS = (
         [BY_LOOP, T_LOSSES + "test_token_sum_by_hand"],
     ),
     Fault(
-        "kl_bias_correction_is_a_constant",
+        "ratio_of_the_kl_is_a_constant",
         LOSSES,
         "kl = kl * token_ratio(log_ratio)",
         "kl = kl * token_ratio(log_ratio).detach()",
-        [T_LOSSES + "test_kl_bias_correction_by_hand"],
+        [T_LOSSES + "test_kl_weighted_by_the_ratio"],
     ),
     Fault(
         "sequences_are_averaged_over_tokens",

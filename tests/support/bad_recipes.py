@@ -208,7 +208,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "loss.objective=gspo": ("aggregation must be seq-mean-token-mean or seq-mean-token-sum", "got token-mean"),
     "loss.objective=dro": ("loss.dro_beta must be given for objective dro",),
     "loss.dro_beta=0.1": ("loss.dro_beta must be left at None", "objective ppo does not read it"),
-    "loss.kl_bias_correction=true": ("loss.kl_bias_correction must be left at False", "kl_coef is 0"),
+    "loss.kl_weight=ratio": ("loss.kl_weight must be left at none", "kl_coef is 0"),
     "loss.off_policy_mask_threshold=-1": ("off_policy_mask_threshold must be in [0, inf], got -1",),
     "loss.objective=vespo loss.vespo_lambda_neg=0": ("vespo_lambda_neg must be in [0.0001, 100], got 0",),
     "loss.objective=gpg loss.clip_low=0.1": ("clip_low must be left at 0.2", "gpg does not read it"),
