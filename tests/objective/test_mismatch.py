@@ -93,6 +93,14 @@ def test_off_policy_mask_by_hand(threshold, with_rollout, masked):
         ({"level": "geometric", "low": 0.2, "high": 1.2}, [1, 1, 1, 1, 1, 1]),
         ({"level": "sequence", "high": 9.0, "veto": 0.6}, [1, 1, 1, 1, 1, 1]),
         ({"level": "sequence", "high": 9.0, "veto": 0.2}, [0, 0, 0, 0, 0, 1]),
+        # k2 of 2, 4, 1/8: 0.240, 0.961, 2.162; k3 of 2, 1/2, 4, 1/8: 0.307, 0.193, 1.614, 1.204
+        ({"estimator": "k2", "level": "token", "high": 0.5}, [0, 0, 0, 1, 0, 1]),
+        ({"estimator": "k3", "level": "token", "high": 0.25}, [1, 1, 0, 1, 0, 1]),
+        ({"estimator": "k2", "level": "sequence", "high": 0.75}, [0, 0, 0, 1, 1, 1]),  # 0.721, 1.201, 2.162
+        ({"estimator": "k3", "level": "geometric", "high": 0.9}, [0, 0, 0, 1, 1, 1]),  # 0.269, 0.903, 1.204
+        ({"estimator": "k3", "level": "geometric", "high": 0.91}, [0, 0, 0, 0, 0, 1]),
+        ({"estimator": "k3", "level": "max", "high": 1.5}, [0, 0, 0, 1, 1, 0]),
+        ({"estimator": "k2", "level": "max", "high": 1.5, "veto": 0.6}, [1, 1, 1, 1, 1, 1]),
     ],
 )
 def test_rejection_by_hand(knobs, rejected):
@@ -109,10 +117,19 @@ def test_tokens_outside_the_mask_decide_nothing():
 @pytest.mark.parametrize(
     "knobs, message",
     [
-        ({"level": "response"}, "level must be one of token, sequence, geometric; got 'response'"),
+        ({"level": "response"}, "level must be one of token, sequence, geometric, max; got 'response'"),
         ({"level": "token"}, "low or high must be given for level token, got None for both"),
         ({"high": 2.0}, "high has no effect without level, got 2.0"),
         ({"veto": 0.1}, "veto has no effect without level"),
+        ({"estimator": "k3"}, "estimator has no effect without level, got k3"),
+        ({"level": "token", "high": 2.0, "estimator": "k4"}, "estimator must be one of k1, k2, k3; got 'k4'"),
+        ({"level": "max", "high": 2.0}, "estimator must be k2 or k3 for level max, got k1"),
+        (
+            {"level": "token", "low": 0.5, "high": 0.5, "estimator": "k2"},
+            "high must be given and low must not for .* k2",
+        ),
+        ({"level": "token", "estimator": "k2"}, "high must be given .* got high None and low None"),
+        ({"level": "token", "high": -1.0, "estimator": "k2"}, r"high must be in \[0, inf\], got -1.0"),
         ({"level": "token", "low": 1.5}, r"low must be in \[0, 1\], got 1.5"),
         ({"level": "token", "low": 0}, "low must be greater than 0"),
         ({"level": "token", "high": 0.9}, r"high must be in \[1, inf\], got 0.9"),

@@ -238,6 +238,20 @@ FAULTS = (
         [REJECTION],
     ),
     Fault(
+        "rejection_by_k3_is_of_the_inverse_ratio",
+        MISMATCH,
+        '"k3": bounded.exp() - 1 - bounded}',
+        '"k3": (-bounded).exp() - 1 + bounded}',
+        [REJECTION],
+    ),
+    Fault(
+        "rejection_by_the_maximum_is_of_the_token_alone",
+        MISMATCH,
+        'if self.level == "max":\n            value =',
+        'if self.level == "max":\n            _ =',
+        [REJECTION],
+    ),
+    Fault(
         "veto_is_of_the_token_alone",
         MISMATCH,
         "(sequences.sum(tokens.loss_mask & (log_ratio.exp() < self.veto)) > 0)",

@@ -239,6 +239,26 @@ def test_rejection(theirs, level):
     assert 20 < rejected_in_all < 1500
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize(
+    "theirs, level, high",
+    [("token", "token", 0.1), ("seq_sum", "sequence", 0.3), ("seq_mean", "geometric", 0.05), ("seq_max", "max", 0.15)],
+)
+def test_rejection_by_divergence(theirs, level, high, estimator):
+    rejected_in_all = 0
+    for seed in SEEDS:
+        batch = PaddedBatch.random(seed)
+        tokens = batch.tokens()
+        tokens.logprob = tokens.logprob.detach()
+        kept, _ = rollout_corr_helper.compute_rollout_rejection_mask(
+            batch.old_logprob - batch.rollout_logprob, batch.mask.double(), f"{theirs}_{estimator}", high
+        )
+        rejected = RolloutRejection(level, high=high, estimator=estimator).rejected(tokens).view(batch.mask.shape)
+        assert torch.equal(batch.mask & ~rejected, kept.bool())
+        rejected_in_all += int(rejected.sum())
+    assert 20 < rejected_in_all < 1200
+
+
 @pytest.mark.parametrize("mode", ["ppo_clip", "reinforce"])
 def test_bypass_mode(mode):
     """Without a second forward pass old_logprob is the sampler's; "reinforce" with a token weight is cispo then."""
