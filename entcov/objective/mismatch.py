@@ -103,7 +103,7 @@ class RolloutRejection:
         check.one_of("estimator", self.estimator, ESTIMATORS)
         if self.estimator != "k1" and (self.high is None or self.low is not None):
             raise ValueError(
-                f"high must be given and low must not for estimator {self.estimator}, which is 0 for equal policies; got "
+                f"high must be given and low must not for estimator {self.estimator}, which is never below 0; got "
                 f"high {self.high} and low {self.low}"
             )
         if self.estimator == "k1" and self.level == "max":

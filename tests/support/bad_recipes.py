@@ -217,7 +217,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "kl_in_reward.target=0.1": ("kl_in_reward.target has no effect without coef",),
     "kl_in_reward.coef=true": ("coef must not be true or false",),
     "rollout_rs.level=group": ("rollout_rs.level must be one of token, sequence, geometric, max", "got 'group'"),
-    "rollout_rs.level=max rollout_rs.high=2": ("estimator must be k2 or k3 for level max",),
+    "rollout_rs.high=2 rollout_rs.level=max": ("estimator must be k2 or k3 for level max",),
     "rollout_rs.high=2": ("rollout_rs.high has no effect without level",),
     "advantages.grpo.scale_rewards=std": ("advantages.grpo", "scale_rewards must be one of group, batch, none"),
     "advantages.w_reinforce.weigth=0.1": ("no knob 'weigth'", "did you mean weight?"),
