@@ -56,4 +56,11 @@ FAULTS = [
     Fault("the_example_numbers_the_tokens_of_every_rank_alike", EXAMPLE,
           "torch.arange(row[0] * LENGTH, (row[-1] + 1) * LENGTH)", "torch.arange(len(row) * LENGTH)", [T_EXAMPLE],
           slow="three processes"),
+    Fault("a_skip_where_the_trainer_should_be_passes", "tests/integrations/conftest.py",
+          "if ENVIRONMENT is not None and report.skipped:", "if False:",
+          ["tests/integrations/test_environment.py::test_a_skip_in_an_environment_of_a_trainer_is_a_failure"]),
+    Fault("a_file_that_is_skipped_as_a_whole_passes", "tests/integrations/conftest.py",
+          "def pytest_make_collect_report():\n    return no_skip((yield))",
+          "def pytest_make_collect_report():\n    return (yield)",
+          ["tests/integrations/test_environment.py::test_a_skip_in_an_environment_of_a_trainer_is_a_failure"]),
 ]  # fmt: skip
