@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "plan": "",
     "report": "rl",
     "verify": "ops stats",
+    "integrations": "stats objective controls",
     "entcov": "stats objective",  # the public names
     "cli": "rl plan report verify",
 }
