@@ -197,7 +197,8 @@ class ControlledLoss:
         totals = mini_batch_totals(tokens, rows, group=self.group)
         if num_sequences is not None:
             totals = Totals(totals.num_tokens, num_sequences)
-        self._open = Update(self, totals, rows, metrics, [own.token_id for own in tokens])
+        sizes = [len(own.loss_mask) for own in tokens]
+        self._open = Update(self, totals, rows, metrics, [own.token_id for own in tokens], sizes)
         return self._open
 
     def after_step(self) -> dict[str, float]:
@@ -278,14 +279,18 @@ class Update:
         selections: list[list[Selection | None]],
         metrics: dict[str, float],
         token_ids: list[Tensor | None],
+        sizes: list[int],
     ):
         self.totals, self.selections, self.metrics = totals, selections, metrics
         self._controlled, self._token_ids = controlled, token_ids
         self._sums: dict[str, Tensor] = {}
-        self._done: set[int] = set()
+        self._sizes, self._done = (
+            sizes,
+            [-1] * len(sizes),
+        )  # tokens given; tokens used, -1: none yet
 
     def loss(
-        self, number: int, tokens: Tokens, *, sequences: SequenceIndex | None = None
+        self, number: int, tokens: Tokens, *, sequences: SequenceIndex | None = None, part: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of micro-batch `number`, as `entcov.policy_loss` returns them; both are sums.
 
@@ -293,6 +298,8 @@ class Update:
             number: index in the list that `update` was given.
             tokens: the same tokens in the same order, `logprob` and entropies with gradient.
             sequences: as for `policy_loss`, where the host must not wait or ranks divide sequences.
+            part: [n] int64, the positions of `tokens` in the micro-batch, where the trainer divides it further, into
+                whole responses, and `update` could not know how. Then one call for each part.
         Raises: as `policy_loss`; ValueError for another micro-batch's tokens; RuntimeError for a second call.
         """
         check.integer("number", number, 0)
@@ -300,9 +307,15 @@ class Update:
             raise ValueError(
                 f"number must be below {len(self.selections)}, the micro-batches of the update; got {number}"
             )
-        if number in self._done or self._controlled._open is not self:
+        done, size = self._done[number], self._sizes[number]
+        again = done >= 0 if part is None else len(part) > 0 and done >= size
+        if again or self._controlled._open is not self:
             raise RuntimeError(f"loss: micro-batch {number} of this update has been used already")
         tokens, given = self._controlled._as_shaped(tokens), self._token_ids[number]
+        chosen = self.selections[number]
+        if part is not None:
+            given = None if given is None else given[part]
+            chosen = [one if one is None else one.at(part) for one in chosen]
         if given is not None and tokens.token_id is not None and check.readable(given):
             if not torch.equal(given, tokens.token_id):
                 raise ValueError(f"tokens must be those of micro-batch {number}, in its order: their token_id differ")
@@ -311,10 +324,10 @@ class Update:
             self._controlled.loss,
             totals=self.totals,
             controls=self._controlled.controls,
-            selections=self.selections[number],
+            selections=chosen,
             sequences=sequences,
         )
-        self._done.add(number)
+        self._done[number] = max(done, 0) + len(tokens.loss_mask)
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         return loss, metrics
@@ -327,7 +340,7 @@ class Update:
         """
         if self._controlled._open is not self:
             raise RuntimeError("finish: this update is closed already")
-        missing = sorted(set(range(len(self.selections))) - self._done)
+        missing = [i for i, size in enumerate(self._sizes) if self._done[i] < size]
         if missing:
             raise RuntimeError(f"finish: loss() must be called for every micro-batch first, missing are {missing}")
         return self.metrics | self._controlled._finish(self._sums, self.totals)

@@ -41,6 +41,8 @@ def start(rank: int = 0, world: int = 1, port: int | None = None) -> None:
     from verl.workers.engine.base import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+    import entcov.integrations.verl  # noqa: F401  verl's own discovery does it where entcov is installed
+
     if "cpu" not in EngineRegistry._engines["language_model"]["fsdp2"]:
         register = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
         register(FSDPEngineWithLMHead)
