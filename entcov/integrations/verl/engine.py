@@ -8,13 +8,30 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from entcov.integrations.verl import checkpoint
-from entcov.integrations.verl.hooks import replace_attribute
+from entcov.integrations.verl.hooks import at_uninstall, replace_attribute
+from entcov.integrations.verl.statistics import FSDPStatistics, MegatronStatistics
 from entcov.integrations.verl.training import Training
 
-# Engines that are covered, by module and name: their subclasses (VeOmni, NPU) override what the mixins stand before.
-FSDP = "verl.workers.engine.fsdp.transformer_impl.FSDPEngineWithLMHead"
-MEGATRON = "verl.workers.engine.megatron.transformer_impl.MegatronEngineWithLMHead"
-COVERED = (FSDP, MEGATRON)
+# Engines that are covered, by module and name, and the mixins of their statistics. Subclasses of these engines (VeOmni,
+# NPU) override what the mixins stand before: they are left alone.
+COVERED = {
+    "verl.workers.engine.fsdp.transformer_impl.FSDPEngineWithLMHead": FSDPStatistics,
+    "verl.workers.engine.megatron.transformer_impl.MegatronEngineWithLMHead": MegatronStatistics,
+}
+
+_process_uses_entcov = False
+
+
+def use_in_process() -> None:
+    """From now on the statistics of every covered engine of this process are entcov's: the reference policy's too."""
+    global _process_uses_entcov
+    _process_uses_entcov = True
+    at_uninstall(_use_no_more)
+
+
+def _use_no_more() -> None:
+    global _process_uses_entcov
+    _process_uses_entcov = False
 
 
 def hook(base: ModuleType) -> None:
@@ -35,20 +52,20 @@ def hook(base: ModuleType) -> None:
 @cache
 def with_mixins(engine: type) -> type:
     """The engine's class with entcov, or the class itself if it is none of COVERED."""
-    name = f"{engine.__module__}.{engine.__qualname__}"
-    if name not in COVERED:
+    statistics = COVERED.get(f"{engine.__module__}.{engine.__qualname__}")
+    if statistics is None:
         return engine
-    return type(f"Entcov{engine.__name__}", (ControlledEngine, *_statistics(name), engine), {})
-
-
-def _statistics(name: str) -> tuple[type, ...]:
-    """The mixin of entcov/integrations/verl/statistics.py for an engine."""
-    return ()
+    bases = (ControlledEngine, statistics, engine)
+    return type(f"Entcov{engine.__name__}", bases, {"statistics": statistics})
 
 
 class ControlledEngine:
-    """Mixin before an engine: with `training` set, every update selects over the whole mini-batch."""
+    """Mixin before an engine and its statistics. With `training` set, every update selects over the whole mini-batch.
 
+    The statistics are verl's own until a loss mode of entcov is used, or model.fused_kernel_options asks for entcov's.
+    """
+
+    statistics: type  # the mixin of entcov/integrations/verl/statistics.py
     training: Training | None = None
 
     @property
@@ -59,6 +76,18 @@ class ControlledEngine:
         from megatron.core import parallel_state
 
         return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+    @property
+    def _next(self) -> Any:
+        """The class after this one that computes statistics."""
+        entcov = self.training is not None or _process_uses_entcov or getattr(self, "_without_logits", False)
+        return super() if entcov else super(self.statistics, self)
+
+    def prepare_model_outputs(self, *args: Any, **kwargs: Any) -> dict:
+        return self._next.prepare_model_outputs(*args, **kwargs)
+
+    def _lm_head_logits_processor(self, *args: Any, **kwargs: Any) -> dict:  # of Megatron's engine
+        return self._next._lm_head_logits_processor(*args, **kwargs)
 
     def infer_batch(self, data: TensorDict, loss_function: Any = None) -> dict:
         infer = partial(super().infer_batch, loss_function=loss_function)

@@ -4,11 +4,12 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
+from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
 from entcov.integrations.controlled_loss import entcov_names
 from entcov.integrations.verl.config import AT
-from entcov.integrations.verl.engine import COVERED, ControlledEngine
+from entcov.integrations.verl.engine import COVERED, ControlledEngine, use_in_process
 from entcov.integrations.verl.hooks import check_hooked, replace_attribute
 from entcov.integrations.verl.loss import is_entcov
 from entcov.integrations.verl.training import Training
@@ -41,6 +42,17 @@ def hook(engine_workers: ModuleType) -> None:
 
         return train_mini_batch
 
+    def with_statistics(own: Any) -> Any:
+        @wraps(own)
+        def init_model(self: Any) -> Any:
+            if is_entcov(OmegaConf.select(self.config, "actor.policy_loss.loss_mode")):
+                check_hooked()
+                use_in_process()  # before the reference policy's engine is built, perhaps in a process without actor
+            return own(self)
+
+        return init_model
+
+    replace_attribute(engine_workers.ActorRolloutRefWorker, "init_model", with_statistics)
     replace_attribute(worker, "set_loss_fn", with_controls)
     replace_attribute(worker, "train_mini_batch", as_step)
 

@@ -151,7 +151,9 @@ def make_worker(
             model_type="language_model",
             model_config=model_config,
             engine_config=engine_config,
-            optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, clip_grad=1.0),
+            optimizer_config=FSDPOptimizerConfig(
+                lr=1e-3, total_training_steps=10, clip_grad=1.0, override_optimizer_config={"eps": 1e-4}
+            ),  # Adam's own eps would make rounding errors of tiny gradients as large as the learning rate
             checkpoint_config=CheckpointConfig(),
         )
     )
