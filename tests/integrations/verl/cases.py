@@ -1,6 +1,9 @@
 """Controls of every moment, and the divisions of one rollout over micro-batches and ranks that must not change them."""
 
-from tests.integrations.verl.worker import Case, Outcome, run
+import torch.distributed as dist
+
+from entcov.integrations.verl import checkpoint
+from tests.integrations.verl.worker import Case, Outcome, make_worker, policy_loss_config, run
 
 # `begin` decides: clip_b, positive_advantage_reweighting. `select`: clip_cov, kl_cov, entropic. `apply` alone:
 # entropy_bonus. `after_update`: adaptive_bonus by TRL's rule, entropic. `after_step`: aent, ..._reweighting.
@@ -22,7 +25,14 @@ def case(name: str, rows: list[int] | None = None, **worker) -> Case:
     return Case({"controls": {name: CONTROLS[name]}}, worker, rows=rows, rollouts=ROLLOUTS)
 
 
-def on_two_ranks(model: str) -> dict[str, Outcome]:
-    """All controls, on this rank; the rows are dealt to the ranks in another order than on one."""
+def on_two_ranks(model: str, folder: str) -> tuple[dict[str, Outcome], dict]:
+    """All controls, on this rank; the rows are dealt to the ranks in another order than on one.
+
+    Returns: (outcomes, the state that is stored where rank 0 has no outputs of the model, like a first pipeline stage).
+    """
     outcomes = {name: run(model, case(name, SHUFFLED, micro=2)) for name in CONTROLS}
-    return outcomes | {"dynamic": run(model, case("clip_cov", max_tokens=24))}
+    outcomes["dynamic"] = run(model, case("clip_cov", max_tokens=24))
+    training = make_worker(model, policy_loss=policy_loss_config({"controls": {"aent": {}}})).engine.training
+    training.has_outputs, training.step = bool(dist.get_rank()), 7 * dist.get_rank()
+    checkpoint.save(training, folder)
+    return outcomes, checkpoint.read(folder)

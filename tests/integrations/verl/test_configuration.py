@@ -1,4 +1,4 @@
-"""What a user types: keys on verl's command line, through hydra and verl's own validation, and errors that name a key."""
+"""What a user types: keys on verl's command line, through hydra and verl's validation, and errors that name them."""
 
 import math
 import sys

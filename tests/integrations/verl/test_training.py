@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("verl")
 
 from tests.integrations.verl import cases
-from tests.integrations.verl.worker import Case, on_ranks, rollout, run
+from tests.integrations.verl.worker import Case, make_worker, on_ranks, policy_loss_config, rollout, run, score
 
 ROUNDING = 1e-6
 
@@ -29,7 +29,8 @@ def plain(model):
 
 @pytest.fixture(scope="module")
 def two_ranks(model, tmp_path_factory):
-    return on_ranks(2, cases.on_two_ranks, model, folder=str(tmp_path_factory.mktemp("ranks")))
+    folder = tmp_path_factory.mktemp("ranks")
+    return on_ranks(2, cases.on_two_ranks, model, str(folder / "stored"), folder=str(folder))
 
 
 def far(a, b) -> float:
@@ -62,9 +63,34 @@ def test_single_sequences_dynamic_batches_and_other_orders_of_rows(model, whole,
 
 
 def test_two_data_parallel_ranks_train_like_one(whole, two_ranks):
-    for name, outcome in two_ranks[0].items():
+    (first, _), (second, _) = two_ranks
+    for name, outcome in first.items():
         check_same(outcome, whole[name if name in whole else "clip_cov"])
-        assert torch.equal(outcome.parameters, two_ranks[1][name].parameters)
+        assert torch.equal(outcome.parameters, second[name].parameters)
+
+
+def test_the_state_is_that_of_the_ranks_that_have_the_models_outputs(two_ranks):
+    assert [state["step"] for _, state in two_ranks] == [7, 7]
+
+
+def test_a_pipeline_stage_without_outputs_takes_part_in_the_passes_and_nothing_else(model):
+    worker = make_worker(model, policy_loss=policy_loss_config({"controls": {"clip_cov": cases.CONTROLS["clip_cov"]}}))
+    training, batch, asked = worker.engine.training, rollout(), []
+    training.has_outputs = False
+    score(worker, batch)
+    data = batch.local(calculate_entropy=False)
+    assert training.begin(worker, data) == {}
+
+    def infer(data):
+        asked.append("infer")
+        return {}
+
+    for expected in (["train"], ["infer", "train"]):  # the first update is under the weights that were scored
+        asked.clear()
+        output = training.train_batch(data, "verl's", infer, lambda data, loss: asked.append("train") or {"loss": loss})
+        assert asked == expected and output == {"loss": "verl's"}
+        training.weights_changed()
+    assert training.end() == {} and training.controlled.updates == 0
 
 
 def test_tokens_are_chosen(whole):
@@ -161,6 +187,6 @@ def test_metrics_are_numbers_of_the_whole_mini_batch(whole, two_ranks):
     assert len(metrics["entcov/loss"]) == 2 and len(metrics["entcov/entropy_coef"]) == 1
     assert all(isinstance(x, float) and math.isfinite(x) for name in ours(metrics) for x in metrics[name])
     assert "entcov/clip_b_frac" in whole["clip_b"].metrics[0]
-    clipped = two_ranks[0]["clip_cov"].metrics[0]
+    clipped = two_ranks[0][0]["clip_cov"].metrics[0]
     tokens = int(rollout().columns["response_mask"].sum())
     assert clipped["entcov/cov_clipfrac"] == [int(0.1 * tokens) / tokens] * 2

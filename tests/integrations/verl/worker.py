@@ -37,7 +37,7 @@ def start(rank: int = 0, world: int = 1, port: int | None = None) -> None:
     os.environ |= {"VERL_PLATFORM": "cpu", "VERL_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    _register_platform()
+    register_platform()
     from verl.workers.engine.base import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -48,7 +48,7 @@ def start(rank: int = 0, world: int = 1, port: int | None = None) -> None:
         register(FSDPEngineWithLMHead)
 
 
-def _register_platform() -> None:
+def register_platform() -> None:
     """Adds a platform "cpu" to verl's, which has GPUs and NPUs only."""
     from verl.plugin.platform.platform_base import PlatformBase
     from verl.plugin.platform.platform_manager import PlatformRegistry
@@ -286,6 +286,7 @@ class Outcome:
 
 
 def policy_loss_config(keys: dict[str, Any]) -> Any:
+    """verl's PolicyLossConfig, or the plug-in's where the keys are its own."""
     from verl.workers.config import PolicyLossConfig as Verls
 
     from entcov.integrations.verl import PolicyLossConfig
