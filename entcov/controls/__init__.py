@@ -152,16 +152,25 @@ def mini_batch_totals(
         selections: as `select` returned them.
         group: data-parallel group. None: this process has the whole mini-batch.
     Returns: Totals of 0-d int64 tensors, at least 1, so that a mini-batch of which all is dropped has loss 0.
-    Collectives: 1 all-reduce of 16 bytes where there is a group.
+    Collectives: 1 all-reduce of 16 bytes, and 8 for each rank, where there is a group.
+    Raises: ValueError without `sequence`. RuntimeError on every rank (CPU) where another rank failed.
     """
-    kept = [kept_tokens(tokens, chosen) for tokens, chosen in zip(micro_batches, selections, strict=True)]
-    everything = Tokens.cat(micro_batches)
-    if everything.sequence is None:
-        raise ValueError("tokens.sequence must be given, mini_batch_totals counts by it; got None")
-    mask = torch.cat(kept)
-    counts = torch.stack([mask.sum(), torch.as_tensor(everything.sequence[mask].unique().numel(), device=mask.device)])
-    if group is not None:
-        dist.all_reduce(counts, group=group)
+
+    def counted() -> Tensor:
+        kept = [kept_tokens(tokens, chosen) for tokens, chosen in zip(micro_batches, selections, strict=True)]
+        everything = Tokens.cat(micro_batches)
+        if everything.sequence is None:
+            raise ValueError("tokens.sequence must be given, mini_batch_totals counts by it; got None")
+        mask = torch.cat(kept)
+        sequences = everything.sequence[mask].unique().numel()
+        return torch.stack([mask.sum(), torch.as_tensor(sequences, device=mask.device)])
+
+    counts, failure = attempt(counted, group)
+    if failure is not None:
+        counts = torch.zeros(2, dtype=torch.int64, device=_device_of(micro_batches))
+    ranks = AllReduces("mini_batch_totals", group, counts.device, {}, failure=failure)
+    counts = ranks.sum(counts)
+    ranks.finish()
     return Totals(*counts.clamp(min=1))
 
 
@@ -238,7 +247,10 @@ def select(
 
 def _no_tokens(micro_batches: Sequence[Tokens]) -> Tokens:
     """The tokens of a rank that has none, on the device of those that it was given."""
-    parts = micro_batches if isinstance(micro_batches, Sequence) else []
-    device = next((x.device for part in parts for x in vars(part).values() if isinstance(x, Tensor)), None)
-    nothing = torch.zeros(0, device=device)
+    nothing = torch.zeros(0, device=_device_of(micro_batches))
     return Tokens(nothing, nothing, nothing, nothing.bool(), entropy=nothing, token_id=nothing.long())
+
+
+def _device_of(micro_batches: Sequence[Tokens]) -> torch.device | None:
+    parts = micro_batches if isinstance(micro_batches, Sequence) else []
+    return next((x.device for part in parts for x in vars(part).values() if isinstance(x, Tensor)), None)

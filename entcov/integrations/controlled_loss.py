@@ -182,12 +182,14 @@ class ControlledLoss:
         tokens, failure = attempt(lambda: [self._as_shaped(own) for own in micro_batches], self.group)
         metrics: dict[str, float] = {}
         rows: list[list[Selection | None]] = [[None] * len(self.controls) for _ in micro_batches]
-        if self.selects:
-            try:
+        try:  # a rank that failed enters the first collective, without tokens, so that the others do not wait for it
+            if self.selects:
                 rows, found = select(self.controls, tokens or [], step=self.updates, config=self.loss, group=self.group)
-            except Exception as error:
-                raise failure or error from None
-            metrics = {name: float(value) for name, value in found.items()}
+                metrics = {name: float(value) for name, value in found.items()}
+            elif failure is not None:
+                mini_batch_totals([], [], group=self.group)
+        except Exception as error:
+            raise failure or error from None
         if failure is not None:
             raise failure
         for i, control in enumerate(self.controls):
@@ -304,9 +306,7 @@ class Update:
         """
         check.integer("number", number, 0)
         if number >= len(self.selections):
-            raise ValueError(
-                f"number must be below {len(self.selections)}, the micro-batches of the update; got {number}"
-            )
+            raise ValueError(f"number must be below {len(self.selections)}, the number of micro-batches; got {number}")
         done, size = self._done[number], self._sizes[number]
         again = done >= 0 if part is None else len(part) > 0 and done >= size
         if again or self._controlled._open is not self:

@@ -5,6 +5,7 @@ from tests.planted_faults import (
     confinement,
     controls,
     data_level,
+    integrations,
     megatron,
     objective,
     prime,
@@ -24,4 +25,5 @@ FAULTS = (
     *statistics.FAULTS,
     *megatron.FAULTS,
     *prime.FAULTS,
+    *integrations.FAULTS,
 )

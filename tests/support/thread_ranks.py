@@ -1,12 +1,13 @@
 """Ranks as threads of one process: sharded calls without process groups, thousands of cases a second.
 
-Only what entcov.stats.shards and entcov.stats.ranks use of torch.distributed is replaced; stats/test_vocab_parallel.py
-and objective/test_selection_splits.py run the same code over gloo.
+Only what the given modules use of torch.distributed is replaced, by default entcov.stats.shards and entcov.stats.ranks;
+stats/test_vocab_parallel.py, objective/test_selection_splits.py and integrations/ run the same code over gloo.
 """
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from entcov.stats import ranks, shards
 class ThreadRanks:
     """A `group` of `world` threads. Counts the collectives and the bytes that each rank sends."""
 
-    def __init__(self, world: int, monkeypatch):
+    def __init__(self, world: int, monkeypatch, modules: tuple[ModuleType, ...] = (shards, ranks)):
         self.world, self.collectives, self.bytes_sent = world, 0, 0
         self._rank, self._slots = threading.local(), [None] * world
         self._barrier = threading.Barrier(world)
-        for module in (shards, ranks):
+        for module in modules:
             monkeypatch.setattr(module, "dist", self)
 
     def get_rank(self, group) -> int:
@@ -46,6 +47,12 @@ class ThreadRanks:
         if rank == 0:
             self.collectives += 1
             self.bytes_sent += tensor.nbytes
+
+    def all_gather(self, outputs: list[Tensor], tensor: Tensor, group) -> None:
+        joined = torch.empty(self.world * len(tensor), *tensor.shape[1:], dtype=tensor.dtype)
+        self.all_gather_single(joined, tensor, group)
+        for output, part in zip(outputs, joined.chunk(self.world), strict=True):
+            output.copy_(part)
 
     def all_reduce(self, tensor: Tensor, group) -> None:
         self._slots[self._rank.value] = tensor.clone()

@@ -108,7 +108,8 @@ class FSDPStatistics(_WithoutLogits):
             columns = _statistics(output.logits, micro_batch, output_args)
         if _packed(micro_batch):
             columns = {
-                name: self._gather_and_unpad_packed(x.squeeze(0), output_args["pad_size"]) for name, x in columns.items()
+                name: self._gather_and_unpad_packed(x.squeeze(0), output_args["pad_size"])
+                for name, x in columns.items()
             }
         else:
             real = _real(micro_batch, next(iter(columns.values())).shape[1])
@@ -190,7 +191,9 @@ def named_statistics(
         counts = counts.tolist()
         parts = zip(rows.split(counts), tokens.split(counts), runs.tolist(), strict=True)
         made = [stats(*part[:2], temperature=part[2]) for part in parts]
-        found = TokenStats(*(None if x[0] is None else torch.cat(x).view(target.shape) for x in zip(*made, strict=True)))
+        found = TokenStats(
+            *(None if x[0] is None else torch.cat(x).view(target.shape) for x in zip(*made, strict=True))
+        )
     return {name: getattr(found, field) for name, field in request.fields.items()}
 
 

@@ -37,7 +37,7 @@ def start(rank: int = 0, world: int = 1, port: int | None = None) -> None:
     os.environ |= {"VERL_PLATFORM": "cpu", "VERL_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    _register_platform()
+    register_platform()
     from verl.workers.engine.base import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -48,7 +48,7 @@ def start(rank: int = 0, world: int = 1, port: int | None = None) -> None:
         register(FSDPEngineWithLMHead)
 
 
-def _register_platform() -> None:
+def register_platform() -> None:
     """Adds a platform "cpu" to verl's, which has GPUs and NPUs only."""
     from verl.plugin.platform.platform_base import PlatformBase
     from verl.plugin.platform.platform_manager import PlatformRegistry
@@ -256,26 +256,92 @@ def parameters(worker: Any) -> torch.Tensor:
 
 @dataclass
 class Case:
-    """One training run: keys of `make_worker`, and how the rollouts are trained on."""
+    """One training run. Can be sent to another process."""
 
-    worker: dict[str, Any] = field(default_factory=dict)
+    policy_loss: dict[str, Any] = field(
+        default_factory=dict
+    )  # keys of PolicyLossConfig, the plug-in's if it has controls
+    worker: dict[str, Any] = field(default_factory=dict)  # further arguments of `make_worker`
     rows: Sequence[int] | None = None
     rollouts: int = 1
     mini: int | None = None
     epochs: int = 2
     moved: float = 0.1
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)  # of the data, in place of `rollout`'s
 
 
 @dataclass
 class Outcome:
+    """What a run came to; equal on all ranks.
+
+    metrics: one dictionary a rollout
+    chosen: of every update with a selection, the ids of the tokens that the first control selected
+    passes: forward passes of the model without a gradient, and with one
+    """
+
     parameters: torch.Tensor
-    metrics: list[dict[str, Any]]  # one a rollout
+    metrics: list[dict[str, Any]]
+    chosen: list[list[int]]
+    passes: tuple[int, int]
+
+
+def policy_loss_config(keys: dict[str, Any]) -> Any:
+    """verl's PolicyLossConfig, or the plug-in's where the keys are its own."""
+    from verl.workers.config import PolicyLossConfig as Verls
+
+    from entcov.integrations.verl import PolicyLossConfig
+
+    return (PolicyLossConfig if {"controls", "preset", "objective"} & set(keys) else Verls)(**keys)
 
 
 def run(model: str, case: Case) -> Outcome:
-    worker, metrics = make_worker(model, **case.worker), []
+    worker = make_worker(model, policy_loss=policy_loss_config(case.policy_loss), **case.worker)
+    metrics, chosen, passes = [], _record_selections(worker), _count_passes(worker)
     for number in range(case.rollouts):
         batch = rollout(seed=number, rows=case.rows)
+        batch.columns |= case.columns
         score(worker, batch, moved=case.moved)
         metrics.append(train(worker, batch, mini=case.mini, epochs=case.epochs))
-    return Outcome(parameters(worker), metrics)
+    return Outcome(parameters(worker), metrics, chosen, tuple(passes))
+
+
+def _record_selections(worker: Any) -> list[list[int]]:
+    training, found = getattr(worker.engine, "training", None), []
+    if training is None:
+        return found
+    own = training.controlled.update
+
+    def update(micro_batches: Any, **keys: Any) -> Any:
+        made = own(micro_batches, **keys)
+        ids = [t.token_id[c[0].mask] for t, c in zip(micro_batches, made.selections, strict=True) if c[0] is not None]
+        if ids:
+            ranks: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, torch.cat(ids).tolist())
+            found.append(sorted(sum(ranks, [])))
+        return made
+
+    training.controlled.update = update
+    return found
+
+
+def _count_passes(worker: Any) -> list[int]:
+    passes, own = [0, 0], worker.engine.forward_backward_batch
+
+    def forward_backward_batch(data: Any, loss_function: Any, forward_only: bool = False) -> Any:
+        passes[not forward_only] += 1
+        return own(data, loss_function, forward_only=forward_only)
+
+    worker.engine.forward_backward_batch = forward_backward_batch
+    return passes
+
+
+def _rank(rank: int, world: int, port: int, work: Any, arguments: tuple, folder: str) -> None:
+    start(rank, world, port)
+    torch.save(work(*arguments), os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def on_ranks(world: int, work: Any, *arguments: Any, folder: str) -> list[Any]:
+    """What `work(*arguments)` returns on each of `world` new processes, ranks of one group; `work` is of a module."""
+    torch.multiprocessing.spawn(_rank, (world, free_port(), work, arguments, folder), nprocs=world)
+    return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]

@@ -1,0 +1,42 @@
+"""Faults of the class that the plug-ins share."""
+
+from tests.planted_faults.fault import Fault
+
+CONTROLLED, GATHER = "entcov/integrations/controlled_loss.py", "entcov/integrations/gather.py"
+T = "tests/integrations/test_controlled_loss.py::test_"
+
+FAULTS = [
+    Fault("ControlledLoss_the_step_of_a_draw_does_not_move_on", CONTROLLED, "self.updates += 1", "self.updates += 0",
+          [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_the_selection_of_the_rollout_is_not_applied", CONTROLLED,
+          "return tokens.loss_mask & self.chosen[name][self._places(tokens)]",
+          "return tokens.loss_mask & ~self.chosen[name][self._places(tokens)]",
+          [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_dropped_tokens_stay", CONTROLLED, "mask = tokens.loss_mask & ~self.drop[at]",
+          "mask = tokens.loss_mask", [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_responses_keep_the_length_that_they_had_before_tokens_were_dropped", CONTROLLED,
+          "length = tokens.sequence_length if tokens.sequence_length is None else self.length[at]",
+          "length = tokens.sequence_length", [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_shaped_advantages_are_forgotten", CONTROLLED,
+          "tokens if self._shaped is None else self._shaped.applied_to(tokens)", "tokens",
+          [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_metrics_of_one_rank_alone", CONTROLLED,
+          "            dist.all_reduce(values, group=self.group)", "            pass",
+          [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_means_of_the_step_weigh_updates_not_tokens", CONTROLLED,
+          "self._updated[name] += value * count", "self._updated[name] += value",
+          [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_the_trainer's_number_of_responses_is_ignored", CONTROLLED,
+          "totals = Totals(totals.num_tokens, num_sequences)", "pass",
+          [T + "the_divisor_of_a_trainer_that_counts_empty_responses"]),
+    Fault("ControlledLoss_a_refused_state_stays_half_loaded", CONTROLLED,
+          "control.load_state_dict(old)", "pass", [T + "a_state_that_is_refused_changes_nothing"]),
+    Fault("ControlledLoss_micro-batches_in_another_order", CONTROLLED,
+          "if not torch.equal(given, tokens.token_id):", "if False:", [T + "wrong_calls"]),
+    Fault("ControlledLoss_a_rank_that_failed_does_not_enter_the_collective", CONTROLLED,
+          "elif failure is not None:", "elif False:", [T + "a_rank_that_fails_is_an_error_on_all"],
+          slow="the other rank waits for a minute"),
+    Fault("gather_tokens_in_the_order_of_the_ranks", GATHER, 'order = table["token_id"].argsort(stable=True)',
+          'order = torch.arange(len(table["token_id"]))', [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("gather_tokens_repeated_ids_pass", GATHER, "    if repeated:", "    if False:", [T + "wrong_calls"]),
+]  # fmt: skip
