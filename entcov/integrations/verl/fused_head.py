@@ -29,7 +29,7 @@ class StatisticsHead(nn.Linear):
         if compute is None:
             return super().forward(hidden)
         if isinstance(self.weight, DTensor):
-            raise RuntimeError("the output embedding's weight must be whole in its forward, and is a DTensor")
+            raise refused("the output embedding's weight must be whole in its forward, and is a DTensor")
         self._made = compute(hidden, self.weight, self.bias)
         return self._made
 
@@ -41,9 +41,9 @@ class StatisticsHead(nn.Linear):
         """
         made, self._made, self._compute = self._made, None, None
         if made is None:
-            raise _refused("the model does not call its output embedding")
+            raise refused("the model does not call its output embedding")
         if logits is not made or made._version:
-            raise _refused("the model changes its logits after the output embedding (a scale or a softcap)")
+            raise refused("the model changes its logits after the output embedding (a scale or a softcap)")
         return made
 
 
@@ -55,7 +55,7 @@ def install(model: nn.Module) -> None:
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise _refused(f"the output embedding must be torch.nn.Linear, and is {type(head).__name__}")
+        raise refused(f"the output embedding must be torch.nn.Linear, and is {type(head).__name__}")
     head.__class__ = StatisticsHead
 
 
@@ -67,11 +67,12 @@ def installed(model: nn.Module) -> StatisticsHead:
     """
     head = model.get_output_embeddings()
     if not isinstance(head, StatisticsHead):
-        raise _refused(f"the output embedding must not be wrapped (by LoRA), and is {type(head).__name__}")
+        raise refused(f"the output embedding must not be wrapped (by LoRA), and is {type(head).__name__}")
     return head
 
 
-def _refused(reason: str) -> NotImplementedError:
+def refused(reason: str) -> NotImplementedError:
+    """The error where this back end cannot be used."""
     return NotImplementedError(
         f"fused_kernel_options.impl_backend=entcov cannot be used: {reason}. Set model.use_fused_kernels=False; entcov "
         "then computes its statistics from logits."

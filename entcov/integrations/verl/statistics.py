@@ -66,20 +66,24 @@ def _entry(micro_batch: TensorDict, name: str):
     return tu.get_non_tensor_data(data=micro_batch, key=name, default=False)
 
 
-class FSDPStatistics:
-    """Mixin before FSDPEngineWithLMHead. With model.use_fused_kernels and model.fused_kernel_options.impl_backend =
-    "entcov" the statistics come from `linear_token_stats` in the output embedding, and there are no logits."""
+class _WithoutLogits:
+    """Whether model.use_fused_kernels is set with model.fused_kernel_options.impl_backend = "entcov": the statistics
+    then come from `linear_token_stats`, and there are no logits."""
+
+    @property
+    def _without_logits(self) -> bool:
+        options = self.model_config.fused_kernel_options or {}
+        return self.model_config.use_fused_kernels and options.get("impl_backend") == IMPL_BACKEND
+
+
+class FSDPStatistics(_WithoutLogits):
+    """Mixin before FSDPEngineWithLMHead: the statistics of logits, or in the place of the output embedding."""
 
     def _build_module(self) -> nn.Module:
         module = super()._build_module()
         if self._without_logits:
             fused_head.install(module)
         return module
-
-    @property
-    def _without_logits(self) -> bool:
-        options = self.model_config.fused_kernel_options or {}
-        return self.model_config.use_fused_kernels and options.get("impl_backend") == IMPL_BACKEND
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
         if not self._without_logits:
@@ -149,13 +153,9 @@ def _linear_statistics(
     """[..., n]: the columns of the request."""
     fields, arguments = requested(micro_batch)
     target, temperature = _targets(micro_batch, output_args, hidden.shape[1])
-    values = temperatures(temperature)
-    if len(values) > 1:
-        raise NotImplementedError(
-            f"a micro-batch must have one temperature with fused_kernel_options.impl_backend={IMPL_BACKEND}, got "
-            f"{len(values)}; set model.use_fused_kernels=False"
-        )
-    stats = linear_token_stats(hidden, weight, target, bias=bias, temperature=values[0], **arguments)
+    stats = linear_token_stats(
+        hidden, weight, target, bias=bias, temperature=one_temperature(temperature), **arguments
+    )
     return torch.stack([getattr(stats, field) for field in fields.values()], -1)
 
 
@@ -204,15 +204,40 @@ def temperatures(temperature: float | Tensor) -> list[float]:
     return [max(float(temperature), LEAST_TEMPERATURE)]
 
 
-class MegatronStatistics:
+def one_temperature(temperature: float | Tensor) -> float:
+    values = temperatures(temperature)
+    if len(values) > 1:
+        raise fused_head.refused(f"a micro-batch must have one temperature, and has {len(values)}")
+    return values[0]
+
+
+class MegatronStatistics(_WithoutLogits):
     """Mixin before MegatronEngineWithLMHead: the statistics of logits whose vocabulary is split over the tensor-parallel
-    ranks. Columns from the Hugging Face model's vocab_size on are padding."""
+    ranks, or of hidden states. Columns from the Hugging Face model's vocab_size on are padding."""
+
+    def _maybe_enable_fused_kernels(self) -> None:
+        if not self._without_logits:
+            return super()._maybe_enable_fused_kernels()
+        if self.model_config.mtp.enable:
+            raise fused_head.refused("multi-token prediction needs logits")
+        from entcov.integrations.verl import megatron_head
+
+        megatron_head.install(self.module)
+        self.engine_config.use_fused_kernels = False  # verl's: they replace the model's forward
+        return None
 
     def _lm_head_logits_processor(
         self, logits, label, temperature, *, calculate_sum_pi_squared, calculate_entropy, distillation_use_topk,
         distillation_only, logits_processor_func, batch, data_format,
     ):  # fmt: skip
+        from megatron.core import parallel_state
+
+        from entcov.integrations.verl import megatron_head
+
+        head = megatron_head.layer_of(self.module) if self._without_logits else None
         if distillation_use_topk or distillation_only:
+            if head is not None:
+                raise fused_head.refused("distillation needs logits")
             refuse_without_entcov(batch, "in distillation")
             return super()._lm_head_logits_processor(
                 logits, label, temperature, calculate_sum_pi_squared=calculate_sum_pi_squared,
@@ -220,19 +245,23 @@ class MegatronStatistics:
                 distillation_only=distillation_only, logits_processor_func=logits_processor_func, batch=batch,
                 data_format=data_format,
             )  # fmt: skip
-        from megatron.core import parallel_state
-
-        group = parallel_state.get_tensor_model_parallel_group()
-        columns = logits.shape[-1] * dist.get_world_size(group)
         real = temperature > 0  # verl pads it with zeros
         if not bool(real.all()):
             temperature = temperature.masked_fill(~real, float(temperature[real][0]) if real.any() else 1.0)
-        return named_statistics(
-            logits, label.long().masked_fill(~real, NO_TARGET), temperature, requested(batch), group=group,
-            vocab_size=min(columns, self.model_config.hf_config.get_text_config().vocab_size),
+        target = label.long().masked_fill(~real, NO_TARGET)
+        group = parallel_state.get_tensor_model_parallel_group()
+        columns = (logits.shape[-1] if head is None else len(head.used)) * dist.get_world_size(group)
+        vocab_size = min(columns, self.model_config.hf_config.get_text_config().vocab_size)
+        request = requested(batch)
+        if head is None:
+            return named_statistics(logits, target, temperature, request, group=group, vocab_size=vocab_size)
+        stats = linear_token_stats(
+            logits.to(head.used.dtype), head.used, target, bias=head.bias, group=group, vocab_size=vocab_size,
+            temperature=one_temperature(temperature), reduce_hidden_grad=head.reduces, **request.arguments,
         )  # fmt: skip
+        return {name: getattr(stats, field) for name, field in request.fields.items()}
 
     def prepare_model_outputs(self, output: dict, data: TensorDict) -> dict:
-        if _entry(data, "use_fused_kernels") or self.engine_config.use_fused_kernels:
+        if self.engine_config.use_fused_kernels:
             refuse_without_entcov(data, "with verl's fused kernels")
         return super().prepare_model_outputs(output, data)
