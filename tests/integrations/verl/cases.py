@@ -2,7 +2,6 @@
 
 import torch.distributed as dist
 
-from entcov.integrations.verl import checkpoint
 from tests.integrations.verl.worker import Case, Outcome, make_worker, policy_loss_config, run
 
 # `begin` decides: clip_b, positive_advantage_reweighting. `select`: clip_cov, kl_cov, entropic. `apply` alone:
@@ -30,6 +29,8 @@ def on_two_ranks(model: str, folder: str) -> tuple[dict[str, Outcome], dict]:
 
     Returns: (outcomes, the state that is stored where rank 0 has no outputs of the model, like a first pipeline stage).
     """
+    from entcov.integrations.verl import checkpoint  # brings verl, which `start` must have prepared
+
     outcomes = {name: run(model, case(name, SHUFFLED, micro=2)) for name in CONTROLS}
     outcomes["dynamic"] = run(model, case("clip_cov", max_tokens=24))
     training = make_worker(model, policy_loss=policy_loss_config({"controls": {"aent": {}}})).engine.training

@@ -62,6 +62,22 @@ def test_single_sequences_dynamic_batches_and_other_orders_of_rows(model, whole,
     check_same(run(model, cases.case(name, **division)), whole[name])
 
 
+@pytest.mark.parametrize("name", ["clip_cov", "clip_b", "aent"])
+def test_nested_fields_as_of_verls_v1_trainer(model, whole, name):
+    nested = cases.case(name, cases.SHUFFLED, micro=2)
+    nested.nested = True
+    check_same(run(model, nested), whole[name])
+
+
+def test_a_rollout_that_nothing_has_scored_is_scored_where_a_control_decides_over_it(model, whole):
+    for name, passes in (("clip_b", (4, 4)), ("clip_cov", (6, 4)), ("aent", (2, 4))):
+        case = cases.case(name)
+        case.forget = True
+        outcome = run(model, case)
+        check_same(outcome, whole[name])
+        assert outcome.passes == passes
+
+
 def test_two_data_parallel_ranks_train_like_one(whole, two_ranks):
     (first, _), (second, _) = two_ranks
     for name, outcome in first.items():

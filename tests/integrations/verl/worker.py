@@ -172,6 +172,7 @@ class Rollout:
 
     columns: dict[str, torch.Tensor]
     rows: Sequence[int]  # in the order in which they are dealt to the ranks
+    nested: bool = False  # fields of prompts and responses are nested, as verl's V1 trainer sends them
 
     def local(self, **non_tensors: Any) -> Any:
         """This rank's share as the TensorDict that verl's trainer sends to a worker."""
@@ -183,6 +184,17 @@ class Rollout:
         data = TensorDict({name: column[share] for name, column in self.columns.items()}, batch_size=len(share))
         tu.assign_non_tensor(data, uid=[f"prompt {i // 4}" for i in share.tolist()])
         data = left_right_2_no_padding(data)
+        if self.nested:
+            attention = data.pop("attention_mask").bool()
+            for name in {"prompts", *self.columns} & set(data.keys()):
+                column = data[name]
+                if not column.is_nested:
+                    here = attention[:, :PROMPT] if name == "prompts" else attention[:, PROMPT:]
+                    rows = [row[at] for row, at in zip(column, here, strict=True)]
+                    data[name] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+            data["loss_mask"] = data["response_mask"]
+            data["rm_scores"] = data.pop("token_level_scores")
+            del data["max_response_len"], data["max_seq_len"], data["indices"]
         common = {"temperature": 1.0, "global_batch_size": len(self.rows), "pad_token_id": 0}
         return tu.assign_non_tensor(data, **(common | non_tensors))
 
@@ -230,6 +242,7 @@ def score(worker: Any, batch: Rollout, *, moved: float = 0.0, **non_tensors: Any
     data = batch.local(calculate_entropy=True, compute_loss=False, **non_tensors)
     output = worker.infer_batch(data)
     said = {name: no_padding_2_padding(tu.get(output, name), data).float() for name in ("log_probs", "entropy")}
+    said = {name: torch.nn.functional.pad(value, (0, RESPONSE - value.shape[1])) for name, value in said.items()}
     said = {name: batch.gathered(value) for name, value in said.items()}
     noise = moved * torch.randn(said["log_probs"].shape, generator=torch.Generator().manual_seed(1))
     batch.columns["old_log_probs"] = (said["log_probs"] + noise) * batch.columns["response_mask"]
@@ -268,6 +281,8 @@ class Case:
     epochs: int = 2
     moved: float = 0.1
     columns: dict[str, torch.Tensor] = field(default_factory=dict)  # of the data, in place of `rollout`'s
+    nested: bool = False
+    forget: bool = False  # the engine's scores of the rollout, as if verl's trainer had not asked for any
 
 
 @dataclass
@@ -300,7 +315,10 @@ def run(model: str, case: Case) -> Outcome:
     for number in range(case.rollouts):
         batch = rollout(seed=number, rows=case.rows)
         batch.columns |= case.columns
+        batch.nested = case.nested
         score(worker, batch, moved=case.moved)
+        if case.forget:
+            worker.engine.training.weights_changed()
         metrics.append(train(worker, batch, mini=case.mini, epochs=case.epochs))
     return Outcome(parameters(worker), metrics, chosen, tuple(passes))
 
