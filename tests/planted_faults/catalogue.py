@@ -13,6 +13,7 @@ from tests.planted_faults import (
     statistics,
     storage,
     trainer,
+    verl,
 )
 
 FAULTS = (
@@ -28,4 +29,5 @@ FAULTS = (
     *prime.FAULTS,
     *integrations.FAULTS,
     *law.FAULTS,
+    *verl.FAULTS,
 )
