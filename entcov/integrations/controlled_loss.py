@@ -100,7 +100,7 @@ class ControlledLoss:
 
     @property
     def begins(self) -> bool:
-        """Whether a control decides over the whole rollout, so that `begin` needs its tokens."""
+        """Whether a control decides over the whole rollout or adapts to its means: `begin` needs its tokens."""
         return any(map(_begins, self.controls))
 
     @property
@@ -129,8 +129,7 @@ class ControlledLoss:
                 without gradient: `logprob` (equal to `old_logprob`), `entropy`, `entropy_drift` (token_stats with
                 moments=True), `clamped_entropy` where `clamp` asks for it; `token_id`, unique over all ranks and the
                 same for every division over ranks; and what the controls' `begin` reads: `sequence` and `group` (equal
-                numbers on all ranks), `position`, `reward`. Must be given if `begins`; controllers that read the
-                rollout's mean entropy (adaptive_bonus, positive_advantage_reweighting) need it too.
+                numbers on all ranks), `position`, `reward`. Must be given if `begins`.
             epoch, epochs: over the training data, from 1, where the trainer has epochs.
         Returns: the controls' metrics of the rollout.
         Collectives over `group`: 1 all-reduce for the means if there is a rollout; 3 all-gathers of the loss tokens'
@@ -144,7 +143,7 @@ class ControlledLoss:
         check.integer("steps", steps, step)
         if rollout is None and self.begins:
             name = next(filter(_begins, self.controls)).name
-            raise ValueError(f"rollout must be given for control {name}, which decides over all of it; got None")
+            raise ValueError(f"rollout must be given for control {name}, which reads all of it; got None")
         self._shaped, self._scored, self._updated, self._tokens = None, {}, defaultdict(float), 0
         self._progress = Progress(step, steps, self.updates, epoch, epochs)
         if rollout is None:
@@ -339,7 +338,7 @@ class Update:
 
 
 def _begins(control: Control) -> bool:
-    return type(control).begin is not Control.begin or control.scope == "rollout"
+    return type(control).begin is not Control.begin or control.scope == "rollout" or control.reads_scored
 
 
 @dataclass

@@ -246,7 +246,7 @@ WRONG = {
     ),
     "no rollout for a control that reads it": (
         lambda: fresh("kl_cov", "clip_b", step=1), ValueError,
-        "rollout must be given for control clip_b, which decides over all of it; got None",
+        "rollout must be given for control clip_b, which reads all of it; got None",
     ),
     "a step beyond the last": (lambda: fresh(step=3), ValueError, "steps must be at least 3, got 2"),
     "an update outside of a step": (
