@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        found = {(who, rows): _step(who, rows, args.quantile, Path(folder)) for who in ("TRL", "entcov") for rows in LAYOUTS}
+        found = {(who, rows): step(who, rows, args.quantile, Path(folder)) for who in ("TRL", "entcov") for rows in LAYOUTS}
     header = ["", "rows of a micro-batch", "tokens kept", "of them kept with 16 rows", "gradient norm"]
     lines = []
     for (who, rows), (kept, norm) in found.items():
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _step(who: str, rows: int, quantile: float, folder: Path) -> tuple[set, float]:
+def step(who: str, rows: int, quantile: float, folder: Path) -> tuple[set, float]:
     """(the tokens that are kept, as (prompt and completion, position); the norm of the gradient)."""
     from trl import GRPOTrainer
 

@@ -4,12 +4,15 @@
         --output_dir run --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --num_generations 8 \
         --max_completion_length 1024 --learning_rate 1e-6 --bf16 --use_vllm
 
-    accelerate launch --num_processes 2 --cpu examples/trl_grpo.py --tiny --output_dir run     # half a minute
+    accelerate launch --cpu examples/trl_grpo.py --tiny --output_dir run          # half a minute
+    torchrun --nproc_per_node 2 examples/trl_grpo.py --tiny --output_dir run      # two processes on the CPU: accelerate
+                                                                                  # --cpu starts several by MPI alone
 
 All options of TRL's GRPOConfig, ModelConfig (--use_peft ...) and ScriptArguments (--dataset_name ...) are there.
 """
 
 import re
+import sys
 from dataclasses import dataclass, field
 
 from datasets import Dataset, load_dataset
@@ -18,7 +21,7 @@ from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_co
 from entcov.controls import make_control
 from entcov.integrations.trl import EntcovGRPOTrainer
 
-TINY = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 6,
+TINY = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 6,
         "max_completion_length": 8, "learning_rate": 1e-2, "logging_steps": 1, "num_iterations": 2, "report_to": [],
         "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
 
@@ -77,10 +80,12 @@ def digits(completions, **_):
 
 if __name__ == "__main__":
     parser = TrlParser((ExampleArguments, GRPOConfig, ModelConfig))
+    if "--tiny" in sys.argv:
+        parser.set_defaults(**TINY)
     arguments, args, model_arguments = parser.parse_args_and_config()
     if arguments.tiny:
         model, tokenizer, data = tiny()
-        args, rewards = GRPOConfig(output_dir=args.output_dir, **TINY), digits
+        rewards = digits
     else:
         model, tokenizer, data, rewards = model_arguments.model_name_or_path, None, gsm8k(arguments), correct
         args.model_init_kwargs = {"dtype": model_arguments.dtype, "revision": model_arguments.model_revision}
