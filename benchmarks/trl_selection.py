@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        found = {(who, rows): step(who, rows, args.quantile, Path(folder)) for who in ("TRL", "entcov") for rows in LAYOUTS}
+        found = {
+            (who, rows): step(who, rows, args.quantile, Path(folder)) for who in ("TRL", "entcov") for rows in LAYOUTS
+        }
     header = ["", "rows of a micro-batch", "tokens kept", "of them kept with 16 rows", "gradient norm"]
     lines = []
     for (who, rows), (kept, norm) in found.items():

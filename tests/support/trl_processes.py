@@ -19,10 +19,11 @@ IDS = torch.arange(64).reshape(4, 16) * 7 % 98
 
 
 def runs(folder: Path) -> dict:
-    """[controls] -> parameters, chosen tokens of both processes, logs."""
-    found = {}
+    """[controls] -> parameters, chosen tokens of both processes, logs. Without controls: parameters by grpo."""
+    knobs = {"rows": 4, "gradient_accumulation_steps": 2}
+    found = {"grpo": finished(made(folder / "grpo", [], loss_type="grpo", **knobs)).parameters}
     for name, controls in LAYOUT_CONTROLS.items():
-        run = finished(made(folder / name, controls(), cls=Recorded, rows=4, gradient_accumulation_steps=2))
+        run = finished(made(folder / name, controls(), cls=Recorded, **knobs))
         each = [None, None]
         dist.all_gather_object(each, run.trainer.chosen)
         chosen = [[sorted(a + b) for a, b in zip(*step, strict=True)] for step in zip(*each, strict=True)]

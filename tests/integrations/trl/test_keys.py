@@ -63,7 +63,9 @@ def test_every_key_of_grpo_config_is_known():
 def test_a_key_of_another_version_is_refused_where_it_is_set(tmp_path, monkeypatch):
     monkeypatch.setattr(keys, "KEPT", [name for name in keys.KEPT if name != "top_k"])
     policy_loss_config(settings(tmp_path))
-    with pytest.raises(ValueError, match="top_k must be left at 0, got 5: .* does not know this key of another version"):
+    with pytest.raises(
+        ValueError, match="top_k must be left at 0, got 5: .* does not know this key of another version"
+    ):
         policy_loss_config(settings(tmp_path, top_k=5))
 
 
