@@ -1,5 +1,5 @@
-"""What each of two processes runs for tests/integrations/trl: `python -m tests.support.trl_processes OUT` under torchrun's
-variables. Process 0 writes what the tests read."""
+"""What each of two processes runs for tests/integrations/trl: `python -m tests.support.trl_processes OUT`, with the
+variables of torchrun. Process 0 writes what the tests read."""
 
 import sys
 import warnings

@@ -32,7 +32,8 @@ from tests.support.trl_steps import LAYOUT_CONTROLS, aent, clip_cov
 SAME = {"rtol": 0, "atol": 1e-6}
 
 LOSSES = {
-    "dapo, two updates a batch": {"rows": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 6},
+    "dapo, two updates a batch": {"rows": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4,
+                                  "max_steps": 6},
     "bnpo": {"loss_type": "bnpo", "rows": 4},
     "grpo": {"loss_type": "grpo", "rows": 4, "epsilon_high": 0.28},
     "dr_grpo, two-sided": {"loss_type": "dr_grpo", "rows": 4, "epsilon": 0.01, "delta": 1.05},
