@@ -181,6 +181,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     """Adam, own samples, a selection and a coefficient that moves; the checkpoint is between two generation batches."""
     knobs = {"rollout": None, "optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
     whole = run(tmp_path, [clip_cov(), aent()], **knobs)
+    used = whole.logged("entcov/entropy_coef")  # by the two generation batches, of two updates each
+    assert used[0] == 0.05 and used[1] != used[0] and len(used) == 2
     saved = tmp_path / "checkpoint-2"
     trainer = made(tmp_path / "again", [clip_cov(), aent()], **knobs)
     resumed = finished(trainer, resume=str(saved))
