@@ -48,7 +48,7 @@ REFUSED = {
 def test_a_key_that_has_no_meaning_here_is_refused_before_a_model_is_loaded(message, tmp_path):
     args = settings(tmp_path, **REFUSED[message])
     with pytest.raises(ValueError) as error:
-        EntcovGRPOTrainer("no/such-model", args=args)
+        EntcovGRPOTrainer("no/such/model", args=args)
     assert message in str(error.value)
 
 
@@ -94,7 +94,7 @@ def test_the_importance_weight_of_vllm(mode, low, high, expected, tmp_path):
 )
 def test_controls_that_cannot_be_are_refused_before_a_model_is_loaded(controls, error, message, tmp_path):
     with pytest.raises(error) as found:
-        EntcovGRPOTrainer("no/such-model", args=settings(tmp_path), controls=controls)
+        EntcovGRPOTrainer("no/such/model", args=settings(tmp_path), controls=controls)
     assert message in str(found.value)
 
 
