@@ -14,6 +14,7 @@ from tests.planted_faults import (
     storage,
     trainer,
     verl,
+    trl,
 )
 
 FAULTS = (
@@ -30,4 +31,5 @@ FAULTS = (
     *integrations.FAULTS,
     *law.FAULTS,
     *verl.FAULTS,
+    *trl.FAULTS,
 )
