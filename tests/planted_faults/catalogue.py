@@ -13,8 +13,8 @@ from tests.planted_faults import (
     statistics,
     storage,
     trainer,
-    verl,
     trl,
+    verl,
 )
 
 FAULTS = (
