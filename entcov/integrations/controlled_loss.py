@@ -297,11 +297,7 @@ class Update:
             sequences: as for `policy_loss`, where the host must not wait or ranks divide sequences.
         Raises: as `policy_loss`; ValueError for another micro-batch's tokens; RuntimeError for a second call.
         """
-        check.integer("number", number, 0)
-        if number >= len(self.selections):
-            raise ValueError(f"number must be below {len(self.selections)}, the number of micro-batches; got {number}")
-        if number in self._done or self._controlled._open is not self:
-            raise RuntimeError(f"loss: micro-batch {number} of this update has been used already")
+        self._check_unused(number)
         tokens, given = self._controlled._as_shaped(tokens), self._token_ids[number]
         if given is not None and tokens.token_id is not None and check.readable(given):
             if not torch.equal(given, tokens.token_id):
@@ -314,10 +310,27 @@ class Update:
             selections=self.selections[number],
             sequences=sequences,
         )
+        self.computed(number, metrics)
+        return loss, metrics
+
+    def computed(self, number: int, metrics: Mapping[str, Tensor]) -> None:
+        """In place of `loss`, where other processes have computed it: `policy_loss` with `totals` and `selections`.
+
+        Args:
+            metrics: that `policy_loss` returned, summed over these processes.
+        Raises: ValueError or RuntimeError for the number, as `loss`.
+        """
+        self._check_unused(number)
         self._done.add(number)
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        return loss, metrics
+
+    def _check_unused(self, number: int) -> None:
+        check.integer("number", number, 0)
+        if number >= len(self.selections):
+            raise ValueError(f"number must be below {len(self.selections)}, the number of micro-batches; got {number}")
+        if number in self._done or self._controlled._open is not self:
+            raise RuntimeError(f"loss: micro-batch {number} of this update has been used already")
 
     def finish(self) -> dict[str, float]:
         """Closes the update: the controls adapt to its means. Returns the mini-batch's metrics, equal on all ranks.

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from entcov import arguments as check
 from entcov.controls import Control, make_control
 from entcov.integrations.controlled_loss import ControlledLoss
 
@@ -54,8 +53,8 @@ def check_signature(owner: Any, name: str, parameters: Sequence[str], tested: st
     missing = [parameter for parameter in parameters if parameter not in has]
     if missing:
         raise RuntimeError(
-            f"{where} must have the parameters {', '.join(missing)}, as in the version that was read ({tested}); it has "
-            f"{', '.join(has) or 'none'}"
+            f"{where} must have the parameters {', '.join(missing)}, as in the version that was read ({tested}); it "
+            f"has {', '.join(has) or 'none'}"
         )
     return function
 
@@ -79,24 +78,24 @@ def refuse(reasons: Mapping[str, object]) -> None:
             raise ValueError(rule)
 
 
-def write_state(folder: str | None, number: int, controlled: ControlledLoss) -> None:
-    """Keeps the controls' state after training step `number` as folder/entcov/NUMBER.json. None: it is not kept."""
-    if folder is None:
-        return
-    path = Path(folder) / "entcov" / f"{number}.json"
+def state_file(folder: str | os.PathLike[str] | None, number: int) -> Path:
+    """FOLDER/entcov/NUMBER.json, for a trainer whose checkpoint `number` is somewhere in that folder."""
+    return Path(folder or "no folder") / "entcov" / f"{number}.json"
+
+
+def write_state(path: Path, controlled: ControlledLoss) -> None:
+    """Keeps the controls' state with a checkpoint of the trainer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(controlled.state_dict()))
     os.replace(temporary, path)
 
 
-def read_state(folder: str | None, number: int, controlled: ControlledLoss) -> None:
+def read_state(path: Path, controlled: ControlledLoss) -> None:
     """Loads what `write_state` kept. A run that goes on without it would begin its controllers and draws anew."""
-    check.integer("number", number, 0)
-    path = Path(folder or "") / "entcov" / f"{number}.json"
-    if folder is None or not path.is_file():
+    if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: must hold the state of entcov's controls after step {number}, to go on from it. With resume "
-            "False the controls begin anew here"
+            f"{path}: must hold the state of entcov's controls, to go on from this checkpoint. With resume False the "
+            "controls begin anew here"
         )
     controlled.load_state_dict(json.loads(path.read_text()))

@@ -4,8 +4,9 @@
     --loss-type custom_loss --custom-loss-function-path entcov.integrations.slime.loss
     --custom-config-path entcov.yaml        entcov: {controls: {clip_cov: {clip_cov_ratio: 2.0e-4}}}
 
-docs/slime.md says what is exact. slime calls `install` in every training process. Two of its functions are replaced:
-its training step (the selection, before its first backward pass) and its log-probabilities.
+docs/slime.md says what is exact. slime calls `install` in every training process. Three of its functions are
+replaced: its training step (the selection, before its first backward pass), its log-probabilities, and the one that
+saves a checkpoint (the controls' state goes with it).
 """
 
 from argparse import Namespace
@@ -25,6 +26,7 @@ from entcov.integrations.plugin import (
     make_controls,
     read_state,
     refuse,
+    state_file,
     write_state,
 )
 from entcov.objective.sequences import SequenceIndex
@@ -40,6 +42,7 @@ HOOKS = {
             "step_global_batch_size microbatch_pbar"
         ),
         "forward_only": "f args model data_iterator num_microbatches store_prefix",
+        "save_checkpoint": "iteration",
     },
     "actor": {"get_log_probs_and_entropy": "logits args unconcat_tokens total_lengths response_lengths with_entropy"},
     "loss": {
@@ -55,7 +58,7 @@ STRIDE = 2**32  # token_id = sample * STRIDE + position
 
 
 def policy_loss_config(args: Namespace) -> PolicyLossConfig:
-    """The loss that slime's own arguments ask for; ValueError, with the reason, for what entcov's loss does not have."""
+    """The loss that slime's own arguments ask for; ValueError, with the reason, for what entcov's loss has not."""
     refuse(
         {
             "entropy_coef must be 0: take the control entropy_bonus": args.entropy_coef,
@@ -103,7 +106,7 @@ class Plugin:
                 f"anew in the middle of a run, resume; got {settings!r}"
             )
         self.controlled = ControlledLoss(make_controls(settings["controls"]), policy_loss_config(args))
-        self.resume = settings.get("resume", True)
+        self.resume, self.save = settings.get("resume", True), args.save
         modules = {name: framework_module(f"{PACKAGE}.{name}", TESTED) for name in HOOKS}
         self.mpu = framework_module("megatron.core.parallel_state", TESTED)
         self.hooks: dict[str, Callable[..., Any]] = {}
@@ -118,11 +121,19 @@ class Plugin:
         self.scale: float = 0.0
 
     def statistics(
-        self, logits: Tensor, args: Namespace, tokens: list[Tensor], total: list[int], response: list[int], **options: Any
+        self,
+        logits: Tensor,
+        args: Namespace,
+        tokens: list[Tensor],
+        total: list[int],
+        response: list[int],
+        **options: Any,
     ) -> dict[str, list[Tensor]]:
         """Each sample's statistics on this context-parallel rank, in the order in which slime slices its responses."""
         rows = torch.arange(logits.size(1), device=logits.device)
-        shifted = self.hooks["_build_shifted_tokens"](len(rows), logits.device, tokens, total, response, args.allgather_cp)
+        shifted = self.hooks["_build_shifted_tokens"](
+            len(rows), logits.device, tokens, total, response, args.allgather_cp
+        )
         samples, _ = self.hooks["_extract_per_sample"](rows, None, total, response, args.allgather_cp)
         at = torch.cat(samples)
         target = torch.full_like(shifted, -100)  # rows of prompts and padding are not read
@@ -156,7 +167,9 @@ class Plugin:
         found = self.statistics(logits, args, unconcat_tokens, total_lengths, response_lengths, **begins)
         return torch.empty(0, device=logits.device), {"log_probs": found.pop("logprob"), **found}
 
-    def tokens(self, args: Namespace, data: dict[str, Any], samples: list[int], scored: dict[str, list[Tensor]]) -> Tokens:
+    def tokens(
+        self, args: Namespace, data: dict[str, Any], samples: list[int], scored: dict[str, list[Tensor]]
+    ) -> Tokens:
         """The response tokens of these samples of the rollout on this context-parallel rank.
 
         `scored` has the statistics: logprob, and entropies where they are known; a list over `samples` each.
@@ -166,7 +179,9 @@ class Plugin:
         def column(name: str) -> Tensor | None:
             return None if data.get(name) is None else torch.cat([data[name][i] for i in samples]).float()
 
-        parts: dict[str, list[Tensor]] = {n: [] for n in ("loss_mask", "position", "sequence", "length", "reward", "group")}
+        parts: dict[str, list[Tensor]] = {
+            n: [] for n in ("loss_mask", "position", "sequence", "length", "reward", "group")
+        }
         for i in samples:
             total, response, mask = data["total_lengths"][i], data["response_lengths"][i], data["loss_masks"][i]
             count = int(mask.sum())
@@ -239,8 +254,6 @@ class Plugin:
         metrics |= self.update.finish()
         if step_id == len(data["num_microbatches"]) - 1:
             metrics |= controlled.after_step()
-            if dist.get_rank(controlled.group) == 0 and self.mpu.get_tensor_model_parallel_rank() == 0:
-                write_state(args.save, rollout_id, controlled)
         return losses | entcov_names(metrics), grad_norm
 
     def begin(
@@ -256,10 +269,17 @@ class Plugin:
             }
         )
         if not self.begun and rollout_id > 0 and self.resume:
-            read_state(args.load, rollout_id - 1, self.controlled)
+            read_state(state_file(args.load, rollout_id - 1), self.controlled)
         self.begun = True
         rollout = self.tokens(args, data, list(range(len(data["tokens"]))), scored) if "entropy" in scored else None
         return self.controlled.begin(step=rollout_id + 1, steps=max(args.num_rollout, rollout_id + 1), rollout=rollout)
+
+    def save_checkpoint(self, iteration: int, *rest: Any, **named: Any) -> Any:
+        """In the place of slime's save_checkpoint: keeps the controls' state beside the checkpoint."""
+        saved = self.hooks["save_checkpoint"](iteration, *rest, **named)
+        if self.begun and dist.get_rank(self.controlled.group) == 0 and self.mpu.get_tensor_model_parallel_rank() == 0:
+            write_state(state_file(self.save, iteration), self.controlled)
+        return saved
 
     def current(
         self, args: Namespace, model: Any, data: dict[str, Any], order: list[int], rows: list[list[int]], chunks: int
@@ -278,7 +298,9 @@ class Plugin:
         found = self.hooks["forward_only"](self.log_probs, args, model, iterators, [len(rows)])
         return {"logprob" if name == "log_probs" else name: values for name, values in found.items()}
 
-    def divisor(self, args: Namespace, data: dict[str, Any], rows: list[list[int]], step_global_batch_size: int) -> float:
+    def divisor(
+        self, args: Namespace, data: dict[str, Any], rows: list[list[int]], step_global_batch_size: int
+    ) -> float:
         """What slime and Megatron divide the sum of all losses by: the loss is multiplied by it."""
         if not args.calculate_per_token_loss:
             return float(step_global_batch_size)
@@ -311,7 +333,7 @@ _plugin: Plugin | None = None
 
 
 def install(args: Namespace) -> Patches:
-    """For --custom-megatron-init-path. Checks the arguments and slime's functions, and replaces two of them.
+    """For --custom-megatron-init-path. Checks the arguments and slime's functions, and replaces three of them.
 
     Returns: a handle whose `remove()` leaves slime as it was.
     Raises: ValueError for arguments that entcov cannot honour, with the reason; RuntimeError for a function of slime
@@ -330,6 +352,7 @@ def install(args: Namespace) -> Patches:
     plugin = Plugin(args)
     patches = Patches()
     patches.replace(plugin.modules["model"], "train_one_step", plugin.train_one_step)
+    patches.replace(plugin.modules["model"], "save_checkpoint", plugin.save_checkpoint)
     patches.replace(plugin.modules["actor"], "get_log_probs_and_entropy", plugin.log_probs)
     patches.callback(_forget)
     _plugin = plugin

@@ -1,10 +1,9 @@
-"""The plug-in for slime on real process groups, against one process with plain torch: see tests/integrations/test_slime.py."""
+"""The plug-in for slime on real process groups, against one process with plain torch."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from entcov.controls import Progress, begin, make_control, mini_batch_totals, needs, select
@@ -133,7 +132,9 @@ def slime(folder: Path, case: dict[str, Any]) -> str | None:
             if not worst < 2e-6:  # fp32 against float64
                 return f"{name} is off by {worst}"
         for step, (mine, theirs) in enumerate(zip(got, metrics, strict=True)):
-            theirs = {"entcov/" + n.removeprefix("actor/"): x for n, x in theirs.items()} | {"loss": theirs["actor/loss"]}
+            theirs = {"entcov/" + n.removeprefix("actor/"): x for n, x in theirs.items()} | {
+                "loss": theirs["actor/loss"]
+            }
             theirs |= {name: mine[name] for name in case.get("after_step", ()) if step == 1}
             if mine.keys() != theirs.keys():
                 return f"step {step}: metrics differ by {mine.keys() ^ theirs.keys()}"
