@@ -131,16 +131,20 @@ class Plugin:
 
     # One optimizer update.
 
+    def start(self, args: Namespace, iteration: int) -> ControlledLoss:
+        """At the process's first training step: checks the arguments, loads the state of a run that goes on."""
+        controlled = ControlledLoss(self.controls, policy_loss_config(args))
+        if iteration and self.resume:
+            read_state(state_file(args.load, iteration), controlled)
+        self.controlled = controlled
+        return controlled
+
     def train_step(
         self, forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, forward_backward_func,
         iteration=None, **named,
     ):  # fmt: skip
         args = self.hooks["get_args"]()
-        if self.controlled is None:
-            self.controlled = ControlledLoss(self.controls, policy_loss_config(args))
-            if iteration and self.resume:
-                read_state(state_file(args.load, iteration), self.controlled)
-        controlled = self.controlled
+        controlled = self.controlled or self.start(args, iteration)
         state, count = self.hooks["get_rl_runtime_state"](), self.hooks["get_num_microbatches"]()
         done = iteration - state.last_collection_iteration  # updates on this rollout
         per_rollout = args.grpo_prompts_per_step * args.grpo_group_size // args.global_batch_size
@@ -315,10 +319,10 @@ def entcov_grpo(controls: Mapping[str, Any], *, vocab_size: int | None = None, r
     Returns: the handle; `remove()` leaves Megatron-LM as it was.
     Raises: RuntimeError for a module or function that is missing or has changed, by name.
     """
-    plugin = Plugin(controls, vocab_size, resume)
-    training, rl = plugin.modules["megatron.training.training"], plugin.modules["megatron.rl.rl_utils"]
-    if isinstance(getattr(training.train_step, "__self__", None), Plugin):
+    training, rl = (framework_module(name, TESTED) for name in ("megatron.training.training", "megatron.rl.rl_utils"))
+    if isinstance(getattr(getattr(training, "train_step", None), "__self__", None), Plugin):
         raise RuntimeError("entcov_grpo: it is installed already; remove that handle first")
+    plugin = Plugin(controls, vocab_size, resume)
     patches = Patches()
     for owner, names in (
         (training, ("train_step", "save_checkpoint")),

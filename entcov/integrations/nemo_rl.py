@@ -133,7 +133,7 @@ class ControlledLossFn:
         mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None] > 0
         if logits.shape[1] < ids.shape[1] - 1:
             raise ValueError(
-                f"context_parallel_size must be 1: the logits have {logits.shape[1]} of a row's {ids.shape[1]} positions"
+                f"context_parallel_size must be 1: the logits have {logits.shape[1]} of {ids.shape[1]} positions"
             )
         target = ids.new_full((len(ids), max(logits.shape[1], ids.shape[1])), -100)
         target[:, : ids.shape[1] - 1] = torch.where(mask, ids[:, 1:], -100)

@@ -259,7 +259,7 @@ class Plugin:
     def begin(
         self, args: Namespace, rollout_id: int, data: dict[str, Any], scored: dict[str, list[Tensor]]
     ) -> dict[str, float]:
-        """Begins the training step on this rollout; the first one of a run that goes on loads the run's state."""
+        """Begins the training step on this rollout."""
         cp = self.mpu.get_context_parallel_world_size()
         objective = self.controlled.loss.objective
         refuse(
@@ -268,11 +268,15 @@ class Plugin:
                 "response": cp > 1 and objective == "gspo"
             }
         )
+        self.resumed(args, rollout_id)
+        rollout = self.tokens(args, data, list(range(len(data["tokens"]))), scored) if "entropy" in scored else None
+        return self.controlled.begin(step=rollout_id + 1, steps=max(args.num_rollout, rollout_id + 1), rollout=rollout)
+
+    def resumed(self, args: Namespace, rollout_id: int) -> None:
+        """Loads the controls' state before the first rollout of a process whose run goes on."""
         if not self.begun and rollout_id > 0 and self.resume:
             read_state(state_file(args.load, rollout_id - 1), self.controlled)
         self.begun = True
-        rollout = self.tokens(args, data, list(range(len(data["tokens"]))), scored) if "entropy" in scored else None
-        return self.controlled.begin(step=rollout_id + 1, steps=max(args.num_rollout, rollout_id + 1), rollout=rollout)
 
     def save_checkpoint(self, iteration: int, *rest: Any, **named: Any) -> Any:
         """In the place of slime's save_checkpoint: keeps the controls' state beside the checkpoint."""

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.core.transformer import TransformerConfig
 
-from entcov.controls import make_control, mini_batch_totals, needs, select
+from entcov.controls import Progress, begin, make_control, mini_batch_totals, needs, select
 from entcov.integrations import megatron_lm as plugin
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import Tokens
@@ -97,8 +97,14 @@ def expected(case, config, tokens, places) -> tuple[dict[str, torch.Tensor], lis
         return logprob.flatten(), -(logp.exp() * logp).sum(-1).flatten()
 
     with torch.no_grad():
-        old = statistics()[0].view(8, LENGTH - 1)
+        old, scored = statistics()
+    old = old.view(8, LENGTH - 1)
     fields = whole(old, old + 0.1, case.get("packed", False))
+    at = fields["loss_mask"]
+    rollout = Tokens(logprob=old.flatten()[at], entropy=scored[at], **{n: x[at] for n, x in fields.items()})
+    fields["advantage"] = fields["advantage"].double()
+    shaped = begin(controls, rollout, Progress(1, 4, 0))
+    fields["advantage"][at] = shaped.advantage.double()
     for update in range(2):
         logprob, entropy = statistics()
         batch = Tokens(logprob=logprob, entropy=entropy, **fields)
@@ -111,7 +117,7 @@ def expected(case, config, tokens, places) -> tuple[dict[str, torch.Tensor], lis
         for parameter in model.parameters():
             parameter.data -= LR * parameter.grad
         metrics = metrics if "selection" in needs(controls) else {}
-        found.append({name: float(value) for name, value in (metrics | more).items()})
+        found.append({name: float(value) for name, value in (metrics | more | shaped.metrics).items()})
     return {name: value.detach().clone() for name, value in model.named_parameters()}, found
 
 

@@ -94,7 +94,8 @@ def expected(case, args) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
         at = rollout.loss_mask
         loss_tokens = Tokens(**{n: None if x is None else x[at] for n, x in vars(rollout).items()})
         shaped = torch.zeros_like(rollout.advantage)
-        shaped[at] = begin(controls, loss_tokens, Progress(1, args.num_rollout, 0, None, None)).advantage
+        begun = begin(controls, loss_tokens, Progress(1, args.num_rollout, 0))
+        shaped[at] = begun.advantage
     for step, members in enumerate(([0, 1, 2, 3], [4, 5, 6, 7])):
         logprob, entropy = (torch.cat(column) for column in zip(*map(statistics, members), strict=True))
         tokens = tokens_of(members, logprob, entropy)
@@ -107,7 +108,7 @@ def expected(case, args) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
         loss, more = policy_loss(tokens, config, totals=totals, controls=controls, selections=chosen[0])
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             weight.data -= LR * gradient
-        metrics = metrics if "selection" in needs(controls) else {}
+        metrics = (metrics if "selection" in needs(controls) else {}) | ({} if step else begun.metrics)
         found.append({name: float(value) for name, value in (metrics | more).items()})
     return [w.detach() for w in weights], found
 
