@@ -145,7 +145,7 @@ class Plugin:
     ):  # fmt: skip
         args = self.hooks["get_args"]()
         controlled = self.controlled or self.start(args, iteration)
-        state, count = self.hooks["get_rl_runtime_state"](), self.hooks["get_num_microbatches"]()
+        state = self.hooks["get_rl_runtime_state"]()
         done = iteration - state.last_collection_iteration  # updates on this rollout
         per_rollout = args.grpo_prompts_per_step * args.grpo_group_size // args.global_batch_size
         refuse(
@@ -155,6 +155,7 @@ class Plugin:
                 and per_rollout != 1
             }
         )
+        count = self.hooks["get_num_microbatches"]()
         drawn = [next(data_iterator) for _ in range(count)]
 
         def again():

@@ -7,6 +7,7 @@ which has the whole rollout, before `Policy.train`: the selection travels with t
 update a rollout is exact; more are refused. docs/nemo_rl.md says why.
 """
 
+import importlib
 import json
 import math
 import os
@@ -335,6 +336,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from entcov.integrations import nemo_rl
-
-    nemo_rl.main(sys.argv[1:])  # of the importable module, whose loss the workers can load
+    importlib.import_module(__spec__.name).main(sys.argv[1:])  # not of __main__, whose classes the workers do not have
