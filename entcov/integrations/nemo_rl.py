@@ -195,12 +195,14 @@ class Plugin:
         self.loss: ControlledLossFn | None = None
         self.weights: str | None = None  # that the policy was loaded from
         for control in self.controls:
-            entropies = sorted(control.needs & {"entropy", "clamped_entropy"}) if selects(control) else []
+            read = sorted(control.needs & {"entropy", "clamped_entropy"}) if selects(control) else []
+            shapes = type(control).begin is not Control.begin
             refuse(
                 {
-                    f"control {control.name} cannot be had: it decides by {', '.join(entropies) or 'the rollout'} "
-                    "before the update, and NeMo-RL's workers report log-probabilities alone": entropies
-                    or ControlledLoss([control]).begins
+                    f"control {control.name} cannot be had: before the update it reads {', '.join(read)}, and NeMo-RL's "
+                    "workers report log-probabilities alone": read,
+                    f"control {control.name} cannot be had: it shapes advantages by statistics of the whole rollout, "
+                    "and NeMo-RL's workers report log-probabilities alone": shapes,
                 }
             )
 
