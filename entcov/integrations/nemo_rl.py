@@ -199,8 +199,8 @@ class Plugin:
             shapes = type(control).begin is not Control.begin
             refuse(
                 {
-                    f"control {control.name} cannot be had: before the update it reads {', '.join(read)}, and NeMo-RL's "
-                    "workers report log-probabilities alone": read,
+                    f"control {control.name} cannot be had: before the update it reads {', '.join(read)}, and "
+                    "NeMo-RL's workers report log-probabilities alone": read,
                     f"control {control.name} cannot be had: it shapes advantages by statistics of the whole rollout, "
                     "and NeMo-RL's workers report log-probabilities alone": shapes,
                 }

@@ -1,4 +1,4 @@
-"""The plug-ins for slime and Megatron-LM over micro-batches, data, tensor and context parallel ranks.
+"""The plug-ins for slime and Megatron-LM over micro-batches, data, tensor and context parallel ranks; NeMo-RL's logits.
 
 Two updates of one rollout each, on real process groups (gloo) and stand-ins for the frameworks, equal those of one
 process that has the whole mini-batch: tests/support/slime_cases.py, tests/support/megatron_rl_cases.py.
@@ -53,4 +53,6 @@ MEGATRON = {
 def test_updates_equal_those_of_one_process(world, tmp_path):
     cases = [{"task": "slime"} | case for case in SLIME[world]]
     cases += [{"task": "megatron_rl"} | case for case in MEGATRON[world]]
+    if world == 2:
+        cases.append({"task": "nemo_rl"})
     assert not megatron_processes.run_cases(world, tmp_path, cases)

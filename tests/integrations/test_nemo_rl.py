@@ -203,9 +203,12 @@ def test_the_loss_section_becomes_entcovs_configuration():
     )
 
 
-@pytest.mark.parametrize("control", ["high_entropy_tokens", "clip_v"])
-def test_controls_that_need_what_the_driver_lacks_are_refused(nemo, control):
-    with pytest.raises(ValueError, match=f"control {control} cannot be had"):
+@pytest.mark.parametrize(
+    ("control", "reason"),
+    [("high_entropy_tokens", "before the update it reads entropy"), ("clip_v", "it shapes advantages by statistics")],
+)
+def test_controls_that_need_what_the_driver_lacks_are_refused(nemo, control, reason):
+    with pytest.raises(ValueError, match=f"control {control} cannot be had: {reason}"):
         plugin.install({control: {}})
 
 

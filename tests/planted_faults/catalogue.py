@@ -8,6 +8,7 @@ from tests.planted_faults import (
     integrations,
     megatron,
     objective,
+    other_trainers,
     prime,
     statistics,
     storage,
@@ -26,4 +27,5 @@ FAULTS = (
     *megatron.FAULTS,
     *prime.FAULTS,
     *integrations.FAULTS,
+    *other_trainers.FAULTS,
 )
