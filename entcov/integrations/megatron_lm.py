@@ -7,7 +7,7 @@
 
 Log-probabilities and entropies come from the vocabulary-parallel logits of the output layer, where the example gathers
 the vocabulary on every tensor-parallel rank; the loss is `entcov.policy_loss` with the controls, over the mini-batch of
-all data-parallel ranks. docs/megatron_lm.md says what is exact.
+all data-parallel ranks. docs/other_trainers.md says what is exact.
 """
 
 import functools
@@ -148,6 +148,7 @@ class Plugin:
         state = self.hooks["get_rl_runtime_state"]()
         done = iteration - state.last_collection_iteration  # updates on this rollout
         per_rollout = args.grpo_prompts_per_step * args.grpo_group_size // args.global_batch_size
+        updates = per_rollout * args.grpo_iterations
         refuse(
             {
                 "global_batch_size must be grpo_prompts_per_step * grpo_group_size for a control that decides over the "
@@ -181,7 +182,7 @@ class Plugin:
 
             controlled.group = self.mpu.get_data_parallel_group()
             if not done:
-                step, steps = iteration // (per_rollout * args.grpo_iterations) + 1, args.train_iters
+                step, steps = iteration // updates + 1, args.train_iters // updates
                 rollout = Tokens.cat(self.batches) if per_rollout == 1 else None
                 self.metrics |= controlled.begin(step=step, steps=max(step, steps), rollout=rollout)
             self.update = controlled.update(self.batches)
@@ -196,7 +197,7 @@ class Plugin:
             self.update.abandon()
             return result
         found = self.update.finish()
-        if done + 1 == per_rollout * args.grpo_iterations:
+        if done + 1 == updates:
             self.metrics |= controlled.after_step()
         found = {name: torch.tensor(value) for name, value in entcov_names(found | self.metrics).items()}
         return (result[0] | found, *result[1:])

@@ -4,7 +4,7 @@
 
 NeMo-RL has no registry of losses. The script puts a loss in the place of ClippedPGLossFn, and selects in the driver,
 which has the whole rollout, before `Policy.train`: the selection travels with the data to the workers. One optimizer
-update a rollout is exact; more are refused. docs/nemo_rl.md says why.
+update a rollout is exact; more are refused. docs/other_trainers.md says why.
 """
 
 import importlib
@@ -230,9 +230,9 @@ class Plugin:
             {
                 f"train_global_batch_size must be the rollout's {rows} responses, got {size}: the workers make all "
                 "updates of a rollout in one call, and nothing can select between them": rows != size,
-                "sequence_packing.fuse_loss must be false: its loss sees no logits": policy.cfg["sequence_packing"].get(
-                    "fuse_loss", False
-                ),
+                "sequence_packing.fuse_loss must be false: its loss sees no logits": policy.cfg.get(
+                    "sequence_packing", {}
+                ).get("fuse_loss", False),
                 "generation.top_k and generation.top_p must be off: the statistics are of the whole distribution": (
                     generation.get("top_k") not in (None, -1) or generation.get("top_p") not in (None, 1.0)
                 ),

@@ -4,7 +4,7 @@
     --loss-type custom_loss --custom-loss-function-path entcov.integrations.slime.loss
     --custom-config-path entcov.yaml        entcov: {controls: {clip_cov: {clip_cov_ratio: 2.0e-4}}}
 
-docs/slime.md says what is exact. slime calls `install` in every training process. Three of its functions are
+docs/other_trainers.md says what is exact. slime calls `install` in every training process. Three of its functions are
 replaced: its training step (the selection, before its first backward pass), its log-probabilities, and the one that
 saves a checkpoint (the controls' state goes with it).
 """
