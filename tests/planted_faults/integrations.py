@@ -39,4 +39,11 @@ FAULTS = [
     Fault("gather_tokens_in_the_order_of_the_ranks", GATHER, 'order = table["token_id"].argsort(stable=True)',
           'order = torch.arange(len(table["token_id"]))', [T + "any_division_trains_as_the_undivided_loop"]),
     Fault("gather_tokens_repeated_ids_pass", GATHER, "    if repeated:", "    if False:", [T + "wrong_calls"]),
+    Fault("a_skip_where_the_trainer_should_be_passes", "tests/integrations/conftest.py",
+          "if ENVIRONMENT is not None and report.skipped:", "if False:",
+          ["tests/integrations/test_environment.py::test_a_skip_in_an_environment_of_a_trainer_is_a_failure"]),
+    Fault("a_file_that_is_skipped_as_a_whole_passes", "tests/integrations/conftest.py",
+          "def pytest_make_collect_report():\n    return no_skip((yield))",
+          "def pytest_make_collect_report():\n    return (yield)",
+          ["tests/integrations/test_environment.py::test_a_skip_in_an_environment_of_a_trainer_is_a_failure"]),
 ]  # fmt: skip
