@@ -33,7 +33,6 @@ SLIME = {
 }
 MEGATRON = {
     1: [
-        {"micro_batch": 8, "controls": CLIP_COV},
         {"micro_batch": 1, "controls": CLIP_COV, "per_token": True},
         {"micro_batch": 1, "controls": KL_COV, "packed": True, **COEF},
         {"micro_batch": 2, "controls": SHAPED},
@@ -41,10 +40,8 @@ MEGATRON = {
     2: [
         {"micro_batch": 2, "controls": CLIP_COV},
         {"micro_batch": 1, "controls": KL_COV, "per_token": True, **COEF},
-        {"micro_batch": 1, "controls": CLIP_COV, "packed": True},
         {"micro_batch": 2, "controls": CLIP_COV, "tp": 2},
         {"micro_batch": 2, "controls": HIGH | {"entropy_bonus": {"entropy_coef": 0.01}}, "tp": 2, **COEF},
-        {"micro_batch": 4, "controls": SHAPED, "tp": 2},
     ],
 }
 
