@@ -34,7 +34,7 @@ SLIME = {
 MEGATRON = {
     1: [
         {"micro_batch": 1, "controls": CLIP_COV, "per_token": True},
-        {"micro_batch": 1, "controls": KL_COV, "packed": True, **COEF},
+        {"micro_batch": 1, "controls": CLIP_COV, "packed": True},  # draws by the number of the token
         {"micro_batch": 2, "controls": SHAPED},
     ],
     2: [
