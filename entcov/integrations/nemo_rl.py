@@ -9,7 +9,6 @@ update a rollout is exact; more are refused. docs/other_trainers.md says why.
 
 import importlib
 import json
-import math
 import os
 import runpy
 import sys
@@ -19,9 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from entcov.controls import Control, Selection, selects
 from entcov.integrations.controlled_loss import ControlledLoss, entcov_names
+from entcov.integrations.dtensor import vocab_shard
 from entcov.integrations.plugin import (
     Patches,
     check_signature,
@@ -139,17 +140,14 @@ class ControlledLossFn:
         target = ids.new_full((len(ids), max(logits.shape[1], ids.shape[1])), -100)
         target[:, : ids.shape[1] - 1] = torch.where(mask, ids[:, 1:], -100)
         target = target[:, : logits.shape[1]]
-        mesh = getattr(logits, "device_mesh", None)
-        if mesh is None:
+        if not isinstance(logits, DTensor):
             return token_stats(logits, target, group=_megatron_group(), **self.clamp)
-        place = {dim: i for i, p in enumerate(logits.placements) if p.is_shard() for dim in [p.dim % logits.dim()]}
-        if set(place) - {logits.dim() - 1}:
-            raise ValueError(f"logits must be divided over the vocabulary alone, got {logits.placements}")
-        if not place:
+        if not any(placement.is_shard() for placement in logits.placements):
             return token_stats(logits.to_local(), target, **self.clamp)
-        group, size = mesh.get_group(place[logits.dim() - 1]), logits.shape[-1]
-        start = min(dist.get_rank(group) * math.ceil(size / dist.get_world_size(group)), size)
-        return token_stats(logits.to_local(), target, group=group, vocab_start=start, vocab_size=size, **self.clamp)
+        if any(placement.is_shard() and placement.dim % 3 != 2 for placement in logits.placements):
+            raise ValueError(f"logits must be divided over the vocabulary alone, got {logits.placements}")
+        local, place = vocab_shard(logits)
+        return token_stats(local, target, **place, **self.clamp)
 
 
 def _megatron_group() -> dist.ProcessGroup | None:

@@ -54,6 +54,6 @@ FAULTS = [
     Fault("nemo_rl_the_selection_is_a_token_late", NEMO, "torch.cat([torch.zeros_like(value[:, :1]), value], dim=1)",
           "torch.cat([value, torch.zeros_like(value[:, :1])], dim=1)",
           [T_NEMO + "equals_the_loss_of_the_whole_mini_batch"]),
-    Fault("nemo_rl_uneven_shards_overlap", NEMO, "math.ceil(size / dist.get_world_size(group))",
-          "size // dist.get_world_size(group)", [T_TWO], slow=SLOW),
+    Fault("nemo_rl_a_divided_sequence_passes", NEMO, "placement.is_shard() and placement.dim % 3 != 2", "False",
+          [T_TWO], slow=SLOW),
 ]  # fmt: skip
