@@ -6,6 +6,7 @@ from tests.planted_faults import (
     controls,
     data_level,
     integrations,
+    law,
     megatron,
     objective,
     other_trainers,
@@ -28,4 +29,5 @@ FAULTS = (
     *prime.FAULTS,
     *integrations.FAULTS,
     *other_trainers.FAULTS,
+    *law.FAULTS,
 )
