@@ -6,6 +6,7 @@ from tests.planted_faults import (
     controls,
     data_level,
     integrations,
+    law,
     megatron,
     objective,
     prime,
@@ -13,6 +14,7 @@ from tests.planted_faults import (
     storage,
     trainer,
     verl,
+    trl,
 )
 
 FAULTS = (
@@ -27,5 +29,7 @@ FAULTS = (
     *megatron.FAULTS,
     *prime.FAULTS,
     *integrations.FAULTS,
+    *law.FAULTS,
     *verl.FAULTS,
+    *trl.FAULTS,
 )
