@@ -13,6 +13,7 @@ from tests.planted_faults import (
     storage,
     trainer,
     verl,
+    verl_statistics,
 )
 
 FAULTS = (
@@ -28,4 +29,5 @@ FAULTS = (
     *prime.FAULTS,
     *integrations.FAULTS,
     *verl.FAULTS,
+    *verl_statistics.FAULTS,
 )
