@@ -15,6 +15,7 @@ from tests.integrations.verl import engines, statistics_cases, worker
 from tests.integrations.verl.statistics_cases import EVERYTHING, PLAIN, TEMPERATURE, fused
 
 VALUE, GRADIENT = 2e-5, 1e-5
+pytestmark = pytest.mark.usefixtures("model")  # it starts verl's platform, before verl is imported
 
 
 def check(errors):
