@@ -6,6 +6,7 @@ from tests.planted_faults import (
     controls,
     data_level,
     integrations,
+    law,
     megatron,
     objective,
     prime,
@@ -14,6 +15,7 @@ from tests.planted_faults import (
     trainer,
     verl,
     verl_statistics,
+    trl,
 )
 
 FAULTS = (
@@ -28,6 +30,8 @@ FAULTS = (
     *megatron.FAULTS,
     *prime.FAULTS,
     *integrations.FAULTS,
+    *law.FAULTS,
     *verl.FAULTS,
     *verl_statistics.FAULTS,
+    *trl.FAULTS,
 )

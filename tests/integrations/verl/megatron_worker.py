@@ -44,15 +44,21 @@ def start(model: str) -> None:
 
 
 def make_worker(
-    model: str, *, sequence_parallel: bool = True, fused: str | None = None, entropy_coeff: float = 0.0
+    model: str,
+    *,
+    sequence_parallel: bool = True,
+    fused: str | None = None,
+    entropy_coeff: float = 0.0,
+    policy_loss: Any = None,
 ) -> Any:
-    """A TrainingWorker in float32 whose ranks are all tensor-parallel."""
+    """A TrainingWorker in float32 whose ranks are all tensor-parallel; `policy_loss` as for `worker.make_worker`."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
         HFModelConfig,
         McoreActorConfig,
         McoreEngineConfig,
         McoreOptimizerConfig,
+        PolicyLossConfig,
         TrainingWorkerConfig,
     )
     from verl.workers.engine_workers import TrainingWorker
@@ -82,7 +88,10 @@ def make_worker(
     )
     worker.reset()
     worker.engine.model_config.tokenizer = SimpleNamespace(pad_token_id=0)
-    actor = McoreActorConfig(rollout_n=4, ppo_micro_batch_size_per_gpu=2, entropy_coeff=entropy_coeff)
+    actor = McoreActorConfig(
+        rollout_n=4, ppo_micro_batch_size_per_gpu=2, entropy_coeff=entropy_coeff,
+        policy_loss=policy_loss or PolicyLossConfig(),
+    )  # fmt: skip
     worker.set_loss_fn(partial(ppo_loss, config=actor))
     return worker
 
