@@ -13,9 +13,9 @@ from tests.planted_faults import (
     statistics,
     storage,
     trainer,
+    trl,
     verl,
     verl_statistics,
-    trl,
 )
 
 FAULTS = (
