@@ -16,6 +16,7 @@ from tests.planted_faults import (
     trainer,
     trl,
     verl,
+    verl_statistics,
 )
 
 FAULTS = (
@@ -33,5 +34,6 @@ FAULTS = (
     *other_trainers.FAULTS,
     *law.FAULTS,
     *verl.FAULTS,
+    *verl_statistics.FAULTS,
     *trl.FAULTS,
 )
