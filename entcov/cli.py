@@ -1,4 +1,4 @@
-"""`python -m entcov train | eval | compare | plot | data | data rank | plan | check`.
+"""`python -m entcov train | eval | compare | plot | report | data | data rank | plan | check`.
 
 Parses arguments, prints results, and turns a failure into a message and an exit code. Imports are made by the command
 that needs them.
@@ -170,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("runs", nargs="+", metavar="RUN")
     plot.add_argument("--out", help="directory; default: RUN/plots for one run, ./plots for several")
     plot.set_defaults(command=_plot)
+
+    report = commands.add_parser("report", help="one HTML file of runs: curves, tables, their responses token by token")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or one that compare has written")
+    report.add_argument("--out", help="file; default: RUN/report.html for one folder, ./report.html for several")
+    report.set_defaults(command=_report)
 
     data = commands.add_parser("data", help="public sets of mathematics and code into verl's row format")
     sets = "dapo_math_17k, math, gsm8k, an evaluation set, or eval; classic_programs, eurus2_code, acecode, kodcode"
@@ -346,6 +351,16 @@ def _plot_runs(runs: dict[str, str], out: Path) -> list[Path]:
     from entcov.rl.record.metrics import read_metrics
 
     return plot_runs({label: read_metrics(run) for label, run in runs.items()}, out)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from entcov.report.page import write_report
+
+    out = Path(args.out or (Path(args.runs[0]) / "report.html" if len(args.runs) == 1 else "report.html"))
+    if out.is_dir():
+        raise ValueError(f"--out: must be a file, got the folder {out}")
+    print(write_report(args.runs, out))
+    return 0
 
 
 def _data(args: argparse.Namespace) -> int:
