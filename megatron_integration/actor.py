@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mbridge.core import LLMBridge
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor
@@ -194,12 +195,19 @@ class MegatronModel(TrainedModel):
             work = list(zip(self._own_inputs(batch), own, strict=True))
             metrics = self._run(self.model, work, partial(self._logits_loss, totals=totals), forward_only=False)
             self.optimizer.prepare_grads()
-            grad_norm = float(self.optimizer.get_grad_norm())
-        return self._add_up(metrics), grad_norm
+            self._grad_norm = float(self.optimizer.get_grad_norm())
+        return self._add_up(metrics), self._grad_norm
 
     def _take_step(self) -> None:
+        """What the optimizer's own `step` does after it has computed the norm, which `_backward` has done."""
         with self.groups.running():
-            self.optimizer.step()
+            for optimizer in self.optimizer.chained_optimizers:
+                if parameters := optimizer.get_parameters():
+                    clip_grad_by_total_norm_fp32(
+                        parameters, self.config.max_grad_norm, self._grad_norm,
+                        use_decoupled_grad=optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                    )  # fmt: skip
+            self.optimizer.step_with_ready_grads()
 
     def _logits_loss(self, micro: MicroBatch, selections: Selections, logits: Tensor, *, totals: Totals):
         stats = self._stats(micro, logits, **self.clamp)

@@ -5,6 +5,7 @@ Qwen2, Qwen2.5, Qwen3 and Llama, dense. Changes to mbridge: RoPE is read from tr
 Engine (cpu.py), and the padded vocabulary has one size for every tensor-parallel degree up to 128.
 """
 
+import importlib.util
 import json
 import math
 import shutil
@@ -65,6 +66,7 @@ def make_bridge(folder: str, config: MegatronConfig, groups: ProcessGroups, *, d
         extra |= cpu.CONFIG
     else:
         _need_transformer_engine()
+        extra |= fusions()
     extra |= {
         "sequence_parallel": config.sequence_parallel,
         "calculate_per_token_loss": True,  # gradients are sums, divided once by the mini-batch's number of tokens
@@ -78,6 +80,21 @@ def make_bridge(folder: str, config: MegatronConfig, groups: ProcessGroups, *, d
     multiple = math.lcm(_VOCABULARY_MULTIPLE, config.tensor_parallel)
     bridge_class._EXTRA = extra
     return bridge_class(hf_config, dtype=dtype, make_vocab_size_divisible_by=multiple)
+
+
+def fusions() -> dict[str, bool]:
+    """The TransformerConfig fields of fused kernels on a GPU, which Megatron-Core leaves off by default.
+
+    bias_activation_fusion: SwiGLU keeps 3 values of its width a token for the backward pass in place of 5
+    apply_rope_fusion: packed sequences; without it each layer reads their bounds on the host, twice
+    gradient_accumulation_fusion: only where its kernel (Apex's, built apart) is there: the output layer demands it
+    """
+    return {
+        "apply_rope_fusion": True,
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": True,
+        "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    }
 
 
 def build_model(bridge: LLMBridge, groups: ProcessGroups) -> MegatronModule:
@@ -271,5 +288,5 @@ def _need_transformer_engine() -> None:
     except ImportError as error:
         raise RuntimeError(
             "megatron on a GPU needs Transformer Engine (packed attention, context parallelism, norms): "
-            "pip install transformer-engine[pytorch]; or do without it, slower: megatron.transformer_impl=local"
+            "pip install 'entcov[megatron-gpu]'; or do without it, slower: megatron.transformer_impl=local"
         ) from error

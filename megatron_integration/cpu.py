@@ -133,7 +133,7 @@ class CausalAttention(MegatronModule):
         if packed_seq_params is None:
             lengths = [query.shape[0]]
         else:
-            starts = packed_seq_params.cu_seqlens_q_padded
+            starts = packed_seq_params.cu_seqlens_q
             lengths = [n // size for n in starts.diff().tolist()]
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)

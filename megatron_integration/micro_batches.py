@@ -104,11 +104,12 @@ def build_inputs(
     target = F.pad(sequences.target, (0, 1), value=IGNORE_INDEX)[entry]
     inputs = {"input_ids": F.pad(sequences.tokens, (0, 1))[entry], "position_ids": position, "attention_mask": None}
     if packing:
+        # Padding belongs to its sequence, so there is none between sequences: Transformer Engine, given bounds with
+        # padding too, would compare the two on the host.
         bounds = torch.tensor([0, *widths], device=sequences.tokens.device).cumsum(0).int()
         inputs["packed_seq_params"] = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=bounds, cu_seqlens_kv=bounds, cu_seqlens_q_padded=bounds, cu_seqlens_kv_padded=bounds,
-            max_seqlen_q=max(widths), max_seqlen_kv=max(widths),
+            qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(widths),
+            max_seqlen_kv=max(widths),
         )  # fmt: skip
     return MicroBatch(sequences, index, inputs, target, entry[target != IGNORE_INDEX])
 

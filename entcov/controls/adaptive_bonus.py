@@ -56,6 +56,10 @@ class AdaptiveBonus(Control):
         self._used = self.applied
 
     @property
+    def reads_scored(self) -> bool:
+        return self.rule == "skywork"
+
+    @property
     def applied(self) -> float:
         """The coefficient of the coming update."""
         return self.coef if self.enabled else 0.0

@@ -95,6 +95,7 @@ class Control:
     # What the control sets alone: two controls that set the same are refused. docs/controls.md lists them.
     sets: ClassVar[frozenset[str]] = frozenset()
     state: ClassVar[tuple[str, ...]] = ()  # attributes that change during training: numbers and booleans
+    reads_scored: bool = False  # whether `after_step` reads the means "scored/..." of the whole rollout
     # What a control with "selection" decides on: the mini-batch ("global"), each "micro_batch" alone, or the whole
     # "rollout"; then `begin` decides by `Shaping.selected`, and `select` is not called.
     scope: str = "global"

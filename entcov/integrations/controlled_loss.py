@@ -100,8 +100,8 @@ class ControlledLoss:
 
     @property
     def begins(self) -> bool:
-        """Whether a control decides over the whole rollout, so that `begin` needs its tokens."""
-        return any(map(_begins, self.controls))
+        """Whether a control decides over the whole rollout or adapts to its means, so that `begin` needs its tokens."""
+        return any(_decides(control) or control.reads_scored for control in self.controls)
 
     @property
     def ranks(self) -> int:
@@ -129,12 +129,11 @@ class ControlledLoss:
                 without gradient: `logprob` (equal to `old_logprob`), `entropy`, `entropy_drift` (token_stats with
                 moments=True), `clamped_entropy` where `clamp` asks for it; `token_id`, unique over all ranks and the
                 same for every division over ranks; and what the controls' `begin` reads: `sequence` and `group` (equal
-                numbers on all ranks), `position`, `reward`. Must be given if `begins`; controllers that read the
-                rollout's mean entropy (adaptive_bonus, positive_advantage_reweighting) need it too.
+                numbers on all ranks), `position`, `reward`. Must be given if `begins`.
             epoch, epochs: over the training data, from 1, where the trainer has epochs.
         Returns: the controls' metrics of the rollout.
-        Collectives over `group`: 1 all-reduce for the means if there is a rollout; 3 all-gathers of the loss tokens'
-            fields, if `begins`. Then every rank holds the rollout's loss tokens until the call returns.
+        Collectives over `group`: 1 all-reduce for the means if there is a rollout; those of `gather_tokens` if a
+            control decides over the rollout. Then every rank holds its loss tokens until the call returns.
         Raises: ValueError where the rollout is missing, or lacks a field; what a control's `begin` raises. On the CPU
             an error of one rank is raised on all.
         """
@@ -143,8 +142,8 @@ class ControlledLoss:
         check.integer("step", step, 1)
         check.integer("steps", steps, step)
         if rollout is None and self.begins:
-            name = next(filter(_begins, self.controls)).name
-            raise ValueError(f"rollout must be given for control {name}, which decides over all of it; got None")
+            name = next(control.name for control in self.controls if _decides(control) or control.reads_scored)
+            raise ValueError(f"rollout must be given for control {name}, which reads all of it; got None")
         self._shaped, self._scored, self._updated, self._tokens = None, {}, defaultdict(float), 0
         self._progress = Progress(step, steps, self.updates, epoch, epochs)
         if rollout is None:
@@ -154,7 +153,7 @@ class ControlledLoss:
             values |= {n: getattr(rollout, n) for n in ENTROPIES if getattr(rollout, n, None) is not None}
             means = token_means(values, rollout.loss_mask, group=self.group).mean
             self._scored = {f"scored/{name}": float(mean) for name, mean in means.items()}
-            if not self.begins:
+            if not any(map(_decides, self.controls)):
                 return {}
             whole = gather_tokens(rollout, self.group)
             shaped = begin(self.controls, whole, self._progress)
@@ -199,7 +198,7 @@ class ControlledLoss:
         totals = mini_batch_totals(tokens, rows, group=self.group)
         if num_sequences is not None:
             totals = Totals(totals.num_tokens, num_sequences)
-        self._open = Update(self, totals, rows, metrics, [own.token_id for own in tokens])
+        self._open = Update(self, totals, rows, metrics, tokens)
         return self._open
 
     def after_step(self) -> dict[str, float]:
@@ -279,15 +278,18 @@ class Update:
         totals: Totals,
         selections: list[list[Selection | None]],
         metrics: dict[str, float],
-        token_ids: list[Tensor | None],
+        micro_batches: Sequence[Tokens],
     ):
         self.totals, self.selections, self.metrics = totals, selections, metrics
-        self._controlled, self._token_ids = controlled, token_ids
+        self._controlled = controlled
+        self._token_ids = [tokens.token_id for tokens in micro_batches]
+        self._sizes = [len(tokens.loss_mask) for tokens in micro_batches]
+        self._left = list(self._sizes)  # tokens whose loss is still missing
+        self._unused = set(range(len(micro_batches)))
         self._sums: dict[str, Tensor] = {}
-        self._done: set[int] = set()
 
     def loss(
-        self, number: int, tokens: Tokens, *, sequences: SequenceIndex | None = None
+        self, number: int, tokens: Tokens, *, sequences: SequenceIndex | None = None, part: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of micro-batch `number`, as `entcov.policy_loss` returns them; both are sums.
 
@@ -295,14 +297,17 @@ class Update:
             number: index in the list that `update` was given.
             tokens: the same tokens in the same order, `logprob` and entropies with gradient.
             sequences: as for `policy_loss`, where the host must not wait or ranks divide sequences.
+            part: [n] int64, where the trainer divides the micro-batch further, into whole responses, in a way that was
+                not known before: the positions of `tokens` in it. Then one call for each part.
         Raises: as `policy_loss`; ValueError for another micro-batch's tokens; RuntimeError for a second call.
         """
-        check.integer("number", number, 0)
-        if number >= len(self.selections):
-            raise ValueError(f"number must be below {len(self.selections)}, the number of micro-batches; got {number}")
-        if number in self._done or self._controlled._open is not self:
-            raise RuntimeError(f"loss: micro-batch {number} of this update has been used already")
+        count = len(tokens.loss_mask)
+        self._check_unused(number, count)
         tokens, given = self._controlled._as_shaped(tokens), self._token_ids[number]
+        chosen = self.selections[number]
+        if part is not None:
+            given = None if given is None else given[part]
+            chosen = [one if one is None else one.at(part) for one in chosen]
         if given is not None and tokens.token_id is not None and check.readable(given):
             if not torch.equal(given, tokens.token_id):
                 raise ValueError(f"tokens must be those of micro-batch {number}, in its order: their token_id differ")
@@ -311,13 +316,36 @@ class Update:
             self._controlled.loss,
             totals=self.totals,
             controls=self._controlled.controls,
-            selections=self.selections[number],
+            selections=chosen,
             sequences=sequences,
         )
-        self._done.add(number)
+        self._add(number, count, metrics)
+        return loss, metrics
+
+    def computed(self, number: int, metrics: Mapping[str, Tensor]) -> None:
+        """In place of `loss`, where other processes have called `policy_loss` with `totals` and `selections`.
+
+        Args:
+            metrics: that `policy_loss` returned, summed over these processes.
+        Raises: ValueError or RuntimeError for the number, as `loss`.
+        """
+        self._check_unused(number, None)
+        self._add(number, self._sizes[number], metrics)
+
+    def _check_unused(self, number: int, count: int | None) -> None:
+        """Raises unless that many tokens of the micro-batch (None: all) are still without a loss."""
+        check.integer("number", number, 0)
+        if number >= len(self.selections):
+            raise ValueError(f"number must be below {len(self.selections)}, the number of micro-batches; got {number}")
+        count = self._sizes[number] if count is None else count
+        if self._controlled._open is not self or count > self._left[number]:
+            raise RuntimeError(f"loss: micro-batch {number} of this update has been used already")
+
+    def _add(self, number: int, count: int, metrics: Mapping[str, Tensor]) -> None:
+        self._left[number] -= count
+        self._unused.discard(number)
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        return loss, metrics
 
     def finish(self) -> dict[str, float]:
         """Closes the update: the controls adapt to its means. Returns the mini-batch's metrics, equal on all ranks.
@@ -327,7 +355,7 @@ class Update:
         """
         if self._controlled._open is not self:
             raise RuntimeError("finish: this update is closed already")
-        missing = sorted(set(range(len(self.selections))) - self._done)
+        missing = [number for number, left in enumerate(self._left) if left or number in self._unused]
         if missing:
             raise RuntimeError(f"finish: loss() must be called for every micro-batch first, missing are {missing}")
         return self.metrics | self._controlled._finish(self._sums, self.totals)
@@ -338,7 +366,8 @@ class Update:
             self._controlled._open = None
 
 
-def _begins(control: Control) -> bool:
+def _decides(control: Control) -> bool:
+    """Whether the control's `begin` does anything."""
     return type(control).begin is not Control.begin or control.scope == "rollout"
 
 

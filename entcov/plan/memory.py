@@ -61,6 +61,7 @@ class Settings:
     gpus: int
     gpus_per_node: int = 8
     bf16: bool = True  # model.compute_dtype
+    fused: bool = True  # the layers of Transformer Engine with fused kernels; megatron.transformer_impl: local has none
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     context_parallel: int = 1
@@ -176,6 +177,7 @@ def settings_from(
         gpus=gpus,
         gpus_per_node=gpus_per_node,
         bf16=config.model.compute_dtype == "bfloat16",
+        fused=megatron.transformer_impl == "transformer_engine",
         **{name: getattr(section, name) for section, names in (
             (megatron, ("tensor_parallel", "pipeline_parallel", "context_parallel", "sequence_parallel",
                         "distributed_optimizer", "overlap", "recompute", "optimizer_offload")),
@@ -251,7 +253,8 @@ def layer_activations(s: Settings) -> int:
     m, t = s.shape, s.tensor_parallel
     around = 4 * m.hidden_size // (t if s.sequence_parallel else 1)  # inputs and outputs of the two norms
     attention = (2 * m.query_width + 2 * m.key_value_width) // t  # queries, keys, values, output
-    mlp = 3 * m.intermediate_size // t  # gate, up, and their product
+    # Gate, up and their product; without a fused kernel also silu(gate) and a copy of up.
+    mlp = (3 if s.fused else 5) * m.intermediate_size // t
     return s.tokens_on_rank * ((around + attention + mlp) * s.value_bytes + 4 * m.num_attention_heads // t)
 
 

@@ -7,8 +7,9 @@ threshold is known only after an all-gather, and one more for every further roun
 
 The gradient of the weight is accumulated over chunks in fp32, whatever the dtype. A sum in bf16 loses terms that are
 small beside it; the loss is biased, and a policy trained with it loses entropy. On a GPU the product accumulates into
-fp32 directly (torch >= 2.8). On a CPU torch has no such product: each chunk's product is rounded to the dtype once
-before it is added, an error that does not grow with the number of chunks.
+fp32 directly (torch >= 2.10; older ones have the argument too, and round to the dtype before they add). On a CPU torch
+has no such product: each chunk's product is rounded to the dtype once before it is added, an error that does not grow
+with the number of chunks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from entcov.ops.row_stats import check_target
 SAMPLED_VALUES = 4  # values of each hidden state that ranks compare
 CHUNK_MULTIPLE = 128  # rows of a chunk; the tile size of the libraries' matrix products
 BLOCK_ROWS = 1024  # rows of the weight's gradient per temporary, where no product accumulates into fp32
-_ADDS_INTO_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
+_ADDS_INTO_FP32 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 10)
 
 
 def chunk_size_for(tokens: int, columns: int, itemsize: int, memory_budget: int, sum_bytes: int = 0) -> int:

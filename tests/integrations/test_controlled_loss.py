@@ -246,7 +246,7 @@ WRONG = {
     ),
     "no rollout for a control that reads it": (
         lambda: fresh("kl_cov", "clip_b", step=1), ValueError,
-        "rollout must be given for control clip_b, which decides over all of it; got None",
+        "rollout must be given for control clip_b, which reads all of it; got None",
     ),
     "a step beyond the last": (lambda: fresh(step=3), ValueError, "steps must be at least 3, got 2"),
     "an update outside of a step": (
@@ -381,3 +381,57 @@ def test_a_rank_that_fails_is_an_error_on_all(monkeypatch):
         group.run(update)
         assert messages[1] == "tokens must be entcov.Tokens, got str"
         assert "rank 1 of the group cannot do its part" in messages[0]
+
+
+def test_parts_of_a_micro_batch_and_a_loss_that_others_computed_are_the_same_update():
+    metrics, gradients = [], []
+    for way in ("whole", "parts", "elsewhere"):
+        controlled, own = fresh("kl_cov", step=1), replace(TOKENS, logprob=TOKENS.logprob.clone().requires_grad_())
+        update = controlled.update([TOKENS])
+        if way == "whole":
+            update.loss(0, own)[0].backward()
+        elif way == "parts":
+            for part in (own.sequence < 7, own.sequence > 30, own.sequence >= 7):  # the second one is empty
+                index = part.nonzero().flatten()
+                moved = {name: value[index] for name, value in vars(own).items() if value is not None}
+                update.loss(0, Tokens(**moved), part=index)[0].backward()
+        else:
+            loss, found = policy_loss(
+                own,
+                controlled.loss,
+                totals=update.totals,
+                controls=controlled.controls,
+                selections=update.selections[0],
+            )
+            loss.backward()
+            update.computed(0, found)
+        with pytest.raises(RuntimeError, match="has been used already"):
+            update.loss(0, own)
+        with pytest.raises(RuntimeError, match="has been used already"):
+            update.computed(0, {})
+        metrics.append(update.finish())
+        gradients.append(own.logprob.grad)
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-12) and metrics[2] == metrics[0]
+    assert all(torch.equal(gradients[0], other) for other in gradients)
+
+
+def test_a_part_that_is_left_out_is_missed():
+    update = fresh(step=1).update([TOKENS])
+    index = torch.arange(5)
+    update.loss(0, part(TOKENS, index), part=index)
+    with pytest.raises(RuntimeError, match=re.escape("missing are [0]")):
+        update.finish()
+    with pytest.raises(ValueError, match="tokens must be those of micro-batch 0"):
+        update.loss(0, part(TOKENS, index), part=index + 5)
+
+
+def test_means_of_the_rollout_without_a_control_that_decides_over_it(monkeypatch):
+    """They take one all-reduce, and nothing is gathered."""
+    monkeypatch.setattr(module, "gather_tokens", None)
+    controlled = ControlledLoss([make_control("adaptive_bonus", target=9.0)])
+    assert controlled.begins
+    controlled.begin(step=1, steps=2, rollout=TOKENS)
+    finished(controlled, TOKENS)
+    assert controlled.after_step()["actor/entropy_target"] == 9.0 and controlled.controls[0].coef > 0
+    with pytest.raises(ValueError, match="rollout must be given for control adaptive_bonus, which reads all of it"):
+        controlled.begin(step=2, steps=2)

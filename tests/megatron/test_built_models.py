@@ -40,6 +40,11 @@ OPTIMIZERS = [
     {"dtype": "bfloat16", "data_parallel": 4, "tensor_parallel": 2, "distributed_optimizer": False},
     {"dtype": "float32", "data_parallel": 4, "tensor_parallel": 1, "distributed_optimizer": True},
 ]
+CUDA_CONFIGS = [
+    {"megatron": {}, "apex": False},
+    {"megatron": {}, "apex": True},
+    {"megatron": {"transformer_impl": "local"}, "apex": True},
+]
 SCRIPTS = {
     # Every method once, on the two models in turn, and layouts beside the default.
     ("train_qwen2.5_7b.sh", "grpo"): {"MODEL_PATH": "Qwen/Qwen3-8B-Base"},
@@ -56,7 +61,7 @@ SCRIPTS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Results of LAYOUTS (a list for each), OPTIMIZERS and SCRIPTS."""
+    """Results of CUDA_CONFIGS, LAYOUTS (a list for each), OPTIMIZERS and SCRIPTS."""
     jobs = [
         {
             "weigh": "meta", "config": {key: value for key, value in PUBLISHED[name].items() if value is not None},
@@ -75,31 +80,41 @@ def built(tmp_path_factory):
         command = dry_run(script, method, **environment)
         recipe = command.index("train") + 1
         jobs.append({"weigh": "recipe", "recipe": str(ROOT / command[recipe]), "overrides": command[recipe + 1 :]})
+    cuda = [{"weigh": "cuda", "config": SMALL} | case for case in CUDA_CONFIGS]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.built_models", json.dumps(jobs)],
+        [sys.executable, "-m", "tests.support.built_models", json.dumps(cuda + jobs)],
         capture_output=True, text=True, cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
+    configs, results = results[: len(cuda)], results[len(cuda) :]
     return (
+        configs,
         results[:layouts],
         results[layouts : -len(SCRIPTS)],
         dict(zip(SCRIPTS, results[-len(SCRIPTS) :], strict=True)),
     )
 
 
+def test_the_configuration_of_a_gpu_has_the_fusions_that_the_plan_counts_on(built):
+    """Layers of Transformer Engine have them, gradient accumulation's where its kernel is there; local layers none."""
+    names = ("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion")
+    fused, with_apex, local = ([config[name] for name in names] for config in built[0])
+    assert (fused, with_apex, local) == ([True, True, True, False], [True] * 4, [False] * 4)
+
+
 def test_parameters_of_every_rank_of_the_large_models(built):
     expected = [
         shape_of(name, None).parameters_on_rank(tp, pp, stage) for name, tp, pp in LAYOUTS for stage in range(pp)
     ]
-    assert [result["parameters"] for result in built[0]] == expected
+    assert [result["parameters"] for result in built[1]] == expected
 
 
 @pytest.mark.parametrize("case", range(len(OPTIMIZERS)))
 def test_bytes_of_weights_gradients_and_optimizer_state(built, case):
     """Within the padding of Megatron-Core's buffers, to 64 values a parameter and 128 bytes a rank: 2 %."""
-    result, job = built[1][case], OPTIMIZERS[case]
+    result, job = built[2][case], OPTIMIZERS[case]
     s = Settings(
         shape=ModelShape.from_config(SMALL), gpu=GPUS["h100"], gpus=job["data_parallel"] * job["tensor_parallel"],
         bf16=job["dtype"] == "bfloat16", tensor_parallel=job["tensor_parallel"],
@@ -144,7 +159,7 @@ def test_every_module_of_a_script_s_job_builds(built, job):
         shape = type(shape)(**vars(shape) | {"num_hidden_layers": 2})
     tp = int(environment.get("TP", {"7b": 2, "32": 8}.get(script[14:16], 1)))
     pp = int(environment.get("PP", 1))
-    result = built[2][job]
+    result = built[3][job]
     assert result["parameters"] == [shape.parameters_on_rank(tp, pp, stage) for stage in range(pp)]
     assert len(result["trained"]) == pp and min(result["trained"]) > 5
     control = METHODS[f"aent_{method}" if script.startswith("train_aent") else method][1]

@@ -138,8 +138,15 @@ class _SwiGLU(torch.autograd.Function):
         return torch.cat([gradient, gradient], -1)
 
 
-def test_activations_of_a_layer_are_what_autograd_keeps():
-    """A layer of fused operations in bfloat16: every tensor that its graph saves, weights aside, counted once."""
+def unfused_swiglu(gate_and_up):
+    """As Megatron-Core's MLP computes it without a fused kernel: the offset of `up` is 0 and makes a copy."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * (up + 0.0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_activations_of_a_layer_are_what_autograd_keeps(fused):
+    """A layer in bfloat16: every tensor that its graph saves, weights aside, counted once."""
     shape = ModelShape("one layer", 1, 48, 80, 6, 2, 16, 128, False, False, False)
     tokens, saved, weights = 32, {}, []
 
@@ -163,12 +170,14 @@ def test_activations_of_a_layer_are_what_autograd_keeps():
         )[0]
         attended = attended.transpose(1, 2).reshape(1, tokens, -1)
         y = x + linear(attended, shape.hidden_size)
-        z = _SwiGLU.apply(linear(_Norm.apply(y), 2 * shape.intermediate_size))
+        gate_and_up = linear(_Norm.apply(y), 2 * shape.intermediate_size)
+        z = _SwiGLU.apply(gate_and_up) if fused else unfused_swiglu(gate_and_up)
         z = y + linear(z, shape.hidden_size)
     kept = sum(size for pointer, size in saved.items() if pointer not in weights)
     # This attention has no grouped queries: keys and values are saved once for each head, not for each group.
     repeated = 2 * tokens * 2 * (shape.query_width - shape.key_value_width)
-    s = settings(shape=shape, tensor_parallel=1, sequence_parallel=False, micro_batch_tokens=tokens, recompute="none")
+    layout = dict(tensor_parallel=1, sequence_parallel=False, micro_batch_tokens=tokens, recompute="none")
+    s = settings(shape=shape, fused=fused, **layout)
     assert z.requires_grad and layer_activations(s) == kept - repeated
 
 

@@ -29,6 +29,16 @@ RANKS = T_SPLITS + "ranks_in_threads"
 FAULTS = (
     # ---- the loss ----------------------------------------------------------------------------------------------------
     Fault(
+        "the_loss_waits_for_a_value",
+        LOSSES,
+        "loss = (weight * token_loss).sum()",
+        "loss = (weight * token_loss).sum() if mask.any() else 0.0 * tokens.logprob.sum()",
+        [
+            "tests/objective/test_no_waits.py::test_selection_and_loss_of_every_control",
+            "tests/objective/test_no_waits.py::test_every_objective_and_aggregation",
+        ],
+    ),
+    Fault(
         "masked_tokens_reach_the_loss",
         TOKENS,
         "torch.where(self.loss_mask, value, 0.0)",

@@ -4,22 +4,26 @@
 "weigh": "meta" builds one rank's module of a model of any size on the meta device and counts parameters; "optimizer"
 builds a small one with its distributed optimizer, takes a step, and adds up the bytes of what is really there; "recipe"
 builds what a recipe asks for: its model at full size on the meta device, and its whole actor with one narrow layer a
-stage.
+stage; "cuda" makes the TransformerConfig of a GPU, with a stand-in for Transformer Engine.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import transformers
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import rope_utils
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from entcov.objective.tokens import PolicyLossConfig
@@ -34,6 +38,8 @@ from megatron_integration.process_groups import ProcessGroups
 def run(job: dict) -> dict:
     if job["weigh"] == "recipe":
         return _build_recipe(job)
+    if job["weigh"] == "cuda":
+        return _cuda_config(job)
     megatron = MegatronConfig(**job["megatron"])
     device = "meta" if job["weigh"] == "meta" else "cpu"
     with _rank(megatron, job["stage"], job.get("data_parallel", 1), device) as layout:
@@ -72,6 +78,21 @@ def _build_recipe(job: dict) -> dict:
     return {"parameters": parameters, "trained": trained, "controls": [c.name for c in config.build_controls()]}
 
 
+def _cuda_config(job: dict) -> dict:
+    megatron = MegatronConfig(**job["megatron"])
+    stand_ins = {"transformer_engine": ModuleType("transformer_engine")}
+    found = ["fused_weight_gradient_mlp_cuda"] if job["apex"] else []
+    find_spec = importlib.util.find_spec
+    with (
+        _rank(megatron, 0, 1, "cuda") as layout,
+        patch.dict(sys.modules, stand_ins),
+        patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", lambda *args: None),
+        patch.object(importlib.util, "find_spec", lambda name, *args: name in found or find_spec(name, *args)),
+    ):
+        config = _bridge(job["config"], megatron, layout, "bfloat16").config
+    return {name: getattr(config, name) for name in sorted(vars(config)) if "fusion" in name}
+
+
 @contextmanager
 def _rank(megatron: MegatronConfig, stage: int, data_parallel: int, device: str) -> Iterator[ProcessGroups]:
     """The layout of a stage's first rank, in groups that do nothing."""
@@ -98,11 +119,15 @@ def _rank(megatron: MegatronConfig, stage: int, data_parallel: int, device: str)
 
 
 def _build(config: dict, megatron: MegatronConfig, layout: ProcessGroups, dtype: str):
-    with tempfile.TemporaryDirectory() as folder:
-        transformers.AutoConfig.for_model(**config).save_pretrained(folder)
-        bridge = make_bridge(folder, megatron, layout, dtype=getattr(torch, dtype))
+    bridge = _bridge(config, megatron, layout, dtype)
     with layout.device:
         return build_model(bridge, layout), bridge
+
+
+def _bridge(config: dict, megatron: MegatronConfig, layout: ProcessGroups, dtype: str):
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.AutoConfig.for_model(**config).save_pretrained(folder)
+        return make_bridge(folder, megatron, layout, dtype=getattr(torch, dtype))
 
 
 @contextmanager

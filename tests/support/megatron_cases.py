@@ -155,7 +155,11 @@ def parity(folder: Path, case: dict[str, Any]) -> str | None:
         controls = [make_control(c, **knobs) for c, knobs in (CONTROLS | METHODS)[case["control"]]]
         config = actor_config(packing=case.get("packing", False))
         actor = megatron_actor(folder / case["model"], layout, megatron, controls, config=config, loss=loss)
+        norms, grad_norm = [], actor.optimizer.get_grad_norm
+        actor.optimizer.get_grad_norm = lambda: norms.append(grad_norm()) or norms[-1]
         got = updates(actor, batch, controls)
+    if len(norms) != UPDATES:
+        return f"the gradient norm was computed {len(norms)} times in {UPDATES} updates"
     return difference(got, load(folder / oracle_file(case)))
 
 

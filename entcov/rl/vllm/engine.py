@@ -6,6 +6,7 @@ docs/vllm.md lists the changes and what entcov does about each. A trainer's own 
 
 import contextlib
 import gc
+import hashlib
 import importlib.util
 import os
 import random
@@ -134,10 +135,9 @@ class LocalEngine:
         vllm = import_vllm()
         from entcov.rl.vllm.transfer import BACKEND
 
-        with tempfile.TemporaryDirectory(prefix="entcov-vllm-") as folder, undisturbed(), _quiet():
-            save_configuration(model, Path(folder))
+        with undisturbed(), _quiet():
             self._llm = vllm.LLM(
-                folder,
+                str(configuration_folder(model, Path(vllm.envs.VLLM_CACHE_ROOT))),
                 **engine_arguments(model, settings, max_model_len=max_model_len, dtype=dtype, cpu=cpu),
                 weight_transfer_config={"backend": BACKEND},
                 distributed_executor_backend="external_launcher" if _world_size() > 1 else None,
@@ -262,6 +262,25 @@ def save_configuration(model: PretrainedConfig, folder: Path) -> None:
     """Writes config.json alone into the folder, which is all that vLLM needs to start."""
     text = model.to_dict() | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(model)].__name__]}
     type(model)(**text).save_pretrained(folder)
+
+
+def configuration_folder(model: PretrainedConfig, cache: Path) -> Path:
+    """A folder below `cache` with the model's config.json, named by its content and written once.
+
+    vLLM keys what it compiles by the folder's name too: in a fresh folder every start and every rank compiles anew.
+    """
+    home = cache / "entcov_models"
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as fresh:
+        save_configuration(model, Path(fresh))
+        digest = hashlib.sha256((Path(fresh) / "config.json").read_bytes()).hexdigest()
+        folder = home / digest[:32]
+        with contextlib.suppress(OSError):  # it is there already: another process wrote the same
+            os.rename(fresh, folder)
+            Path(fresh).mkdir()
+    if not (folder / "config.json").exists():
+        raise OSError(f"{folder}: vLLM's model folder cannot be written; VLLM_CACHE_ROOT names another place")
+    return folder
 
 
 def _release(core: Any) -> None:

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
+
+from entcov.rl.vllm.engine import configuration_folder
 
 ROOT = Path(__file__).parents[3]
 if importlib.util.find_spec("vllm") is None:
@@ -39,3 +42,13 @@ def test_one_engine_over_two_processes():
         "tests.support.vllm_ranks",
     )
     run(*torchrun)
+
+
+def test_a_model_has_one_folder_for_every_start(tmp_path):
+    """vLLM's compile cache is keyed by it."""
+    model = transformers.Qwen2Config(hidden_size=16, architectures=None)
+    folder = configuration_folder(model, tmp_path)
+    assert folder == configuration_folder(transformers.Qwen2Config(hidden_size=16), tmp_path)
+    assert folder != configuration_folder(transformers.Qwen2Config(hidden_size=32), tmp_path)
+    assert transformers.AutoConfig.from_pretrained(folder).hidden_size == 16
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json"] and len(list(folder.parent.iterdir())) == 2
