@@ -9,6 +9,7 @@ from tests.planted_faults import (
     megatron,
     objective,
     prime,
+    report,
     statistics,
     storage,
     trainer,
@@ -25,5 +26,6 @@ FAULTS = (
     *statistics.FAULTS,
     *megatron.FAULTS,
     *prime.FAULTS,
+    *report.FAULTS,
     *integrations.FAULTS,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 WORDS = ("3", " plus", " 4", " is", " 7", ".", "\n", " so", " the", " answer", " carries", " one")
 HOSTILE = (
-    "<script>window.pwned = 1</script>", "</script>", "<!--", "\"'`", "<img src=x onerror='window.pwned=1'>", "\x00",
+    "<script>window.pwned = 1</script>", "</script>", "</script >", "<!--", "\"'`", "<img src=x onerror='window.pwned=1'>", "\x00",
     "\u2028", "\u202e", "\ud800", "&lt;", "]]>", "${window.pwned=1}", "\n", "שלום", " </style>",
 )  # fmt: skip
 

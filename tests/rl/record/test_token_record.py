@@ -11,11 +11,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from entcov.controls import Selection
+from entcov.rl.batch import pack
 from entcov.rl.config import parse_config
 from entcov.rl.data.tokenizer import char_tokenizer
 from entcov.rl.loop import Loop
 from entcov.rl.record import token_record
-from entcov.rl.record.token_record import KEPT, TokenRecord, choose, is_kept, prompt_key, token_texts
+from entcov.rl.record.token_record import KEPT, TokenRecord, Watched, choose, is_kept, prompt_key, token_texts
 from entcov.rl.run import train
 from entcov.rl.types import Example, Prompt, Rollout
 from tests.support.scripted_loop import Actor, Sampler, Stream, reward
@@ -89,6 +90,17 @@ def test_a_step_by_hand(tmp_path):
     loop.config.steps = record.steps = 100
     loop.step()
     assert loop.watched is None and loop.actor.on_selection is None
+
+
+def test_a_token_counts_as_chosen_if_one_update_chose_it():
+    batch = pack([rollout(), rollout(sample=1)])
+    batch.assign_scores({name: torch.zeros(len(batch.tokens)) for name in ("logprob", "entropy", "entropy_drift")}, 0)
+    watched = Watched([rollout(), rollout(sample=1)], {}, batch)
+    ids = batch.token_id[batch.loss_mask]
+    elsewhere = torch.tensor([1 << 40])
+    for chosen in ([True, False, False, False], [False, False, True, False], [False] * 4):
+        watched.selected("clip_cov", torch.cat([ids, elsewhere]), Selection(torch.tensor([*chosen, True])))
+    assert watched.chosen["clip_cov"].tolist() == [True, False, True, False]
 
 
 def test_what_clip_cov_chose_are_the_tokens_in_its_bounds(tmp_path):
