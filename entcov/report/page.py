@@ -21,13 +21,15 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from entcov.report import fit_law
 from entcov.report.compare import FINAL_FRACTION, summarize, tables
-from entcov.report.plots import panel_figures
+from entcov.report.plots import new_figure, panel_figures
 from entcov.report.token_lens import Record, lens, read_records, to_json, visible
 from entcov.rl.record.durable import atomic_write, make_folder
 from entcov.rl.record.metrics import FILE_NAME, read_metrics
 
 MAX_BYTES = 10 * 10**6  # of a page; the lens gets what the curves and tables leave
+_FORECAST_FROM = 0.15  # the first part of a run, as `entcov fit-law` takes it
 _SEED = re.compile(r"seed_(\d+)")
 
 
@@ -37,6 +39,7 @@ class Runs:
 
     rows: dict[str, dict[int, list[dict[str, float]]]]
     records: dict[str, dict[str, list[Record]]]  # by label and seed
+    folders: dict[str, Path]  # by label and seed
     baselines: dict[str, str]
     commands: list[str]
 
@@ -84,14 +87,14 @@ def read_runs(folders: Sequence[str | Path]) -> Runs:
         found += [path for paths in seeds for path in paths]
     found = list({path.resolve(): path for path in found}.values())
     labels = _labels(found)
-    runs = Runs({}, {}, {}, commands)
+    runs = Runs({}, {}, {}, {}, commands)
     for path, (label, seed) in zip(found, labels, strict=True):
         rows = read_metrics(path)
         if not rows:
             raise ValueError(f"{path / FILE_NAME} holds no step yet")
         runs.rows.setdefault(label, {})[seed] = rows
         name = label if sum(label == other for other, _ in labels) == 1 else f"{label}, seed {seed}"
-        runs.records[name] = read_records(path)
+        runs.records[name], runs.folders[name] = read_records(path), path
     runs.baselines.update({a: b for a, b in baselines.items() if a in runs.rows and b in runs.rows})
     return runs
 
@@ -99,7 +102,11 @@ def read_runs(folders: Sequence[str | Path]) -> Runs:
 def build_page(runs: Runs, max_bytes: int = MAX_BYTES) -> str:
     """The page as text."""
     head = f"<h1>{_text(', '.join(runs.rows))}</h1>\n" + "".join(f"<pre>{_text(c)}</pre>\n" for c in runs.commands)
-    body = [_section("curves", "Curves", _curves(runs)), _section("tables", "Tables", _tables(runs))]
+    body = [
+        _section("curves", "Curves", _curves(runs)),
+        _section("tables", "Tables", _tables(runs)),
+        _section("law", "The law of entropy and reward", _law(runs)),
+    ]
     style, script = (resources.files("entcov.report").joinpath(name).read_text() for name in ("page.css", "page.js"))
     static = [*body, head, style, script]
     data = lens(runs.records, max_bytes - sum(len(part.encode()) for part in static) - 10_000)
@@ -133,7 +140,7 @@ def _image(title: str, figure: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "entcov"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="curve" alt="{_text(title)}, by step" src="data:image/svg+xml;base64,{data}">'
+    return f'<img class="curve" decoding="async" alt="{_text(title)}, by step" src="data:image/svg+xml;base64,{data}">'
 
 
 def _tables(runs: Runs) -> str:
@@ -143,6 +150,25 @@ def _tables(runs: Runs) -> str:
         "95 % interval over seeds (Student t); * marks a difference whose interval does not contain 0."
     )
     return f'<p class="note">{_text(note)}</p>' + "".join(_table(*table) for table in tables(comparison))
+
+
+def _law(runs: Runs) -> str:
+    """The fits of `entcov fit-law` at its defaults, or why a run has none."""
+    keys = fit_law.columns("response_mean")
+    found, reasons = {}, ""
+    for name, folder in runs.folders.items():
+        try:
+            found[name] = fit_law.run_law(fit_law.read_points(folder, *keys), _FORECAST_FROM)
+        except ValueError as error:
+            reasons += f'<p class="note">{_text(name)}: {_text(str(error))}.</p>'
+    if not found:
+        return reasons
+    figures = [new_figure(4.8, 3.5), new_figure(4.8, 3.5)]
+    fit_law.draw(*(figure.subplots() for figure in figures), found, keys, _FORECAST_FROM)
+    titles = ("Reward over entropy, with the fitted law", "Reward and its forecast")
+    pictures = "".join(_image(title, figure) for title, figure in zip(titles, figures, strict=True))
+    shown = "".join(_table(*table) for table in fit_law.tables(found, _FORECAST_FROM))
+    return f'<div class="curves">{pictures}</div>{shown}{reasons}'
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ from tests.planted_faults import (
     controls,
     data_level,
     integrations,
+    law,
     megatron,
     objective,
     prime,
@@ -28,4 +29,5 @@ FAULTS = (
     *prime.FAULTS,
     *report.FAULTS,
     *integrations.FAULTS,
+    *law.FAULTS,
 )

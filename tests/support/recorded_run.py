@@ -10,8 +10,9 @@ from pathlib import Path
 
 WORDS = ("3", " plus", " 4", " is", " 7", ".", "\n", " so", " the", " answer", " carries", " one")
 HOSTILE = (
-    "<script>window.pwned = 1</script>", "</script>", "</script >", "<!--", "\"'`", "<img src=x onerror='window.pwned=1'>", "\x00",
-    "\u2028", "\u202e", "\ud800", "&lt;", "]]>", "${window.pwned=1}", "\n", "שלום", " </style>",
+    "<script>window.pwned = 1</script>", "</script>", "</script >", "<!--", "\"'`",
+    "<img src=x onerror='window.pwned=1'>",
+    "\x00", "\u2028", "\u202e", "\ud800", "&lt;", "]]>", "${window.pwned=1}", "\n", "שלום", " </style>",
 )  # fmt: skip
 
 
@@ -25,7 +26,8 @@ def made_up_run(
     for step in range(1, steps + 1):
         row = {
             "step": step,
-            "actor/entropy": floor + math.exp(-step / steps * 4) + draw.gauss(0, 0.01),
+            "actor/entropy": (entropy := floor + math.exp(-step / steps * 4) + draw.gauss(0, 0.01)),
+            "actor/entropy_response_mean": abs(entropy) * 0.98,
             "critic/score/mean": 0.8 - 0.5 * math.exp(-step / steps * 4) + draw.gauss(0, 0.02),
             "response_length/mean": 14 + draw.gauss(0, 0.5),
             "actor/cov_mean": 0.02 + draw.gauss(0, 0.003),
