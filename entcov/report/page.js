@@ -117,7 +117,10 @@
       const height = Math.round((10 * right) / sampled);
       const button = element("button", { type: "button", title: label, "aria-label": label }, element("span", { class: `bar h${height}` }), element("span", { class: "count" }, `${right}/${sampled}`), element("span", { class: "at" }, String(at)));
       if (at === record().step) button.setAttribute("aria-current", "step");
+      const there = own().steps.find((one) => one.step === at);
+      button.disabled = !there.prompts.some((one) => one.key === shown.key); // counted there, but without a response
       button.addEventListener("click", () => {
+        wanted = shown.key;
         step.value = steps.indexOf(at);
         draw();
         const now = $("history").querySelector('[aria-current="step"]');
@@ -139,6 +142,7 @@
     fill(prompt, labels);
     prompt.value = Math.max(0, prompts.findIndex((one) => one.key === wanted));
     const shown = prompts[prompt.value], controls = names();
+    if (wanted === null) wanted = shown.key; // the other steps and runs show the same one, where they have it
     $("task").replaceChildren(element("h3", {}, "Prompt"), element("p", { class: "text", dir: "ltr" }, shown.prompt),
       element("p", { class: "note" }, `answer: ${shown.answer} · ${shown.source}`));
     drawHistory(shown);

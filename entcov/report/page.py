@@ -164,8 +164,11 @@ def _law(runs: Runs) -> str:
     if not found:
         return reasons
     figures = [new_figure(4.8, 3.5), new_figure(4.8, 3.5)]
-    fit_law.draw(*(figure.subplots() for figure in figures), found, keys, _FORECAST_FROM)
-    titles = ("Reward over entropy, with the fitted law", "Reward and its forecast")
+    panels = [figure.subplots() for figure in figures]
+    fit_law.draw(*panels, found, keys, _FORECAST_FROM)
+    titles = ("Reward over entropy, with the fitted law", f"Reward, and forecast from the first {_FORECAST_FROM:.0%}")
+    for panel, title in zip(panels, titles, strict=True):
+        panel.set_title(title, loc="left", fontsize=10)
     pictures = "".join(_image(title, figure) for title, figure in zip(titles, figures, strict=True))
     shown = "".join(_table(*table) for table in fit_law.tables(found, _FORECAST_FROM))
     return f'<div class="curves">{pictures}</div>{shown}{reasons}'

@@ -129,7 +129,8 @@ def test_seeds_are_one_label_and_the_lens_has_every_run(page, folders):
         f"{title}, by step" for title in (
             "Reward", "Policy entropy", "Token covariance, mean", "Token covariance, 99.9th percentile",
             "Token covariance, largest", "Mismatch of sampler and trainer", "Response length",
-            "Held-out accuracy, mean@2", "Reward over entropy, with the fitted law", "Reward and its forecast",
+            "Held-out accuracy, mean@2", "Reward over entropy, with the fitted law",
+            "Reward, and forecast from the first 15%",
         )
     ]  # fmt: skip
     train, held_out = found.data()["runs"][0]["splits"]

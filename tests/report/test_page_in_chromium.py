@@ -80,6 +80,25 @@ def test_clicked_through_with_the_mouse(browser, page):
     assert browser.complaints() == []
 
 
+def test_the_same_prompt_stays_where_it_was_recorded(browser, tmp_path):
+    run = made_up_run(tmp_path / "run")
+    for name, first in (("step_10", 1), ("step_20", 2)):  # prompt 0 is counted, and has no response
+        path = run / "tokens" / "train" / f"{name}.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"prompts": record["prompts"][first:]}))
+    browser.open(write_report([run], tmp_path / "report.html"))
+    buttons = "[...document.querySelectorAll('#history button')]"
+    assert browser.run(f"{buttons}.map(e => e.disabled)") == [False, True, True, False, False]
+    browser.click("#history li:nth-child(2) button")
+    assert text(browser, "#shown") == "40 (record 5 of 5)"
+    browser.choose("#prompt", "1")
+    wanted = text(browser, "#task .text")
+    assert browser.run(f"{buttons}.map(e => e.disabled)") == [False, False, True, False, False]
+    browser.click("#history li:nth-child(2) button")  # there it is the first one
+    assert text(browser, "#shown") == "10 (record 2 of 5)" and text(browser, "#task .text") == wanted
+    assert browser.run("document.querySelector('#prompt').value") == "0" and browser.complaints() == []
+
+
 def test_every_quantity_s_colours_are_those_of_its_values(browser, page):
     browser.open(page)
     data = data_of(page)
