@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 # One that has torch with CUDA; `make gpu` installs nothing.
 GPU_PYTHON ?= python3
 
-.PHONY: setup lint format test bench static gpu rivals tiny wheel clean
+.PHONY: setup lint format test test-plugins bench static gpu rivals tiny wheel clean
 
 setup:  ## .venv with entcov and the packages of constraints.txt
 	./scripts/setup.sh
@@ -14,8 +14,11 @@ lint: setup  ## style and obvious mistakes
 format: setup  ## lay the Python files out
 	$(PYTHON) -m ruff format .
 
-test: setup  ## the CPU suite
+test: setup  ## the CPU suite, and the tests of the plug-ins
 	./scripts/setup_and_test.sh
+
+test-plugins:  ## those of the plug-ins alone, in .venv-verl and .venv-trl
+	./scripts/test_plugins.sh
 
 bench: setup  ## speed of the ops against eager and compiled torch, with byte counts
 	$(PYTHON) -m benchmarks ops
@@ -36,4 +39,4 @@ wheel: setup  ## dist/entcov-*.whl for this machine's Python
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## build products; runs/ and .venv stay
-	rm -rf build dist *.egg-info entcov/*.so .pytest_cache .ruff_cache .venv/entcov*_installed
+	rm -rf build dist *.egg-info entcov/*.so .pytest_cache .ruff_cache .venv*/entcov*_installed
