@@ -413,6 +413,8 @@ def _report(args: argparse.Namespace) -> int:
     out = Path(args.out or (Path(args.runs[0]) / "report.html" if len(args.runs) == 1 else "report.html"))
     if out.is_dir():
         raise ValueError(f"--out: must be a file, got the folder {out}")
+    if file := next((folder for folder in out.parents if folder.is_file()), None):
+        raise ValueError(f"--out: must be in a folder, got {out}, and {file} is a file")
     print(write_report(args.runs, out))
     return 0
 

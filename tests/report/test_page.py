@@ -223,7 +223,7 @@ def test_bad_folders_are_named(tmp_path, capsys):
         ([str(tmp_path / "no_run")], "metrics.jsonl does not exist"),
         ([str(empty)], "holds no step yet"),
         ([str(run), "--out", str(tmp_path)], "--out: must be a file, got the folder"),
-        ([str(run), "--out", str(run / "metrics.jsonl" / "page.html")], "metrics.jsonl"),
+        ([str(run), "--out", str(run / "metrics.jsonl" / "page.html")], "--out: must be in a folder"),
     ):
         assert main(["report", *arguments]) == 2
         error = capsys.readouterr().err

@@ -343,7 +343,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("required: RUN",),
     "report {folder}": ("metrics.jsonl does not exist",),
     "report {run} --out {folder}": ("--out: must be a file, got the folder",),
-    "report {run} --out {file}/page.html": ("file/page.html",),
+    "report {run} --out {file}/page.html": ("--out: must be in a folder", "is a file"),
     "fit-law": ("required: RUN",),
     "fit-law {folder}": ("metrics.jsonl does not exist",),
     "fit-law {run}": ("no step has the metric actor/entropy_response_mean", "acc/mean@1"),
