@@ -8,7 +8,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig
+from entcov.objective.tokens import LOG_RATIO_BOUND, OBJECTIVE_KNOBS, PolicyLossConfig
 
 TESTED = "1.16.0"  # of trl, with transformers 5.23 and accelerate 1.15
 
@@ -20,10 +20,14 @@ LOSS_TYPES = {
     "dr_grpo": ("ppo", "seq-mean-token-sum-norm"),
     "cispo": ("cispo", "token-mean"),
     "sapo": ("sapo", "seq-mean-token-mean"),
+    "vespo": ("vespo", "token-mean"),
 }
+# ... and with "sequence"
+SEQUENCE_LOSS_TYPES = {"grpo": ("gspo", "seq-mean-token-mean"), "luspo": ("gspo", "seq-mean-token-sum")}
 TRANSLATED = (
     "loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "sapo_temperature_neg",
-    "sapo_temperature_pos", "beta", "use_bias_correction_kl", "vllm_importance_sampling_correction",
+    "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
+    "off_policy_mask_threshold", "beta", "use_bias_correction_kl", "vllm_importance_sampling_correction",
     "vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
     "max_completion_length", "temperature", "num_iterations", "steps_per_generation", "generation_batch_size",
     "cast_lm_head_to_fp32", "router_aux_loss_coef", "mask_truncated_completions", "num_generations",
@@ -38,10 +42,6 @@ REFUSED = {
     "entropy_coef_max": 'it is coef_max of make_control("adaptive_bonus", rule="trl")',
     "entropy_coef_delta": 'it is delta of make_control("adaptive_bonus", rule="trl")',
     "entropy_target": 'it is target of make_control("adaptive_bonus", rule="trl")',
-    "off_policy_mask_threshold": "entcov has no off-policy sequence mask; its nearest is "
-    "vllm_importance_sampling_mode='sequence_mask'",
-    "vespo_k_pos": "entcov has no vespo", "vespo_lambda_pos": "entcov has no vespo",
-    "vespo_k_neg": "entcov has no vespo", "vespo_lambda_neg": "entcov has no vespo",
 }  # fmt: skip
 KEPT = (
     "model_init_kwargs", "trust_remote_code", "disable_dropout", "remove_unused_columns", "num_generations_eval",
@@ -68,27 +68,25 @@ def policy_loss_config(args: Any) -> PolicyLossConfig:
     _refuse_keys(args)
     _check_windows(args)
     level = args.importance_sampling_level
-    if args.loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)} here, got {args.loss_type}")
-    objective, aggregation = LOSS_TYPES[args.loss_type]
     if level not in ("token", "sequence"):
         raise ValueError(f"importance_sampling_level must be token or sequence, got {level}")
-    if level == "sequence":
-        if args.loss_type != "grpo":
-            raise ValueError(
-                f"loss_type must be grpo with importance_sampling_level='sequence' (GSPO), got {args.loss_type}"
-            )
-        if args.beta and args.use_bias_correction_kl:
-            raise ValueError(
-                "use_bias_correction_kl must be False with importance_sampling_level='sequence' and beta > 0: the "
-                "correction is unbiased for token ratios alone; got True"
-            )
-        objective = "gspo"
+    types = LOSS_TYPES if level == "token" else SEQUENCE_LOSS_TYPES
+    if args.loss_type not in types:
+        raise ValueError(
+            f"loss_type must be one of {', '.join(types)} with importance_sampling_level={level!r}, got {args.loss_type}"
+        )
+    objective, aggregation = types[args.loss_type]
+    if level == "sequence" and args.beta and args.use_bias_correction_kl:
+        raise ValueError(
+            "use_bias_correction_kl must be False with importance_sampling_level='sequence' and beta > 0: the "
+            "correction is unbiased for token ratios alone; got True"
+        )
     try:
         return PolicyLossConfig(
             objective=objective,
             aggregation=aggregation,
             max_response_length=args.max_completion_length if args.loss_type == "dr_grpo" else None,
+            off_policy_mask_threshold=args.off_policy_mask_threshold,
             **_clip(args, objective),
             **_mismatch(args),
         )
@@ -129,6 +127,8 @@ def _clip(args: Any, objective: str) -> dict[str, float]:
         raise ValueError(f"delta must be None, the loss does not read it ({objective}); got {args.delta}")
     if objective == "sapo":
         return {"tau_pos": args.sapo_temperature_pos, "tau_neg": args.sapo_temperature_neg}
+    if objective == "vespo":
+        return {name: getattr(args, name) for name in OBJECTIVE_KNOBS["vespo"]}
     if objective == "cispo":
         if high < 1:
             raise ValueError(

@@ -197,12 +197,12 @@ class EntcovGRPOTrainer(GRPOTrainer):
     def _denominators(self) -> list[Tensor]:
         """For each micro-batch, what its loss is multiplied by to have TRL's denominator in the place of entcov's.
 
-        Where both count responses there is nothing to do. dapo, cispo: TRL divides by the tokens of the generation
-        batch times the share of its micro-batches that the step has, entcov by those of the step. bnpo: TRL takes the
-        mean over each micro-batch alone, and the mean of these. What a control drops changes neither factor.
+        Where both count responses there is nothing to do. dapo, cispo, vespo: TRL divides by the tokens of the
+        generation batch times the share of its micro-batches that the step has, entcov by those of the step. bnpo: TRL
+        takes the mean over each micro-batch alone, and the mean of these. What a control drops changes neither factor.
         """
         masks = [_loss_mask(batch) for batch in self._window]
-        if self.loss_type not in ("dapo", "cispo", "bnpo"):
+        if self.loss_type not in ("dapo", "cispo", "vespo", "bnpo"):
             return [torch.ones((), device=masks[0].device)] * len(masks)
         counts = torch.stack([mask.sum() for mask in masks])
         tokens = self.accelerator.reduce(counts.sum(), reduction="sum")

@@ -15,9 +15,9 @@ from entcov.integrations.trl.keys import policy_loss_config
 from tests.support.trl_runs import made, settings
 
 REFUSED = {
-    "loss_type must be one of grpo, bnpo, dapo, dr_grpo, cispo, sapo here, got luspo": {"loss_type": "luspo"},
-    "loss_type must be one of grpo, bnpo, dapo, dr_grpo, cispo, sapo here, got vespo": {"loss_type": "vespo"},
-    "loss_type must be grpo with importance_sampling_level='sequence'": {
+    "loss_type must be one of grpo, bnpo, dapo, dr_grpo, cispo, sapo, vespo with importance_sampling_level='token', got "
+    "luspo": {"loss_type": "luspo"},
+    "loss_type must be one of grpo, luspo with importance_sampling_level='sequence', got dapo": {
         "loss_type": "dapo", "importance_sampling_level": "sequence",
     },
     "importance_sampling_level must be token or sequence, got turn": {"importance_sampling_level": "turn"},
@@ -34,8 +34,8 @@ REFUSED = {
     "entropy_coef must be left at 0.0, got 0.01: use controls=[make_control(\"entropy_bonus\"": {"entropy_coef": 0.01},
     "use_adaptive_entropy must be left at False, got True": {"use_adaptive_entropy": True},
     "entropy_target must be left at 0.2, got 0.5: it is target of": {"entropy_target": 0.5},
-    "off_policy_mask_threshold must be left at None, got 0.5": {"off_policy_mask_threshold": 0.5},
-    "vespo_k_pos must be left at 2.0, got 1.0: entcov has no vespo": {"vespo_k_pos": 1.0},
+    "off_policy_mask_threshold must be in [0, inf], got -0.5": {"off_policy_mask_threshold": -0.5},
+    "delta must be None, the loss does not read it (vespo); got 2.0": {"loss_type": "vespo", "delta": 2.0},
     "steps_per_generation must be a multiple of gradient_accumulation_steps, so that the tokens of an optimizer step "
     "come from one generation batch; got 2 and 4": {"rows": 4, "steps_per_generation": 2},
     "vllm_importance_sampling_mode must be one of token_truncate, token_mask, sequence_truncate, sequence_mask": {
