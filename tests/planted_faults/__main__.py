@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a process with threads must not fork
 
@@ -23,10 +24,13 @@ def main() -> int:
     if options.quick:
         one_each = {fault.file: fault for fault in reversed(chosen) if fault.slow is None}
         chosen = list(reversed(one_each.values()))
+    for package in sorted({fault.package for fault in chosen if fault.package and find_spec(fault.package) is None}):
+        print(f"left out: faults that need {package}, which is not installed here", flush=True)
+        chosen = [fault for fault in chosen if fault.package != package]
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if not chosen:
-        parser.error(f"--only: no fault's name or file contains {options.only!r}")
+        parser.error(f"--only: no fault that can be tried here has a name or file that contains {options.only!r}")
     started = time.monotonic()
     problems = survivors(chosen, jobs=options.jobs, tell=lambda line: print(line, flush=True))
     print(f"{len(chosen) - len(problems)} of {len(chosen)} faults were caught in {time.monotonic() - started:.0f} s")

@@ -12,6 +12,7 @@ from tests.planted_faults import (
     statistics,
     storage,
     trainer,
+    verl,
 )
 
 FAULTS = (
@@ -26,4 +27,5 @@ FAULTS = (
     *megatron.FAULTS,
     *prime.FAULTS,
     *integrations.FAULTS,
+    *verl.FAULTS,
 )

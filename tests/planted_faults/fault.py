@@ -17,6 +17,7 @@ class Fault:
     tests: pytest node ids. Each must fail by the fault alone; one without brackets stands for all its parameters, of
         which at least one must fail.
     slow: why the ordinary suite does not try the fault; None: it does, unless an earlier one names the same tests.
+    package: without which the tests are not there, so that the fault can only be tried in another environment.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Fault:
     new: str
     tests: Sequence[str]
     slow: str | None = None
+    package: str | None = None
 
     def planted_in(self, source: str) -> str:
         """The file's text with the fault.

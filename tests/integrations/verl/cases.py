@@ -1,0 +1,39 @@
+"""Controls of every moment, and the divisions of one rollout over micro-batches and ranks that must not change them."""
+
+import torch.distributed as dist
+
+from tests.integrations.verl.worker import Case, Outcome, make_worker, policy_loss_config, run
+
+# `begin` decides: clip_b, positive_advantage_reweighting. `select`: clip_cov, kl_cov, entropic. `apply` alone:
+# entropy_bonus. `after_update`: adaptive_bonus by TRL's rule, entropic. `after_step`: aent, ..._reweighting.
+CONTROLS = {
+    "clip_cov": {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.01, "clip_cov_ub": 50.0},
+    "kl_cov": {"kl_cov_ratio": 0.1, "ppo_kl_coef": 1.0},
+    "entropic": {"prob_threshold": 0.01, "ki": 0.1, "kp": 0.1},
+    "entropy_bonus": {"entropy_coef": 0.01},
+    "adaptive_bonus": {"rule": "trl", "target": 4.0, "entropy_coef": 0.01},
+    "aent": {"warmup": 0, "entropy_coef": 5e-3},
+    "clip_b": {"mu": 0.5},
+    "positive_advantage_reweighting": {"weight": 0.3, "target": 4.0},
+}
+SHUFFLED = [3, 6, 0, 2, 7, 1, 5, 4]
+ROLLOUTS = 2
+
+
+def case(name: str, rows: list[int] | None = None, **worker) -> Case:
+    return Case({"controls": {name: CONTROLS[name]}}, worker, rows=rows, rollouts=ROLLOUTS)
+
+
+def on_two_ranks(model: str, folder: str) -> tuple[dict[str, Outcome], dict]:
+    """All controls, on this rank; the rows are dealt to the ranks in another order than on one.
+
+    Returns: (outcomes, the state that is stored where rank 0 has no outputs of the model, like a first pipeline stage).
+    """
+    from entcov.integrations.verl import checkpoint  # brings verl, which `start` must have prepared
+
+    outcomes = {name: run(model, case(name, SHUFFLED, micro=2)) for name in CONTROLS}
+    outcomes["dynamic"] = run(model, case("clip_cov", max_tokens=24))
+    training = make_worker(model, policy_loss=policy_loss_config({"controls": {"aent": {}}})).engine.training
+    training.has_outputs, training.step = bool(dist.get_rank()), 7 * dist.get_rank()
+    checkpoint.save(training, folder)
+    return outcomes, checkpoint.read(folder)
