@@ -1,0 +1,21 @@
+"""TRL's GRPOTrainer with entcov's controls: `EntcovGRPOTrainer`. docs/trl.md is its page; trl is imported when it is used.
+
+keys.py        what each key of GRPOConfig becomes here, or why it is refused
+head.py        the statistics of the policy: in the place of TRL's fused head
+fsdp_head.py   the gathered LM head of FSDP2, with its right gradient
+trainer.py     the trainer
+"""
+
+from typing import Any
+
+TESTED = "1.16.0"  # of trl, with transformers 5.23 and accelerate 1.15
+
+__all__ = ["TESTED", "EntcovGRPOTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "EntcovGRPOTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from entcov.integrations.trl.trainer import EntcovGRPOTrainer
+
+    return EntcovGRPOTrainer
