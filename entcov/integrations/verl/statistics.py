@@ -153,9 +153,7 @@ def _linear_statistics(
     """[..., n]: the columns of the request."""
     fields, arguments = requested(micro_batch)
     target, temperature = _targets(micro_batch, output_args, hidden.shape[1])
-    stats = linear_token_stats(
-        hidden, weight, target, bias=bias, temperature=one_temperature(temperature), **arguments
-    )
+    stats = linear_token_stats(hidden, weight, target, bias=bias, temperature=one_temperature(temperature), **arguments)
     return torch.stack([getattr(stats, field) for field in fields.values()], -1)
 
 
@@ -212,7 +210,7 @@ def one_temperature(temperature: float | Tensor) -> float:
 
 
 class MegatronStatistics(_WithoutLogits):
-    """Mixin before MegatronEngineWithLMHead: the statistics of logits whose vocabulary is split over the tensor-parallel
+    """Mixin before MegatronEngineWithLMHead: statistics of logits whose vocabulary is split over the tensor-parallel
     ranks, or of hidden states. Columns from the Hugging Face model's vocab_size on are padding."""
 
     def _maybe_enable_fused_kernels(self) -> None:

@@ -2,7 +2,18 @@
 
 import torch.distributed as dist
 
-from tests.integrations.verl.worker import Case, Outcome, make_worker, policy_loss_config, run
+from tests.integrations.verl import megatron_worker
+from tests.integrations.verl.worker import (
+    Case,
+    Outcome,
+    make_worker,
+    policy_loss_config,
+    record_selections,
+    rollout,
+    run,
+    score,
+    train,
+)
 
 # `begin` decides: clip_b, positive_advantage_reweighting. `select`: clip_cov, kl_cov, entropic. `apply` alone:
 # entropy_bonus. `after_update`: adaptive_bonus by TRL's rule, entropic. `after_step`: aent, ..._reweighting.
@@ -16,6 +27,7 @@ CONTROLS = {
     "clip_b": {"mu": 0.5},
     "positive_advantage_reweighting": {"weight": 0.3, "target": 4.0},
 }
+IN_MEGATRON = ("clip_cov", "entropic", "aent", "clip_b")
 SHUFFLED = [3, 6, 0, 2, 7, 1, 5, 4]
 ROLLOUTS = 2
 
@@ -37,3 +49,27 @@ def on_two_ranks(model: str, folder: str) -> tuple[dict[str, Outcome], dict]:
     training.has_outputs, training.step = bool(dist.get_rank()), 7 * dist.get_rank()
     checkpoint.save(training, folder)
     return outcomes, checkpoint.read(folder)
+
+
+def on_tensor_parallel_ranks(model: str) -> dict[str, tuple[dict | None, list[list[int]]]]:
+    """Controls in verl's Megatron engine on this rank, which has half of the vocabulary: (metrics, tokens chosen)."""
+    from verl.workers.engine.base import EngineRegistry
+
+    megatron_worker.start(model)
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+    register = EngineRegistry.register(model_type="language_model", backend="megatron", device="cpu")
+    register(MegatronEngineWithLMHead)
+    found = {}
+    for name in IN_MEGATRON:
+        policy_loss = policy_loss_config({"controls": {name: CONTROLS[name]}})
+        worker, batch = megatron_worker.make_worker(model, policy_loss=policy_loss), rollout()
+        chosen, batch.shared = record_selections(worker), True
+        score(worker, batch, moved=0.1)
+        found[name] = (train(worker, batch, epochs=2), chosen)
+    return found
+
+
+def in_two_processes(model: str, folder: str) -> tuple:
+    """What `on_two_ranks` and `on_tensor_parallel_ranks` return; the second changes the process."""
+    return *on_two_ranks(model, folder), on_tensor_parallel_ranks(model)

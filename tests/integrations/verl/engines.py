@@ -1,4 +1,4 @@
-"""Statistics and gradients of verl's engines, and of the same model in float64: what the tests of the statistics compare.
+"""Statistics and gradients of verl's engines, and of the same model in float64.
 
 The loss is a sum of every differentiable statistic with random weights, so that a wrong gradient of any token shows.
 """
@@ -85,7 +85,7 @@ def _gradients(engine: Any) -> dict[str, Tensor]:
 def oracle(
     folder: str, batch: Rollout, *, temperature: float | Tensor = 1.0, asked: Sequence[str] = DIFFERENTIABLE
 ) -> Found:
-    """The same in float64 by plain torch, one sequence after the other. The loss has the statistics that are `asked`."""
+    """The same in float64 by plain torch, sequence by sequence. The loss has the statistics that are `asked`."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
@@ -125,7 +125,8 @@ def worst(found: Found, right: Found, batch: Rollout, rows: slice = slice(None))
     """Errors by name: of columns the largest absolute one on real tokens, of gradients relative to the whole's norm."""
     mask = batch.columns["response_mask"].bool()[rows]
     errors = {
-        name: float((value.double() - right.columns[name][rows])[mask].abs().max()) for name, value in found.columns.items()
+        name: float((value.double() - right.columns[name][rows])[mask].abs().max())
+        for name, value in found.columns.items()
     }
     norm = torch.stack([g.norm() for g in right.gradients.values()]).norm()
     for name, grad in found.gradients.items():
@@ -144,6 +145,3 @@ def raised(call: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return "nothing"
-
-
-__all__ = ["CLAMP", "RESPONSE", "Found", "all_below", "found_by", "of_logits", "oracle", "raised", "use_engine", "weighted_rollout", "worst"]

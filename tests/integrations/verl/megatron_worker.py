@@ -44,15 +44,21 @@ def start(model: str) -> None:
 
 
 def make_worker(
-    model: str, *, sequence_parallel: bool = True, fused: str | None = None, entropy_coeff: float = 0.0
+    model: str,
+    *,
+    sequence_parallel: bool = True,
+    fused: str | None = None,
+    entropy_coeff: float = 0.0,
+    policy_loss: Any = None,
 ) -> Any:
-    """A TrainingWorker in float32 whose ranks are all tensor-parallel."""
+    """A TrainingWorker in float32 whose ranks are all tensor-parallel; `policy_loss` as for `worker.make_worker`."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import (
         HFModelConfig,
         McoreActorConfig,
         McoreEngineConfig,
         McoreOptimizerConfig,
+        PolicyLossConfig,
         TrainingWorkerConfig,
     )
     from verl.workers.engine_workers import TrainingWorker
@@ -82,9 +88,26 @@ def make_worker(
     )
     worker.reset()
     worker.engine.model_config.tokenizer = SimpleNamespace(pad_token_id=0)
-    actor = McoreActorConfig(rollout_n=4, ppo_micro_batch_size_per_gpu=2, entropy_coeff=entropy_coeff)
+    actor = McoreActorConfig(
+        rollout_n=4, ppo_micro_batch_size_per_gpu=2, entropy_coeff=entropy_coeff,
+        policy_loss=policy_loss or PolicyLossConfig(),
+    )  # fmt: skip
     worker.set_loss_fn(partial(ppo_loss, config=actor))
     return worker
+
+
+def step(worker: Any, batch: Any) -> dict[str, list[float]]:
+    """Two updates of verl's trainer on 8 sequences; the gradient norms and losses, on the rank that verl asks."""
+    from verl.utils import tensordict_utils as tu
+
+    keys = {"mini_batch_size": 8, "global_batch_size": 8, "epochs": 2, "seed": 1, "compute_loss": True}
+    output = worker.train_mini_batch(
+        batch.local(**keys, dataloader_kwargs={"shuffle": False}, calculate_entropy=True, temperature=0.7)
+    )
+    if not worker.engine.is_mp_src_rank_with_outputs():
+        return {}
+    metrics = tu.get(output, "metrics")
+    return {name: [float(x) for x in metrics[name]] for name in ("grad_norm", "loss")}
 
 
 def gradients(engine: Any) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from tests.integrations.verl import engines, worker
 from tests.integrations.verl.engines import CLAMP, Found, Rollout
@@ -17,8 +16,22 @@ TEMPERATURE = 0.7
 PLAIN = ("log_probs", "entropy")  # what verl has
 
 
+def on_two_ranks(untied: str, tied: str) -> dict[str, dict[str, Any]]:
+    """Every case of this file but those that the others call."""
+    return {
+        "data parallel": data_parallel(untied, tied),
+        "sharded logits": sharded_logits(untied),
+        "ulysses": ulysses(untied),
+        "tensor parallel": tensor_parallel(untied, tied),  # last: Megatron-Core's adaptation to a CPU stays
+    }
+
+
 def fused(backend: str, *, packed: bool = False, **engine: Any) -> dict[str, Any]:
-    options = {"use_remove_padding": packed, "use_fused_kernels": True, "fused_kernel_options": {"impl_backend": backend}}
+    options = {
+        "use_remove_padding": packed,
+        "use_fused_kernels": True,
+        "fused_kernel_options": {"impl_backend": backend},
+    }
     return {"hf_model": options, "engine": engine}
 
 
@@ -159,7 +172,8 @@ def tensor_parallel(untied: str, tied: str) -> dict[str, Any]:
             if tied_name == "tied" and name in ("verl", "entcov"):
                 continue
             engines.use_engine("megatron", *mixins)
-            engine = megatron_worker.make_worker(model, **options).engine
+            trainer = megatron_worker.make_worker(model, **options)
+            engine = trainer.engine
             asked = EVERYTHING if mixins else {}
             found = engines.found_by(engine, batch, packed=True, temperature=TEMPERATURE, **asked)
             errors[f"{tied_name} {name}"] = engines.worst(found, exact, batch)
@@ -167,6 +181,8 @@ def tensor_parallel(untied: str, tied: str) -> dict[str, Any]:
                 found = engines.found_by(engine, batch, packed=True, temperature=temperatures, **asked)
                 errors["temperatures"] = engines.worst(found, each, batch)
                 errors |= processors(engine)
+            batch.columns["old_log_probs"] = plain.columns["log_probs"].float() * batch.columns["response_mask"]
+            errors[f"step {tied_name} {name}"] = megatron_worker.step(trainer, batch)
     return errors
 
 
@@ -188,7 +204,10 @@ def processors(engine: Any) -> dict[str, Any]:
         right = engines.of_logits(exact, target)
         weights = torch.randn(2, 1, T, generator=g)
         (right["log_probs"] * weights[0] + right["entropy"] * weights[1]).sum().backward()
-        for kind, call in (("verl", Verls._lm_head_logits_processor), ("entcov", type(engine)._lm_head_logits_processor)):
+        for kind, call in (
+            ("verl", Verls._lm_head_logits_processor),
+            ("entcov", type(engine)._lm_head_logits_processor),
+        ):
             leaf = whole.chunk(2, -1)[rank].clone().requires_grad_()
             keys = dict.fromkeys(("calculate_sum_pi_squared", "distillation_use_topk", "distillation_only"), False)
             data = worker.rollout(rows=list(range(8)) * 2).local(calculate_entropy=True)

@@ -22,8 +22,14 @@ import importlib.metadata, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 os.environ |= {{"VERL_LOGGING_LEVEL": "ERROR", "VERL_PLATFORM": "cpu"}}
 own = importlib.metadata.entry_points
-point = importlib.metadata.EntryPoint("entcov", {project["entry-points"]["verl.plugins"]["entcov"]!r}, "verl.plugins")
-importlib.metadata.entry_points = lambda **keys: [point] if keys == {{"group": "verl.plugins"}} else own(**keys)
+found = {{
+    "verl.plugins": ("entcov", {project["entry-points"]["verl.plugins"]["entcov"]!r}),
+    "entcov.controls": ("of_another_package", "no_such_package:Control"),  # named, and not imported
+}}
+def entry_points(**keys):
+    group = keys.get("group")
+    return [importlib.metadata.EntryPoint(*found[group], group)] if group in found else own(**keys)
+importlib.metadata.entry_points = entry_points
 """
     return subprocess.run([sys.executable, "-W", "ignore", "-c", head + code], capture_output=True, text=True, cwd="/")
 
@@ -51,6 +57,7 @@ import verl.trainer.ppo.core_algos as algos
 modes = {name for name in algos.POLICY_LOSS_REGISTRY if name.startswith("entcov")}
 from entcov.controls import CONTROLS
 assert modes == {"entcov", *(f"entcov_{name}" for name in CONTROLS)}, modes
+assert {"entcov_clip_cov", "entcov_of_another_package"} <= modes
 assert type(algos.__loader__).__name__ == "SourceFileLoader" == type(algos.__spec__.loader).__name__
 from tests.integrations.verl.worker import register_platform
 register_platform()

@@ -30,7 +30,7 @@ def plain(model):
 @pytest.fixture(scope="module")
 def two_ranks(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return on_ranks(2, cases.on_two_ranks, model, str(folder / "stored"), folder=str(folder))
+    return on_ranks(2, cases.in_two_processes, model, str(folder / "stored"), folder=str(folder))
 
 
 def far(a, b) -> float:
@@ -79,14 +79,14 @@ def test_a_rollout_that_nothing_has_scored_is_scored_where_a_control_decides_ove
 
 
 def test_two_data_parallel_ranks_train_like_one(whole, two_ranks):
-    (first, _), (second, _) = two_ranks
+    (first, *_), (second, *_) = two_ranks
     for name, outcome in first.items():
         check_same(outcome, whole[name if name in whole else "clip_cov"])
         assert torch.equal(outcome.parameters, second[name].parameters)
 
 
 def test_the_state_is_that_of_the_ranks_that_have_the_models_outputs(two_ranks):
-    assert [state["step"] for _, state in two_ranks] == [7, 7]
+    assert [state["step"] for _, state, _ in two_ranks] == [7, 7]
 
 
 def test_a_pipeline_stage_without_outputs_takes_part_in_the_passes_and_nothing_else(model):
@@ -107,6 +107,17 @@ def test_a_pipeline_stage_without_outputs_takes_part_in_the_passes_and_nothing_e
         assert asked == expected and output == {"loss": "verl's"}
         training.weights_changed()
     assert training.end() == {} and training.controlled.updates == 0
+
+
+def test_megatron_with_half_of_the_vocabulary_on_each_rank_begins_like_fsdp(whole, two_ranks):
+    """The numbers of the first update, before two optimizers with different settings have moved the weights."""
+    for name, (metrics, chosen) in two_ranks[0][2].items():
+        expected = whole[name].metrics[0]
+        assert ours(metrics).keys() == ours(expected).keys()
+        for key in [*ours(expected), "grad_norm", "actor/pg_loss"]:
+            assert metrics[key][0] == pytest.approx(expected[key][0], rel=1e-5, abs=1e-6), (name, key)
+        assert chosen[:1] == whole[name].chosen[:1] and chosen == two_ranks[1][2][name][1]
+        assert two_ranks[1][2][name][0] is None  # verl hears the first tensor-parallel rank alone
 
 
 def test_tokens_are_chosen(whole):

@@ -172,6 +172,7 @@ class Rollout:
 
     columns: dict[str, torch.Tensor]
     rows: Sequence[int]  # in the order in which they are dealt to the ranks
+    shared: bool = False  # every rank has all rows: the ranks are not data-parallel
     nested: bool = False  # fields of prompts and responses are nested, as verl's V1 trainer sends them
 
     def local(self, **non_tensors: Any) -> Any:
@@ -180,7 +181,8 @@ class Rollout:
         from verl.utils import tensordict_utils as tu
         from verl.workers.utils.padding import left_right_2_no_padding
 
-        share = torch.tensor(self.rows).view(dist.get_world_size(), -1)[dist.get_rank()]
+        ranks = 1 if self.shared else dist.get_world_size()
+        share = torch.tensor(self.rows).view(ranks, -1)[dist.get_rank() % ranks]
         data = TensorDict({name: column[share] for name, column in self.columns.items()}, batch_size=len(share))
         tu.assign_non_tensor(data, uid=[f"prompt {i // 4}" for i in share.tolist()])
         data = left_right_2_no_padding(data)
@@ -202,7 +204,7 @@ class Rollout:
         """[rows, ...] in the order of the rows, from every rank's share of them."""
         parts = [torch.zeros_like(values) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, values.contiguous())
-        whole = torch.cat(parts)
+        whole = values if self.shared else torch.cat(parts)
         ordered = torch.zeros_like(whole)
         ordered[torch.tensor(self.rows)] = whole
         return ordered
@@ -241,22 +243,29 @@ def score(worker: Any, batch: Rollout, *, moved: float = 0.0, **non_tensors: Any
 
     data = batch.local(calculate_entropy=True, compute_loss=False, **non_tensors)
     output = worker.infer_batch(data)
-    said = {name: no_padding_2_padding(tu.get(output, name), data).float() for name in ("log_probs", "entropy")}
-    said = {name: torch.nn.functional.pad(value, (0, RESPONSE - value.shape[1])) for name, value in said.items()}
+    said = {}
+    if output is not None:  # of tensor-parallel ranks verl's trainer hears the first
+        said = {name: no_padding_2_padding(tu.get(output, name), data).float() for name in ("log_probs", "entropy")}
+        said = {name: torch.nn.functional.pad(x, (0, RESPONSE - x.shape[1])) for name, x in said.items()}
+    if batch.shared:
+        heard = [said]
+        dist.broadcast_object_list(heard, src=0)
+        said = heard[0]
     said = {name: batch.gathered(value) for name, value in said.items()}
     noise = moved * torch.randn(said["log_probs"].shape, generator=torch.Generator().manual_seed(1))
     batch.columns["old_log_probs"] = (said["log_probs"] + noise) * batch.columns["response_mask"]
     return said
 
 
-def train(worker: Any, batch: Rollout, *, mini: int | None = None, epochs: int = 1, **non_tensors: Any) -> dict:
-    """One training step of verl's trainer; returns the worker's metrics, as its trainer gets them."""
+def train(worker: Any, batch: Rollout, *, mini: int | None = None, epochs: int = 1, **non_tensors: Any) -> dict | None:
+    """One training step of verl's trainer; returns the worker's metrics, as its trainer gets them (None: not here)."""
     from verl.utils import tensordict_utils as tu
 
     size = mini or len(batch.rows)
     keys = {"mini_batch_size": size, "global_batch_size": size, "epochs": epochs, "seed": 1, "compute_loss": True}
     keys |= {"dataloader_kwargs": {"shuffle": False}, "calculate_entropy": False}
-    return tu.get(worker.train_mini_batch(batch.local(**(keys | non_tensors))), "metrics")
+    output = worker.train_mini_batch(batch.local(**(keys | non_tensors)))
+    return None if output is None else tu.get(output, "metrics")
 
 
 def parameters(worker: Any) -> torch.Tensor:
@@ -311,7 +320,7 @@ def policy_loss_config(keys: dict[str, Any]) -> Any:
 
 def run(model: str, case: Case) -> Outcome:
     worker = make_worker(model, policy_loss=policy_loss_config(case.policy_loss), **case.worker)
-    metrics, chosen, passes = [], _record_selections(worker), _count_passes(worker)
+    metrics, chosen, passes = [], record_selections(worker), _count_passes(worker)
     for number in range(case.rollouts):
         batch = rollout(seed=number, rows=case.rows)
         batch.columns |= case.columns
@@ -323,7 +332,8 @@ def run(model: str, case: Case) -> Outcome:
     return Outcome(parameters(worker), metrics, chosen, tuple(passes))
 
 
-def _record_selections(worker: Any) -> list[list[int]]:
+def record_selections(worker: Any) -> list[list[int]]:
+    """Grows with every update that selects: the token ids, of all data-parallel ranks, that the first control chose."""
     training, found = getattr(worker.engine, "training", None), []
     if training is None:
         return found
@@ -333,8 +343,8 @@ def _record_selections(worker: Any) -> list[list[int]]:
         made = own(micro_batches, **keys)
         ids = [t.token_id[c[0].mask] for t, c in zip(micro_batches, made.selections, strict=True) if c[0] is not None]
         if ids:
-            ranks: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, torch.cat(ids).tolist())
+            ranks: list[Any] = [None] * training.controlled.ranks
+            dist.all_gather_object(ranks, torch.cat(ids).tolist(), group=training.controlled.group)
             found.append(sorted(sum(ranks, [])))
         return made
 
