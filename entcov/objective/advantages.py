@@ -109,6 +109,30 @@ class RLOO(Estimator):
 
 
 @dataclass
+class GPG(Estimator):
+    """(reward - group mean) * B / M, over the B responses of the rollout. The objective "gpg" is the method's loss.
+
+    semantics  "paper" (default): M counts the responses of groups whose rewards differ, because the others have no
+               gradient. "reference", as verl: M counts the responses with a reward other than 0.
+    With M = 0 every advantage is 0.
+    Source: Chu et al., arXiv 2504.02546 (accurate gradient estimation); verl "gpg".
+    """
+
+    name: ClassVar[str] = "gpg"
+
+    semantics: str = "paper"
+
+    def __post_init__(self) -> None:
+        check.one_of("semantics", self.semantics, ("paper", "reference"))
+
+    def __call__(self, responses: Responses, tokens: Tokens | None = None) -> Advantages:
+        reward, group, size = _groups(responses)
+        centred = _centred(reward, group, size)
+        counted = reward != 0 if self.semantics == "reference" else _group_sum(centred.abs(), group) > 0
+        return Advantages((centred * len(reward) / counted.sum().clamp(min=1)).float())
+
+
+@dataclass
 class ReinforcePP(Estimator):
     """Rewards whitened over all response tokens of the batch. Hu, REINFORCE++, arXiv 2501.03262.
 
@@ -387,8 +411,8 @@ ADVANTAGES = Registry(
     "advantage",
     Estimator,
     (
-        GRPO, DrGRPO, RLOO, ReinforcePP, ReinforcePPBaseline, OPO, ReMax, GRPOPassK, GDPO, OptimalTokenBaseline, PSR,
-        NSR, WReinforce, MaxRL, Prime,
+        GRPO, DrGRPO, RLOO, GPG, ReinforcePP, ReinforcePPBaseline, OPO, ReMax, GRPOPassK, GDPO, OptimalTokenBaseline,
+        PSR, NSR, WReinforce, MaxRL, Prime,
     ),
     "entcov.advantages",
 )  # fmt: skip

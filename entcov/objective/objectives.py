@@ -6,7 +6,7 @@ Every function of `OBJECTIVES` takes the same arguments and returns (pg, clipped
     advantage  [T] float, times the multipliers of all controls, 0 outside the mask; no gradient
     tokens     the micro-batch, `Tokens.masked`
     config     the loss's knobs; OBJECTIVE_KNOBS says which ones an objective reads
-    sequences  sums over whole responses; None where the objective is not one of SEQUENCE_OBJECTIVES
+    sequences  sums over whole responses; where the objective is not one of SEQUENCE_OBJECTIVES it may be None
 
     pg         [T], the term that the aggregation weighs; differentiable in tokens.logprob
     clipped    [T] bool, the clip acts on the token; where the loss is a maximum, its gradient is 0 there
@@ -16,7 +16,7 @@ Controls act on every objective in the same way: a multiplier scales the advanta
 a penalty is added after it. In "gspo" and "geo_mean" a token with keep=False has still its share in the response's
 ratio; a dropped token has none. `without_clip` says what `unclipped` means.
 
-Collectives: "gspo" and "geo_mean" enter one all-reduce over `sequences.group`, where there is one; others none.
+Collectives: SEQUENCE_OBJECTIVES enter one all-reduce over `sequences.group`, where there is one; others none.
 Source: the formulas are those of verl's trainer/ppo/core_algos.py, which the docstrings compare with the papers.
 """
 
@@ -27,10 +27,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from entcov.objective.mismatch import importance_weight
 from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig, Tokens
 
 GSPO_BOUND = 10.0  # verl's upper bound of the mean log ratio
+VESPO_SMALLEST = 1e-8  # of the weight of a response, and of an importance weight in it, in TRL
 Terms = tuple[Tensor, Tensor, Tensor]
 
 
@@ -61,7 +63,8 @@ def gspo(
     leaves whole responses where the advantage is one number a response. The paper's ranges are 3e-4 and 4e-4.
     Source: Zheng et al., arXiv 2507.18071 (the form by tokens: GSPO-token); verl "gspo". TRL:
     importance_sampling_level="sequence" with loss_type="grpo", without the bound, and with the gradient through s
-    itself, which is the same where the advantage is one number a response.
+    itself, which is the same where the advantage is one number a response. With the aggregation seq-mean-token-sum it
+    is LUSPO, arXiv 2602.05261, TRL loss_type="luspo".
     """
     mean = _response_mean(log_ratio, tokens, config, sequences)
     log_s = (tokens.logprob - tokens.logprob.detach() + mean).clamp(max=GSPO_BOUND)
@@ -129,23 +132,91 @@ def gpg(
     return -advantage * tokens.logprob, never, never
 
 
-OBJECTIVES: dict[str, Callable[..., Terms]] = {f.__name__: f for f in (ppo, gspo, geo_mean, cispo, sapo, gpg)}
-UNCLIPPED = ("ppo", "cispo", "gpg")  # objectives that a control may ask for without their clip
+def dro(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """-A logprob + dro_beta / 2 log_ratio^2: a quadratic pull to the old policy instead of a ratio and a clip.
+
+    Source: Richemond et al., arXiv 2405.19107, whose loss has this gradient with A = reward - value; verl "dro".
+    """
+    never = torch.zeros_like(tokens.loss_mask)
+    return -advantage * tokens.logprob + 0.5 * config.dro_beta * log_ratio.square(), never, never
+
+
+def dppo_tv(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """DPPO-Binary-TV: -sg[min(r, dual_clip)] A logprob, 0 where pi - pi_old has left its range in A's direction.
+
+    The range is pi - pi_old <= clip_high where A > 0, and >= -clip_low elsewhere: the total variation of "this token or
+    another one". `dual_clip` bounds r for both signs of A, None: at exp(20). verl's is clip_ratio_c, 3 if not set.
+    `lower` tells where that bound acts on a token that is not masked.
+    Source: arXiv 2602.04879; verl "dppo_tv".
+    """
+    moved = tokens.logprob.detach().exp() - tokens.old_logprob.exp()
+    inside = torch.where(advantage > 0, moved <= config.clip_high, moved >= -config.clip_low)
+    return _masked_divergence(log_ratio, advantage, tokens, config, inside)
+
+
+def dppo_kl(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """DPPO-Binary-KL: as `dppo_tv` with KL(old || current) of "this token or another one" instead of the difference.
+
+    Masked are the tokens where it is above clip_high with A > 0 and pi > pi_old, or above clip_low with A <= 0 and
+    pi < pi_old. Source: arXiv 2602.04879; verl "dppo_kl", with its 1e-8 in the logarithm.
+    """
+    logprob, old_logprob = tokens.logprob.detach(), tokens.old_logprob
+    new, old = logprob.exp(), old_logprob.exp()
+    rest, old_rest = (1 - new).clamp(min=0), (1 - old).clamp(min=0)  # rounding can make a probability 1 + 1e-7
+    kl = old * (old_logprob - logprob) + old_rest * ((old_rest + 1e-8) / (rest + 1e-8)).log()
+    inside = torch.where(advantage > 0, (kl <= config.clip_high) | (new <= old), (kl <= config.clip_low) | (new >= old))
+    return _masked_divergence(log_ratio, advantage, tokens, config, inside)
+
+
+def vespo(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """-sg[phi] A logprob, phi = w^k exp(lambda (1 - w)), w the product of the ratios of the response.
+
+    k and lambda are vespo_k_pos and vespo_lambda_pos where A >= 0, else the other two. The logarithms are bounded as in
+    TRL: of a ratio to +-20, of w to [log 1e-8, 20]. With tis_cap the importance weights of the tokens, from 1e-8 on,
+    are factors of w, and do not scale the term a second time. TRL aggregates by token-mean.
+    Source: arXiv 2602.10693; TRL 1.16, loss_type="vespo".
+    """
+    logs = log_ratio.detach().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    if config.tis_cap is not None:
+        logs = logs + importance_weight(tokens, config, None)[0].clamp(min=VESPO_SMALLEST).log()
+    log_w = sequences.sum(logs).clamp(math.log(VESPO_SMALLEST), LOG_RATIO_BOUND)
+    up = advantage >= 0
+    k = torch.full_like(log_w, config.vespo_k_neg).masked_fill(up, config.vespo_k_pos)
+    decay = torch.full_like(log_w, config.vespo_lambda_neg).masked_fill(up, config.vespo_lambda_pos)
+    phi = (decay + k * log_w - decay * log_w.exp()).exp().to(advantage.dtype)
+    never = torch.zeros_like(tokens.loss_mask)
+    return -phi * advantage * tokens.logprob, never, never
+
+
+OBJECTIVES: dict[str, Callable[..., Terms]] = {
+    f.__name__: f for f in (ppo, gspo, geo_mean, cispo, sapo, gpg, dro, dppo_tv, dppo_kl, vespo)
+}
+UNCLIPPED = ("ppo", "cispo", "gpg", "dro")  # objectives that a control may ask for without their clip
 
 
 def without_clip(config: PolicyLossConfig) -> PolicyLossConfig:
     """The knobs of the same objective where a control drops the clip (`Effect.unclipped`).
 
-    ppo: -A r, without dual clip. cispo: -sg[r] A logprob, whose gradient is the same. gpg has no clip to drop. In gspo
-    and geo_mean the clip is of whole responses, which no control that picks tokens replaces, and sapo's gate is its
-    shape: they are refused.
+    ppo: -A r, without dual clip. cispo: -sg[r] A logprob, whose gradient is the same. gpg and dro have no clip to drop.
+    In gspo, geo_mean and vespo it is of whole responses, which no control that picks tokens replaces, and sapo's gate
+    and dppo's mask are their shape: they are refused.
     """
     if config.objective not in UNCLIPPED:
         raise ValueError(
             f"objective must be one of {', '.join(UNCLIPPED)} for a control that drops the clip of single tokens, got "
             f"{config.objective}"
         )
-    return config if config.objective == "gpg" else replace(config, clip_low=1.0, clip_high=math.inf, dual_clip=None)
+    if config.objective in ("gpg", "dro"):
+        return config
+    return replace(config, clip_low=1.0, clip_high=math.inf, dual_clip=None)
 
 
 def token_ratio(log_ratio: Tensor) -> Tensor:
@@ -158,6 +229,16 @@ def _clipped(ratio: Tensor, advantage: Tensor, config: PolicyLossConfig) -> tupl
     pg = -advantage * ratio
     bounded = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     return torch.maximum(pg, bounded), bounded > pg
+
+
+def _masked_divergence(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, inside: Tensor
+) -> Terms:
+    """DPPO's terms from which tokens are inside of its trust region."""
+    ratio, clipped = token_ratio(log_ratio.detach()), ~inside
+    bound = math.inf if config.dual_clip is None else config.dual_clip
+    pg = -advantage * torch.where(inside, ratio.clamp(max=bound), 0.0) * tokens.logprob
+    return pg, clipped & tokens.loss_mask, inside & (ratio > bound)
 
 
 def _response_mean(value: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None) -> Tensor:

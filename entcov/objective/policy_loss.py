@@ -1,4 +1,4 @@
-"""The policy loss: one of the objectives, four aggregations, reference KL, mismatch weights, entropy controls.
+"""The policy loss: one of the objectives, five aggregations, reference KL, mismatch weights, entropy controls.
 
 A loss here is a SUM over the tokens of one call, each weighted by a denominator of the whole mini-batch. So the losses
 of micro-batches and of data-parallel ranks add up to the loss of the mini-batch, and no split changes a gradient.
@@ -12,13 +12,12 @@ from torch import Tensor
 
 from entcov import arguments as check
 from entcov.controls.base import Control, Selection, kept_tokens
-from entcov.objective.mismatch import importance_weight
-from entcov.objective.objectives import OBJECTIVES, without_clip
+from entcov.objective.mismatch import importance_weight, off_policy_mask
+from entcov.objective.objectives import OBJECTIVES, token_ratio, without_clip
 from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import (
     KL_ESTIMATORS,
     LOG_RATIO_BOUND,
-    SEQUENCE_OBJECTIVES,
     PolicyLossConfig,
     Tokens,
     Totals,
@@ -31,8 +30,8 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: str = "k3") -> 
     """Per-token estimate of KL(policy || reference) from tokens that the policy sampled.
 
     With d = ref_logprob - logprob:  k1 = -d,  abs = |d|,  k2 = d^2 / 2,  k3 = exp(d) - d - 1 with d clamped to +-20
-    and the result to +-10. "k1+" and "k3+" have the value of k1 and k3 and the gradient of k2, which is the unbiased
-    gradient of the KL for tokens sampled by the policy itself; the gradient of k1 is 0 in expectation.
+    and the result to +-10. "k1+", "k3+" and "abs+" have the value of k1, k3 and abs and the gradient of k2, which is
+    the unbiased gradient of the KL for tokens sampled by the policy itself; the gradient of k1 is 0 in expectation.
 
     Args:
         logprob, ref_logprob: [T] float, nats.
@@ -72,10 +71,12 @@ def policy_loss(
         pg = max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))      -A r alone if a control says `unclipped`
         pg = min(pg, -A dual_clip)                                    where A < 0, if dual_clip (and not unclipped)
         pg = pg * min(exp(old_logprob - rollout_logprob), tis_cap)    if tis_cap; see tis_level, tis_mode; a constant
-        pg = 0                                                        where a control's keep is False
-        loss = sum_t w_t (pg + kl_coef * kl_estimate(logprob, ref_logprob) + sum of penalties)
+        pg = 0                                                        where a keep is False, or the off-policy mask
+        kl = kl_estimate(logprob, ref_logprob)                        times r if kl_weight is "ratio"
+        loss = sum_t w_t (pg + kl_coef kl + sum of penalties)
 
         w_t = 1 / num_tokens                               token-mean
+              1                                            token-sum
               1 / num_sequences                            seq-mean-token-sum
               1 / (num_sequences * sequence_length_t)      seq-mean-token-mean
               1 / (num_sequences * max_response_length)    seq-mean-token-sum-norm
@@ -87,7 +88,7 @@ def policy_loss(
     Args:
         tokens: one micro-batch. `sequence_length` is read by seq-mean-token-mean and by totals=None with a seq-*
             aggregation, `ref_logprob` if kl_coef > 0, `rollout_logprob` if tis_cap is set, `sequence` (if `sequences`
-            is not given) by the objectives gspo and geo_mean, by tis_level "sequence" and where a selection drops.
+            is not given) where `config.by_response`, and where a selection drops.
         totals: denominators of the mini-batch. None: this micro-batch is all of it (whole sequences only).
         controls: entropy controls, see entcov/controls/base.py.
         selections: one entry a control, as `entcov.controls.select` returns them.
@@ -96,18 +97,19 @@ def policy_loss(
         mini-batch. Where a data-parallel wrapper averages gradients over ranks, multiply by the number of ranks.
         metrics are 0-d float64 tensors that add up in the same way: actor/loss, actor/pg_loss, actor/pg_clipfrac,
         actor/pg_clipfrac_lower, actor/ppo_kl, actor/sampled_entropy (-old_logprob), and where the fields are there
-        actor/entropy, actor/clamped_entropy, actor/kl_loss, actor/mismatch, actor/tis_weight, actor/tis_capfrac, and
-        the controls' own. Those of the last line and all entropies are means over tokens, for every aggregation.
+        actor/entropy, actor/clamped_entropy, actor/kl_loss, actor/mismatch, actor/tis_weight, actor/tis_capfrac,
+        actor/off_policy_maskfrac, and the controls' own. Those after actor/kl_loss and all entropies are means over
+        tokens, for every aggregation.
     Differentiable in tokens.logprob, and through penalties in entropy and clamped_entropy. Nothing is mutated.
-    Collectives: none, but one all-reduce of 8 bytes a response over `sequences.group`, if there is one, for the
-        objectives gspo and geo_mean, one for tis_level "sequence", and one where a selection drops tokens and the
-        aggregation is not token-mean; the ranks that share responses must call together.
+    Collectives: none, but all-reduces of 8 bytes a response over `sequences.group`, if there is one: one for each of
+        SEQUENCE_OBJECTIVES, one for tis_level "sequence", two for off_policy_mask_threshold, and one where a selection
+        drops tokens and the aggregation is a seq-*; the ranks that share responses must call together.
     Host synchronisation: none on an accelerator, if `sequences` is given; on the CPU values are checked.
     Raises: ValueError for a control that does not go with the objective, a missing field (named), no token under the
         mask without totals, a value under the mask that is not finite (CPU), a wrong number or shape of selections.
     Source: Schulman et al. 2017 (clip), Ye et al. 2020 (dual clip), Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO:
-        token-mean, clip_high), Liu et al. 2025 (Dr.GRPO: constant divisor), Yao et al. 2025 (truncated weights);
-        names and bounds as in verl.
+        token-mean, clip_high), Liu et al. 2025 (Dr.GRPO: constant divisor), Yao et al. 2025 (truncated weights),
+        DeepSeek-V3.2, arXiv 2512.02556 (kl_weight, off_policy_mask_threshold); names and bounds as in verl.
     """
     for name in ("logprob", "old_logprob", "advantage"):
         check.finite(name, getattr(tokens, name), tokens.loss_mask)
@@ -129,16 +131,20 @@ def policy_loss(
             advantage = advantage * effect.multiplier.detach()
 
     log_ratio = tokens.logprob - tokens.old_logprob
-    by_response = config.objective in SEQUENCE_OBJECTIVES or config.tis_level == "sequence"
-    index = sequence_index(tokens, sequences) if by_response else None
+    index = sequence_index(tokens, sequences) if config.by_response else None
     unclipped = any(effect.unclipped for effect in effects)
     knobs = without_clip(config) if unclipped else config
     pg, clipped, lower = OBJECTIVES[config.objective](log_ratio, advantage, tokens, knobs, index)
     if config.tis_cap is not None:
         tis_weight, outside = importance_weight(tokens, config, index)
-        pg = pg * tis_weight
+        if config.objective != "vespo":  # which has it in its own weight
+            pg = pg * tis_weight
         add_mean("actor/tis_weight", tis_weight)
         add_mean("actor/tis_capfrac", outside)
+    if config.off_policy_mask_threshold is not None:
+        off_policy = off_policy_mask(tokens, config, index)
+        pg = torch.where(off_policy, 0.0, pg)
+        add_mean("actor/off_policy_maskfrac", off_policy)
     for effect in effects:
         if effect.keep is not None:
             pg = torch.where(effect.keep, pg, 0.0)
@@ -146,6 +152,8 @@ def policy_loss(
     token_loss = pg
     if config.kl_coef > 0:
         kl = kl_estimate(tokens.logprob, tokens.given("ref_logprob", "kl_coef"), config.kl_estimator)
+        if config.kl_weight == "ratio":
+            kl = kl * token_ratio(log_ratio)
         token_loss = token_loss + config.kl_coef * kl
         metrics["actor/kl_loss"] = _weighted_sum(weight, kl)
     for effect in effects:
@@ -178,7 +186,7 @@ def _own_totals(tokens: Tokens, config: PolicyLossConfig) -> Totals:
     num_tokens = tokens.loss_mask.sum()
     if tokens.loss_mask.numel() == 0 or (check.readable(num_tokens) and num_tokens == 0):
         raise ValueError(f"loss_mask must have a True token when totals is None, got none of {len(tokens.loss_mask)}")
-    if config.aggregation == "token-mean":
+    if config.aggregation.startswith("token-"):
         return Totals(num_tokens, num_tokens)
     length = tokens.given("sequence_length", f"totals=None with aggregation {config.aggregation}")
     share = torch.where(tokens.loss_mask, 1.0 / length.clamp(min=1).double(), 0.0)
@@ -187,6 +195,8 @@ def _own_totals(tokens: Tokens, config: PolicyLossConfig) -> Totals:
 
 def _weights(tokens: Tokens, config: PolicyLossConfig, totals: Totals) -> Tensor:
     one = tokens.loss_mask.to(tokens.logprob.dtype)
+    if config.aggregation == "token-sum":
+        return one
     if config.aggregation == "token-mean":
         return one / totals.num_tokens
     weight = one / totals.num_sequences
@@ -208,7 +218,7 @@ def _without_dropped(
         return tokens
     mask = kept_tokens(tokens, selections)
     length = tokens.sequence_length
-    if config.aggregation != "token-mean":
+    if config.aggregation.startswith("seq-"):
         length = sequence_index(tokens, sequences).sum(mask).long()
     return replace(tokens, loss_mask=mask, sequence_length=length)
 

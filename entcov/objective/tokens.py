@@ -11,8 +11,8 @@ from torch import Tensor
 
 from entcov import arguments as check
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+")
+AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 # The knobs that each objective of entcov/objective/objectives.py reads; it refuses the others.
 OBJECTIVE_KNOBS = {
     "ppo": ("clip_low", "clip_high", "dual_clip"),
@@ -21,8 +21,14 @@ OBJECTIVE_KNOBS = {
     "cispo": ("clip_low", "clip_high"),
     "sapo": ("tau_pos", "tau_neg"),
     "gpg": (),
+    "dro": ("dro_beta",),
+    "dppo_tv": ("clip_low", "clip_high", "dual_clip"),
+    "dppo_kl": ("clip_low", "clip_high", "dual_clip"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
 }
-SEQUENCE_OBJECTIVES = ("gspo", "geo_mean")  # their ratio is one number a response
+SEQUENCE_OBJECTIVES = ("gspo", "geo_mean", "vespo")  # their weight is one number a response
+# The published aggregations of those that are a mean over responses; seq-mean-token-sum makes LUSPO of gspo.
+RESPONSE_AGGREGATIONS = {"gspo": ("seq-mean-token-mean", "seq-mean-token-sum"), "geo_mean": ("seq-mean-token-mean",)}
 LOG_RATIO_BOUND = 20.0  # verl's vanilla loss: exp(20) = 5e8 still leaves room in float32
 
 _FLOAT = (torch.float32, torch.float64)
@@ -127,7 +133,7 @@ class PolicyLossConfig:
 
     A knob that is set and that nothing reads is an error: `max_response_length` is the constant divisor of
     "seq-mean-token-sum-norm" (Dr.GRPO), an objective reads its OBJECTIVE_KNOBS, and the other tis_* go with tis_cap.
-    "gspo" and "geo_mean" need the aggregation "seq-mean-token-mean".
+    "gspo" and "geo_mean" need one of their RESPONSE_AGGREGATIONS.
     """
 
     clip_low: float = 0.2  # ratio is clipped to [1 - clip_low, 1 + clip_high]; 1 switches the lower side off
@@ -137,6 +143,7 @@ class PolicyLossConfig:
     max_response_length: int | None = None
     kl_coef: float = 0.0  # weight of the estimated KL(policy || reference)
     kl_estimator: str = "k3"
+    kl_weight: str = "none"  # "ratio": the estimate times r, so that its mean over old samples is that of the policy's
     # Importance weight of sampling by another program than the trainer: see entcov/objective/mismatch.py.
     tis_cap: float | None = None  # weight min(exp(old_logprob - rollout_logprob), tis_cap)
     objective: str = "ppo"  # a name of OBJECTIVES, see entcov/objective/objectives.py
@@ -145,6 +152,12 @@ class PolicyLossConfig:
     tis_floor: float = 0.0  # lower bound of the weight
     tis_level: str = "token"  # "sequence": one weight a response, the product over its tokens
     tis_mode: str = "truncate"  # "mask": a weight outside of [tis_floor, tis_cap] becomes 0
+    off_policy_mask_threshold: float | None = None  # nats a token: see mismatch.off_policy_mask
+    dro_beta: float | None = None  # dro: weight of the squared log ratio
+    vespo_k_pos: float = 2.0  # vespo: power and decay of the weight where A >= 0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0  # vespo: and elsewhere
+    vespo_lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
         check.one_of("objective", self.objective, OBJECTIVE_KNOBS)
@@ -157,14 +170,22 @@ class PolicyLossConfig:
                 raise ValueError(f"dual_clip must be greater than 1 and finite (None: off), got {self.dual_clip}")
         check.positive("tau_pos", self.tau_pos, 100.0)
         check.positive("tau_neg", self.tau_neg, 100.0)
+        for sign in ("pos", "neg"):
+            check.number(f"vespo_k_{sign}", getattr(self, f"vespo_k_{sign}"), 0.0, 100.0)
+            check.number(f"vespo_lambda_{sign}", getattr(self, f"vespo_lambda_{sign}"), 1e-4, 100.0)
+        if self.dro_beta is not None:
+            check.positive("dro_beta", self.dro_beta)
+        elif self.objective == "dro":
+            raise ValueError("dro_beta must be given for objective dro, got None")
         read = OBJECTIVE_KNOBS[self.objective]
         for name in sorted({name for names in OBJECTIVE_KNOBS.values() for name in names} - set(read)):
             self._refuse(name, f"objective {self.objective} does not read it")
         check.one_of("aggregation", self.aggregation, AGGREGATIONS)
-        if self.objective in SEQUENCE_OBJECTIVES and self.aggregation != "seq-mean-token-mean":
+        published = RESPONSE_AGGREGATIONS.get(self.objective, AGGREGATIONS)
+        if self.aggregation not in published:
             raise ValueError(
-                f"aggregation must be seq-mean-token-mean for objective {self.objective}, whose ratio is one number a "
-                f"response; got {self.aggregation}"
+                f"aggregation must be {' or '.join(published)} for objective {self.objective}, whose ratio is one "
+                f"number a response; got {self.aggregation}"
             )
         if self.aggregation == "seq-mean-token-sum-norm":
             if self.max_response_length is None:
@@ -177,6 +198,11 @@ class PolicyLossConfig:
             )
         check.number("kl_coef", self.kl_coef, 0.0)
         check.one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check.one_of("kl_weight", self.kl_weight, ("none", "ratio"))
+        if self.kl_coef == 0:
+            self._refuse("kl_weight", "there is no KL term where kl_coef is 0")
+        if self.off_policy_mask_threshold is not None:
+            check.number("off_policy_mask_threshold", self.off_policy_mask_threshold, 0.0)
         check.one_of("tis_level", self.tis_level, ("token", "sequence"))
         check.one_of("tis_mode", self.tis_mode, ("truncate", "mask"))
         if self.tis_cap is None:
@@ -189,6 +215,14 @@ class PolicyLossConfig:
             raise ValueError(
                 "tis_level must be sequence for objective geo_mean, whose ratio is one number a response; got token"
             )
+        if self.objective == "vespo" and self.tis_level == "sequence":
+            raise ValueError("tis_level must be token for objective vespo, which takes their product; got sequence")
+
+    @property
+    def by_response(self) -> bool:
+        """Whether a term needs sums over whole responses (`policy_loss` needs `sequences` or `tokens.sequence`)."""
+        sequence_weight = self.objective in SEQUENCE_OBJECTIVES or self.tis_level == "sequence"
+        return sequence_weight or self.off_policy_mask_threshold is not None
 
     def _refuse(self, name: str, why: str) -> None:
         """Raises if the knob `name` has another value than its default."""

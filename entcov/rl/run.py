@@ -190,7 +190,7 @@ def evaluate_run(
 
 def for_sampling(config: Config) -> Config:
     """The recipe without what only training needs: neither the reference policy nor a reward model is loaded."""
-    loss = dataclasses.replace(config.loss, kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
+    loss = dataclasses.replace(config.loss, kl_weight="none", kl_coef=0.0, kl_estimator=PolicyLossConfig.kl_estimator)
     return dataclasses.replace(
         config, loss=loss, kl_in_reward=type(config.kl_in_reward)(), control=[], reward_shaping=[], prompt_policy=None,
         advantage=Config.advantage,

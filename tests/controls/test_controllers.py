@@ -102,7 +102,9 @@ def test_entropic_without_an_error_or_a_likely_token_is_the_plain_loss(semantics
 def test_the_reference_forms_refuse_objectives_of_whole_responses(control):
     check_objective([control(semantics="paper")], GSPO)
     check_objective([control()], PolicyLossConfig(objective="cispo"))
-    with pytest.raises(ValueError, match=f"objective must be one of ppo, cispo, gpg for control {control.name}.* gspo"):
+    with pytest.raises(
+        ValueError, match=f"objective must be one of ppo, cispo, gpg, dro for control {control.name}.* gspo"
+    ):
         check_objective([control()], GSPO)
 
 

@@ -242,7 +242,7 @@ WRONG = {
     ),
     "an objective that the control refuses": (
         lambda: ControlledLoss(made(["kl_cov"]), PolicyLossConfig(objective="sapo")), ValueError,
-        "objective must be one of ppo, cispo, gpg for control kl_cov as it is set, got sapo",
+        "objective must be one of ppo, cispo, gpg, dro for control kl_cov as it is set, got sapo",
     ),
     "no rollout for a control that reads it": (
         lambda: fresh("kl_cov", "clip_b", step=1), ValueError,

@@ -41,6 +41,19 @@ def test_rloo_hand_values():
     assert advantage("rloo", [1.0, 0, 0, 0]).tolist() == pytest.approx([1.0] + [-1 / 3] * 3, rel=1e-7)
 
 
+def test_gpg_hand_values():
+    """Groups (1, 0), (1, 1), (0, 0) and 2 alone: three of seven have a gradient, four a reward."""
+    reward, group = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 2.0], [0, 0, 1, 1, 2, 2, 3]
+    paper = advantage("gpg", reward, group)
+    assert paper.tolist() == pytest.approx([7 / 6, -7 / 6, 0, 0, 0, 0, 14 / 3])
+    assert advantage("gpg", reward, group, semantics="reference").tolist() == pytest.approx(
+        [7 / 8, -7 / 8, 0, 0, 0, 0, 14 / 4]
+    )
+    assert advantage("gpg", [0.0, 0.0]).tolist() == [0.0, 0.0] == advantage("gpg", [1.0, 1.0]).tolist()
+    with pytest.raises(ValueError, match="semantics must be one of paper, reference; got 'verl'"):
+        make_estimator("gpg", semantics="verl")
+
+
 def test_dr_grpo_hand_values():
     assert advantage("dr_grpo", [1.0, 0, 0, 0]).tolist() == [0.75, -0.25, -0.25, -0.25]
 

@@ -55,6 +55,34 @@ def test_the_weight_of_a_response_is_bounded_in_its_logarithm():
 
 
 @pytest.mark.parametrize(
+    "threshold, with_rollout, masked",
+    [
+        # mean of -log pi over each response: 0.4, 0.1, 0.5 from the old policy (0); A of the last is positive
+        (0.3, False, [1, 0, 1, 0, 0, 0]),
+        (0.09, False, [1, 0, 1, 1, 1, 0]),
+        (0.4, False, [0, 0, 0, 0, 0, 0]),
+        # the sampler's are 1 higher in the second response: 1.1
+        (0.5, True, [0, 0, 0, 1, 1, 0]),
+    ],
+)
+def test_off_policy_mask_by_hand(threshold, with_rollout, masked):
+    """Tokens with A < 0 of responses that the policy has left lose their gradient, and count in the denominator."""
+    make = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
+    tokens = Tokens(
+        make(-0.9, torch.nan, 0.1, -0.3, 0.1, -0.5).requires_grad_(), make(0, 0, 0, 0, 0, 0),
+        make(-1, -1, -1, -1, -1, 1), torch.tensor([True, False, True, True, True, True]),
+        rollout_logprob=make(0, torch.nan, 0, 1, 1, 0) if with_rollout else None, sequence=torch.tensor(SEQUENCE),
+    )  # fmt: skip
+    config = dict(clip_low=1.0, clip_high=math.inf)
+    plain = torch.autograd.grad(policy_loss(tokens, PolicyLossConfig(**config))[0], tokens.logprob)[0]
+    loss, metrics = policy_loss(tokens, PolicyLossConfig(**config, off_policy_mask_threshold=threshold))
+    (gradient,) = torch.autograd.grad(loss, tokens.logprob)
+    kept = ~torch.tensor(masked).bool()
+    assert gradient.tolist() == torch.where(kept, plain, 0.0).tolist() and plain[kept & tokens.loss_mask].all()
+    assert float(metrics["actor/off_policy_maskfrac"]) == pytest.approx((~kept & tokens.loss_mask).sum().item() / 5)
+
+
+@pytest.mark.parametrize(
     "knobs, rejected",
     [
         ({"level": "token", "high": 3.0}, [0, 0, 0, 1, 0, 0]),
@@ -65,6 +93,14 @@ def test_the_weight_of_a_response_is_bounded_in_its_logarithm():
         ({"level": "geometric", "low": 0.2, "high": 1.2}, [1, 1, 1, 1, 1, 1]),
         ({"level": "sequence", "high": 9.0, "veto": 0.6}, [1, 1, 1, 1, 1, 1]),
         ({"level": "sequence", "high": 9.0, "veto": 0.2}, [0, 0, 0, 0, 0, 1]),
+        # k2 of 2, 4, 1/8: 0.240, 0.961, 2.162; k3 of 2, 1/2, 4, 1/8: 0.307, 0.193, 1.614, 1.204
+        ({"estimator": "k2", "level": "token", "high": 0.5}, [0, 0, 0, 1, 0, 1]),
+        ({"estimator": "k3", "level": "token", "high": 0.25}, [1, 1, 0, 1, 0, 1]),
+        ({"estimator": "k2", "level": "sequence", "high": 0.75}, [0, 0, 0, 1, 1, 1]),  # 0.721, 1.201, 2.162
+        ({"estimator": "k3", "level": "geometric", "high": 0.9}, [0, 0, 0, 1, 1, 1]),  # 0.269, 0.903, 1.204
+        ({"estimator": "k3", "level": "geometric", "high": 0.91}, [0, 0, 0, 0, 0, 1]),
+        ({"estimator": "k3", "level": "max", "high": 1.5}, [0, 0, 0, 1, 1, 0]),
+        ({"estimator": "k2", "level": "max", "high": 1.5, "veto": 0.6}, [1, 1, 1, 1, 1, 1]),
     ],
 )
 def test_rejection_by_hand(knobs, rejected):
@@ -81,10 +117,19 @@ def test_tokens_outside_the_mask_decide_nothing():
 @pytest.mark.parametrize(
     "knobs, message",
     [
-        ({"level": "response"}, "level must be one of token, sequence, geometric; got 'response'"),
+        ({"level": "response"}, "level must be one of token, sequence, geometric, max; got 'response'"),
         ({"level": "token"}, "low or high must be given for level token, got None for both"),
         ({"high": 2.0}, "high has no effect without level, got 2.0"),
         ({"veto": 0.1}, "veto has no effect without level"),
+        ({"estimator": "k3"}, "estimator has no effect without level, got k3"),
+        ({"level": "token", "high": 2.0, "estimator": "k4"}, "estimator must be one of k1, k2, k3; got 'k4'"),
+        ({"level": "max", "high": 2.0}, "estimator must be k2 or k3 for level max, got k1"),
+        (
+            {"level": "token", "low": 0.5, "high": 0.5, "estimator": "k2"},
+            "high must be given and low must not for .* k2",
+        ),
+        ({"level": "token", "estimator": "k2"}, "high must be given .* got high None and low None"),
+        ({"level": "token", "high": -1.0, "estimator": "k2"}, r"high must be in \[0, inf\], got -1.0"),
         ({"level": "token", "low": 1.5}, r"low must be in \[0, 1\], got 1.5"),
         ({"level": "token", "low": 0}, "low must be greater than 0"),
         ({"level": "token", "high": 0.9}, r"high must be in \[1, inf\], got 0.9"),

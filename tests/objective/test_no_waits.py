@@ -11,7 +11,7 @@ from entcov import PolicyLossConfig, Tokens, Totals, linear_token_stats, logit_c
 from entcov.controls import CONTROLS, Progress, make_control, select
 from entcov.objective.objectives import OBJECTIVES
 from entcov.objective.sequences import SequenceIndex
-from entcov.objective.tokens import AGGREGATIONS, SEQUENCE_OBJECTIVES
+from entcov.objective.tokens import AGGREGATIONS, RESPONSE_AGGREGATIONS
 from tests.support.tabular_policy import tokens_of
 
 T, V = 16, 64
@@ -95,13 +95,15 @@ LOSSES = [
     (objective, aggregation)
     for objective in OBJECTIVES
     for aggregation in AGGREGATIONS
-    if aggregation == "seq-mean-token-mean" or objective not in SEQUENCE_OBJECTIVES  # else refused
+    if aggregation in RESPONSE_AGGREGATIONS.get(objective, AGGREGATIONS)  # else refused
 ]
 
 
 @pytest.mark.parametrize(("objective", "aggregation"), LOSSES)
 def test_every_objective_and_aggregation(objective, aggregation):
     knobs = {"max_response_length": 9} if aggregation.endswith("norm") else {}
+    knobs |= {"dro_beta": 0.1} if objective == "dro" else {}
+    knobs |= {"off_policy_mask_threshold": 0.1, "kl_coef": 0.1, "kl_weight": "ratio"}
     config = PolicyLossConfig(objective=objective, aggregation=aggregation, **knobs)
     own = tokens()
     policy_loss(own, config, totals=Totals(T, 4), sequences=SEQUENCES)[0].backward()

@@ -39,6 +39,7 @@ def loop_loss(tokens, sequence, config):
         d = at["ref_logprob"][i] - at["logprob"][i]
         loss += (
             config.kl_coef
+            * (r if config.kl_weight == "ratio" else 1)
             * {
                 "k1": -d,
                 "abs": abs(d),
@@ -52,6 +53,7 @@ def loop_loss(tokens, sequence, config):
             loss
             * {
                 "token-mean": 1 / len(rows),
+                "token-sum": 1,
                 "seq-mean-token-sum": 1 / len(sequences),
                 "seq-mean-token-mean": 1 / (len(sequences) * per_sequence[int(sequence[i])]),
                 "seq-mean-token-sum-norm": 1 / (len(sequences) * (config.max_response_length or 1)),
@@ -72,6 +74,7 @@ VARIANTS = [
     {"dual_clip": 1.5},
     {"kl_coef": 0.3},
     {"kl_coef": 0.3, "kl_estimator": "k1"},
+    {"kl_coef": 0.3, "kl_weight": "ratio"},
     {"tis_cap": 1.1},
     {"clip_high": 0.28, "dual_clip": 3.0, "kl_coef": 0.1, "kl_estimator": "k2", "tis_cap": 2.0},
 ]
@@ -164,7 +167,7 @@ def test_kl_hand_values():
     """d = ref - logprob = ln 2, and far out where the bounds act."""
     logprob, ref = torch.zeros(1, dtype=torch.float64), torch.tensor([math.log(2)], dtype=torch.float64)
     ln2 = math.log(2)
-    expected = {"k1": -ln2, "abs": ln2, "k2": ln2**2 / 2, "k3": 1 - ln2, "k1+": -ln2, "k3+": 1 - ln2}
+    expected = {"k1": -ln2, "abs": ln2, "k2": ln2**2 / 2, "k3": 1 - ln2, "k1+": -ln2, "k3+": 1 - ln2, "abs+": ln2}
     assert set(expected) == set(KL_ESTIMATORS)
     for name, value in expected.items():
         assert float(kl_estimate(logprob, ref, name)) == pytest.approx(value, rel=1e-14)
@@ -176,11 +179,30 @@ def test_kl_hand_values():
 def test_kl_gradients():
     """d/dlogprob: k1 1, abs -sign d, k2 -d, k3 1 - exp(d); the "+" forms have k2's."""
     d = 0.5
-    expected = {"k1": 1.0, "abs": -1.0, "k2": -d, "k3": 1 - math.exp(d), "k1+": -d, "k3+": -d}
+    expected = {"k1": 1.0, "abs": -1.0, "k2": -d, "k3": 1 - math.exp(d), "k1+": -d, "k3+": -d, "abs+": -d}
     for name, value in expected.items():
         x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
         kl_estimate(x, torch.full((1,), d, dtype=torch.float64), name).sum().backward()
         assert float(x.grad) == pytest.approx(value, rel=1e-14), name
+
+
+def test_kl_weighted_by_the_ratio():
+    """k3 at d = ln 2 is 1 - ln 2; r = 3 multiplies it, and d(r k3) = r (k3 + 1 - e^d) = -3 ln 2: that of -r d."""
+    tokens = tiny([0.0], [-math.log(3)], [0.0], ref_logprob=[math.log(2)])
+    loss, metrics = policy_loss(tokens, PolicyLossConfig(kl_coef=0.5, kl_weight="ratio"))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * 3 * (1 - math.log(2)))
+    assert tokens.logprob.grad.item() == pytest.approx(-0.5 * 3 * math.log(2))
+    assert float(metrics["actor/kl_loss"]) == pytest.approx(3 * (1 - math.log(2)))
+
+
+def test_token_sum_by_hand():
+    """A token weighs 1, whatever the mini-batch's denominators are."""
+    tokens = tiny([0.0, 0.0], [0.0, 0.0], [1.0, -3.0])
+    loss, metrics = policy_loss(tokens, PolicyLossConfig(aggregation="token-sum"), totals=Totals(100, 7))
+    loss.backward()
+    assert (loss.item(), tokens.logprob.grad.tolist()) == (2.0, [-1.0, 3.0])
+    assert float(metrics["actor/pg_clipfrac"]) == 0 and float(metrics["actor/pg_loss"]) == 2.0
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------

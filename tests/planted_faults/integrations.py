@@ -4,6 +4,11 @@ from tests.planted_faults.fault import Fault
 
 CONTROLLED, GATHER = "entcov/integrations/controlled_loss.py", "entcov/integrations/gather.py"
 T = "tests/integrations/test_controlled_loss.py::test_"
+DTENSOR, EXAMPLE = "entcov/integrations/dtensor.py", "examples/fsdp2_loop.py"
+T_DTENSOR, T_EXAMPLE = (
+    "tests/integrations/test_dtensor.py::test_on_two_ranks",
+    "tests/test_examples.py::test_fsdp2_loop",
+)
 
 FAULTS = [
     Fault("ControlledLoss_the_step_of_a_draw_does_not_move_on", CONTROLLED, "self.updates += 1", "self.updates += 0",
@@ -39,6 +44,18 @@ FAULTS = [
     Fault("gather_tokens_in_the_order_of_the_ranks", GATHER, 'order = table["token_id"].argsort(stable=True)',
           'order = torch.arange(len(table["token_id"]))', [T + "any_division_trains_as_the_undivided_loop"]),
     Fault("gather_tokens_repeated_ids_pass", GATHER, "    if repeated:", "    if False:", [T + "wrong_calls"]),
+    Fault("vocab_shard_starts_as_if_the_shards_were_even", DTENSOR, "each = -(-columns // ranks)",
+          "each = columns // ranks", [T_DTENSOR], slow="two processes"),
+    Fault("vocab_shard_takes_partial_sums_for_values", DTENSOR,
+          "if any(placement.is_partial() for placement in placements):", "if False:", [T_DTENSOR],
+          slow="two processes"),
+    Fault("vocab_shard_takes_the_group_of_another_mesh_dimension", DTENSOR, "mesh.get_group(own[0])",
+          "mesh.get_group(0)", [T_DTENSOR], slow="two processes"),
+    Fault("the_example_trains_with_half_of_the_gradient", EXAMPLE, "(loss * controlled.ranks).backward()",
+          "loss.backward()", [T_EXAMPLE], slow="three processes"),
+    Fault("the_example_numbers_the_tokens_of_every_rank_alike", EXAMPLE,
+          "torch.arange(row[0] * LENGTH, (row[-1] + 1) * LENGTH)", "torch.arange(len(row) * LENGTH)", [T_EXAMPLE],
+          slow="three processes"),
     Fault("a_skip_where_the_trainer_should_be_passes", "tests/integrations/conftest.py",
           "if ENVIRONMENT is not None and report.skipped:", "if False:",
           ["tests/integrations/test_environment.py::test_a_skip_in_an_environment_of_a_trainer_is_a_failure"]),

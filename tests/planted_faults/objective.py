@@ -53,6 +53,20 @@ FAULTS = (
         [ANY_SPLIT],
     ),
     Fault(
+        "token_sum_is_the_mean",
+        LOSSES,
+        'if config.aggregation == "token-sum":',
+        "if False:",
+        [BY_LOOP, T_LOSSES + "test_token_sum_by_hand"],
+    ),
+    Fault(
+        "ratio_of_the_kl_is_a_constant",
+        LOSSES,
+        "kl = kl * token_ratio(log_ratio)",
+        "kl = kl * token_ratio(log_ratio).detach()",
+        [T_LOSSES + "test_kl_weighted_by_the_ratio"],
+    ),
+    Fault(
         "sequences_are_averaged_over_tokens",
         LOSSES,
         "weight = one / totals.num_sequences",

@@ -6,7 +6,8 @@ HERE = "entcov/integrations/verl/"
 T = "tests/integrations/verl/test_"
 TRAINING, SETTINGS, STORED, LOADING = (T + f"{name}.py::test_" for name in (
     "training", "configuration", "checkpoint", "loading"))  # fmt: skip
-DIVISIONS = TRAINING + "a_control_acts_and_no_division_changes_it"
+DIVISIONS = TRAINING + "a_control_acts_and_no_division_changes_it[clip_cov]"
+ORDERS = TRAINING + "single_sequences_dynamic_batches_and_other_orders_of_rows"
 SLOW = "verl takes ten seconds to import"
 
 
@@ -33,7 +34,7 @@ FAULTS = [
     fault("importance_weights_are_left_out", "training.py", "else weights[mask].float()", "else None",
           TRAINING + "rollout_importance_weights_scale_the_policy_gradient"),
     fault("sequences_are_numbered_by_their_place", "rollout.py", "order = sorted(", "order = list(",
-          TRAINING + "single_sequences_dynamic_batches_and_other_orders_of_rows"),
+          ORDERS),
     fault("a_stage_without_outputs_makes_no_pass", "training.py",
           "if controlled.selects and self._scored is None:",
           "if controlled.selects and self._scored is None and self.has_outputs:",

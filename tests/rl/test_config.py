@@ -113,7 +113,7 @@ def test_a_recipe_names_its_reward_shapings_and_its_prompt_policy(tmp_path):
         tree = recipe(tmp_path, data=files, prompt_policy=name, prompt_policies={name: knobs}, **{"eval.prompts": 0})
         policy = parse_config(tree).build_prompt_policy()
         assert policy.name == name and {knob: getattr(policy, knob) for knob in knobs} == knobs
-    sampled = for_sampling(parse_config(tree | {"loss": {"kl_coef": 0.1, "kl_estimator": "k1"}}))
+    sampled = for_sampling(parse_config(tree | {"loss": {"kl_coef": 0.1, "kl_estimator": "k1", "kl_weight": "ratio"}}))
     assert sampled.build_reward_shapings() == [] and sampled.build_prompt_policy() is None
 
 
@@ -128,6 +128,7 @@ def test_every_advantage_is_chosen_by_name_with_its_knobs(name):
 @pytest.mark.parametrize("name", sorted(OBJECTIVE_KNOBS))
 def test_every_objective_is_chosen_by_name(name, tmp_path):
     loss = {"objective": name, "aggregation": MEAN, "tis_cap": 2.0, "tis_level": "sequence"}
+    loss |= {"dro": {"dro_beta": 0.1}, "vespo": {"tis_level": "token", "vespo_k_pos": 1}}.get(name, {})
     config = parse_config(recipe("unused", loss=loss, rollout_rs={"level": "token", "high": 2}))
     save_config(config, tmp_path / "recipe.yaml")
     again = load_config(tmp_path / "recipe.yaml")

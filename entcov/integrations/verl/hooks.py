@@ -5,7 +5,6 @@ for a loss mode of entcov then fails with that reason (`check_hooked`).
 """
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -88,21 +87,17 @@ def _hook(module: ModuleType) -> None:
 class _AfterImport(MetaPathFinder):
     """Calls `_hook` with a module of HOOKS after its first import."""
 
-    _looking = False
-
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in HOOKS or self._looking:
+        if name not in HOOKS:
             return None
-        self._looking = True  # find_spec below asks this finder again
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._looking = False
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                spec.loader = _Loader(spec.loader)
+                return spec
+        return None
 
 
 class _Loader(Loader):

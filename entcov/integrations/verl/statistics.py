@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from verl.utils import tensordict_utils as tu
 
-from entcov import TokenStats, linear_token_stats, token_stats
 from entcov.integrations.verl import fused_head
+from entcov.stats.linear_token_stats import linear_token_stats
+from entcov.stats.token_stats import TokenStats, token_stats
 
 IMPL_BACKEND = "entcov"  # of model.fused_kernel_options: statistics without logits
 NO_TARGET = -100

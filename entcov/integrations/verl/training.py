@@ -14,6 +14,7 @@ from verl.utils.device import get_device_id
 from verl.utils.metric.utils import AggregationType, Metric
 
 from entcov import arguments as check
+from entcov.controls import Control
 from entcov.integrations.controlled_loss import ControlledLoss, Update, entcov_names
 from entcov.integrations.verl.config import AT, RolloutWeights, controls_of, loss_of
 from entcov.integrations.verl.loss import using
@@ -44,6 +45,8 @@ class Training:
         self.weights = RolloutWeights()
         controls = [*controls_of(actor.policy_loss), self.weights]
         self.controlled = ControlledLoss(controls, loss_of(actor), group=engine.get_data_parallel_group())
+        # Whether a control's `begin` sees the rollout; `begins` is true for controllers of its means too.
+        self.decides = any(type(one).begin is not Control.begin or one.scope == "rollout" for one in controls)
         self.has_outputs: bool = engine.has_outputs
         self.needs = self.controlled.needs
         self.steps, self.step = steps, 0  # of the run, and done
@@ -53,7 +56,7 @@ class Training:
 
     def score(self, data: TensorDict, infer: Callable[[TensorDict], dict]) -> dict:
         """A forward pass over a rollout that verl asked for; its statistics are kept until the weights change."""
-        if self.controlled.begins:
+        if self.decides:
             tu.assign_non_tensor(data, entcov_moments=True, entcov_clamp=self.controlled.clamp)
         output = infer(data)
         said = output.get("model_output", {})
@@ -90,7 +93,7 @@ class Training:
             found = {STATISTICS[name]: self.rollout.packed(column) for name, column in columns.items()}
             device = self._tokens.loss_mask.device
             self._tokens = replace(self._tokens, **{name: column.to(device) for name, column in found.items()})
-        if controlled.begins:
+        if self.decides:
             self._check_rollout()
         return controlled.begin(step=self.step, steps=max(self.steps, self.step), rollout=self._tokens)
 
@@ -190,9 +193,7 @@ class _MiniBatchLoss:
             tokens = taken(self.tokens, part, **fields, logprob=log_prob[mask].float())
             self.training.weights.weight = None if weights is None else weights[mask].float()
             loss, metrics = self.update.loss(0, tokens, part=part)
-            share = float(self.update.totals.num_tokens) / max(
-                1, len(part)
-            )  # verl's metrics are means of micro-batches
+            share = float(self.update.totals.num_tokens) / max(1, len(part))  # verl's are means of the micro-batch
             return loss * data["dp_size"], {name: float(metrics[name]) * share for name in VERLS_METRICS}
 
         with using(policy_loss):

@@ -189,6 +189,9 @@ def test_a_field_that_does_not_reach_the_worker_is_named(model):
     del batch.columns["token_level_scores"]
     with pytest.raises(ValueError, match="the rollout must have reward, which comes from token_level_scores.*clip_b"):
         train(worker, batch)
+    skywork = make_worker(model, policy_loss=policy_loss_config({"controls": {"adaptive_bonus": {}}}))
+    skywork.train_mini_batch(batch.local(mini_batch_size=8, compute_loss=True))  # it reads the rollout's mean entropy
+    assert skywork.engine.training.controlled.begins and skywork.engine.training.state_dict()["step"] == 1
     with pytest.raises(RuntimeError, match="need TrainingWorker.train_mini_batch"):
         worker.train_batch(batch.local())
 

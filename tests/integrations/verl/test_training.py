@@ -16,10 +16,20 @@ from tests.integrations.verl.worker import Case, make_worker, on_ranks, policy_l
 ROUNDING = 1e-6
 
 
+class Whole(dict):
+    """Control -> what it comes to on one rank with one micro-batch, run when it is first asked for."""
+
+    def __init__(self, model: str):
+        self.model = model
+
+    def __missing__(self, name: str):
+        self[name] = run(self.model, cases.case(name))
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def whole(model):
-    """One rank, one micro-batch."""
-    return {name: run(model, cases.case(name)) for name in cases.CONTROLS}
+    return Whole(model)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +91,7 @@ def test_a_rollout_that_nothing_has_scored_is_scored_where_a_control_decides_ove
 def test_two_data_parallel_ranks_train_like_one(whole, two_ranks):
     (first, *_), (second, *_) = two_ranks
     for name, outcome in first.items():
-        check_same(outcome, whole[name if name in whole else "clip_cov"])
+        check_same(outcome, whole[name if name in cases.CONTROLS else "clip_cov"])
         assert torch.equal(outcome.parameters, second[name].parameters)
 
 
