@@ -23,7 +23,8 @@ from entcov.integrations.trl import EntcovGRPOTrainer
 
 TINY = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 6,
         "max_completion_length": 8, "learning_rate": 1e-2, "logging_steps": 1, "num_iterations": 2, "report_to": [],
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no",
+        "disable_tqdm": True}  # fmt: skip
 
 
 @dataclass

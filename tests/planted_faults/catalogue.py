@@ -12,6 +12,7 @@ from tests.planted_faults import (
     statistics,
     storage,
     trainer,
+    trl,
     verl,
 )
 
@@ -27,5 +28,6 @@ FAULTS = (
     *megatron.FAULTS,
     *prime.FAULTS,
     *integrations.FAULTS,
+    *trl.FAULTS,
     *verl.FAULTS,
 )

@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -28,6 +29,12 @@ from tests.planted_faults.fault import Fault
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("entcov", "megatron_integration", "tests", "examples", "scripts", "csrc", "pyproject.toml")
+PRELOADED = (
+    "tomllib", "zoneinfo", "numpy", "omegaconf", "pydantic.fields", "pydantic.json_schema", "rich.live",
+    "rich.progress", "rich.table", "safetensors.torch", "torch.distributed", "torch.utils.tensorboard",
+    "transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_fast",
+)  # fmt: skip
 LIMIT = 300.0  # seconds; a fault may make its test hang
 # A test that ends in one of these was not failed by a wrong result: the fault itself is no working code.
 BROKEN_CODE = (NameError, ImportError, SyntaxError)
@@ -102,21 +109,9 @@ def survivors(faults: Sequence[Fault], *, jobs: int = 1, tell: Callable[[str], N
 
 def _preload() -> None:
     """Imports once what every child needs and no fault can be in."""
-    import tomllib  # noqa: F401
-    import zoneinfo  # noqa: F401
-
-    import numpy  # noqa: F401
-    import omegaconf  # noqa: F401
-    import pydantic.fields  # noqa: F401
-    import pydantic.json_schema  # noqa: F401
-    import rich.live  # noqa: F401
-    import rich.progress  # noqa: F401
-    import rich.table  # noqa: F401
-    import safetensors.torch  # noqa: F401
-    import torch.distributed  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
+    for name in PRELOADED:  # the environments of other trainers have not all of them
+        with suppress(ModuleNotFoundError):
+            import_module(name)
 
     # pytest imports most of itself when it first runs: an empty run here saves 0.7 s in every child.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"

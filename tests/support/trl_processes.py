@@ -1,5 +1,5 @@
-"""What each of two processes runs for tests/integrations/trl: `python -m tests.support.trl_processes OUT` under torchrun's
-variables. Process 0 writes what the tests read."""
+"""What each of two processes runs for tests/integrations/trl: `python -m tests.support.trl_processes OUT`, with the
+variables of torchrun. Process 0 writes what the tests read."""
 
 import sys
 import warnings
@@ -19,10 +19,11 @@ IDS = torch.arange(64).reshape(4, 16) * 7 % 98
 
 
 def runs(folder: Path) -> dict:
-    """[controls] -> parameters, chosen tokens of both processes, logs."""
-    found = {}
+    """[controls] -> parameters, chosen tokens of both processes, logs. Without controls: parameters by grpo."""
+    knobs = {"rows": 4, "gradient_accumulation_steps": 2}
+    found = {"grpo": finished(made(folder / "grpo", [], loss_type="grpo", **knobs)).parameters}
     for name, controls in LAYOUT_CONTROLS.items():
-        run = finished(made(folder / name, controls(), cls=Recorded, rows=4, gradient_accumulation_steps=2))
+        run = finished(made(folder / name, controls(), cls=Recorded, **knobs))
         each = [None, None]
         dist.all_gather_object(each, run.trainer.chosen)
         chosen = [[sorted(a + b) for a, b in zip(*step, strict=True)] for step in zip(*each, strict=True)]

@@ -45,6 +45,12 @@ def reward(prompts, completions, **_):
     return [sum(c in DIGITS for c in text) / LENGTH for text in completions]
 
 
+def with_tools(prompts, trainer):
+    """Every third token of a completion is what a tool returned."""
+    found = hashed_completions(prompts, trainer)
+    return {**found, "env_mask": [[int(i % 3 != 1) for i in range(len(ids))] for ids in found["completion_ids"]]}
+
+
 def hashed_completions(prompts, trainer):
     """TRL's rollout_func: the completions of (generation batch, row of all processes)."""
     batch, first = trainer.state.global_step, trainer.accelerator.process_index * len(prompts)
@@ -80,8 +86,10 @@ def settings(folder: Path, rows: int = 8, **changed) -> GRPOConfig:
     return GRPOConfig(**(values | changed))
 
 
-def made(folder: Path, controls=None, *, cls=None, generated=False, model=None, rewards=reward, **changed) -> GRPOTrainer:
-    """controls=None: TRL's trainer. generated: the model's own samples, not the hashed ones."""
+def made(
+    folder: Path, controls=None, *, cls=None, rollout=hashed_completions, model=None, rewards=reward, **changed
+) -> GRPOTrainer:
+    """controls=None: TRL's trainer. rollout=None: the model's own samples, not the hashed ones."""
     cls = cls or (GRPOTrainer if controls is None else EntcovGRPOTrainer)
     others = {} if controls is None else {"controls": controls}
     return cls(
@@ -90,7 +98,7 @@ def made(folder: Path, controls=None, *, cls=None, generated=False, model=None, 
         args=settings(folder, **changed),
         train_dataset=Dataset.from_dict({"prompt": [f"{a}+{b}=" for a in range(4) for b in range(4)]}),
         processing_class=tokenizer(),
-        rollout_func=None if generated else hashed_completions,
+        rollout_func=rollout,
         **others,
     )
 

@@ -8,8 +8,8 @@ def clip_cov():
 
 
 def aent():
-    return make_control("aent", entropy_coef=0.05, coef_min=0.0, coef_max=1.0, coef_lr=0.05, entropy_low=9, entropy_high=9,
-                        warmup=0)  # fmt: skip
+    return make_control("aent", entropy_coef=0.05, coef_min=0.0, coef_max=1.0, coef_lr=0.05, entropy_low=9,
+                        entropy_high=9, warmup=0)  # fmt: skip
 
 
 LAYOUT_CONTROLS = {

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with entcov's controls: `EntcovGRPOTrainer`. docs/trl.md is its page; trl is imported when it is used.
+"""TRL's GRPOTrainer with entcov's controls: `EntcovGRPOTrainer`, docs/trl.md. trl is imported when it is used.
 
 keys.py        what each key of GRPOConfig becomes here, or why it is refused
 head.py        the statistics of the policy: in the place of TRL's fused head

@@ -1,4 +1,4 @@
-"""The LM head's weight where FSDP2 has sharded it: gathered, with the gradient that FSDP2's own reduction would give."""
+"""The LM head's weight where FSDP2 has sharded it: gathered, with the gradient of FSDP2's own reduction."""
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial

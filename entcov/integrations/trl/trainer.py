@@ -172,8 +172,8 @@ class EntcovGRPOTrainer(GRPOTrainer):
         if len(self._window) < self.current_gradient_accumulation_steps:
             raise RuntimeError(
                 "an optimizer step spans two generation batches: steps_per_generation must be a multiple of "
-                f"gradient_accumulation_steps, and micro-batch {first} of {self.args.steps_per_generation} begins one of "
-                f"{self.current_gradient_accumulation_steps}"
+                f"gradient_accumulation_steps, and micro-batch {first} of {self.args.steps_per_generation} begins one "
+                f"of {self.current_gradient_accumulation_steps}"
             )
         self._micro = 0
         tokens = [self._tokens(batch, *self._policy_before(batch)) for batch in self._window]

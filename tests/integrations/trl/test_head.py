@@ -11,7 +11,8 @@ from trl.trainer.utils import add_fused_lm_head
 from entcov.integrations.trl.head import PolicyHead
 
 SIZES = {"vocab_size": 98, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.3}  # fmt: skip
+         "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+         "initializer_range": 0.3}  # fmt: skip
 MODELS = {
     "plain": ("Qwen2", {"tie_word_embeddings": False}),
     "tied": ("Qwen2", {"tie_word_embeddings": True}),

@@ -14,14 +14,26 @@ pytest.importorskip("trl")
 
 from entcov.controls import CONTROLS, make_control
 from tests.support.trl_processes import IDS
-from tests.support.trl_runs import Recorded, finished, made, run, tiny_model, tokenizer
+from tests.support.trl_runs import (
+    GROUP,
+    ROWS,
+    Recorded,
+    finished,
+    hashed_completions,
+    made,
+    run,
+    tiny_model,
+    tokenizer,
+    with_tools,
+)
 from tests.support.trl_steps import LAYOUT_CONTROLS, aent, clip_cov
 
 # Rounding: the same sums in another order, four to six SGD steps of 0.02 with gradients of about 5.
 SAME = {"rtol": 0, "atol": 1e-6}
 
 LOSSES = {
-    "dapo, two updates a batch": {"rows": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 6},
+    "dapo, two updates a batch": {"rows": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4,
+                                  "max_steps": 6},
     "bnpo": {"loss_type": "bnpo", "rows": 4},
     "grpo": {"loss_type": "grpo", "rows": 4, "epsilon_high": 0.28},
     "dr_grpo, two-sided": {"loss_type": "dr_grpo", "rows": 4, "epsilon": 0.01, "delta": 1.05},
@@ -30,7 +42,8 @@ LOSSES = {
     "sapo": {"loss_type": "sapo", "sapo_temperature_neg": 2.0},
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.005},
     "completions that were cut off": {"mask_truncated_completions": True, "loss_type": "grpo", "rows": 4},
-    "own samples, temperature": {"temperature": 0.8, "generated": True, "num_iterations": 1, "scale_rewards": "batch"},
+    "tokens of tools": {"rollout": with_tools, "loss_type": "grpo"},
+    "own samples, temperature": {"temperature": 0.8, "rollout": None, "num_iterations": 1, "scale_rewards": "batch"},
 }  # fmt: skip
 
 
@@ -101,6 +114,11 @@ def test_every_layout_chooses_the_same_tokens_and_trains_alike(name, two_process
                 assert own[metric] == pytest.approx(log[metric], rel=1e-4, abs=1e-5), (layout, metric)
 
 
+def test_two_processes_count_the_responses_of_both(two_processes, tmp_path):
+    one = run(tmp_path, [], loss_type="grpo")
+    torch.testing.assert_close(two_processes["runs"]["grpo"], one.parameters, **SAME)
+
+
 def test_the_head_s_gradient_under_fsdp2(two_processes):
     """TRL 1.16.0 loses the other rank's tokens where lm_head is wrapped by itself: half of the gradient is wrong."""
     model = tiny_model()
@@ -120,6 +138,33 @@ def scored_reward(prompts, completions, **_):
     return [None if row % 4 == 1 else len(text) / 8 for row, text in enumerate(completions)]
 
 
+def test_what_begin_is_shown(tmp_path, monkeypatch):
+    """The rollout in the order of its rows, whatever rows the micro-batches have."""
+    trainer, shown = made(tmp_path, ["clip_b"], rewards=scored_reward, rows=2, max_steps=2), []
+    begin = trainer._controlled.begin
+    monkeypatch.setattr(trainer._controlled, "begin", lambda **given: shown.append(given) or begin(**given))
+    trainer.train()
+    (given,) = shown
+    assert (given["step"], given["steps"], given["epoch"], given["epochs"]) == (1, 1, 1, 1)
+    prompts = [trainer.processing_class.decode(ids) for ids in range(ROWS)]  # any: completions do not depend on them
+    monkeypatch.setattr(trainer.state, "global_step", 0)
+    completions = hashed_completions(prompts, trainer)["completion_ids"]
+    texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
+    rewards = scored_reward(prompts, texts)
+    tokens = given["rollout"]
+    assert tokens.sequence.tolist() == [row for row, ids in enumerate(completions) for _ in ids]
+    assert tokens.position.tolist() == [i for ids in completions for i in range(len(ids))]
+    assert tokens.group.tolist() == [row // GROUP for row, ids in enumerate(completions) for _ in ids]
+    assert tokens.sequence_length.tolist() == [len(ids) for ids in completions for _ in ids]
+    for row, reward in enumerate(rewards):
+        group = [r for r in rewards[row // GROUP * GROUP :][:GROUP] if r is not None]
+        expected = sum(group) / len(group) if reward is None else reward
+        assert tokens.reward[tokens.sequence == row].tolist() == pytest.approx([expected] * len(completions[row]))
+        assert reward is not None or not tokens.advantage[tokens.sequence == row].any()
+    assert torch.equal(tokens.logprob, tokens.old_logprob) and (tokens.entropy > 0).all()
+    assert tokens.entropy_drift is not None and tokens.collision is not None
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 def test_every_control_trains(name, tmp_path):
     knobs = {"sent": {"low_entropy_ratio": 0.9, "kl_cov_ratio": 0.2}, "clip_b": {"mu": 0.1}, "clip_v": {"mu": 0.1}}
@@ -134,13 +179,17 @@ def test_every_control_trains(name, tmp_path):
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     """Adam, own samples, a selection and a coefficient that moves; the checkpoint is between two generation batches."""
-    knobs = {"generated": True, "optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    knobs = {"rollout": None, "optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
     whole = run(tmp_path, [clip_cov(), aent()], **knobs)
+    used = whole.logged("entcov/entropy_coef")  # by the two generation batches, of two updates each
+    assert used[0] == 0.05 and used[1] != used[0] and len(used) == 2
     saved = tmp_path / "checkpoint-2"
     trainer = made(tmp_path / "again", [clip_cov(), aent()], **knobs)
     resumed = finished(trainer, resume=str(saved))
     torch.testing.assert_close(resumed.parameters, whole.parameters, rtol=0, atol=1e-7)
-    states = [json.loads((folder / "checkpoint-4/entcov.json").read_text()) for folder in (tmp_path, tmp_path / "again")]
+    states = [
+        json.loads((folder / "checkpoint-4/entcov.json").read_text()) for folder in (tmp_path, tmp_path / "again")
+    ]
     assert states[0] == states[1] and states[0]["rollouts"] == 2 and states[0]["loss"]["updates"] == 4
     assert states[0]["loss"] != json.loads((saved / "entcov.json").read_text())["loss"]
 
