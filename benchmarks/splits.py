@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 
 from benchmarks.measure import keep, machine, print_table
@@ -59,9 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     here = [name for name in FRAMEWORKS if find_spec(name)]
     if not here:
-        print("splits: neither verl nor TRL is installed here. `scripts/setup.sh verl` makes .venv-verl, "
-              "`scripts/setup.sh trl` makes .venv-trl: start it with bin/python of one of them.", file=sys.stderr)  # fmt: skip
+        print(
+            "splits: neither verl nor TRL is installed here. `scripts/setup.sh verl` makes .venv-verl, "
+            "`scripts/setup.sh trl` makes .venv-trl: start it with bin/python of one of them.",
+            file=sys.stderr,
+        )
         return 2
+    if args.plot and not find_spec("matplotlib"):
+        print("splits: --plot needs matplotlib, which is not installed here; .venv-verl has it", file=sys.stderr)
+        return 2
+    others = json.loads(args.also.read_text())["frameworks"] if args.also else {}
     about = machine()
     report = {"machine": about, "frameworks": {}}
     for name in here:
@@ -75,12 +81,11 @@ def run(args: argparse.Namespace) -> int:
         _print(part)
     keep(report, args.json)
     if args.plot:
-        parts = report["frameworks"] | (json.loads(args.also.read_text())["frameworks"] if args.also else {})
-        draw(parts, args.plot)
+        draw(report["frameworks"] | others, args.plot)
     return 0
 
 
-def summary(found: Found, pairs: dict[str, str]) -> dict[str, Any]:
+def summary(found: Found, pairs: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """Numbers of what was found; `pairs`: theirs and ours that should be equal with one micro-batch on one rank."""
     rows = {}
     for who, layouts in found.items():
@@ -94,12 +99,16 @@ def summary(found: Found, pairs: dict[str, str]) -> dict[str, Any]:
             }
             for layout, one in layouts.items()
         }
-    equal = []
-    for theirs, ours in pairs.items():
+    equal = {}
+    for name, (theirs, ours) in pairs.items():
         a, b = found[theirs][WHOLE], found[ours][WHOLE]
-        equal.append({"theirs": theirs, "ours": ours, "chosen": [len(a.chosen), len(b.chosen)],
-                      "same": len(a.chosen & b.chosen), "norms": [a.norm, b.norm], "parameters": far(a, b),
-                      "moved": a.moved})  # fmt: skip
+        equal[name] = {
+            "chosen": [len(a.chosen), len(b.chosen)],
+            "same": len(a.chosen & b.chosen),
+            "norms": [a.norm, b.norm],
+            "parameters": far(a, b),
+            "moved": a.moved,
+        }
     return {"rows": rows, "equal": equal}
 
 
@@ -109,23 +118,23 @@ def far(a: Outcome, b: Outcome) -> float:
 
 
 def _print(part: dict) -> None:
-    layouts = list(LAYOUTS)
-    print("\nTokens chosen / of them chosen with one micro-batch of 8, by sequences in a micro-batch:")
-    print_table(["", *layouts], [[who, *(f"{row[x]['chosen']} / {row[x]['same']}" for x in layouts)]
-                                 for who, row in part["rows"].items()])  # fmt: skip
-    print("\nFirst gradient norm:")
-    print_table(["", *layouts], [[who, *(f"{row[x]['norm']:.5f}" for x in layouts)]
-                                 for who, row in part["rows"].items()])  # fmt: skip
-    print("\nLargest difference of a parameter after the update from that with one micro-batch of 8:")
-    print_table(["", *layouts], [[who, *(f"{row[x]['parameters']:.1e}" for x in layouts)]
-                                 for who, row in part["rows"].items()])  # fmt: skip
-    print("\nOne micro-batch, one rank:")
-    header = ["", "tokens", "the same", "gradient norms", "largest difference of a parameter", "change by the update"]
-    print_table(header, [
-        [f"{row['theirs']} = {row['ours']}", "{} and {}".format(*row["chosen"]), str(row["same"]),
+    tables = {
+        "Tokens chosen / of them chosen with one micro-batch of 8, by sequences in a micro-batch": "{chosen} / {same}",
+        "First gradient norm": "{norm:.5f}",
+        "Largest difference of a parameter from that with one micro-batch of 8, after the update": "{parameters:.1e}",
+    }
+    for title, cell in tables.items():
+        print(f"\n{title}:")
+        lines = [[who, *(cell.format(**row[x]) for x in LAYOUTS)] for who, row in part["rows"].items()]
+        print_table(["", *LAYOUTS], lines)
+    print("\nTheirs and ours with one micro-batch on one rank:")
+    header = ["", "tokens", "the same", "gradient norms", "parameters differ by", "the update's change"]
+    lines = [
+        [name, "{} and {}".format(*row["chosen"]), str(row["same"]),
          "{:.6f} and {:.6f}".format(*row["norms"]), f"{row['parameters']:.1e}", f"{row['moved']:.1e}"]
-        for row in part["equal"]
-    ])  # fmt: skip
+        for name, row in part["equal"].items()
+    ]  # fmt: skip
+    print_table(header, lines)
 
 
 def draw(parts: dict[str, dict], path: Path) -> None:
@@ -133,7 +142,7 @@ def draw(parts: dict[str, dict], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(parts), 3.0), layout="constrained")
+    figure = Figure(figsize=(3.8 * len(parts), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     for ax, (versions, part) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts.items(), strict=True):
         layouts = [layout for layout in LAYOUTS if layout != RANKS]
@@ -145,9 +154,11 @@ def draw(parts: dict[str, dict], path: Path) -> None:
         ax.set_title(versions.split(",")[0], fontsize=10)
         ax.set_xlabel("sequences in a micro-batch")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=7, frameon=False)
+        handles, names = ax.get_legend_handles_labels()
+        ax.legend(handles[::2] + handles[1::2], names[::2] + names[1::2], ncols=2, loc="upper center",
+                  bbox_to_anchor=(0.5, -0.2), fontsize=7, frameon=False)  # fmt: skip
     figure.axes[0].set_ylabel("first gradient norm")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 @contextlib.contextmanager
@@ -169,9 +180,8 @@ def watched_ours(key: Callable) -> Iterator[set]:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without what the frameworks print and warn of, here and in processes that are started in the block."""
-    quiet = mock.patch.dict(os.environ, PYTHONWARNINGS="ignore")
-    with quiet, open(os.devnull, "w") as null, warnings.catch_warnings():
+    """Without what the frameworks print and warn of."""
+    with open(os.devnull, "w") as null, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             logging.disable(logging.WARNING)
@@ -179,6 +189,11 @@ def silent() -> Iterator[None]:
                 yield
             finally:
                 logging.disable(logging.NOTSET)
+
+
+def silent_processes() -> Any:
+    """Without what the imports warn of in the processes that are started in the block."""
+    return mock.patch.dict(os.environ, PYTHONWARNINGS="ignore")
 
 
 def _progress(name: str, total: int) -> Callable[[str], None]:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.splits import LAYOUTS, RANKS, Found, Outcome, silent, watched_ours
+from benchmarks.splits import LAYOUTS, RANKS, Found, Outcome, silent, silent_processes, watched_ours
 
 QUANTILE = 0.2  # share of the tokens that is kept
 THEIRS, OURS = "TRL top_entropy_quantile", "entcov high_entropy_tokens"
 WHO = (THEIRS, OURS)
-PAIRS = {THEIRS: OURS}
+PAIRS = {"highest entropies": (THEIRS, OURS)}
 ABOUT = f"8 responses of 1 to 8 tokens; {QUANTILE:.0%} of the tokens are kept (ours with denominator='all')"
 
 
@@ -27,7 +27,7 @@ def measured(folder: Path, progress: Callable[[str], None]) -> Found:
             if ranks == 1:
                 found[who][layout] = step(folder, who, rows)
             elif who == THEIRS:  # both in the same two processes: importing takes longest
-                with silent():
+                with silent_processes():
                     torch.multiprocessing.spawn(_rank, (_free_port(), str(folder)), nprocs=ranks)
     for who, outcome in torch.load(folder / "ranks.pt", weights_only=False).items():
         found[who][RANKS] = outcome

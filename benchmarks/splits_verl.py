@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from benchmarks.splits import LAYOUTS, RANKS, Found, Outcome, silent, watched_ours
+from benchmarks.splits import LAYOUTS, RANKS, Found, Outcome, silent, silent_processes, watched_ours
 from tests.integrations.verl import worker
 
 LONGEST = 32  # tokens of a response
@@ -23,10 +23,13 @@ WHO = {
     "verl kl_cov": {"loss_mode": "kl_cov", **_KL},
     "entcov_kl_cov": {"loss_mode": "entcov_kl_cov", **_KL},
 }
-PAIRS = {"verl clip_cov, no draw": "entcov clip_cov, no draw", "verl kl_cov": "entcov_kl_cov"}
+PAIRS = {
+    "clip_cov, no draw": ("verl clip_cov, no draw", "entcov clip_cov, no draw"),
+    "kl_cov": ("verl kl_cov", "entcov_kl_cov"),
+}
 ABOUT = (
-    f"8 responses of 2 to {LONGEST} tokens; clip_cov_ratio and kl_cov_ratio 0.1 (0.5 for 'no draw'), covariance between "
-    "1 and 5,\nold log-probabilities with noise of 0.1, as in a later update on a rollout"
+    f"8 responses of 2 to {LONGEST} tokens; clip_cov_ratio and kl_cov_ratio 0.1 (0.5 for 'no draw'), covariance\n"
+    "between 1 and 5, old log-probabilities with noise of 0.1, as in a later update on a rollout"
 )
 
 
@@ -44,7 +47,7 @@ def measured(folder: Path, progress: Callable[[str], None]) -> Found:
     for who in WHO:
         progress(f"{who}, micro-batch {RANKS}")
         if who == next(iter(WHO)):
-            with silent():  # all of them in the same two processes: importing takes longest
+            with silent_processes():  # all of them in the same two processes: importing takes longest
                 together = worker.on_ranks(2, on_rank, model, folder=str(folder))
         chosen = set.union(*(found[who].chosen for found in together))
         one = together[0][who]

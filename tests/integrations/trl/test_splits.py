@@ -22,7 +22,7 @@ def test_trl_s_choice_moves_with_the_micro_batch_and_ours_does_not(found):
 
 
 def test_with_one_micro_batch_both_are_equal(found):
-    (equal,) = summary(found, PAIRS)["equal"]
+    (equal,) = summary(found, PAIRS)["equal"].values()
     assert equal["chosen"] == [equal["same"]] * 2 and equal["same"] > 1
     assert equal["norms"][0] == pytest.approx(equal["norms"][1], rel=1e-5)
     assert equal["parameters"] < 1e-6 < 1e-3 < equal["moved"]

@@ -33,7 +33,7 @@ def test_ours_does_not(found, who):
 
 
 def test_with_one_micro_batch_both_are_equal(found):
-    for equal in summary(found, PAIRS)["equal"]:
+    for equal in summary(found, PAIRS)["equal"].values():
         assert equal["chosen"] == [equal["same"]] * 2 and equal["same"] > 1
         assert equal["norms"][0] == pytest.approx(equal["norms"][1], rel=1e-5)
         assert equal["parameters"] < 1e-6 < 1e-4 < equal["moved"]
