@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import measure
-from benchmarks.measure import DTYPES, interleaved_seconds, peak_allocated_bytes, print_table
-from benchmarks.ops_benchmark import ENTROPY_COEF, usual
+from benchmarks.measure import DTYPES, interleaved_seconds, kept_bytes, peak_allocated_bytes, print_table
+from benchmarks.ops_benchmark import ENTROPY_COEF, on_this_cpu, usual
 from entcov import linear_token_stats, token_stats
 from entcov.ops.core import isa
 from entcov.verify import reference
@@ -56,6 +56,10 @@ def gradients(head: Head, hidden: Tensor, weight: Tensor, target: Tensor) -> tup
     return torch.autograd.grad((-logprob - ENTROPY_COEF * entropy).sum(), leaves)
 
 
+def forward(head: Head, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return head(hidden.detach().requires_grad_(), weight.detach().requires_grad_(), target)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=151936)
@@ -79,30 +83,11 @@ def run(args: argparse.Namespace) -> int:
         if not args.no_usual:
             heads["plain torch"] = usual_head
             heads[f"plain torch, chunks of {args.chunk}"] = partial(usual_in_chunks, chunk_size=args.chunk)
-        heads |= _rivals(args.rivals, Path(scratch))
+        heads |= on_this_cpu(RIVALS, "lm_head", args.rivals, Path(scratch))
         report = _measure(args, heads)
     _print(report)
     measure.keep(report, args.json)
     return 0
-
-
-def _rivals(folder: Path | None, scratch: Path) -> dict[str, Head]:
-    if folder is None:
-        return {}
-    from benchmarks.gpu import rivals  # imports what the GPU run needs
-
-    def head(function, hidden, weight, target):
-        found = function(hidden, weight, target)
-        return found["logprob"], found["entropy"]
-
-    found = {}
-    for name in RIVALS:
-        if reason := rivals.missing(rivals.RIVALS[name], folder):
-            print(f"{name}: {reason}")
-        else:
-            contender = rivals.prepare(name, folder, scratch, "cpu")
-            found[f"{name} ({contender.source.split('-py')[0]})"] = partial(head, contender.functions["lm_head"])
-    return found
 
 
 def _measure(args, heads: dict[str, Head]) -> dict:
@@ -122,6 +107,7 @@ def _measure(args, heads: dict[str, Head]) -> dict:
             "name": name,
             **timed,
             "gflop_per_s_of_three_products": 3 * product / timed["median_ms"] / 1e6,
+            "bytes_kept_for_backward": kept_bytes(partial(forward, heads[name], hidden, weight, target)),
             "peak_bytes_beyond_gradients": peak_allocated_bytes(calls[name]) - hidden.nbytes - weight.nbytes,
             **errors[name],
         })  # fmt: skip
@@ -153,7 +139,7 @@ def _print(report: dict) -> None:
     print(f"{shape['tokens']} tokens, {shape['vocab']} x {shape['width']} {shape['dtype']}, {about['threads']} threads",
           about["cpu"], f"{about['isa']} kernels", f"torch {about['torch']}", sep=", ")  # fmt: skip
     print(f"forward+backward, {report['clock']}; all logits are {report['logits_bytes'] / 2**20:,.0f} MiB")
-    header = ["", "median ms", "min-max ms", "x token_stats", "range", "MiB", "entropy", "d hidden", "d weight"]
+    header = ["", "median ms", "min-max ms", "x token_stats", "range", "MiB", "kept", "entropy", "d hidden", "d weight"]
     lines = [
         [
             row["name"],
@@ -162,10 +148,12 @@ def _print(report: dict) -> None:
             f"{row['ratio']['median']:.2f}",
             f"{row['ratio']['min']:.2f}-{row['ratio']['max']:.2f}",
             f"{row['peak_bytes_beyond_gradients'] / 2**20:,.0f}",
+            f"{row['bytes_kept_for_backward'] / 2**20:,.0f}",
             *(f"{row[f'{what}_error']:.1e}" for what in ("entropy", "hidden_gradient", "weight_gradient")),
         ]
         for row in report["times"]
     ]
     print_table(header, lines)
-    print("MiB: most that torch's allocator held beyond the two gradients. Errors against float64 of the same inputs")
-    print(f"on {CHECKED_TOKENS} tokens: entropy absolute, gradients relative in norm.")
+    print("MiB: most that torch's allocator held beyond the two gradients; kept: what it held between forward and")
+    print("backward, outputs included. Errors against float64 of the same inputs, gradients relative in norm, on")
+    print(f"{CHECKED_TOKENS} tokens.")

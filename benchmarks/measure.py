@@ -87,7 +87,19 @@ def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
 
 
 def peak_allocated_bytes(call: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator held during `call` beyond what it held before, from its own events."""
+    """Most bytes that torch's CPU allocator held during `call` beyond what it held before."""
+    return allocated_bytes(call)[0]
+
+
+def kept_bytes(call: Callable[[], object]) -> int:
+    """Bytes that torch's CPU allocator still holds for the result of `call`: after a forward pass, all that is kept for
+    backward, whether autograd saved it or a function did, and the outputs."""
+    return allocated_bytes(call)[1]
+
+
+def allocated_bytes(call: Callable[[], object]) -> tuple[int, int]:
+    """Most bytes that torch's CPU allocator held during `call` beyond what it held before, and those that it held at
+    the end while the result lived, from its own events."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +112,7 @@ def peak_allocated_bytes(call: Callable[[], object]) -> int:
     for event in sorted(memory, key=lambda e: e["ts"]):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
-    return peak
+    return peak, held
 
 
 def peak_resident_bytes(call: Callable[[], object]) -> int:

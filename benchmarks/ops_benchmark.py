@@ -1,6 +1,7 @@
 """token_stats against the formula written the usual way in torch, eager and compiled: time, bytes, memory, error.
 
-And the host time of every public op (host_time.py).
+And the host time of every public op (host_time.py). With --rivals also what verl's FSDP engine does, by its published
+code. `python -m benchmarks rivals FOLDER` downloads it.
 
 All run in one process on the same logits, in turn, repetition by repetition. Memory is measured in processes of their
 own.
@@ -10,19 +11,30 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks import host_time, measure
-from benchmarks.measure import DTYPES, interleaved_seconds, peak_allocated_bytes, peak_resident_bytes, print_table
+from benchmarks.measure import (
+    DTYPES,
+    interleaved_seconds,
+    kept_bytes,
+    peak_allocated_bytes,
+    peak_resident_bytes,
+    print_table,
+)
 from entcov.ops.core import isa
 from entcov.stats.token_stats import token_stats
 from entcov.verify import reference
 
 ENTROPY_COEF = 0.01
 CHECKED_ROWS = 16  # of each result are compared with float64
+RIVALS = ("verl FSDP", "verl FSDP, padded")  # of benchmarks.gpu.rivals
 MANY_TOKENS = (2**18, 64)  # shape for resident memory: with so many tokens pages and fixed buffers do not count
 
 
@@ -87,38 +99,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clamp-p", type=float, default=None, help="also time the clamped entropy (eager only: topk)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     measure.add_arguments(parser, repeats=7)
-    parser.add_argument("--memory-of", choices=("entcov", "eager"), default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--rivals", type=Path, default=None, help="folder with the rivals' wheels")
+    parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     measure.set_threads(args.threads)
-    if args.memory_of:
-        print(json.dumps(_memory(args)))
-        return 0
-    logits, target = make_input(args)
-    report = {
-        "machine": {**measure.machine(), "isa": isa(), "threads": torch.get_num_threads()},
-        "shape": {"tokens": args.tokens, "vocab": args.vocab, "dtype": args.dtype},
-        "times": _time_all(args, logits, target),
-    }
-    report["errors"] = _errors(args, logits, target)
-    del logits, target
-    report["memory"] = {name: _memory_in_process(args, name) for name in ("entcov", "eager")}
-    report["host_us"] = host_time.measure()
-    _print(report)
-    measure.keep(report, args.json)
+    with tempfile.TemporaryDirectory() as scratch:
+        rivals = on_this_cpu(RIVALS, "token_stats", args.rivals, Path(scratch))
+        if args.memory_of:
+            print(json.dumps(_memory(args, {"entcov": ours, "eager": usual, **rivals}[args.memory_of])))
+        else:
+            _report(args, rivals)
     return 0
 
 
-def _functions(args) -> dict[str, object]:
-    functions = {"entcov": ours, "eager": usual}
+def on_this_cpu(names: Sequence[str], workload: str, folder: Path | None, scratch: Path) -> dict[str, Callable]:
+    """The rivals of benchmarks.gpu.rivals whose archives are in the folder: functions -> (logprob, entropy)."""
+    if folder is None:
+        return {}
+    from benchmarks.gpu import rivals  # imports what the GPU run needs
+
+    def pair(function: Callable, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = function(*inputs)
+        return outputs["logprob"], outputs["entropy"]
+
+    found = {}
+    for name in names:
+        if reason := rivals.missing(rivals.RIVALS[name], folder):
+            print(f"{name}: {reason}", file=sys.stderr)
+        else:
+            contender = rivals.prepare(name, folder, scratch, "cpu")
+            found[f"{name} ({contender.source.split('-py')[0]})"] = partial(pair, contender.functions[workload])
+    return found
+
+
+def _report(args, rivals: dict[str, Callable]) -> None:
+    logits, target = make_input(args)
+    functions = {"entcov": ours, "eager": usual, **rivals}
     if not args.no_compile:
         functions["torch.compile"] = torch.compile(usual)
-    return functions
+    report = {
+        "machine": {**measure.machine(), "isa": isa(), "threads": torch.get_num_threads()},
+        "shape": {"tokens": args.tokens, "vocab": args.vocab, "dtype": args.dtype},
+        "times": _time_all(args, functions, logits, target),
+    }
+    report["errors"] = _errors(functions, logits, target)
+    del logits, target
+    report["memory"] = {name: _memory_in_process(args, name) for name in functions if name != "torch.compile"}
+    report["host_us"] = host_time.measure()
+    _print(report)
+    measure.keep(report, args.json)
 
 
-def _time_all(args, logits, target) -> list[dict]:
-    functions = _functions(args)
+def _time_all(args, functions, logits, target) -> list[dict]:
     passes = {
         "forward": {n: partial(f, logits, target) for n, f in functions.items()},
         "forward+backward": {n: partial(backward_of(f), logits, target) for n, f in functions.items()},
@@ -140,7 +174,7 @@ def _time_all(args, logits, target) -> list[dict]:
     return rows
 
 
-def _errors(args, logits, target) -> dict[str, dict[str, float]]:
+def _errors(functions, logits, target) -> dict[str, dict[str, float]]:
     """Largest error of each implementation against float64 on the first rows, in this run."""
     rows, tokens = logits[:CHECKED_ROWS].clone(), target[:CHECKED_ROWS]
     leaf = rows.double().requires_grad_()
@@ -148,7 +182,7 @@ def _errors(args, logits, target) -> dict[str, dict[str, float]]:
     loss = -expected["logprob"].sum() - ENTROPY_COEF * expected["entropy"].sum()
     (wanted,) = torch.autograd.grad(loss, leaf)
     errors = {}
-    for name, function in _functions(args).items():
+    for name, function in functions.items():
         grad = backward_of(function)(rows, tokens)
         with torch.no_grad():
             logprob, entropy = function(rows, tokens)
@@ -160,21 +194,25 @@ def _errors(args, logits, target) -> dict[str, dict[str, float]]:
     return errors
 
 
-def _memory(args) -> dict[str, float]:
-    """Bytes a token beyond the gradient, forward and backward, of one implementation in this fresh process."""
-    call = backward_of({"entcov": ours, "eager": usual}[args.memory_of])
+def _memory(args, function) -> dict[str, float]:
+    """Bytes a token beyond the gradient, forward and backward, of one implementation in this fresh process.
+
+    "kept": what is held between forward and backward beyond the logits, outputs included."""
+    call = backward_of(function)
     logits, target = make_input(args)
     call(logits[:1, : MANY_TOKENS[1]], target[:1] % MANY_TOKENS[1])  # what only the first call allocates
     many = torch.randn(MANY_TOKENS, dtype=torch.float32).to(logits.dtype)
     zeros = torch.zeros(len(many), dtype=torch.int64)
     resident = peak_resident_bytes(lambda: call(many, zeros)) - many.nbytes
     allocated = peak_allocated_bytes(lambda: call(logits, target)) - logits.nbytes
-    return {"allocated": allocated / len(logits), "resident": resident / len(many)}
+    kept = kept_bytes(lambda: function(logits.requires_grad_(), target))
+    return {"allocated": allocated / len(logits), "resident": resident / len(many), "kept": kept / len(logits)}
 
 
 def _memory_in_process(args, name: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks", "ops", "--memory-of", name, "--tokens", str(args.tokens)]
     command += ["--vocab", str(args.vocab), "--dtype", args.dtype, "--threads", str(torch.get_num_threads())]
+    command += ["--rivals", str(args.rivals)] if args.rivals else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the memory measurement failed: {done.stderr[-2000:]}")
@@ -205,10 +243,13 @@ def _print(report: dict) -> None:
     print_table(["", "logprob", "entropy", "gradient"],
            [[name, *(f"{x:.1e}" for x in errors.values())] for name, errors in report["errors"].items()])  # fmt: skip
     T, V = MANY_TOKENS
-    print("\nmemory of forward+backward beyond the gradient, bytes a token (a fresh process each)")
+    print(
+        "\nmemory of forward+backward beyond the gradient, bytes a token (a fresh process each); kept: by the first's"
+    )
+    print("allocator between forward and backward, without the logits themselves")
     print_table(
-        ["", f"torch's allocator, {shape['tokens']} x {shape['vocab']}", f"resident (VmHWM), {T} x {V}"],
-        [[name, f"{m['allocated']:,.1f}", f"{m['resident']:,.1f}"] for name, m in report["memory"].items()],
+        ["", f"torch's allocator, {shape['tokens']} x {shape['vocab']}", f"resident (VmHWM), {T} x {V}", "kept"],
+        [[name, *(f"{m[k]:,.1f}" for k in ("allocated", "resident", "kept"))] for name, m in report["memory"].items()],
     )
     shape = f"[{host_time.TOKENS}, {host_time.COLUMNS}]"
     print(f"\nhost time of one call on {shape}, one thread, microseconds (10th percentile)")

@@ -12,6 +12,7 @@ import types
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -213,6 +214,24 @@ def verl(source: str) -> Contender:
     return Contender("verl", source, {"token_stats": function}, note=note, overwrites=is_fp32)
 
 
+def verl_fsdp(source: str, padded: bool = False) -> Contender:
+    """What its FSDP engine does at temperature 1, with padding removed or with padded rows, which it copies."""
+    bare("verl", "verl.utils", "flash_attn", "flash_attn.ops", "flash_attn.ops.triton")
+    stand_in("verl.utils.device", get_device_name=lambda: "cuda", get_torch_device=lambda: torch.cuda)
+    stand_in("tensordict", TensorDict=object)
+    module = import_module("verl.utils.torch_functional")
+
+    def function(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        entropy = module.entropy_from_logits(logits)
+        if padded:
+            logits = torch.cat(list(logits[None]))
+        return {"logprob": module.logprobs_from_logits(logits, target, inplace_backward=padded), "entropy": entropy}
+
+    kernel = "flash-attention's" if module.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE else "torch's"
+    note = f"{kernel} cross-entropy and entropy in plain torch, in the dtype of the logits"
+    return Contender("verl FSDP, padded" if padded else "verl FSDP", source, {"token_stats": function}, note=note)
+
+
 def areal(source: str) -> Contender:
     bare("areal", "areal.utils", "areal.utils.functional", "areal.infra")
     stand_in("areal.infra.platforms", is_npu_available=False)
@@ -277,13 +296,16 @@ def liger_head(source: str) -> Contender:
 
 
 LIGER, MEGATRON, VERL = "liger-kernel==0.8.5", "megatron-core==0.16.1", "verl==0.9.1"
+FLASH = "flash-attn==2.8.3.post2"
 # In the order in which they run, the most important first.
 RIVALS = {
     "TRL": Rival(("trl==1.16.0",), trl),
     "verl": Rival((VERL, MEGATRON), verl),
+    "verl FSDP": Rival((VERL, FLASH), verl_fsdp),
+    "verl FSDP, padded": Rival((VERL, FLASH), partial(verl_fsdp, padded=True)),
     "Liger vocab-parallel CE": Rival((LIGER,), liger_vocab_parallel),
     "Megatron-Core CE": Rival((MEGATRON,), megatron),
-    "flash-attention CE": Rival(("flash-attn==2.8.3.post2",), flash_attention),
+    "flash-attention CE": Rival((FLASH,), flash_attention),
     "Transformer Engine CE": Rival(("transformer-engine==2.20.2",), transformer_engine),
     "cut-cross-entropy": Rival(("cut-cross-entropy==25.1.1",), cut_cross_entropy),
     "verl linear CE": Rival((VERL,), verl_linear),

@@ -14,6 +14,7 @@ from tests.planted_faults import (
     trainer,
     trl,
     verl,
+    verl_statistics,
 )
 
 FAULTS = (
@@ -30,4 +31,5 @@ FAULTS = (
     *integrations.FAULTS,
     *trl.FAULTS,
     *verl.FAULTS,
+    *verl_statistics.FAULTS,
 )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -80,7 +81,7 @@ def _gathered(found: Found, batch: Rollout) -> Found:
 def sharded_logits(model: str) -> dict[str, Any]:
     """Logits as DTensors: split over the vocabulary (evenly and not), over the sequences, and whole on every rank."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     from entcov.integrations.verl import statistics
 
@@ -102,12 +103,12 @@ def sharded_logits(model: str) -> dict[str, Any]:
         sum(right[name][real].sum() for name in engines.DIFFERENTIABLE).backward()
         for placement in (Shard(2), Shard(0), Replicate()):
             split = distribute_tensor(logits, mesh, [placement]).requires_grad_()
-            made = engine.prepare_model_outputs(SimpleNamespace(logits=split), arguments, data, None)
+            with patch.object(DTensor, "full_tensor", autospec=True, side_effect=DTensor.full_tensor) as gathers:
+                made = engine.prepare_model_outputs(SimpleNamespace(logits=split), arguments, data, None)
             sum(made[name].values().sum() for name in engines.DIFFERENTIABLE).backward()
             found = {name: float((x.values().double() - right[name][real]).abs().max()) for name, x in made.items()}
             found["d logits"] = float((split.grad.full_tensor() - exact.grad).norm() / exact.grad.norm())
-            local = split.to_local().shape[2]
-            errors[f"{columns} {placement} {local}"] = found
+            errors[f"{columns} {placement} gathered {gathers.call_count}"] = found
     return errors
 
 
@@ -195,13 +196,15 @@ def processors(engine: Any) -> dict[str, Any]:
     rank, T, V = dist.get_rank(group), 64, 100
     g = torch.Generator().manual_seed(5)
     for name, scale, dtype, hidden in (
-        ("scale 30", 30.0, torch.float32, 0), ("bf16", 30.0, torch.bfloat16, 0), ("-inf", 3.0, torch.float32, 40)
+        ("scale 30", 30.0, torch.float32, 0), ("bf16", 30.0, torch.bfloat16, 0), ("-inf", 3.0, torch.float32, 40),
+        ("padding", 3.0, torch.float32, 0),
     ):  # fmt: skip
         whole = (scale * torch.randn(1, T, V, generator=g)).to(dtype)
-        target = torch.randint(hidden, V, (1, T), generator=g)
+        target = torch.randint(hidden, 97, (1, T), generator=g)
         whole[..., :hidden] = -torch.inf
         exact = whole.double().requires_grad_()
-        right = engines.of_logits(exact, target)
+        true_size = engine.model_config.hf_config.vocab_size = 97 if name == "padding" else V
+        right = engines.of_logits(exact[..., :true_size], target)
         weights = torch.randn(2, 1, T, generator=g)
         (right["log_probs"] * weights[0] + right["entropy"] * weights[1]).sum().backward()
         for kind, call in (
@@ -220,4 +223,5 @@ def processors(engine: Any) -> dict[str, Any]:
             wanted = exact.grad.chunk(2, -1)[rank]
             found["d logits"] = float((leaf.grad.double() - wanted).norm() / wanted.norm())
             errors[f"{name} {kind}"] = found
+    engine.model_config.hf_config.vocab_size = V
     return errors

@@ -15,6 +15,7 @@ from tests.integrations.verl import engines, statistics_cases, worker
 from tests.integrations.verl.statistics_cases import EVERYTHING, PLAIN, TEMPERATURE, fused
 
 VALUE, GRADIENT = 2e-5, 1e-5
+pytestmark = pytest.mark.usefixtures("model")  # it starts verl's platform, before verl is imported
 
 
 def check(errors):
@@ -155,6 +156,21 @@ def test_a_head_without_a_request_gives_logits():
         install(model)
 
 
+def test_a_head_with_a_bias(batch):
+    from entcov.integrations.verl.statistics import _linear_statistics, _statistics
+
+    data = batch.local(use_remove_padding=True, calculate_entropy=True, temperature=TEMPERATURE, **EVERYTHING)
+    tokens = data["input_ids"].values()
+    arguments = {"micro_batch": data, "output_args": {"input_ids_rmpad_rolled": tokens.roll(-1)}}
+    head = torch.nn.Linear(16, worker.VOCABULARY)
+    hidden = torch.randn(1, len(tokens), 16)
+    right = _statistics(head(hidden), data, arguments["output_args"])
+    found = _linear_statistics(hidden, head.weight, head.bias, **arguments)
+    assert len(right) == 6 and all(
+        torch.allclose(x, y, atol=1e-5) for x, y in zip(found.unbind(-1), right.values(), strict=True)
+    )
+
+
 @pytest.mark.parametrize("softcap", [30.0, None])
 def test_a_model_with_a_softcap_is_refused(tmp_path, batch, engine_of, softcap):
     from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -232,7 +248,8 @@ def test_verls_fused_kernels_fail_where_fsdp2_wraps_the_head_by_itself(two_ranks
 
 def test_logits_that_are_dtensors(two_ranks):
     found = cases(two_ranks, "sharded logits")
-    assert sum("S(2) 50" in name or "S(2) 49" in name for name in found) == 4
+    assert sum("S(2) gathered 0" in name for name in found) == 4  # split over the vocabulary, evenly and not
+    assert sum(name.count("gathered 1") for name in found) == 8
     for errors in found.values():
         check(errors)
 
@@ -259,10 +276,13 @@ def test_verls_trainer_steps_alike_by_verls_and_by_entcovs_statistics(two_ranks)
 
 
 def test_hard_logits_of_a_tensor_parallel_rank(two_ranks):
-    """Entropy and gradient at logit scale 30, in bf16, and with -inf: verl's errors are its own, and may go one day."""
+    """Entropy and gradient at logit scale 30, in bf16, with -inf, with columns that only pad the vocabulary.
+
+    verl's errors are its own, and may go one day.
+    """
     found = cases(two_ranks, "tensor parallel")
     for rank in (0, 1):
-        for name in ("scale 30", "bf16", "-inf"):
+        for name in ("scale 30", "bf16", "-inf", "padding"):
             ours, verls = found[f"{name} entcov, rank {rank}"], found[f"{name} verl, rank {rank}"]
             assert ours["log_probs"] < VALUE and ours["entropy"] < 1e-6
             assert ours["d logits"] < (4e-3 if name == "bf16" else 1e-6)  # a gradient in bf16 is rounded to 8 bits
