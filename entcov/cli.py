@@ -1,4 +1,4 @@
-"""`python -m entcov train | eval | compare | plot | data | data rank | plan | check`.
+"""`python -m entcov train | eval | compare | plot | fit-law | data | data rank | plan | check`.
 
 Parses arguments, prints results, and turns a failure into a message and an exit code. Imports are made by the command
 that needs them.
@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,12 @@ _SET_BY_COMPARE = {
     "control": "--controls", "seed": "--seeds", "threads": "--jobs", "run_dir": "--out",
     "warm_start.cache_dir": "--out",
 }  # fmt: skip
+# Options of `data rank` that go with each --by.
+_RANKINGS = {
+    "semantic_entropy": ("samples", "stages", "length_normalized"),
+    "solve_rate": ("samples", "least", "most", "prompts"),
+    "kmeans": ("count",),
+}
 _BAD_INPUT = (ValueError, TypeError, OSError, UnpicklingError)
 
 
@@ -171,6 +178,17 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--out", help="directory; default: RUN/plots for one run, ./plots for several")
     plot.set_defaults(command=_plot)
 
+    law = commands.add_parser("fit-law", help="the law reward = -a exp(H) + b of runs: fit, forecast, entropy left")
+    law.add_argument("runs", nargs="+", metavar="RUN")
+    law.add_argument("--fraction", type=float, default=0.15, help="of the run, for the forecast; default %(default)s")
+    law.add_argument(
+        "--entropy", default="response_mean",
+        help="response_mean (default, as in the paper), token_mean, or heldout:SOURCE (of runs with eval.entropy)",
+    )  # fmt: skip
+    law.add_argument("--reward", help="train or heldout:SOURCE; default: that of the entropy")
+    law.add_argument("--out", help="directory; default: RUN/plots for one run, ./plots for several")
+    law.set_defaults(command=_fit_law)
+
     data = commands.add_parser("data", help="public sets of mathematics and code into verl's row format")
     sets = "dapo_math_17k, math, gsm8k, an evaluation set, or eval; classic_programs, eurus2_code, acecode, kodcode"
     data.add_argument("names", nargs="+", metavar="NAME", help=sets)
@@ -184,12 +202,15 @@ def _parser() -> argparse.ArgumentParser:
     rank = commands.add_parser("data rank", help="a data set's prompts by what a policy makes of them, before training")
     rank.add_argument("recipe", help="its data.train_files are ranked, by its policy and rollout settings")
     rank.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
-    rank.add_argument(
-        "--by", choices=("semantic_entropy", "kmeans"), default="semantic_entropy", help="default: %(default)s"
-    )
+    rank.add_argument("--by", choices=tuple(_RANKINGS), default="semantic_entropy", help="default: %(default)s")
     rank.add_argument("--out", required=True, help="folder of the new files, in verl's row format with score columns")
     rank.add_argument("--checkpoint", metavar="RUN/checkpoints/step_N", help="its policy; default: the recipe's")
-    rank.add_argument("--samples", type=int, help="semantic_entropy: responses to each prompt; default 8")
+    rank.add_argument(
+        "--samples", type=int, help="responses to each prompt; default 8 for semantic_entropy, 32 for solve_rate"
+    )
+    rank.add_argument("--least", type=int, help="solve_rate: right responses of a chosen prompt, at least; default 0")
+    rank.add_argument("--most", type=int, help="solve_rate: and at most; default 3")
+    rank.add_argument("--prompts", type=int, help="solve_rate: of a data.task, how many different prompts are ranked")
     rank.add_argument("--stages", type=int, help="semantic_entropy: files, from low to high entropy; default 2")
     rank.add_argument(
         "--length-normalized", action="store_true", default=None,
@@ -263,8 +284,21 @@ def eval_command(args: argparse.Namespace) -> int:
 
 
 def _counter(what: str) -> Callable[[int, int], None]:
-    """Shows on one line of a terminal how many are done."""
-    return lambda done, in_all: print(f"\r{done} of {in_all} {what}", end="", file=sys.stderr, flush=True)
+    """Shows on one line of a terminal how many are done, and the time left."""
+    from entcov.rl.record.progress import duration
+
+    started: list[tuple[float, int]] = []
+
+    def show(done: int, in_all: int) -> None:
+        now = time.monotonic()
+        if not started:
+            started.append((now, done))  # what the first call reports may have been stored before
+        since, before = started[0]
+        left = f"{duration((now - since) * (in_all - done) / (done - before))} left" if done > before else ""
+        bar = "━" * round(24 * done / in_all)
+        print(f"\r{bar:╌<24} {done} of {in_all} {what}  {left:<16}", end="", file=sys.stderr, flush=True)
+
+    return show
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -330,22 +364,42 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    paths = list(dict.fromkeys(args.runs))
-    names = [Path(run).resolve().name for run in paths]
-    runs = {run if names.count(name) > 1 else name: run for name, run in zip(names, paths, strict=True)}
-    out = args.out or (Path(paths[0]) / "plots" if len(paths) == 1 else "plots")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"--out: must be a folder, got the file {out}")
-    for path in _plot_runs(runs, Path(out)):
+    for path in _plot_runs(*_runs_and_out(args)):
         print(path)
     return 0
 
 
+def _runs_and_out(args: argparse.Namespace) -> tuple[dict[str, str], Path]:
+    """Label -> run folder, and where the results go."""
+    paths = list(dict.fromkeys(args.runs))
+    names = [Path(run).resolve().name for run in paths]
+    out = Path(args.out or (Path(paths[0]) / "plots" if len(paths) == 1 else "plots"))
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: must be a folder, got the file {out}")
+    return {run if names.count(name) > 1 else name: run for name, run in zip(names, paths, strict=True)}, out
+
+
 def _plot_runs(runs: dict[str, str], out: Path) -> list[Path]:
     from entcov.report.plots import plot_runs
+    from entcov.report.solves import plot_solves
     from entcov.rl.record.metrics import read_metrics
+    from entcov.rl.solve_counts import read_solve_counts
 
-    return plot_runs({label: read_metrics(run) for label, run in runs.items()}, out)
+    paths = plot_runs({label: read_metrics(run) for label, run in runs.items()}, out)
+    return paths + plot_solves({label: read_solve_counts(run) for label, run in runs.items()}, out)
+
+
+def _fit_law(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from entcov.report.fit_law import fit_runs
+
+    runs, out = _runs_and_out(args)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    options = {"fraction": args.fraction, "entropy": args.entropy, "reward": args.reward}
+    for path in fit_runs(runs, out, **options, console=console):
+        print(path)
+    return 0
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -363,16 +417,17 @@ def _data(args: argparse.Namespace) -> int:
 
 def _rank(args: argparse.Namespace) -> int:
     from entcov.rl.config import load_config
-    from entcov.rl.data.rank import kmeans_subset, rank_by_entropy
+    from entcov.rl.data.rank import kmeans_subset, rank_by_entropy, rank_by_solve_rate
 
-    options = {"semantic_entropy": ("samples", "stages", "length_normalized"), "kmeans": ("count",)}
-    for by, names in options.items():
+    own = _RANKINGS[args.by]
+    for by, names in _RANKINGS.items():
         for name in names:
-            if by != args.by and getattr(args, name) is not None:
+            if name not in own and getattr(args, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')}: goes with --by {by}, got --by {args.by}")
-    given = {name: getattr(args, name) for name in options[args.by] if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in own if getattr(args, name) is not None}
     shown = sys.stderr.isatty()
-    command = {"semantic_entropy": rank_by_entropy, "kmeans": kmeans_subset}[args.by]
+    commands = {"semantic_entropy": rank_by_entropy, "solve_rate": rank_by_solve_rate, "kmeans": kmeans_subset}
+    command = commands[args.by]
     paths = command(
         load_config(args.recipe, args.overrides), args.out, checkpoint=args.checkpoint, **given,
         progress=_counter("prompts") if shown else None,

@@ -23,7 +23,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from entcov import Tokens, logit_covariance, policy_loss, token_stats
+from entcov import Tokens, fit_law, logit_covariance, policy_loss, token_stats
 from entcov.cli import main
 from entcov.controls import make_control, select
 from entcov.objective.token_covariance import token_covariance
@@ -152,6 +152,12 @@ BAD_CALLS = {
         ValueError,
         "kl_cov_ratio.*20.*not a percent",
     ),
+    "law of too few points": (
+        lambda: fit_law([0.5] * 7, [0.5] * 7),
+        ValueError,
+        "entropy must have at least 8 points for a fit, got 7",
+    ),
+    "law of a flat entropy": (lambda: fit_law([0.5] * 9, [0.5] * 9), ValueError, "entropy must vary for a fit"),
     "unknown control": (lambda: make_control("clip_cow"), ValueError, "control name must be one of .*got 'clip_cow'"),
 }
 

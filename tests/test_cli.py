@@ -33,7 +33,9 @@ def test_train_eval_plot(recipe_file, tmp_path, capsys):
     shown = capsys.readouterr().out
     row = next(line.split() for line in shown.splitlines() if line.startswith("entcov/carry_arithmetic"))
     assert f"{run}, step 2;" in shown and row[1:4] == ["8", "3", "0.6"]
-    assert json.loads((run / "eval" / "step_2.json").read_text())["settings"]["samples"] == 3
+    kept = json.loads((run / "eval" / "step_2.json").read_text())
+    counts = kept["solve_counts"]["entcov/carry_arithmetic"]
+    assert kept["settings"]["samples"] == counts["samples"] == 3 and len(counts["solved"]) == 8
     assert main(["plot", str(run), "--out", str(tmp_path / "plots")]) == 0
     assert (tmp_path / "plots" / "entropy.png").exists()
 
@@ -55,7 +57,7 @@ def test_mistakes_are_one_line_of_stderr_and_exit_code_2(recipe_file, tmp_path, 
 
 
 def test_the_help_is_for_a_user(capsys):
-    for arguments in ([], ["train"], ["eval"], ["compare"], ["plot"], ["data"], ["plan"], ["check"]):
+    for arguments in ([], ["train"], ["eval"], ["compare"], ["plot"], ["fit-law"], ["data"], ["plan"], ["check"]):
         with pytest.raises(SystemExit) as done:
             main([*arguments, "--help"])
         shown = capsys.readouterr().out

@@ -132,11 +132,11 @@ def compare(
     out_dir.mkdir(parents=True, exist_ok=True)
     if plotted := {control: list(by_seed.values()) for control, by_seed in rows.items() if by_seed}:
         plot_runs(plotted, out_dir / "plots")
-    atomic_write(out_dir / "comparison.json", (json.dumps(_plain(asdict(comparison)), indent=1) + "\n").encode())
+    atomic_write(out_dir / "comparison.json", (json.dumps(plain(asdict(comparison)), indent=1) + "\n").encode())
     atomic_write(out_dir / "comparison.md", markdown(comparison, plots=bool(plotted)).encode())
     console = Console()
     for table in tables(comparison):
-        console.print(_rich(*table))
+        console.print(rich_table(*table))
     as_is = {"markup": False, "highlight": False, "soft_wrap": True}  # paths and logs can be copied
     for failure in failures:
         console.print(f"\n{failure.label} failed ({failure.reason}), end of {failure.log}:", style="red", **as_is)
@@ -285,7 +285,8 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _rich(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """For a terminal: the first column to the left, the others to the right."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right")
@@ -303,12 +304,12 @@ def _environment() -> str:
     return f"{versions}, Python {platform.python_version()}, {processor}, {os.cpu_count()} cores"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """For JSON: NaN as null, paths and keys as text."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

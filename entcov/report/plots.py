@@ -18,7 +18,7 @@ from entcov.intervals import student_t
 Rows = Sequence[Mapping[str, float]]
 
 # Okabe and Ito's palette, which people with any colour vision can read; without its yellow, which is too pale on white.
-_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "--", ":")
 _BAND_SEEDS = 5
 _EVALUATION = re.compile(r"val-core/.+/acc/(mean|best)@(\d+)(/mean)?")
@@ -90,7 +90,7 @@ def build_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure
 
     figures = {}
     for name, panels in present.items():
-        figure = _new_figure(8, 4.8 if len(panels) == 1 else 7.2)
+        figure = new_figure(8, 4.8 if len(panels) == 1 else 7.2)
         axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
         notes = [_draw(ax, panel, seeds) for ax, panel in zip(axes, panels, strict=True)]
         axes[0].legend(handles=_legend(seeds, panels), fontsize=9, frameon=False)
@@ -98,7 +98,7 @@ def build_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure
         _caption(figure, seeds, notes)
         figures[name] = figure
 
-    overview = _new_figure(12, 8)
+    overview = new_figure(12, 8)
     axes = overview.subplots(2, 2, sharex=True).flat
     notes = []
     for ax, name in zip(axes, _PANELS, strict=True):
@@ -200,8 +200,8 @@ def _draw(ax: Axes, panel: _Panel, seeds: Mapping[str, list[Rows]]) -> int:
 
 
 def _styled(seeds: Mapping[str, list[Rows]]) -> list[tuple[str, str, str]]:
-    count = len(_COLOURS)
-    return [(label, _COLOURS[i % count], _STYLES[i // count % len(_STYLES)]) for i, label in enumerate(seeds)]
+    count = len(COLOURS)
+    return [(label, COLOURS[i % count], _STYLES[i // count % len(_STYLES)]) for i, label in enumerate(seeds)]
 
 
 def _legend(seeds: Mapping[str, list[Rows]], panels: Sequence[_Panel]) -> list[Line2D]:
@@ -217,7 +217,7 @@ def _legend(seeds: Mapping[str, list[Rows]], panels: Sequence[_Panel]) -> list[L
     return handles
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: no global state, no display needed
     return figure

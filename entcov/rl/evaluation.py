@@ -1,4 +1,4 @@
-"""Held-out accuracy (mean@k, best@k under verl's metric names) and entropy; each data source has its own sampling."""
+"""Held-out accuracy (verl's mean@k and best@k, unbiased pass@k) and entropy; each data source has its own sampling."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from entcov.rl.config import EvalConfig, Sampling
 from entcov.rl.interfaces import Actor, Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
+from entcov.rl.solve_counts import SolveCounts
 from entcov.rl.types import Prompt, Rollout
 
 
@@ -91,6 +92,7 @@ class SourceResult:
     samples: int  # per prompt
     mean: float  # of all rewards: mean@k
     best: float  # mean over prompts of the best of k: pass@k for 0/1 rewards
+    solved: SolveCounts  # right responses of each prompt
     half_width: float  # of the 95 % interval of `mean` over prompts (Student's t); NaN for one prompt
     length: float  # mean response length
     cut: float  # share of responses that reached the length limit
@@ -98,12 +100,14 @@ class SourceResult:
 
     def metrics(self) -> dict[str, float]:
         """Under verl's names, `val-core/<source>/acc/mean@k` and, for k > 1, `val-core/<source>/acc/best@k/mean`;
-        `val-aux/<source>/response_length/{mean,clip_ratio}` beside them, and `val-aux/<source>/entropy/mean`.
+        `val-aux/<source>/response_length/{mean,clip_ratio}` beside them, and `val-aux/<source>/entropy/mean`. For k > 1
+        also `val-core/<source>/acc/pass@j`, j = 1, 2, 4, ... and k: the unbiased estimates, from all k samples.
         """
         core, aux = f"val-core/{self.source}/acc", f"val-aux/{self.source}"
         out = {f"{core}/mean@{self.samples}": self.mean}
         if self.samples > 1:
             out[f"{core}/best@{self.samples}/mean"] = self.best
+            out |= {f"{core}/pass@{k}": value for k, value in self.solved.curve().items()}
         if self.entropy is not None:
             out[f"{aux}/entropy/mean"] = self.entropy
         return out | {f"{aux}/response_length/mean": self.length, f"{aux}/response_length/clip_ratio": self.cut}
@@ -114,7 +118,7 @@ def summarize(rollouts: Sequence[Rollout]) -> list[SourceResult]:
     by_source: dict[str, dict[int, list[Rollout]]] = defaultdict(lambda: defaultdict(list))
     for rollout in rollouts:
         by_source[rollout.prompt.example.data_source][rollout.prompt.uid].append(rollout)
-    results = []
+    results, solved = [], SolveCounts.by_source(rollouts)
     for source, groups in sorted(by_source.items()):
         rewards = [[rollout.reward for rollout in group] for group in groups.values()]
         everything = [rollout for group in groups.values() for rollout in group]
@@ -127,6 +131,7 @@ def summarize(rollouts: Sequence[Rollout]) -> list[SourceResult]:
                 samples=len(rewards[0]),
                 mean=sum(map(sum, rewards)) / len(everything),
                 best=sum(map(max, rewards)) / len(rewards),
+                solved=solved[source],
                 half_width=half_width,
                 length=sum(len(rollout.tokens) for rollout in everything) / len(everything),
                 cut=sum(not rollout.finished for rollout in everything) / len(everything),

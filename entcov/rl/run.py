@@ -23,7 +23,8 @@ from entcov.rl.interfaces import Backend, Start
 from entcov.rl.interrupts import Interrupts
 from entcov.rl.loop import Loop
 from entcov.rl.record.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
-from entcov.rl.record.metrics import RunLogger
+from entcov.rl.record.law_metrics import LawMetrics
+from entcov.rl.record.metrics import RunLogger, read_metrics
 from entcov.rl.record.progress import Progress
 from entcov.rl.record.run_folder import (
     SAMPLES,
@@ -35,6 +36,7 @@ from entcov.rl.record.run_folder import (
     write_samples,
 )
 from entcov.rl.rewards.rules import load_reward
+from entcov.rl.solve_counts import write_solve_counts
 from entcov.rl.types import Rollout
 
 _COMMANDS = {
@@ -177,15 +179,17 @@ def evaluate_run(
     found = backend.broadcast_from_rank0(lambda: _checkpoint(run_dir, checkpoint))
     loop = build(for_sampling(config), backend, found)
     metrics, rollouts = _evaluate(config, loop, progress=progress if backend.is_rank0 else None)
+    results = summarize(rollouts)
     if backend.is_rank0:
         result = {"step": found.step, "settings": dataclasses.asdict(config.eval), "metrics": metrics}
+        result["solve_counts"] = {row.source: row.solved.state_dict() for row in results}
         try:
             keep_evaluation(run_dir, found.step, result, rollouts)
         except OSError as error:
             if on_unkept is None:
                 raise
             on_unkept(error)
-    return found.step, metrics, summarize(rollouts)
+    return found.step, metrics, results
 
 
 def for_sampling(config: Config) -> Config:
@@ -232,12 +236,15 @@ class _Run:
     interrupts: Interrupts
     recorded: int = -1  # the last step with metrics
     stored: int = -1  # the step of the latest checkpoint
+    law: LawMetrics = dataclasses.field(default_factory=LawMetrics)  # rank 0's
 
     def to_the_end(self, checkpoint: Checkpoint | None) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if checkpoint is not None:
             self.loop.load_state_dict(checkpoint.state)
             self.recorded = self.stored = checkpoint.step
+            if self.logger is not None:  # the record ends at the checkpoint now
+                self.law = LawMetrics(read_metrics(self.config.run_dir))
         else:
             # Reinforcement starts after the prompts that the warm start has shown the solutions of.
             self.loop.position = self.config.warm_start.steps * self.config.warm_start.batch_size
@@ -303,6 +310,7 @@ class _Run:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         if self.logger is not None:
+            metrics |= self.law.observe(step, metrics)
             self.logger.log(step, metrics)
         self.recorded = step
         self.progress.update(step, metrics)
@@ -322,4 +330,5 @@ class _Run:
         metrics, rollouts = _evaluate(self.config, self.loop)
         if self.backend.is_rank0:
             write_samples(Path(self.config.run_dir) / SAMPLES / f"step_{step}.jsonl", rollouts)
+            write_solve_counts(Path(self.config.run_dir), step, rollouts)
         return metrics

@@ -6,6 +6,7 @@ from tests.planted_faults import (
     controls,
     data_level,
     integrations,
+    law,
     megatron,
     objective,
     prime,
@@ -29,7 +30,8 @@ FAULTS = (
     *megatron.FAULTS,
     *prime.FAULTS,
     *integrations.FAULTS,
-    *trl.FAULTS,
+    *law.FAULTS,
     *verl.FAULTS,
+    *trl.FAULTS,
     *verl_statistics.FAULTS,
 )

@@ -69,6 +69,9 @@ def test_every_data_source_has_its_own_protocol():
     assert core == {
         "val-core/aime24/acc/mean@4": 0.25,
         "val-core/aime24/acc/best@4/mean": 0.5,
+        "val-core/aime24/acc/pass@1": 0.25,
+        "val-core/aime24/acc/pass@2": pytest.approx(5 / 12),  # 1 - C(2, 2) / C(4, 2) and 0
+        "val-core/aime24/acc/pass@4": 0.5,
         "val-core/math500/acc/mean@1": 0.5,
         "val-core/olympiad/acc/mean@1": 1.0,
     }

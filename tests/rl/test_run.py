@@ -40,6 +40,13 @@ def test_what_a_run_leaves(tmp_path):
     assert list(tmp_path.glob("**/events.out.tfevents.*"))
     sample = json.loads((tmp_path / "samples" / "step_3.jsonl").read_text().splitlines()[0])
     assert sample.keys() == {"prompt", "response", "ground_truth", "reward", "finished"}
+    ((source, counts),) = json.loads((tmp_path / "solve_counts" / "step_3.json").read_text()).items()
+    assert counts["samples"] == 2 and sum(counts["histogram"]) == len(counts["solved"]) == 8
+    assert (
+        rows[3][f"val-core/{source}/acc/pass@1"]
+        == sum(counts["solved"]) / 16
+        == rows[3][f"val-core/{source}/acc/mean@2"]
+    )
 
 
 def test_the_learning_rate_warms_up_over_training_steps(tmp_path):
@@ -48,6 +55,23 @@ def test_the_learning_rate_warms_up_over_training_steps(tmp_path):
     run(tmp_path, **settings, steps=2)
     rows = run(tmp_path, **settings, steps=5)
     assert [row["actor/lr"] for row in rows[1:]] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+def test_the_law_of_a_run_that_goes_on_is_that_of_all_its_steps(tmp_path):
+    settings = {
+        "steps": 21,
+        "warm_start.steps": 2,
+        "eval.prompts": 0,
+        "checkpoint.every": 0,
+        "actor.updates_per_rollout": 1,
+        "rollout.prompts_per_step": 2,
+        "rollout.group_size": 2,
+        "rollout.max_response_length": 4,
+    }
+    straight = run(tmp_path / "straight", **settings)
+    run(tmp_path / "cut", **settings | {"steps": 20})
+    assert run(tmp_path / "cut", **settings) == straight
+    assert [row["step"] for row in straight if "law/ceiling" in row] == [20, 21]
 
 
 CONTROLS = {

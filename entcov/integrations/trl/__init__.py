@@ -8,7 +8,7 @@ trainer.py     the trainer
 
 from typing import Any
 
-TESTED = "1.16.0"  # of trl, with transformers 5.23 and accelerate 1.15
+from entcov.integrations.trl.keys import TESTED
 
 __all__ = ["TESTED", "EntcovGRPOTrainer"]
 

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import FusedCausalLMOutput
 
-from entcov import linear_token_stats, token_stats
 from entcov.integrations.trl.fsdp_head import gathered
-from entcov.stats.token_stats import TokenStats
+from entcov.stats.linear_token_stats import linear_token_stats
+from entcov.stats.token_stats import TokenStats, token_stats
 
 # Keys of a model's configuration that change its logits after the product with the LM head
 _CHANGES_LOGITS = (

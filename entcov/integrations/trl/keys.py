@@ -10,6 +10,8 @@ from typing import Any
 
 from entcov.objective.tokens import LOG_RATIO_BOUND, PolicyLossConfig
 
+TESTED = "1.16.0"  # of trl, with transformers 5.23 and accelerate 1.15
+
 # (objective, aggregation) of the loss types, with importance_sampling_level="token"
 LOSS_TYPES = {
     "grpo": ("ppo", "seq-mean-token-mean"),

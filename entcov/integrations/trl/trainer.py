@@ -27,9 +27,8 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from entcov.controls import Control, make_control
 from entcov.integrations.controlled_loss import ControlledLoss, Update, entcov_names
-from entcov.integrations.trl import TESTED
 from entcov.integrations.trl.head import PolicyHead
-from entcov.integrations.trl.keys import policy_loss_config
+from entcov.integrations.trl.keys import TESTED, policy_loss_config
 from entcov.integrations.trl.reference_kl import ReferenceKL
 from entcov.objective.tokens import Tokens
 

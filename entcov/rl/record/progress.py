@@ -85,6 +85,7 @@ class Progress(_Display):
         self._last: dict[str, float] = {}
         self._history: dict[str, list[float]] = {}
         self._last_line = -math.inf
+        self._warned = False
 
     def __exit__(self, *exc: object) -> None:
         self._phase = "stopped" if exc[0] is not None else "done"
@@ -104,6 +105,7 @@ class Progress(_Display):
         """Step `step` has ended with `metrics` (verl's names); metrics that it does not have keep their last value."""
         self._step, self._sub = step, None
         self._steps_seen.append((self._clock(), step))
+        self._last.pop("law/gone_step", None)  # absent where entropy does not fall
         self._last.update(metrics)
         for key in ("critic/score/mean", "actor/entropy"):
             if key in metrics:
@@ -111,6 +113,17 @@ class Progress(_Display):
         evaluated = any(key.startswith("val-core/") for key in metrics)
         text = "  ".join(f"{name} {value}" for name, value, _ in self._cells())
         self._line(f"step {step}/{self.total_steps}  {text}", force=evaluated or step in (1, self.total_steps))
+        warned, self._warned = self._warned, self.warning() is not None
+        if self._warned and not warned:
+            self._line(f"warning: {self.warning()}", force=True)
+
+    def warning(self) -> str | None:
+        """That the run's entropy will be gone before its last step (entcov.law.entropy_lasts); None: it is not so."""
+        gone, left = self._last.get("law/gone_step", math.inf), self._last.get("law/entropy_left", math.nan)
+        if not gone < self.total_steps:
+            return None
+        when = f"was gone at about step {gone:.0f}" if gone <= self._step else f"will be gone at about step {gone:.0f}"
+        return f"entropy {when} of {self.total_steps}; {left:.0%} of what the run began with is left"
 
     def seconds_left(self) -> float | None:
         """From the mean duration of the last 20 steps; None before two have ended."""
@@ -146,6 +159,7 @@ class Progress(_Display):
             ("reward", show("critic/score/mean"), spark("critic/score/mean")),
             ("entropy", _unit(show("actor/entropy"), "nats"), spark("actor/entropy")),
             ("held-out accuracy", held_out, ""),
+            ("ceiling of the law", show("law/ceiling"), ""),
             ("covariance mean / p99.9", show("actor/cov_mean", "actor/cov_p999", digits=".3g"), ""),
             ("kl / clip fraction", show("actor/ppo_kl", "actor/pg_clipfrac", digits=".2g"), ""),
             ("mismatch", _unit(show("training/mismatch", digits=".2g"), "nats"), ""),
@@ -185,6 +199,8 @@ class Progress(_Display):
             parts.append(sub)
         else:
             parts.append(Text(f"{self._phase}  {duration(now - self._phase_since)}", style="cyan"))
+        if (warning := self.warning()) is not None:
+            parts.append(Text(f"warning: {warning}", style="yellow"))
         cells = self._cells()
         if cells:
             # Two columns where the terminal is wide enough for them, else one.

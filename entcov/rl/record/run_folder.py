@@ -10,6 +10,7 @@ from entcov.rl.config import Config, ConfigError
 from entcov.rl.record.checkpoint import Checkpoint, list_steps, load_checkpoint, load_latest
 from entcov.rl.record.durable import atomic_write, clear_leftovers, locked, make_folder
 from entcov.rl.record.metrics import has_rows
+from entcov.rl.solve_counts import SOLVE_COUNTS
 from entcov.rl.stored_recipe import check_same_recipe, store_recipe
 from entcov.rl.types import Rollout
 
@@ -31,7 +32,7 @@ def held(run_dir: Path) -> Iterator[None]:
     with locked(run_dir, wait=False) as ours:
         if not ours:
             raise RuntimeError(f"{run_dir} is in use by another process; two runs cannot share a directory")
-        for folder in (run_dir, run_dir / SAMPLES):
+        for folder in (run_dir, run_dir / SAMPLES, run_dir / SOLVE_COUNTS):
             clear_leftovers(folder)
         yield
 

@@ -10,10 +10,19 @@ import pytest
 import torch
 
 from entcov.cli import main
+from entcov.rl.collect import derived_seed
 from entcov.rl.config import parse_config
 from entcov.rl.data.kmeans import kmeans, nearest_members, squared_distances
-from entcov.rl.data.rank import Sample, prompt_features, sample_answers, semantic_entropy
-from entcov.rl.data.stream import load_rows, raw_rows, write_rows
+from entcov.rl.data.rank import (
+    Sample,
+    count_solved,
+    different_prompts,
+    prompt_features,
+    sample_answers,
+    semantic_entropy,
+)
+from entcov.rl.data.stream import PromptStream, load_rows, raw_rows, write_rows
+from entcov.rl.data.tokenizer import char_tokenizer
 from entcov.rl.hf.model import build_model
 from entcov.rl.tasks.base import make_task
 from entcov.rl.types import Example, Prompt, Rollout
@@ -178,3 +187,80 @@ def test_answers_that_cannot_be_found_are_an_error(dataset, capsys):
     command = ["data", "rank", str(dataset), "warm_start.steps=0", "rollout.max_response_length=1", "--out", str(out)]
     assert main([*command, "--samples", "2"]) == 2
     assert "none of 24 responses has a final answer" in capsys.readouterr().err
+
+
+def fifths(example, response):
+    """Right, half right or wrong by the response's number."""
+    return {"#0": 1.0, "#1": 0.5, "#2": 1.5}.get(response, 0.0)
+
+
+def test_an_interrupted_count_of_right_responses_goes_on_where_it_stopped(tmp_path):
+    config = parse_config(recipe("unused", **{"rollout.prompts_per_step": 3}))
+    some = [Prompt(i, Example("a", (), "1"), (1 + i,)) for i in range(8)]
+    straight = count_solved(Answering(), some, fifths, tmp_path / "straight", samples=4, config=config)
+    texts = Answering().generate(
+        some[:3], group_size=4, temperature=1, max_response_length=8, seed=derived_seed(0, (1 << 40) + 1, 0)
+    )
+    by_hand = [sum(r.text in ("#0", "#2") for r in texts if r.prompt is prompt) for prompt in some[:3]]
+    assert straight[:3] == by_hand and len(straight) == 8 and len(set(straight)) > 1
+    with pytest.raises(KeyboardInterrupt):
+        count_solved(Answering(most=2), some, fifths, tmp_path / "cut", samples=4, config=config)
+    rest, shown = Answering(), []
+    again = count_solved(
+        rest, some, fifths, tmp_path / "cut", samples=4, config=config, progress=lambda *done: shown.append(done)
+    )
+    assert again == straight and rest.calls == 1 and shown == [(3, 8), (6, 8), (8, 8)]
+    other = [Prompt(p.uid, Example("a", (), "2"), p.tokens) for p in some]  # the same words, another right answer
+    with pytest.raises(ValueError, match="holds samples made with other rows; remove it"):
+        count_solved(rest, other, fifths, tmp_path / "cut", samples=4, config=config)
+
+
+def test_the_command_writes_the_prompts_in_a_range_of_solve_rates(dataset, capsys):
+    out = dataset.parent / "hard"
+    command = ["data", "rank", str(dataset), "--by", "solve_rate", "--samples", "6", "--out", str(out)]
+    assert main([*command, "--least", "1", "--most", "5"]) == 0
+    assert capsys.readouterr().out.split() == [str(out / "subset.parquet"), str(out / "solve_counts.json")]
+    counts = json.loads((out / "solve_counts.json").read_text())
+    solved, original = counts["solved"], load_rows(dataset.parent / "rows.parquet")
+    assert len(solved) == 12 == sum(counts["histogram"]) and counts["samples"] == 6
+    assert counts["histogram"] == [solved.count(c) for c in range(7)] and 0 < max(solved) <= 6
+    rows = [row for _, row in raw_rows(out / "subset.parquet")]
+    chosen = [place for place, count in enumerate(solved) if 1 <= count <= 5]
+    assert load_rows(out / "subset.parquet") == [original[place] for place in chosen]
+    assert [(row["solved"], row["samples"]) for row in rows] == [(solved[place], 6) for place in chosen]
+    # Other bounds: nothing is sampled again.
+    stored = {path: path.stat().st_mtime_ns for path in (out / "solves").iterdir()}
+    assert main([*command, "--most", "0"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "solves").iterdir()} == stored
+    assert len(load_rows(out / "subset.parquet")) == counts["histogram"][0]
+
+
+def test_prompts_of_a_task_are_ranked_once_each_and_after_the_warm_starts(tmp_path):
+    tree = recipe(tmp_path / "run", **{"warm_start.steps": 2, "warm_start.batch_size": 16, "eval.prompts": 0})
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(tree))
+    out = tmp_path / "hard"
+    command = ["data", "rank", str(path), "--by", "solve_rate", "--samples", "2", "--out", str(out)]
+    assert main([*command, "--prompts", "9", "--most", "2"]) == 0
+    found = load_rows(out / "subset.parquet")
+    stream = PromptStream.from_config(parse_config(tree).data, char_tokenizer(), seed=0)
+    drawn = [prompt.example for prompt in stream.take(32, 60)]
+    assert len({repr(example.prompt) for example in found}) == 9 == len(found)
+    assert found == [e for place, e in enumerate(drawn) if e.prompt not in [d.prompt for d in drawn[:place]]][:9]
+    with pytest.raises(ValueError, match="prompts: 6000 draws of the task have .* different ones, got 300"):
+        different_prompts(stream, 0, 300)
+
+
+def test_no_prompt_in_the_range_says_where_they_are(dataset, capsys):
+    out = dataset.parent / "hard"
+    command = [
+        "data",
+        "rank",
+        str(dataset),
+        "warm_start.steps=0",
+        "rollout.max_response_length=1",
+        "--by",
+        "solve_rate",
+    ]
+    assert main([*command, "--samples", "2", "--least", "2", "--most", "2", "--out", str(out)]) == 2
+    assert "solved 2 to 2 times of 2; prompts by count, from 0 on: [12, 0, 0]" in capsys.readouterr().err

@@ -193,3 +193,27 @@ def test_sparkline_and_duration_by_hand():
     assert sparkline([3.0, 3.0], 8) == "▄▄"
     assert sparkline([math.nan, 1.0, 2.0, math.nan], 4) == "·▁█·"
     assert [duration(s) for s in (0, 59.9, 61, 3600, 7325)] == ["0:00", "0:59", "1:01", "1:00:00", "2:02:05"]
+
+
+def test_a_warning_where_entropy_will_be_gone_before_the_last_step():
+    """Once in a plain log, for as long as it holds in the panel; a step whose entropy does not fall takes it back."""
+    law = {"law/ceiling": 0.493, "law/entropy_left": 0.234}
+    console = Console(file=io.StringIO(), width=100, record=True)
+    progress = Progress(100, "tiny", console=console, clock=Clock())
+    with progress:
+        progress.update(20, metrics(20) | law | {"law/gone_step": 100.2})
+        assert progress.warning() is None
+        for step in (21, 22):
+            progress.update(step, metrics(step) | law | {"law/gone_step": 61.4})
+        text = "entropy will be gone at about step 61 of 100; 23% of what the run began with is left"
+        assert progress.warning() == text
+        panel = Console(file=io.StringIO(), width=100, record=True)
+        panel.print(progress)
+        shown = panel.export_text()
+        assert f"warning: {text}" in shown and "ceiling of the law" in shown and "0.493" in shown
+        progress.update(23, metrics(23) | law)
+        assert progress.warning() is None
+        progress.update(70, metrics(70) | law | {"law/gone_step": 61.4})
+        assert progress.warning().startswith("entropy was gone at about step 61 of 100")
+    printed = console.export_text()
+    assert printed.count("warning: ") == 2 and printed.count(f"warning: {text}") == 1
