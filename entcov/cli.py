@@ -1,4 +1,4 @@
-"""`python -m entcov train | eval | compare | plot | fit-law | data | data rank | plan | check`.
+"""`python -m entcov train | eval | compare | plot | fit-law | report | data | data rank | plan | check`.
 
 Parses arguments, prints results, and turns a failure into a message and an exit code. Imports are made by the command
 that needs them.
@@ -177,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("runs", nargs="+", metavar="RUN")
     plot.add_argument("--out", help="directory; default: RUN/plots for one run, ./plots for several")
     plot.set_defaults(command=_plot)
+
+    report = commands.add_parser("report", help="one HTML file of runs: curves, tables, their responses token by token")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or one that compare has written")
+    report.add_argument("--out", help="file; default: RUN/report.html for one folder, ./report.html for several")
+    report.set_defaults(command=_report)
 
     law = commands.add_parser("fit-law", help="the law reward = -a exp(H) + b of runs: fit, forecast, entropy left")
     law.add_argument("runs", nargs="+", metavar="RUN")
@@ -399,6 +404,18 @@ def _fit_law(args: argparse.Namespace) -> int:
     options = {"fraction": args.fraction, "entropy": args.entropy, "reward": args.reward}
     for path in fit_runs(runs, out, **options, console=console):
         print(path)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from entcov.report.page import write_report
+
+    out = Path(args.out or (Path(args.runs[0]) / "report.html" if len(args.runs) == 1 else "report.html"))
+    if out.is_dir():
+        raise ValueError(f"--out: must be a file, got the folder {out}")
+    if file := next((folder for folder in out.parents if folder.is_file()), None):
+        raise ValueError(f"--out: must be in a folder, got {out}, and {file} is a file")
+    print(write_report(args.runs, out))
     return 0
 
 

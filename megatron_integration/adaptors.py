@@ -4,7 +4,6 @@ The statistics are computed from the vocabulary-parallel logits of the output la
 token; the vocabulary is never gathered. README.md has an example.
 """
 
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
+from entcov.integrations.plugin import Patches
 from entcov.objective.tokens import Tokens, Totals
 from entcov.stats.token_stats import TokenStats, token_stats
 
@@ -63,13 +63,7 @@ def per_token_loss(
     return loss * totals.num_tokens, tokens.loss_mask.sum().to(torch.int32), metrics
 
 
-class Handle(ExitStack):
-    """Undoes a change by `remove()`, or at the end of a `with` block. A second `remove()` does nothing."""
-
-    remove = ExitStack.close
-
-
-def keep_logits_dtype(model: nn.Module) -> Handle:
+def keep_logits_dtype(model: nn.Module) -> Patches:
     """Lets the model's mixed-precision wrapper return bf16 or fp16 logits, where it would make a float32 copy of them.
 
     For training scripts whose `forward_step` cannot pass `fp32_output=False`. Only this model is changed, and only
@@ -88,7 +82,7 @@ def keep_logits_dtype(model: nn.Module) -> Handle:
     for wrapper in wrappers:
         if "forward" in wrapper.__dict__:
             raise RuntimeError("keep_logits_dtype: this model's forward is replaced already; remove that handle first")
-    handle = Handle()
+    handle = Patches()
     for wrapper in wrappers:
         wrapper.forward = partial(wrapper.forward, fp32_output=False)
         handle.callback(delattr, wrapper, "forward")

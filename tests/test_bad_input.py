@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from entcov import Tokens, fit_law, logit_covariance, policy_loss, token_stats
 from entcov.cli import main
 from entcov.controls import make_control, select
+from entcov.integrations.plugin import make_controls
 from entcov.objective.token_covariance import token_covariance
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.config import parse_config
@@ -116,6 +117,16 @@ BAD_CALLS = {
         lambda: second_derivative(),
         RuntimeError,
         "second derivative",
+    ),
+    "controls of a plug-in as a list": (
+        lambda: make_controls(["clip_cov"]),
+        TypeError,
+        r"controls must be a mapping of names to knobs, got \['clip_cov'\]",
+    ),
+    "knobs of a plug-in's control as a number": (
+        lambda: make_controls({"clip_cov": 0.1}),
+        TypeError,
+        "controls: the knobs of clip_cov must be a mapping, got 0.1",
     ),
     "no token under the mask": (
         lambda: policy_loss(tokens([False, False])),

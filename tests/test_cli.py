@@ -38,6 +38,8 @@ def test_train_eval_plot(recipe_file, tmp_path, capsys):
     assert kept["settings"]["samples"] == counts["samples"] == 3 and len(counts["solved"]) == 8
     assert main(["plot", str(run), "--out", str(tmp_path / "plots")]) == 0
     assert (tmp_path / "plots" / "entropy.png").exists()
+    assert main(["report", str(run)]) == 0
+    assert "carry_arithmetic" in (run / "report.html").read_text()
 
 
 def test_mistakes_are_one_line_of_stderr_and_exit_code_2(recipe_file, tmp_path, capsys):
@@ -57,7 +59,8 @@ def test_mistakes_are_one_line_of_stderr_and_exit_code_2(recipe_file, tmp_path, 
 
 
 def test_the_help_is_for_a_user(capsys):
-    for arguments in ([], ["train"], ["eval"], ["compare"], ["plot"], ["fit-law"], ["data"], ["plan"], ["check"]):
+    commands = ("train", "eval", "compare", "plot", "fit-law", "report", "data", "plan", "check")
+    for arguments in ([], *([command] for command in commands)):
         with pytest.raises(SystemExit) as done:
             main([*arguments, "--help"])
         shown = capsys.readouterr().out

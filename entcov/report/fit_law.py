@@ -230,7 +230,16 @@ def summary(found: Mapping[str, RunLaw], keys: tuple[str, str], fraction: float)
 def plot(found: Mapping[str, RunLaw], keys: tuple[str, str], fraction: float) -> bytes:
     """PNG: reward over entropy with the fits down to H = 0, and reward over steps with the forecasts."""
     figure = new_figure(13, 5.2)
-    over_entropy, over_steps = figure.subplots(1, 2)
+    draw(*figure.subplots(1, 2), found, keys, fraction)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150)
+    return file.getvalue()
+
+
+def draw(
+    over_entropy: Axes, over_steps: Axes, found: Mapping[str, RunLaw], keys: tuple[str, str], fraction: float
+) -> None:
+    """Draws the two panels of `plot`."""
     for (label, run), colour in zip(found.items(), COLOURS * len(found), strict=False):
         points, law = run.points, run.law
         h = np.linspace(0, points.entropy.max(), 200)
@@ -254,9 +263,6 @@ def plot(found: Mapping[str, RunLaw], keys: tuple[str, str], fraction: float) ->
     over_steps.set_xlabel("step")
     for axes in (over_entropy, over_steps):
         _plain_axes(axes)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=150)
-    return file.getvalue()
 
 
 _NAMES = ("a", "b", "ceiling")

@@ -1,4 +1,4 @@
-"""PNG plots of one run or of several, with intervals across seeds."""
+"""Plots of one run or of several, with intervals across seeds: PNG files, and single panels for a report."""
 
 import math
 import re
@@ -42,6 +42,18 @@ _PANELS = {
         _Panel("actor/cov_p999", "Its 99.9th percentile over tokens", "nats"),
     ],
 }
+
+
+# One figure each in a report. Those of held-out accuracy follow, under the names that the runs logged.
+_REPORT_PANELS = (
+    _Panel("critic/score/mean", "Reward", "mean of the step's rollouts"),
+    _Panel("actor/entropy", "Policy entropy", "nats per token", from_zero=True),
+    _Panel("actor/cov_mean", "Token covariance, mean", "nats"),
+    _Panel("actor/cov_p999", "Token covariance, 99.9th percentile", "nats"),
+    _Panel("actor/cov_max", "Token covariance, largest", "nats"),
+    _Panel("training/mismatch", "Mismatch of sampler and trainer", "nats", from_zero=True),
+    *_PANELS["response_length"],
+)
 
 
 def plot_runs(runs: Mapping[str, Rows | Sequence[Rows]], out_dir: str | Path) -> list[Path]:
@@ -114,6 +126,45 @@ def build_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure
         ax.set_xlabel("step")
     _caption(overview, seeds, notes)
     return figures | {"overview": overview}
+
+
+def panel_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure]:
+    """A small figure of each quantity that the runs logged, by its title, with lines and bands as `plot_runs` has them.
+
+    Raises:
+        ValueError: as `plot_runs`.
+    """
+    seeds = {label: [_with_held_out(rows) for rows in _by_seed(label, rows)] for label, rows in runs.items()}
+    held_out = sorted(
+        {key for rows in seeds.values() for one in rows for row in one for key in row if "held-out" in key}
+    )
+    panels = [*_REPORT_PANELS, *(_Panel(key, key.capitalize(), "mean over data sources") for key in reversed(held_out))]
+    panels = [panel for panel in panels if any(_common(rows, panel.key)[0].size for rows in seeds.values())]
+    if not panels:
+        wanted = ", ".join(panel.key for panel in _REPORT_PANELS)
+        raise ValueError(f"runs must hold finite values of at least one of {wanted}")
+    figures = {}
+    for panel in panels:
+        figures[panel.title] = figure = new_figure(4.8, 3.5)
+        ax = figure.subplots()
+        _caption(figure, seeds, [_draw(ax, panel, seeds)])
+        if len(seeds) > 1 or len(next(iter(seeds.values()))) > 1:
+            ax.legend(handles=_legend(seeds, [panel]), fontsize=8, frameon=False)
+        ax.set_title(panel.title, loc="left", fontsize=10)
+        ax.set_xlabel("step")
+    return figures
+
+
+def _with_held_out(rows: Rows) -> list[dict[str, float]]:
+    """The rows with held-out accuracies averaged over data sources, as "held-out accuracy, mean@4"."""
+    found = []
+    for row in rows:
+        by_name: dict[str, list[float]] = {}
+        for key, value in row.items():
+            if match := _EVALUATION.fullmatch(key):
+                by_name.setdefault(f"held-out accuracy, {match[1]}@{match[2]}", []).append(value)
+        found.append({**row, **{name: sum(values) / len(values) for name, values in by_name.items()}})
+    return found
 
 
 def smoothing_window(count: int) -> int:

@@ -1,6 +1,6 @@
 """The base of the actors of all backends: the statistics of the policy, and the update by the policy loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,6 +41,8 @@ class PolicyActor(TrainedModel):
 
     what = "actor"
     selects_by_old_logprob = True  # on the first update after a rollout, where the policy is still the old one
+    # Called with a control's name, the token_id of the loss tokens of a micro-batch, and what it chose of them.
+    on_selection: Callable[[str, Tensor, Selection], None] | None = None
 
     def __init__(
         self,
@@ -108,6 +110,11 @@ class PolicyActor(TrainedModel):
             if control.name in batch.selected:  # chosen in `begin`
                 for row, (micro, _) in zip(selections, micro_batches, strict=True):
                     row[i] = Selection(micro.selected[control.name][micro.loss_mask])
+        if self.on_selection is not None:
+            for row, (micro, _) in zip(selections, micro_batches, strict=True):
+                for control, chosen in zip(self.controls, row, strict=True):
+                    if chosen is not None:
+                        self.on_selection(control.name, micro.token_id[micro.loss_mask], chosen)
         return selections, metrics, totals
 
     def _selection_stats(self, batch: Batch) -> PolicyStats:

@@ -272,6 +272,14 @@ class CheckpointConfig:
 
 
 @dataclass(config=_STRICT)
+class TokenRecordConfig:
+    """The record of some responses, token by token, that `python -m entcov report` shows."""
+
+    every: Count = 10  # steps between two records of training responses; held-out ones: at evaluations
+    max_mb: Annotated[Whole, Field(le=10_000)] = 8  # bound of all its files, in 10^6 bytes; 0: no record
+
+
+@dataclass(config=_STRICT)
 class LoggingConfig:
     tensorboard: bool = True
     wandb: dict[str, Any] | None = None  # arguments of wandb.init; None: off
@@ -318,6 +326,7 @@ class Config:
     prompt_policies: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # settings of each
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    token_record: TokenRecordConfig = dataclasses.field(default_factory=TokenRecordConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
     @pydantic.field_validator("loss", "rollout_rs", "kl_in_reward", mode="before")

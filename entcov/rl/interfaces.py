@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
-from entcov.controls import Control
+from entcov.controls import Control, Selection
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.batch import Batch
 from entcov.rl.config import ActorConfig, Config, ModelConfig, PrimeConfig, RolloutConfig
@@ -45,6 +45,9 @@ class Actor(Protocol):
     """Owns the policy's weights and its optimizer."""
 
     weight_version: int  # optimizer steps taken
+    # Called in `update` with a control's name, the token_id of the loss tokens of a micro-batch, and its selection of
+    # them, for every micro-batch of all ranks. Set by the loop; None: nobody asks.
+    on_selection: Callable[[str, Tensor, Selection], None] | None
 
     @property
     def device(self) -> torch.device:

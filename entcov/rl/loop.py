@@ -31,6 +31,7 @@ from entcov.rl.config import Config
 from entcov.rl.data.prompt_policy import PromptPolicy
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.interfaces import Actor, RewardModel, Sampler
+from entcov.rl.record.token_record import TokenRecord, Watched
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.shaping import RewardShaping, shape_rewards, with_pseudo
 from entcov.rl.threads import in_background
@@ -57,6 +58,8 @@ class Loop:
     phase: Callable[[str], None] = lambda name: None  # called with the name of each phase, for the display
     shapings: Sequence[RewardShaping] = ()  # what is added to the scores
     prompt_policy: PromptPolicy | None = None  # which prompts are sampled, and how hot; None: as the stream gives them
+    token_record: TokenRecord | None = None  # of some responses, token by token
+    watched: Watched | None = field(init=False, default=None)  # what the last step adds to it; None: nothing
     steps_done: int = 0
     position: int = 0  # prompts taken from the stream so far
     _first: int = 0  # the position before the current step's prompts
@@ -89,6 +92,7 @@ class Loop:
         tokens = len(batch.tokens)
         with timed(self._seconds, "old_log_prob"):
             scored = self.compute_old_logprobs(batch, metrics)
+        self.watched = self.token_record and self.token_record.watch(step, rollouts, batch)
         if self.reward_model is not None:
             self.phase("reward model")
             self.unstorable = f"step {step} has begun to change the reward model"
@@ -102,7 +106,11 @@ class Loop:
             kl = metrics["actor/reward_kl_penalty"]
             self.kl_reward_coef = self.config.kl_in_reward.adapted(self.kl_reward_coef, kl, len(rollouts))
         with timed(self._seconds, "update_actor"):
+            self.actor.on_selection = self.watched and self.watched.selected
             updated = self.update(batch, step, metrics)
+        if self.watched is not None:
+            with timed(self._seconds, "token_record"):
+                self.watched.updated(self.actor.compute_logprobs(self.watched.batch)["logprob"])
         if metrics["training/updates"]:
             for control in self.controls:
                 metrics |= control.after_step(scored | updated, self._progress())
@@ -213,6 +221,9 @@ class Loop:
             batch.selected[name][at] = chosen
         covariance = token_covariance(tokens.logprob, shaped.advantage, tokens.loss_mask)
         metrics |= {name: float(value) for name, value in covariance_summary(covariance).items()}
+        if self.watched is not None:
+            values = {"advantage": shaped.advantage, "covariance": covariance.value}
+            self.watched.shaped(tokens.token_id, shaped.drop, **values)
         metrics["actor/entropy_drift"] = float((tokens.entropy_drift * shaped.advantage).mean())
         metrics |= spread("critic/advantages", shaped.advantage.tolist()) | shaped.metrics
         if shaped.drop is not None:

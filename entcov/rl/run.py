@@ -35,6 +35,7 @@ from entcov.rl.record.run_folder import (
     prepare_folder,
     write_samples,
 )
+from entcov.rl.record.token_record import FOLDER, TokenRecord
 from entcov.rl.rewards.rules import load_reward
 from entcov.rl.solve_counts import write_solve_counts
 from entcov.rl.types import Rollout
@@ -144,7 +145,19 @@ def train(
             config, backend, checkpoint, phase=progress.phase,
             on_warm_start=lambda done, loss: progress.sub_bar(done, steps, f"loss {loss:.3f} nats"),
         )  # fmt: skip
+        if config.token_record.max_mb:
+            loop.token_record = _token_record(config, loop, run_dir if backend.is_rank0 else None)
+            if backend.is_rank0:
+                loop.token_record.go_back(-1 if checkpoint is None else checkpoint.step)
         return _Run(config, backend, loop, logger, progress, interrupts).to_the_end(checkpoint)
+
+
+def _token_record(config: Config, loop: Loop, run_dir: Path | None) -> TokenRecord:
+    """`run_dir` is None on processes that do not write."""
+    return TokenRecord(
+        run_dir and run_dir / FOLDER, loop.stream.tokenizer, every=config.token_record.every,
+        eval_every=config.eval.every, max_bytes=config.token_record.max_mb * 10**6, steps=config.steps,
+    )  # fmt: skip
 
 
 def evaluate_run(
@@ -270,6 +283,8 @@ class _Run:
         try:
             metrics = self.loop.step()
             step = self.loop.steps_done
+            if self.loop.watched is not None:
+                self.loop.token_record.keep_step(step, self.loop.watched)
             if step == self.config.steps or (self.config.eval.every and step % self.config.eval.every == 0):
                 metrics |= self.evaluation(step)
             self.record(step, metrics)
@@ -331,4 +346,7 @@ class _Run:
         if self.backend.is_rank0:
             write_samples(Path(self.config.run_dir) / SAMPLES / f"step_{step}.jsonl", rollouts)
             write_solve_counts(Path(self.config.run_dir), step, rollouts)
+        longest = self.config.data.max_prompt_length + self.config.rollout.max_response_length
+        if self.loop.token_record is not None and longest <= self.config.actor.micro_batch_tokens:
+            self.loop.token_record.keep_evaluation(step, rollouts, self.loop.actor)
         return metrics

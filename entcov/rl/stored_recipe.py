@@ -27,7 +27,8 @@ from entcov.rl.record.durable import atomic_write
 _CONFIG, _DIGESTS = "config.yaml", "config.digests.json"
 # Keys that may change when a run is resumed: they decide how long it is and what is recorded, not what is computed.
 _FREE_KEYS = (
-    "run_dir", "steps", "checkpoint.", "logging.", "eval.", "warm_start.cache_dir", "megatron.", "rollout.vllm.",
+    "run_dir", "steps", "checkpoint.", "logging.", "token_record.", "eval.", "warm_start.cache_dir", "megatron.",
+    "rollout.vllm.",
 )  # fmt: skip
 # Keys that an evaluation depends on: its prompts, how responses are sampled and scored, and the hardware.
 _KEYS_OF_AN_EVALUATION = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,12 @@ def rank_process(job: subprocess.Popen, rank: int):
     return process
 
 
+def first_record(run_dir) -> list[dict]:
+    """The recorded responses of step 1."""
+    record = json.loads((run_dir / "tokens" / "train" / "step_1.json").read_bytes())
+    return [response for prompt in record["prompts"] for response in prompt["responses"]]
+
+
 def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
     run_dir, recipe_file, log = tmp_path / "megatron", tmp_path / "recipe.yaml", tmp_path / "log"
     recipe_file.write_text(OmegaConf.to_yaml(OmegaConf.create(recipe(run_dir, **CHANGES))))
@@ -101,6 +108,10 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(tmp_path):
     wanted = timeless(alone)
     wanted[-1] = {key: value for key, value in wanted[-1].items() if key in rows[-1]}  # evaluated, for it is the last
     same_metrics(rows, wanted)
+    for ours, theirs in zip(*(first_record(folder) for folder in (run_dir, alone)), strict=True):
+        assert ours["pieces"] == theirs["pieces"] and ours["chosen"] == theirs["chosen"]
+        for column in ("entropy", "logprob", "logprob_after", "advantage", "covariance"):
+            assert ours[column] == pytest.approx(theirs[column], rel=0.01, abs=1e-3), column
     assert read_metrics(run_dir)[-1]["actor/kl_loss"] > 0  # against the model that reinforcement began with
 
     # The checkpoint is a Hugging Face folder too: the torch path evaluates it.

@@ -14,12 +14,13 @@ import pytest
 from entcov.rl.config import parse_config
 from entcov.rl.record import checkpoint, sealed
 from entcov.rl.run import train
-from tests.support.tiny_run import recipe, timeless
+from tests.support.tiny_run import recipe, timeless, token_files
 
 STEPS = 10
 KILLS = 16
 SETTINGS = {
     "steps": STEPS,
+    "token_record": {"every": 1},
     "control": ["clip_cov", "aent"],
     "controls": {"clip_cov": {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1}, "aent": {"warmup": 1}},
 }
@@ -59,6 +60,7 @@ def test_killed_runs_end_like_the_one_that_was_left_alone(tmp_path, slow_checkpo
     assert timeless(killed) == timeless(straight)
     assert [row["step"] for row in timeless(killed)] == list(range(STEPS + 1))
     assert model_bytes(killed) == model_bytes(straight)
+    assert token_files(killed) == token_files(straight) and len(token_files(straight)) > 12
     assert not slow_checkpoints or interrupted_checkpoints > 0
 
 

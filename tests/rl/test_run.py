@@ -14,7 +14,7 @@ from entcov.rl.data.stream import PromptStream
 from entcov.rl.data.tokenizer import char_tokenizer
 from entcov.rl.record.checkpoint import list_steps, load_latest
 from entcov.rl.run import evaluate_run, train
-from tests.support.tiny_run import recipe, timeless
+from tests.support.tiny_run import recipe, timeless, token_files
 
 
 def run(run_dir: Path, resume: str = "auto", **overrides) -> list[dict[str, float]]:
@@ -102,6 +102,9 @@ CONTROLS = {
 }
 
 
+TOKENS = ["held_out/step_0", "held_out/step_2", "held_out/step_4", "train/step_1", "train/step_4"]
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_resumed_run_continues_bit_for_bit(tmp_path, name):
     straight = run(tmp_path / "straight", **CONTROLS[name], steps=4)
@@ -111,6 +114,8 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, name):
     assert resumed == straight
     a, b = (load_latest(tmp_path / d / "checkpoints").file("model") for d in ("straight", "resumed"))
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    tokens = token_files(tmp_path / "straight")
+    assert sorted(tokens) == [f"{name}.json" for name in TOKENS] and token_files(tmp_path / "resumed") == tokens
 
 
 def test_going_back_to_an_earlier_checkpoint(tmp_path):

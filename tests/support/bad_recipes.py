@@ -242,6 +242,11 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "checkpoint.every=x": ("got 'x'",),
     "checkpoint.keep=0": ("got 0",),
     "logging.tensorboard=3": ("valid boolean", "got 3"),
+    "token_record.every=0": ("greater than or equal to 1, got 0",),
+    "token_record.max_mb=-1": ("greater than or equal to 0, got -1",),
+    "token_record.max_mb=0.5": ("token_record.max_mb", "got 0.5"),
+    "token_record.max_mb=100000": ("less than or equal to 10000, got 100000",),
+    "token_record.max=8": ("token_record.max: unknown key", "did you mean token_record.max_mb?"),
     "logging.wandb=true": ("logging.wandb", "got True"),
 }
 
@@ -335,6 +340,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "plot": ("required: RUN",),
     "plot {folder}": ("metrics.jsonl does not exist",),
     "plot {run} --out {file}": ("--out: must be a folder",),
+    "report": ("required: RUN",),
+    "report {folder}": ("metrics.jsonl does not exist",),
+    "report {run} --out {folder}": ("--out: must be a file, got the folder",),
+    "report {run} --out {file}/page.html": ("--out: must be in a folder", "is a file"),
     "fit-law": ("required: RUN",),
     "fit-law {folder}": ("metrics.jsonl does not exist",),
     "fit-law {run}": ("no step has the metric actor/entropy_response_mean", "acc/mean@1"),

@@ -18,7 +18,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_integration.process_groups import start_processes
-from tests.support import megatron_cases, megatron_prime, megatron_state_cases
+from tests.support import (
+    megatron_cases,
+    megatron_prime,
+    megatron_rl_cases,
+    megatron_state_cases,
+    nemo_rl_workers,
+    slime_cases,
+)
 
 TASKS = {
     "parity": megatron_cases.parity,
@@ -30,6 +37,9 @@ TASKS = {
     "export": megatron_state_cases.export,
     "rollouts": megatron_state_cases.rollouts,
     "agreement": megatron_state_cases.agreement,
+    "slime": slime_cases.slime,
+    "megatron_rl": megatron_rl_cases.megatron_rl,
+    "nemo_rl": nemo_rl_workers.workers,
 }
 
 

@@ -59,6 +59,12 @@ def timeless(run_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith(("timing", "perf/throughput"))} for row in rows]
 
 
+def token_files(run_dir: Path) -> dict[str, bytes]:
+    """The files of the record of responses, by name."""
+    folder = run_dir / "tokens"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def prompts(n: int) -> list[Prompt]:
     """Random prompts of 1 to 8 tokens."""
     generator = torch.Generator().manual_seed(1)

@@ -14,7 +14,7 @@ from entcov.rl.interfaces import Start
 from entcov.rl.record.checkpoint import save_checkpoint
 from entcov.rl.run import train
 from entcov.rl.types import Rollout
-from tests.support.tiny_run import recipe, timeless
+from tests.support.tiny_run import recipe, timeless, token_files
 
 
 def toy_config(run_dir: Path, **overrides) -> Config:
@@ -43,7 +43,7 @@ def outcome(run_dir: Path) -> tuple:
     name = (run_dir / "checkpoints" / "latest").read_text().strip()
     weights = (run_dir / "checkpoints" / name / "model").read_bytes()
     samples = {path.name: path.read_bytes() for path in (run_dir / "samples").iterdir()}
-    return timeless(run_dir), name, weights, samples
+    return timeless(run_dir), name, weights, samples, token_files(run_dir)
 
 
 def unfinished(run_dir: Path) -> list[Path]:

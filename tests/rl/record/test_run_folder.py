@@ -61,7 +61,7 @@ def test_a_start_that_failed_leaves_the_folder_free(tmp_path):
 
 def test_a_logged_step_makes_the_folder_its_recipes(tmp_path):
     with pytest.raises(RuntimeError, match="the first step fails"):
-        toy_train(tmp_path, FailingFirstStep())
+        toy_train(tmp_path, FailingFirstStep(), **{"token_record.max_mb": 0})  # a record scores before the first step
     (tmp_path / "checkpoints" / "latest").unlink()
     (tmp_path / "checkpoints" / "step_0").rename(tmp_path / "elsewhere")
     assert len(read_metrics(tmp_path)) == 1
@@ -177,7 +177,7 @@ def test_the_last_step_is_stored_whatever_the_interval(tmp_path, every):
 
 # ---- the end of a run that ends early --------------------------------------------------------------------------------
 
-RARE = {"checkpoint.every": 0, "steps": 6, "eval.every": 2}
+RARE = {"checkpoint.every": 0, "steps": 6, "eval.every": 2, "token_record.max_mb": 0}  # a record scores once more
 
 
 class Failing(ToyBackend):
