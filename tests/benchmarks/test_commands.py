@@ -83,3 +83,11 @@ def test_measurements():
         return torch.empty(1_000_000, dtype=torch.uint8)
 
     assert 3_000_000 <= peak_allocated_bytes(three_then_one) < 3_100_000
+
+
+def test_splits_names_the_setup_where_neither_framework_is_installed():
+    command = [sys.executable, "-c", "import sys; sys.modules['verl'] = sys.modules['trl'] = None; "
+               "from benchmarks.__main__ import main; sys.exit(main(['splits']))"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "scripts/setup.sh verl" in done.stderr and "scripts/setup.sh trl" in done.stderr

@@ -210,24 +210,27 @@ class Rollout:
         return ordered
 
 
-def rollout(size: int = 8, seed: int = 0, rows: Sequence[int] | None = None) -> Rollout:
-    """`size` responses of different lengths with random advantages and rewards; no log-probabilities yet."""
+def rollout(size: int = 8, seed: int = 0, rows: Sequence[int] | None = None, longest: int = RESPONSE) -> Rollout:
+    """`size` responses of different lengths with random advantages and rewards; no log-probabilities yet.
+
+    longest: of the responses, in tokens; the model has room for 50.
+    """
     g = torch.Generator().manual_seed(seed)
     prompts = torch.randint(1, PROMPT + 1, (size,), generator=g)
-    responses = torch.randint(2, RESPONSE + 1, (size,), generator=g)
-    ids = torch.randint(3, VOCABULARY - 2, (size, PROMPT + RESPONSE), generator=g)
-    attention = torch.zeros(size, PROMPT + RESPONSE, dtype=torch.long)
+    responses = torch.randint(2, longest + 1, (size,), generator=g)
+    ids = torch.randint(3, VOCABULARY - 2, (size, PROMPT + longest), generator=g)
+    attention = torch.zeros(size, PROMPT + longest, dtype=torch.long)
     for i in range(size):
         attention[i, PROMPT - prompts[i] : PROMPT + responses[i]] = 1
     ids = ids * attention
     mask = attention[:, PROMPT:].clone()
     reward = torch.randint(0, 2, (size,), generator=g).float()
-    scores = torch.zeros(size, RESPONSE)
+    scores = torch.zeros(size, longest)
     scores[torch.arange(size), responses - 1] = reward
     columns = {
         "prompts": ids[:, :PROMPT], "responses": ids[:, PROMPT:], "input_ids": ids, "attention_mask": attention,
         "position_ids": (attention.cumsum(1) - 1).clamp(min=0), "response_mask": mask, "token_level_scores": scores,
-        "advantages": torch.randn(size, 1, generator=g).expand(size, RESPONSE).clone(),
+        "advantages": torch.randn(size, 1, generator=g).expand(size, longest).clone(),
     }  # fmt: skip
     return Rollout(columns, list(rows) if rows is not None else list(range(size)))
 
@@ -236,7 +239,7 @@ def score(worker: Any, batch: Rollout, *, moved: float = 0.0, **non_tensors: Any
     """Sets old_log_probs to the worker's log-probabilities, as the trainer does before an update.
 
     moved: standard deviation of noise on old_log_probs, as if the policy had moved since.
-    Returns: {"log_probs", "entropy"}, [rows, RESPONSE], of the worker's policy.
+    Returns: {"log_probs", "entropy"}, [rows, longest response], of the worker's policy.
     """
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import no_padding_2_padding
@@ -246,7 +249,8 @@ def score(worker: Any, batch: Rollout, *, moved: float = 0.0, **non_tensors: Any
     said = {}
     if output is not None:  # of tensor-parallel ranks verl's trainer hears the first
         said = {name: no_padding_2_padding(tu.get(output, name), data).float() for name in ("log_probs", "entropy")}
-        said = {name: torch.nn.functional.pad(x, (0, RESPONSE - x.shape[1])) for name, x in said.items()}
+        width = batch.columns["responses"].shape[1]
+        said = {name: torch.nn.functional.pad(x, (0, width - x.shape[1])) for name, x in said.items()}
     if batch.shared:
         heard = [said]
         dist.broadcast_object_list(heard, src=0)
