@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import ArrayLike
 
 from entcov.intervals import student_t
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 MIN_POINTS = 8  # with fewer, two coefficients and the residuals' autocorrelation cannot be told apart
 LEFT = 0.1  # entropy counts as gone when so much is left of exp(H) - 1, which is what the law says it can buy

@@ -73,7 +73,8 @@ def policy_loss_config(args: Any) -> PolicyLossConfig:
     types = LOSS_TYPES if level == "token" else SEQUENCE_LOSS_TYPES
     if args.loss_type not in types:
         raise ValueError(
-            f"loss_type must be one of {', '.join(types)} with importance_sampling_level={level!r}, got {args.loss_type}"
+            f"loss_type must be one of {', '.join(types)} with importance_sampling_level={level!r}, got "
+            f"{args.loss_type}"
         )
     objective, aggregation = types[args.loss_type]
     if level == "sequence" and args.beta and args.use_bias_correction_kl:

@@ -15,8 +15,8 @@ from entcov.integrations.trl.keys import policy_loss_config
 from tests.support.trl_runs import made, settings
 
 REFUSED = {
-    "loss_type must be one of grpo, bnpo, dapo, dr_grpo, cispo, sapo, vespo with importance_sampling_level='token', got "
-    "luspo": {"loss_type": "luspo"},
+    "loss_type must be one of grpo, bnpo, dapo, dr_grpo, cispo, sapo, vespo with importance_sampling_level='token', "
+    "got luspo": {"loss_type": "luspo"},
     "loss_type must be one of grpo, luspo with importance_sampling_level='sequence', got dapo": {
         "loss_type": "dapo", "importance_sampling_level": "sequence",
     },

@@ -83,8 +83,10 @@ def test_clip_and_aggregation_are_the_actors():
     assert (loss.aggregation, loss.max_response_length) == ("seq-mean-token-sum-norm", 1024)
     with pytest.raises(ValueError, match=f"{ACTOR}.loss_scale_factor must be set"):
         loss_of(actor_of(*(f"{ACTOR}.{key}" for key in keys)))
+    summed = actor_of(f"{ACTOR}.loss_agg_mode=token-sum", f"{ACTOR}.policy_loss.loss_mode=entcov_none")
+    assert loss_of(summed).aggregation == "token-sum"
     with pytest.raises(ValueError, match=f"{ACTOR}: loss_agg_mode must be one of"):
-        loss_of(actor_of(f"{ACTOR}.loss_agg_mode=token-sum", f"{ACTOR}.policy_loss.loss_mode=entcov_none"))
+        loss_of(actor_of(f"{ACTOR}.loss_agg_mode=token-max", f"{ACTOR}.policy_loss.loss_mode=entcov_none"))
     with pytest.raises(ValueError, match=f"{ACTOR}: clip_ratio_low must be in"):
         loss_of(actor_of(f"{ACTOR}.clip_ratio_low=20", f"{ACTOR}.policy_loss.loss_mode=entcov_none"))
 
