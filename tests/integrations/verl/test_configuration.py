@@ -85,8 +85,11 @@ def test_clip_and_aggregation_are_the_actors():
         loss_of(actor_of(*(f"{ACTOR}.{key}" for key in keys)))
     summed = actor_of(f"{ACTOR}.loss_agg_mode=token-sum", f"{ACTOR}.policy_loss.loss_mode=entcov_none")
     assert loss_of(summed).aggregation == "token-sum"
-    with pytest.raises(ValueError, match=f"{ACTOR}: loss_agg_mode must be one of"):
-        loss_of(actor_of(f"{ACTOR}.loss_agg_mode=token-max", f"{ACTOR}.policy_loss.loss_mode=entcov_none"))
+    gspo = [OURS, f"{ACTOR}.policy_loss.loss_mode=entcov_none", f"+{ACTOR}.policy_loss.objective=gspo"]
+    with pytest.raises(
+        ValueError, match=f"{ACTOR}: loss_agg_mode must be seq-mean-token-mean or seq-mean-token-sum for"
+    ):
+        loss_of(actor_of(*gspo, f"{ACTOR}.loss_agg_mode=token-mean"))
     with pytest.raises(ValueError, match=f"{ACTOR}: clip_ratio_low must be in"):
         loss_of(actor_of(f"{ACTOR}.clip_ratio_low=20", f"{ACTOR}.policy_loss.loss_mode=entcov_none"))
 
