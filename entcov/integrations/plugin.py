@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from entcov.controls import Control, make_control
+from entcov.integrations import state_file as state_files
 from entcov.integrations.controlled_loss import ControlledLoss
 
 
@@ -85,17 +85,10 @@ def state_file(folder: str | os.PathLike[str] | None, number: int) -> Path:
 
 def write_state(path: Path, controlled: ControlledLoss) -> None:
     """Keeps the controls' state with a checkpoint of the trainer."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(controlled.state_dict()))
-    os.replace(temporary, path)
+    state_files.write(path, controlled.state_dict())
 
 
 def read_state(path: Path, controlled: ControlledLoss) -> None:
     """Loads what `write_state` kept. A run that goes on without it would begin its controllers and draws anew."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: must hold the state of entcov's controls, to go on from this checkpoint. With resume False the "
-            "controls begin anew here"
-        )
-    controlled.load_state_dict(json.loads(path.read_text()))
+    advice = "With resume False the controls begin anew here"
+    controlled.load_state_dict(state_files.read(path, ("updates", "controls"), advice))

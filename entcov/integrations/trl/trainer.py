@@ -9,9 +9,7 @@ Where it hooks in, in the order of a generation batch:
 """
 
 import contextlib
-import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from entcov.controls import Control, make_control
+from entcov.integrations import state_file
 from entcov.integrations.controlled_loss import ControlledLoss, Update, entcov_names
 from entcov.integrations.trl.head import PolicyHead
 from entcov.integrations.trl.keys import TESTED, policy_loss_config
@@ -327,29 +326,23 @@ class EntcovGRPOTrainer(GRPOTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             state = {"rollouts": self._rollouts, "loss": self._controlled.state_dict()}
-            path = Path(output_dir, STATE_NAME)
-            with open(path.with_suffix(".tmp"), "w") as file:
-                json.dump(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path.with_suffix(".tmp"), path)
+            state_file.write(Path(output_dir, STATE_NAME), state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         path = Path(checkpoint, STATE_NAME)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"resume_from_checkpoint: {path} is missing, so the state of the controls is unknown: another trainer "
-                "has written this checkpoint. Give its folder as `model` to begin a new run from its weights"
-            )
+        advice = (
+            "Another trainer has written this checkpoint; give its folder as `model`, not as resume_from_checkpoint, "
+            "to begin a new run from its weights"
+        )
+        state = state_file.read(path, ("rollouts", "loss"), advice)
         try:
-            state = json.loads(path.read_text())
             self._controlled.load_state_dict(state["loss"])
-            self._rollouts = state["rollouts"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"resume_from_checkpoint: {path}: {error}") from error
+        self._rollouts = state["rollouts"]
 
     def _check_parallelism(self) -> None:
         parallel = getattr(self.accelerator, "parallelism_config", None)

@@ -205,7 +205,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
                                          r"\['kl_cov'\], got that of \['clip_cov', 'aent'\]"):  # fmt: skip
         made(tmp_path / "other", ["kl_cov"]).train(resume_from_checkpoint=str(saved))
     (saved / "entcov.json").unlink()
-    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint: .*entcov.json is missing"):
+    with pytest.raises(FileNotFoundError, match="entcov.json: must hold .* not as resume_from_checkpoint"):
         made(tmp_path / "other", ["kl_cov"]).train(resume_from_checkpoint=str(saved))
 
 
