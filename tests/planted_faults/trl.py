@@ -26,7 +26,7 @@ FAULTS = [
     fault("responses_of_one_process_are_counted", "trainer.py",
           'for batch in self._window) * self.accelerator.num_processes', "for batch in self._window)",
           TRAINER + "two_processes_count_the_responses_of_both"),
-    fault("dapo_divides_by_the_mini-batch's_own_tokens", "trainer.py", 'not in ("dapo", "cispo", "bnpo")',
+    fault("dapo_divides_by_the_mini-batch's_own_tokens", "trainer.py", 'not in ("dapo", "cispo", "vespo", "bnpo")',
           'not in ("cispo", "bnpo")', PLAIN),
     fault("bnpo_divides_by_the_mini-batch's_tokens", "trainer.py", 'if self.loss_type == "bnpo":', "if False:", PLAIN),
     fault("the_tokens_of_tools_are_trained_on", "trainer.py",
