@@ -26,6 +26,9 @@ TINY = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num
         "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no",
         "disable_tqdm": True}  # fmt: skip
 
+# The published shares are of hundreds of thousands of tokens; a tiny step has about a hundred.
+TINY_KNOBS = {"clip_cov": {"clip_cov_ratio": 0.05, "clip_cov_lb": 0.1}, "kl_cov": {"kl_cov_ratio": 0.05}}
+
 
 @dataclass
 class ExampleArguments(ScriptArguments):
@@ -84,6 +87,7 @@ if __name__ == "__main__":
     if "--tiny" in sys.argv:
         parser.set_defaults(**TINY)
     arguments, args, model_arguments = parser.parse_args_and_config()
+    names = arguments.controls
     if arguments.tiny:
         model, tokenizer, data = tiny()
         rewards = digits
@@ -97,7 +101,7 @@ if __name__ == "__main__":
         train_dataset=data,
         processing_class=tokenizer,
         peft_config=None if arguments.tiny else get_peft_config(model_arguments),
-        controls=[make_control(name) for name in arguments.controls],
+        controls=[make_control(name, **(TINY_KNOBS.get(name, {}) if arguments.tiny else {})) for name in names],
     )
     trainer.train()
     if args.save_strategy != "no":
