@@ -29,7 +29,7 @@ class Progress:
     step: int  # of the training step, from 1
     steps: int  # training steps of the whole run
     update: int  # optimizer updates done so far
-    epoch: int | None = None  # over the training data, from 1; None: the prompts are generated and have no epochs
+    epoch: int | None = None  # over the training data, from 1; None: generated prompts, or unknown
     epochs: int | None = None  # that the run is planned to begin
 
 

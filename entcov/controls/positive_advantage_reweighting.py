@@ -55,7 +55,7 @@ class PositiveAdvantageReweighting(Control):
             if progress.epoch is None or progress.epochs < 2:
                 raise ValueError(
                     "schedule epoch of positive_advantage_reweighting must have at least 2 epochs over the data, the "
-                    f"run has {progress.epochs or 'none, since its prompts are generated'}"
+                    f"run has {progress.epochs or 'none (its prompts are generated, or its trainer tells no epochs)'}"
                 )
             self.current = min((progress.epoch - 1) / (progress.epochs - 1), 1.0)
         multiplier = torch.where(rollout.advantage > 0, self.current, 1.0).to(rollout.advantage.dtype)
