@@ -26,7 +26,7 @@ def vocab_shard(tensor: Tensor, dim: int = -1) -> tuple[Tensor, dict[str, Any]]:
     Args:
         tensor: DTensor. Exactly one mesh dimension shards `dim`, evenly or not, as `distribute_tensor` divides. Others
             may shard dimensions before `dim` (batch or sequence: then this rank has the statistics of its own tokens,
-            and `target` must be theirs), or replicate logits. A weight (dim=0) has no other mesh dimension.
+            and `target` must be theirs), or replicate logits. For a weight (dim=0) all others have size 1.
         dim: of the vocabulary: -1 of logits, 0 of an LM head's weight.
     Returns: the local tensor, for `token_stats` or `linear_token_stats`, and a dict of their keyword arguments.
         vocab_size is the tensor's; columns of padding at its end are left out by `place | {"vocab_size": n}`.
@@ -55,7 +55,7 @@ def vocab_shard(tensor: Tensor, dim: int = -1) -> tuple[Tensor, dict[str, Any]]:
         raise refuse(f"be sharded over dimension {dim}, the vocabulary, by one mesh dimension")
     if any(placement.is_shard() and placement.dim > dim for placement in placements):
         raise refuse(f"be whole along the dimensions after {dim}, the vocabulary")
-    if dim < tensor.ndim - 1 and mesh.ndim > 1:
+    if dim < tensor.ndim - 1 and mesh.size() > mesh.size(own[0]):
         raise refuse("be on the mesh of the vocabulary alone: over other ranks its gradient is a sum")
     ranks, columns = mesh.size(own[0]), tensor.shape[dim]
     each = -(-columns // ranks)

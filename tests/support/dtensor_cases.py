@@ -117,16 +117,18 @@ def padded_columns(rank):
 
 @case
 def a_head_that_tensor_parallelism_shards(rank):
-    """Shard(0) of the weight, uneven; hidden replicated: its gradient is all-reduced, here or by DTensor."""
-    mesh = init_device_mesh("cpu", (2,))
-    for vocabulary in (10, 11):
+    """Shard(0) of the weight, uneven; hidden replicated: its gradient is all-reduced, here or by DTensor. The third
+    mesh has one data-parallel rank."""
+    line = init_device_mesh("cpu", (2,))
+    plane = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    for vocabulary, mesh, others in ((10, line, []), (11, line, []), (11, plane, [Replicate()])):
         values, rows, target = data(vocabulary)
         stats, (_, wanted_hidden, wanted_weight) = expected_of(values, rows, target)
         for here in (True, False):
-            hidden = distribute_tensor(values, mesh, [Replicate()]).requires_grad_()
-            weight = distribute_tensor(rows, mesh, [Shard(0)]).requires_grad_()
+            hidden = distribute_tensor(values, mesh, [*others, Replicate()]).requires_grad_()
+            weight = distribute_tensor(rows, mesh, [*others, Shard(0)]).requires_grad_()
             local, place = vocab_shard(weight, dim=0)
-            own = hidden.to_local(grad_placements=[Replicate() if here else Partial()])
+            own = hidden.to_local(grad_placements=[*others, Replicate() if here else Partial()])
             found = linear_token_stats(own, local, target, reduce_hidden_grad=here, **place)
             same(found.logprob, stats["logprob"])
             loss_of(found).backward()
