@@ -28,7 +28,7 @@ from entcov.integrations.plugin import (
     make_controls,
     read_state,
     refuse,
-    state_file,
+    state_path,
     write_state,
 )
 from entcov.objective.tokens import PolicyLossConfig, Tokens
@@ -135,7 +135,7 @@ class Plugin:
         """At the process's first training step: checks the arguments, loads the state of a run that goes on."""
         controlled = ControlledLoss(self.controls, policy_loss_config(args))
         if iteration and self.resume:
-            read_state(state_file(args.load, iteration), controlled)
+            read_state(state_path(args.load, iteration), controlled)
         self.controlled = controlled
         return controlled
 
@@ -298,7 +298,7 @@ class Plugin:
         saved = self.hooks["save_checkpoint"](iteration, *rest, **named)
         if self.controlled is not None and self.mpu.is_pipeline_last_stage():
             if dist.get_rank(self.controlled.group) == 0 and self.mpu.get_tensor_model_parallel_rank() == 0:
-                write_state(state_file(self.hooks["get_args"]().save, iteration), self.controlled)
+                write_state(state_path(self.hooks["get_args"]().save, iteration), self.controlled)
         return saved
 
 

@@ -30,7 +30,7 @@ from entcov.integrations.plugin import (
     make_controls,
     read_state,
     refuse,
-    state_file,
+    state_path,
     write_state,
 )
 from entcov.objective.policy_loss import policy_loss
@@ -238,7 +238,7 @@ class Plugin:
         )
         controlled = self.controlled
         if self.weights is not None and self.resume:
-            read_state(state_file(os.path.dirname(self.weights), 0), controlled)
+            read_state(state_path(os.path.dirname(self.weights), 0), controlled)
         self.weights = None
         step = controlled.updates + 1
         row = torch.arange(rows)
@@ -305,7 +305,7 @@ def install(controls: Mapping[str, Any], *, resume: bool = True) -> Patches:
     def save_checkpoint(self, weights_path, *rest, **named):
         saved = save(self, weights_path, *rest, **named)
         if plugin.controlled is not None:
-            write_state(state_file(os.path.dirname(weights_path), 0), plugin.controlled)
+            write_state(state_path(os.path.dirname(weights_path), 0), plugin.controlled)
         return saved
 
     def remember(self, *rest, **named):

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from entcov.controls import Control, make_control
-from entcov.integrations import state_file as state_files
+from entcov.integrations import state_file
 from entcov.integrations.controlled_loss import ControlledLoss
 
 
@@ -29,7 +29,7 @@ class Patches(ExitStack):
             owner[name] = new
             self.callback(owner.__setitem__, name, old)
         else:
-            old = getattr(owner, name)
+            old = vars(owner)[name] if name in vars(owner) else getattr(owner, name)  # a class method as it is written
             setattr(owner, name, new)
             self.callback(setattr, owner, name, old)
         return old
@@ -78,17 +78,17 @@ def refuse(reasons: Mapping[str, object]) -> None:
             raise ValueError(rule)
 
 
-def state_file(folder: str | os.PathLike[str] | None, number: int) -> Path:
+def state_path(folder: str | os.PathLike[str] | None, number: int) -> Path:
     """FOLDER/entcov/NUMBER.json, for a trainer whose checkpoint `number` is somewhere in that folder."""
     return Path(folder or "no folder") / "entcov" / f"{number}.json"
 
 
 def write_state(path: Path, controlled: ControlledLoss) -> None:
     """Keeps the controls' state with a checkpoint of the trainer."""
-    state_files.write(path, controlled.state_dict())
+    state_file.write(path, controlled.state_dict())
 
 
 def read_state(path: Path, controlled: ControlledLoss) -> None:
     """Loads what `write_state` kept. A run that goes on without it would begin its controllers and draws anew."""
     advice = "With resume False the controls begin anew here"
-    controlled.load_state_dict(state_files.read(path, ("updates", "controls"), advice))
+    controlled.load_state_dict(state_file.read(path, ("updates", "controls"), advice))

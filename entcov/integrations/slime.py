@@ -26,7 +26,7 @@ from entcov.integrations.plugin import (
     make_controls,
     read_state,
     refuse,
-    state_file,
+    state_path,
     write_state,
 )
 from entcov.objective.sequences import SequenceIndex
@@ -275,14 +275,14 @@ class Plugin:
     def resumed(self, args: Namespace, rollout_id: int) -> None:
         """Loads the controls' state before the first rollout of a process whose run goes on."""
         if not self.begun and rollout_id > 0 and self.resume:
-            read_state(state_file(args.load, rollout_id - 1), self.controlled)
+            read_state(state_path(args.load, rollout_id - 1), self.controlled)
         self.begun = True
 
     def save_checkpoint(self, iteration: int, *rest: Any, **named: Any) -> Any:
         """In the place of slime's save_checkpoint: keeps the controls' state beside the checkpoint."""
         saved = self.hooks["save_checkpoint"](iteration, *rest, **named)
         if self.begun and dist.get_rank(self.controlled.group) == 0 and self.mpu.get_tensor_model_parallel_rank() == 0:
-            write_state(state_file(self.save, iteration), self.controlled)
+            write_state(state_path(self.save, iteration), self.controlled)
         return saved
 
     def current(

@@ -12,10 +12,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from entcov.integrations.plugin import Patches
+
 TESTED = "0.9.1"  # verl's version
 
 _failure: str | None = None
-_undo: list[Callable[[], None]] = []  # in the order in which things were changed
+_patches = Patches()
 _finder: "_AfterImport | None" = None
 
 
@@ -45,21 +47,18 @@ def uninstall() -> None:
     if _finder is not None:
         sys.meta_path.remove(_finder)
         _finder, _failure = None, None
-    while _undo:
-        _undo.pop()()
+    _patches.remove()
 
 
 def replace_attribute(owner: Any, name: str, made: Callable[[Any], Any]) -> None:
     """owner.name = made(what it is), until `uninstall`. AttributeError where it is not there."""
     if name not in vars(owner):
         raise AttributeError(f"{getattr(owner, '__name__', owner)} has no {name}")
-    before = vars(owner)[name]
-    setattr(owner, name, made(before))
-    _undo.append(lambda: setattr(owner, name, before))
+    _patches.replace(owner, name, made(vars(owner)[name]))
 
 
 def at_uninstall(action: Callable[[], None]) -> None:
-    _undo.append(action)
+    _patches.callback(action)
 
 
 def check_hooked() -> None:

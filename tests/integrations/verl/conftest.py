@@ -15,15 +15,3 @@ def model(tmp_path_factory):
 
     worker.start()
     return worker.tiny_model(str(tmp_path_factory.mktemp("qwen2")))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def engines_of_verl():
-    """The engines that a module puts into verl's registry are gone after it."""
-    from verl.workers.engine.base import EngineRegistry
-
-    before = {
-        name: {key: dict(found) for key, found in kinds.items()} for name, kinds in EngineRegistry._engines.items()
-    }
-    yield
-    EngineRegistry._engines = before

@@ -18,6 +18,18 @@ VALUE, GRADIENT = 2e-5, 1e-5
 pytestmark = pytest.mark.usefixtures("model")  # it starts verl's platform, before verl is imported
 
 
+@pytest.fixture(scope="module", autouse=True)
+def engines_of_verl(model):
+    """The engines that these tests put into verl's registry are gone after them."""
+    from verl.workers.engine.base import EngineRegistry
+
+    before = {
+        name: {key: dict(found) for key, found in kinds.items()} for name, kinds in EngineRegistry._engines.items()
+    }
+    yield
+    EngineRegistry._engines = before
+
+
 def check(errors):
     assert {name for name in errors if not name.startswith("d ")} >= set(PLAIN) and engines.all_below(
         errors, VALUE, GRADIENT
