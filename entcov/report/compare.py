@@ -167,7 +167,7 @@ def summarize(
         )
     return Comparison(
         command=command,
-        environment=_environment(),
+        environment=environment(),
         steps=max((int(run[-1]["step"]) for by_seed in rows.values() for run in by_seed.values()), default=0),
         seeds=tuple(sorted({seed for by_seed in rows.values() for seed in by_seed})),
         baselines=dict(baselines),
@@ -239,7 +239,7 @@ def markdown(comparison: Comparison, plots: bool) -> str:
         "not contain 0. The ratio is the geometric mean over the same pairs, with its interval.",
     ]
     for title, header, rows in tables(comparison):
-        lines += ["", f"## {title}", "", _row(header), _row(["---"] * len(header)), *map(_row, rows)]
+        lines += ["", f"## {title}", "", table_row(header), table_row(["---"] * len(header)), *map(table_row, rows)]
     if comparison.failures:
         lines += ["", "## Failed runs", ""]
         for failure in comparison.failures:
@@ -281,7 +281,7 @@ def _shown(estimate: Estimate, digits: int, sign: str = "") -> str:
     return text if math.isnan(estimate.half_width) else f"{text} ± {estimate.half_width:.{digits}f}"
 
 
-def _row(cells: Sequence[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
@@ -295,7 +295,7 @@ def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
     return table
 
 
-def _environment() -> str:
+def environment() -> str:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
