@@ -218,6 +218,7 @@ class Drift(PartsStudy):
             _tables(by_kind),
             _product(by_kind),
             _networks(by_optimizer),
+            _means(by_optimizer),
             *_own_gradient(by_kind, by_optimizer),
         ]
         listed = [_summary(by_kind, by_optimizer), _network_steps(by_optimizer, networks)]
@@ -297,6 +298,23 @@ def _networks(runs: Mapping[str, Sequence[Rows]]) -> str:
     off = [name for name, own in slopes.items() if not abs(own.mean - 2) <= own.half_width + 0.1]
     close = "The slope is 2 for each" if not off else f"The slope is not 2 for {', '.join(off)}"
     return f"Transformers, with the logits' own change known (`logit_covariance`): {each}. {close}."
+
+
+def _means(runs: Mapping[str, Sequence[Rows]]) -> str:
+    """The change that a metric shows is the mean over tokens, in which rises and falls cancel."""
+    clauses = []
+    for name, seeds in runs.items():
+        cancel = _over([abs(_at(rows, "mean_change")) / _at(rows, "size") for rows in seeds])
+        errors = [abs(_at(rows, "mean_predicted") / _at(rows, "mean_change") - 1) for rows in seeds]
+        wrong = sum(_at(rows, "mean_predicted") * _at(rows, "mean_change") < 0 for rows in seeds)
+        clauses.append(
+            f"{name}: the mean change is {_percent(cancel)} of the mean size, its prediction is off by "
+            f"{min(errors):.0%} to {max(errors):.0%}, and has the wrong sign in {wrong} of {len(seeds)}"
+        )
+    return (
+        "The mean over tokens, which a run logs, is predicted worse than its parts, since rises and falls cancel. Near "
+        f"KL = {AT_KL:g}: " + "; ".join(clauses) + "."
+    )
 
 
 def _own_gradient(tables: Mapping[str, Sequence[Rows]], networks: Mapping[str, Sequence[Rows]]) -> list[str]:
