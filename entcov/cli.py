@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--out", default="runs/studies", help="what is done is kept in OUT/NAME; default %(default)s")
     study.add_argument("--page", help="folder of the page and its plots; default: OUT/NAME/page")
     study.add_argument("--jobs", type=int, default=1, help="processes at a time, one CPU thread each")
+    study.add_argument("--arms", help="comma-separated; of a study of training runs, these and their baselines alone")
     study.set_defaults(command=_study)
 
     plot = commands.add_parser("plot", help="PNG plots of one or several runs")
@@ -396,7 +397,7 @@ def _study(args: argparse.Namespace) -> int:
         if file := next((one for one in (path, *path.parents) if one.is_file()), None):
             raise ValueError(f"{option}: must be a folder, and {file} is a file")
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    how = How(folder, smoke=args.smoke, jobs=args.jobs)
+    how = How(folder, smoke=args.smoke, jobs=args.jobs, arms=args.arms.split(",") if args.arms else None)
     command = "python -m entcov " + shlex.join(sys.argv[1:])
     for path in run_study(STUDIES[args.name], how, page, command=command, console=console):
         console.print(path, markup=False, highlight=False, soft_wrap=True)
