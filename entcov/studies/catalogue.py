@@ -1,7 +1,9 @@
 """The studies by name, in the order that documents show them."""
 
 from entcov.studies.base import Study
+from entcov.studies.law_study import LawStudy
 from entcov.studies.training import TrainingStudy
 
-_ALL: tuple[Study, ...] = (TrainingStudy("controls"),)
+_PLANS = ("controls", "updates", "clips", "prompts", "signs", "sparse")
+_ALL: tuple[Study, ...] = (*map(TrainingStudy, _PLANS), LawStudy())
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}

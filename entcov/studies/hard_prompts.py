@@ -86,9 +86,16 @@ class HardPrompts:
         )
         self._write_sets(folder, subset)
 
-    def files(self, folder: Path, name: str) -> dict[str, Path]:
-        """train, seen and held_out of the set `name`, in verl's row format."""
-        return {kind: folder / f"{name}_{kind}.parquet" for kind in ("held_out", "seen", "train")}
+    def files(self, folder: Path, name: str, count: int | None = None) -> dict[str, Path]:
+        """train, seen and held_out of the set `name`, in verl's row format; of training prompts the first `count`."""
+        files = {kind: folder / f"{name}_{kind}.parquet" for kind in ("held_out", "seen", "train")}
+        if count is not None:
+            examples = load_rows(files["train"])[:count]
+            for kind, own in (("seen", [_named(one, "seen") for one in examples[: self.seen]]), ("train", examples)):
+                files[kind] = folder / f"{name}_{kind}_{count}.parquet"
+                if not files[kind].exists():
+                    write_rows(own, files[kind])
+        return files
 
     def model(self, folder: Path, seed: int) -> Path:
         """The starting policy of a seed, in transformers' format."""

@@ -1,18 +1,4 @@
-"""Studies of training runs: arms and seeds of a plan, strengths chosen on some seeds and reported on others.
-
-A plan is a YAML file in entcov/studies/plans. It is written before the runs, and says which effect it can resolve:
-
-    title, question: of the page.
-    prompts: the hard-prompt benchmark, the arguments of `HardPrompts`, and `set`: residual or sparse.
-    recipe: keys of all runs.
-    arms: label -> keys of that arm, and under `candidates` a list of keys to choose from.
-    baselines: label -> label of the arm that it is compared with, seed by seed.
-    choose: {seeds, by}: the runs that choose, and the measure that is to be largest there.
-    seeds: those that are reported.
-    resolves: {measure, standard_deviation, effect}: of a difference between two arms with the same seed, and what the
-        number of seeds can tell from 0.
-    smoke: keys of the plan that the smoke version replaces.
-"""
+"""Studies of training runs: the arms and seeds of a plan, with strengths that were chosen on other seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,104 +14,15 @@ from typing import Any
 import yaml
 
 from entcov.intervals import student_t
-from entcov.report.compare import Comparison, Measure, final_values, summarize, tables
+from entcov.report.compare import Comparison, final_values, summarize, tables
 from entcov.report.plots import build_figures
 from entcov.report.run_matrix import Job, run_matrix
 from entcov.rl.record.durable import atomic_write
 from entcov.rl.record.metrics import read_metrics
 from entcov.studies.base import Findings, How, Study, StudyError, Table
-from entcov.studies.hard_prompts import SETS, HardPrompts
+from entcov.studies.plan import MEASURES, PLANS, Plan, merged, read_tree
 
-PLANS = Path(__file__).parent / "plans"
-_KEYS = (
-    "title", "question", "prompts", "recipe", "arms", "baselines", "choose", "seeds", "resolves", "smoke",
-)  # fmt: skip
-MEASURES = (
-    Measure("reward", "train pass@1, last tenth", 3, r"critic/score/mean"),
-    Measure("held_out", "held-out pass@1", 3, r"val-core/.+/held_out/acc/mean@\d+", last_only=True),
-    Measure("best", "held-out pass@16", 3, r"val-core/.+/held_out/acc/best@\d+/mean", last_only=True),
-    # The mean of the curve over log k, which neither the sharpest policy nor the flattest one makes largest.
-    Measure(
-        "pass_at_k",
-        "held-out pass@k, mean over k = 1, 2, 4, ... 16",
-        3,
-        r"val-core/.+/held_out/acc/pass@\d+",
-        last_only=True,
-    ),
-    Measure("seen_best", "training prompts, pass@16", 3, r"val-core/.+/seen/acc/best@\d+/mean", last_only=True),
-    Measure("entropy", "final entropy, nats", 3, r"actor/entropy"),
-    Measure("zero_variance", "groups without variance", 2, r"training/zero_variance_groups"),
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """See the module's text. `arms` holds the keys of each arm, `candidates` those to choose from."""
-
-    title: str
-    question: str
-    prompts: HardPrompts
-    prompt_set: str
-    recipe: dict[str, Any]
-    arms: dict[str, dict[str, Any]]
-    candidates: dict[str, list[dict[str, Any]]]
-    baselines: dict[str, str]
-    choosing_seeds: tuple[int, ...]
-    choose_by: str
-    seeds: tuple[int, ...]
-    resolves: dict[str, Any]
-
-    @classmethod
-    def read(cls, path: Path, smoke: bool) -> Plan:
-        """Raises ValueError for a plan that breaks a rule; the message names the key."""
-        tree = yaml.safe_load(path.read_text())
-        if unknown := sorted(set(tree) - set(_KEYS)):
-            raise ValueError(f"{path}: keys must be among {', '.join(_KEYS)}, got {', '.join(unknown)}")
-        if smoke:
-            tree = _merged(tree, tree.get("smoke", {}))
-        prompts = dict(tree["prompts"])
-        prompt_set = prompts.pop("set", SETS[0])
-        arms = {label: dict(keys or {}) for label, keys in tree["arms"].items()}
-        candidates = {label: keys.pop("candidates") for label, keys in arms.items() if "candidates" in keys}
-        choose = tree.get("choose", {"seeds": [], "by": MEASURES[0].name})
-        plan = cls(
-            tree["title"], tree["question"], HardPrompts(**prompts), prompt_set, tree["recipe"], arms, candidates,
-            dict(tree.get("baselines", {})), tuple(choose["seeds"]), choose["by"], tuple(tree["seeds"]),
-            dict(tree.get("resolves", {})),
-        )  # fmt: skip
-        plan._check(path)
-        return plan
-
-    def limited(self, arms: Sequence[str]) -> Plan:
-        """The plan of these arms and their baselines alone; their runs are the same ones."""
-        if unknown := [arm for arm in arms if arm not in self.arms]:
-            raise ValueError(f"--arms: must be among {', '.join(self.arms)}, got {', '.join(unknown)}")
-        wanted = set(arms)
-        while more := {self.baselines[arm] for arm in wanted if arm in self.baselines} - wanted:
-            wanted |= more
-        parts = {"arms": self.arms, "candidates": self.candidates, "baselines": self.baselines}
-        return replace(self, **{name: {a: v for a, v in own.items() if a in wanted} for name, own in parts.items()})
-
-    def _check(self, path: Path) -> None:
-        if self.prompt_set not in SETS:
-            raise ValueError(f"{path}: prompts.set: must be one of {', '.join(SETS)}, got {self.prompt_set!r}")
-        if both := sorted({*self.choosing_seeds, self.prompts.ranked_by} & set(self.seeds)):
-            raise ValueError(
-                f"{path}: seeds: must not be those of choose.seeds or prompts.ranked_by, got {both} among them"
-            )
-        if bool(self.candidates) != bool(self.choosing_seeds):
-            raise ValueError(
-                f"{path}: choose.seeds: must be given where arms have candidates and only there, got "
-                f"{list(self.choosing_seeds)} and candidates of {sorted(self.candidates) or 'no arm'}"
-            )
-        if len({len(own) for own in self.candidates.values()}) > 1:
-            counts = {label: len(own) for label, own in self.candidates.items()}
-            raise ValueError(f"{path}: candidates: must be equally many for every arm that has them, got {counts}")
-        for label, baseline in self.baselines.items():
-            if label not in self.arms or baseline not in self.arms:
-                raise ValueError(f"{path}: baselines: must name arms {sorted(self.arms)}, got {label}: {baseline}")
-        if self.choose_by not in (names := [measure.name for measure in MEASURES]):
-            raise ValueError(f"{path}: choose.by: must be one of {', '.join(names)}, got {self.choose_by!r}")
+Rows = Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]  # arm -> seed -> the metrics of a run
 
 
 class TrainingStudy(Study):
@@ -133,7 +30,7 @@ class TrainingStudy(Study):
 
     def __init__(self, name: str):
         self.name = name
-        tree = yaml.safe_load(self.path.read_text())
+        tree = read_tree(self.path)
         self.title, self.question = tree["title"], tree["question"]
 
     @property
@@ -141,19 +38,32 @@ class TrainingStudy(Study):
         return PLANS / f"{self.name}.yaml"
 
     def run(self, how: How) -> Findings:
+        return evaluate(*self.trained(how))
+
+    def trained(self, how: How) -> tuple[Plan, Rows, dict[str, dict[str, Any]], dict[str, list[float]]]:
+        """Makes what is missing. Returns the plan, the metrics of the reported runs, and for each arm with candidates
+        the keys of the best one and the measure of each.
+
+        Raises:
+            StudyError, ValueError: as `Study.run`.
+        """
         plan = Plan.read(self.path, how.smoke)
         if how.arms is not None:
             plan = plan.limited(how.arms)
         bench = how.folder.parent / ("hard_prompts_smoke" if how.smoke else "hard_prompts")
         plan.prompts.prepare(bench, (*plan.choosing_seeds, *plan.seeds), how)
         chosen, tried = self._choose(plan, bench, how)
-        runs = {(arm, seed): how.folder / "runs" / arm / f"seed_{seed}" for seed in plan.seeds for arm in plan.arms}
+        runs = {(arm, seed): self.run_folder(how.folder, arm, seed) for seed in plan.seeds for arm in plan.arms}
         self._train(
             [self._job(plan, bench, arm, chosen.get(arm, {}), seed, folder) for (arm, seed), folder in runs.items()],
             plan, how,
         )  # fmt: skip
         rows = {arm: {seed: read_metrics(runs[arm, seed]) for seed in plan.seeds} for arm in plan.arms}
-        return evaluate(plan, rows, chosen, tried)
+        return plan, rows, chosen, tried
+
+    def run_folder(self, folder: Path, arm: str, seed: int) -> Path:
+        """Of a reported run of the study in `folder`."""
+        return folder / "runs" / arm / f"seed_{seed}"
 
     def _choose(self, plan: Plan, bench: Path, how: How) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
         """(keys of the best candidate, measure of each candidate) by arm. Only the choosing seeds are looked at."""
@@ -183,7 +93,7 @@ class TrainingStudy(Study):
         return chosen, tried
 
     def _job(self, plan: Plan, bench: Path, arm: str, candidate: Mapping[str, Any], seed: int, folder: Path) -> Job:
-        files = plan.prompts.files(bench, plan.prompt_set)
+        files = plan.prompts.files(bench, plan.prompt_set, plan.train_prompts.get(arm))
         keys = {
             "model": {"path": str(plan.prompts.model(bench, seed))},
             "data": {
@@ -193,7 +103,7 @@ class TrainingStudy(Study):
             "run_dir": str(folder), "seed": seed, "threads": 1,
         }  # fmt: skip
         recipe = folder / "recipe.yaml"
-        text = yaml.safe_dump(_merged(plan.recipe, plan.arms[arm], candidate, keys), sort_keys=False)
+        text = yaml.safe_dump(merged(plan.recipe, plan.arms[arm], candidate, keys), sort_keys=False)
         folder.mkdir(parents=True, exist_ok=True)
         if not recipe.exists() or recipe.read_text() != text:
             atomic_write(recipe, text.encode())
@@ -209,13 +119,13 @@ class TrainingStudy(Study):
 
 def evaluate(
     plan: Plan,
-    rows: Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]],
+    rows: Rows,
     chosen: Mapping[str, Mapping[str, Any]],
     tried: Mapping[str, Sequence[float]],
 ) -> Findings:
     """The findings of finished runs: `rows[arm][seed]` are a run's metrics."""
     comparison = summarize(rows, plan.baselines, command="", measures=MEASURES)
-    found = [Table(*table) for table in tables(comparison, MEASURES)]
+    found = [Table(*table) for table in tables(comparison, plan.measures)]
     if chosen:
         header = ["arm", *(f"candidate {n + 1}" for n in range(len(next(iter(tried.values()))))), "chosen"]
         cells = [[arm, *(f"{value:.3f}" for value in values), _shown(chosen[arm])] for arm, values in tried.items()]
@@ -270,13 +180,3 @@ def _shown(keys: Mapping[str, Any], above: str = "") -> str:
 
 def _listed(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))
-
-
-def _merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings, later ones over earlier ones; lists and values are replaced."""
-    out: dict[str, Any] = {}
-    for tree in trees:
-        for key, value in tree.items():
-            old = out.get(key)
-            out[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return out
