@@ -15,6 +15,7 @@ from tests.planted_faults import (
     statistics,
     storage,
     trainer,
+    training_studies,
     trl,
     verl,
     verl_statistics,
@@ -38,4 +39,5 @@ FAULTS = (
     *verl.FAULTS,
     *verl_statistics.FAULTS,
     *trl.FAULTS,
+    *training_studies.FAULTS,
 )
