@@ -20,9 +20,10 @@ from entcov.report.run_matrix import Job, run_matrix
 from entcov.rl.record.durable import atomic_write
 from entcov.rl.record.metrics import read_metrics
 from entcov.studies.base import Findings, How, Study, StudyError, Table
+from entcov.studies.figures import Rows, differences, pass_at_k
 from entcov.studies.plan import MEASURES, PLANS, Plan, merged, read_tree
 
-Rows = Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]  # arm -> seed -> the metrics of a run
+_DRAWN = ("held_out", "best", "entropy")  # measures
 
 
 class TrainingStudy(Study):
@@ -135,14 +136,18 @@ def evaluate(
     return Findings(
         statements=statements(plan, comparison),
         tables=found,
-        figures={"overview": build_figures(by_arm)["overview"]},
+        figures={
+            "differences": differences(comparison, [m for m in plan.measures if m.name in _DRAWN]),
+            "pass_at_k": pass_at_k(rows),
+            "overview": build_figures(by_arm)["overview"],
+        },
         values={"comparison": asdict(comparison), "chosen": dict(chosen), "tried": dict(tried)},
     )
 
 
 def statements(plan: Plan, comparison: Comparison) -> list[str]:
     """What the intervals say, arm by arm, and what the plan can resolve."""
-    said = []
+    said, compared = [], 0
     if plan.resolves:
         name, deviation = plan.resolves["measure"], plan.resolves["standard_deviation"]
         half = student_t(len(plan.seeds) - 1) * deviation / math.sqrt(len(plan.seeds)) if len(plan.seeds) > 1 else None
@@ -161,7 +166,13 @@ def statements(plan: Plan, comparison: Comparison) -> list[str]:
             verdict = ("higher" if difference.mean > 0 else "lower") if difference.excludes_zero else "not told apart"
             parts.append(f"{_title(name)} {verdict} ({difference.mean:+.3f} ± {difference.half_width:.3f})")
         if parts:
+            compared += len(parts)
             said.append(f"{arm} against {baseline}: {'; '.join(parts)}.")
+    if compared:
+        said.append(
+            f"These are {compared} intervals of 95 %, not corrected for their number: about {compared / 20:.0f} of "
+            "them would leave out 0 where nothing differs."
+        )
     return said
 
 

@@ -106,6 +106,24 @@ def test_statements_follow_the_intervals(plan, by, said):
     assert found.values["comparison"]["differences"]["clip_cov"]["held_out"]["mean"] == pytest.approx(by)
 
 
+def test_figures_show_the_curves_and_the_differences(plan):
+    def run(value, start=0.1):
+        rows = rows_of(value)
+        rows[0] |= {f"{HELD_OUT}/pass@{k}": start * k for k in (1, 2)}
+        return [*rows[:-1], rows[-1] | {f"{HELD_OUT}/pass@{k}": value * k for k in (1, 2)}]
+
+    plan = replace(plan, seeds=(11, 12))
+    rows = {"none": {11: run(0.2), 12: run(0.3)}, "clip_cov": {11: run(0.3), 12: run(0.4)}}
+    figures = evaluate(plan, rows, {}, {}).figures
+    (ax,) = figures["pass_at_k"].axes
+    shown = {line.get_gid(): line.get_xydata().tolist() for line in ax.get_lines()}
+    assert shown["start"] == [[1, 0.1], [2, 0.2]] and shown["none"] == [[1, 0.25], [2, 0.5]]
+    assert shown["clip_cov"] == [[1, pytest.approx(0.35)], [2, pytest.approx(0.7)]]
+    panel = figures["differences"].axes[0]
+    assert panel.get_title("left") == "held-out pass@1" and panel.get_yticklabels()[0].get_text() == "clip_cov − none"
+    assert panel.containers[0].lines[0].get_xdata() == pytest.approx([0.1])
+
+
 def test_one_seed_has_no_interval_and_says_nothing(plan):
     plan = replace(plan, seeds=(11,))
     found = evaluate(plan, {"none": {11: rows_of(0.3)}, "clip_cov": {11: rows_of(0.4)}}, {}, {})
