@@ -669,8 +669,8 @@ FAULTS = (
     Fault(
         "response_means_count_prompt_tokens",
         BATCH,
-        "torch.stack([own[mask].mean() for",
-        "torch.stack([own.mean() for",
+        "torch.from_numpy(values.cpu().numpy()[mask]).split(counts.tolist())",
+        "values.cpu().split(self.lengths)",
         [T_LOOP + "one_step_by_hand"],
     ),
     Fault(
