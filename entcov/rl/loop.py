@@ -26,7 +26,7 @@ from entcov.objective.responses import Responses
 from entcov.objective.token_covariance import covariance_summary, token_covariance
 from entcov.objective.tokens import Tokens
 from entcov.rl.batch import Batch, mini_batches, pack
-from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, timed
+from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, tensor_spread, timed
 from entcov.rl.config import Config
 from entcov.rl.data.prompt_policy import PromptPolicy
 from entcov.rl.data.stream import PromptStream
@@ -225,7 +225,7 @@ class Loop:
             values = {"advantage": shaped.advantage, "covariance": covariance.value}
             self.watched.shaped(tokens.token_id, shaped.drop, **values)
         metrics["actor/entropy_drift"] = float((tokens.entropy_drift * shaped.advantage).mean())
-        metrics |= spread("critic/advantages", shaped.advantage.tolist()) | shaped.metrics
+        metrics |= tensor_spread("critic/advantages", shaped.advantage) | shaped.metrics
         if shaped.drop is not None:
             batch.drop(shaped.drop)
             metrics["training/dropped_tokens"] = float(shaped.drop.double().mean())
