@@ -2,10 +2,11 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from entcov import arguments as check
 from entcov.rl.batch import IGNORE_INDEX, Batch
 from entcov.rl.config import ConfigError, ModelConfig
 from entcov.rl.hf.model_config import model_settings, model_tokenizer
+from entcov.rl.hf.packed_attention import boundaries, keeps_apart, use_boundaries
 from entcov.rl.record.durable import as_os_error
 from entcov.stats.token_stats import TokenStats, token_stats
 
@@ -45,13 +47,20 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.compute_dtype = getattr(torch, config.compute_dtype)
-    return model.to(device).train(), tokenizer
+    model = model.to(device).train()
+    use_boundaries(model, model.compute_dtype)
+    return model, tokenizer
+
+
+def autocast(model: nn.Module) -> torch.autocast:
+    """The context of a forward pass in the model's `compute_dtype`. Passes inside one share the cast weights."""
+    lower = model.compute_dtype is not torch.float32
+    return torch.autocast(model.device.type, dtype=model.compute_dtype if lower else None, enabled=lower)
 
 
 def forward(model: nn.Module, **inputs):
     """The model's output, computed in its `compute_dtype`; the trainer and its sampler both go through here."""
-    lower = model.compute_dtype is not torch.float32
-    with torch.autocast(model.device.type, dtype=model.compute_dtype if lower else None, enabled=lower):
+    with autocast(model):
         return model(**inputs, return_dict=True)
 
 
@@ -69,16 +78,18 @@ def batch_token_stats(model: nn.Module, batch: Batch, *, packing: bool, **stats_
     (padded); the others are ignored rows, whose logits are never read.
 
     Args:
-        packing: one row of N tokens whose positions start again at each sequence. Transformers' attention then keeps
-            the sequences apart: flash attention without a mask, sdpa by building an [N, N] one.
+        packing: no padding. Where the model's attention takes boundaries, one row of N tokens whose positions start
+            again at each sequence; elsewhere one sequence after the other. Memory grows with N.
         stats_options: passed to `token_stats`: temperature, clamp_p, top_k, moments.
     """
     if packing:
-        keep = batch.loss_mask.nonzero()[:, 0]
-        out = forward(
-            model, input_ids=batch.tokens[None], position_ids=batch.position[None], logits_to_keep=keep, use_cache=False
-        )
-        return token_stats(out.logits[0], batch.target[keep], ignore_index=IGNORE_INDEX, **stats_options)
+        if keeps_apart(model):
+            inputs = {"position_ids": batch.position[None], **boundaries(batch.lengths, model)}
+            return _row_stats(model, batch.tokens, batch.target, inputs, stats_options)
+        each = zip(batch.tokens.split(batch.lengths), batch.target.split(batch.lengths), strict=True)
+        with autocast(model):
+            alone = [_row_stats(model, *sequence, {}, stats_options) for sequence in each]
+        return TokenStats(*(None if values[0] is None else torch.cat(values) for values in zip(*alone, strict=True)))
     rows = partial(pad_sequence, batch_first=True)
     ids, mask = (rows(x.split(batch.lengths)) for x in (batch.tokens, torch.ones_like(batch.tokens)))
     target = rows(batch.target.split(batch.lengths), padding_value=IGNORE_INDEX)
@@ -88,3 +99,12 @@ def batch_token_stats(model: nn.Module, batch: Batch, *, packing: bool, **stats_
     stats = token_stats(out.logits, target.contiguous(), ignore_index=IGNORE_INDEX, **stats_options)
     kept = target != IGNORE_INDEX
     return TokenStats(*(None if value is None else value[kept] for value in stats))
+
+
+def _row_stats(
+    model: nn.Module, tokens: Tensor, target: Tensor, inputs: dict[str, Any], options: dict[str, Any]
+) -> TokenStats:
+    """`token_stats` of the entries of one row that have a target; `inputs` are further arguments of the model."""
+    keep = (target != IGNORE_INDEX).nonzero()[:, 0]
+    out = forward(model, input_ids=tokens[None], logits_to_keep=keep, use_cache=False, **inputs)
+    return token_stats(out.logits[0], target[keep], ignore_index=IGNORE_INDEX, **options)
