@@ -4,6 +4,8 @@ from tests.planted_faults.fault import Fault
 
 PACKED = "entcov/rl/hf/packed_attention.py"
 MODEL = "entcov/rl/hf/model.py"
+HF_ACTOR = "entcov/rl/hf/actor.py"
+T_ACTOR = "tests/rl/hf/test_actor.py::test_"
 T_PACKED = "tests/rl/hf/test_packed.py::test_"
 
 FAULTS = (
@@ -41,5 +43,33 @@ FAULTS = (
         "        with autocast(model):\n            alone",
         "        if True:\n            alone",
         [T_PACKED + "sequences_one_by_one_share_the_weights_that_autocast_casts"],
+    ),
+    Fault(
+        "a_checkpoint_says_whether_the_step_is_fused",
+        HF_ACTOR,
+        'group | {"fused": own["fused"]}',
+        "group | {}",
+        [T_ACTOR + "fused_adamw_is_the_gpus_and_a_checkpoint_of_either_device_goes_on_at_the_other"],
+    ),
+    Fault(
+        "adamw_is_fused_on_a_cpu_too",
+        MODEL,
+        'fused = True if model.device.type == "cuda" else None',
+        "fused = True",
+        [T_ACTOR + "fused_adamw_is_the_gpus_and_a_checkpoint_of_either_device_goes_on_at_the_other"],
+    ),
+    Fault(
+        "each_metric_of_a_micro_batch_is_waited_for",
+        HF_ACTOR,
+        "metrics[name] += value.double()",
+        "metrics[name] += float(value)",
+        [T_ACTOR + "an_update_reads_its_metrics_at_once"],
+    ),
+    Fault(
+        "metrics_of_selections_are_read_by_themselves",
+        "entcov/rl/actor.py",
+        "return self._optimize(batch, selections, totals, step, found)",
+        "return self._optimize(batch, selections, totals, step) | {k: float(v) for k, v in found.items()}",
+        [T_ACTOR + "an_update_reads_its_metrics_at_once[kl_cov]"],
     ),
 )

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from entcov import arguments as check
 from entcov.rl.batch import IGNORE_INDEX, Batch
-from entcov.rl.config import ConfigError, ModelConfig
+from entcov.rl.config import ActorConfig, ConfigError, ModelConfig
 from entcov.rl.hf.model_config import model_settings, model_tokenizer
 from entcov.rl.hf.packed_attention import boundaries, keeps_apart, use_boundaries
 from entcov.rl.record.durable import as_os_error
@@ -62,6 +62,14 @@ def forward(model: nn.Module, **inputs):
     """The model's output, computed in its `compute_dtype`; the trainer and its sampler both go through here."""
     with autocast(model):
         return model(**inputs, return_dict=True)
+
+
+def adamw(model: nn.Module, config: ActorConfig, *, lr: float) -> torch.optim.AdamW:
+    """On a GPU one kernel takes the step of many weights; on a CPU its last bits would be others."""
+    fused = True if model.device.type == "cuda" else None
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused
+    )
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
