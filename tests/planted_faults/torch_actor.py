@@ -6,6 +6,7 @@ PACKED = "entcov/rl/hf/packed_attention.py"
 MODEL = "entcov/rl/hf/model.py"
 HF_ACTOR = "entcov/rl/hf/actor.py"
 T_ACTOR = "tests/rl/hf/test_actor.py::test_"
+T_HEAD = "tests/rl/hf/test_large_vocabulary.py::test_"
 T_PACKED = "tests/rl/hf/test_packed.py::test_"
 
 FAULTS = (
@@ -71,5 +72,26 @@ FAULTS = (
         "return self._optimize(batch, selections, totals, step, found)",
         "return self._optimize(batch, selections, totals, step) | {k: float(v) for k, v in found.items()}",
         [T_ACTOR + "an_update_reads_its_metrics_at_once[kl_cov]"],
+    ),
+    Fault(
+        "a_heads_model_may_bound_its_logits",
+        MODEL,
+        "return torch.equal(head(hidden), forward(",
+        "return True or torch.equal(head(hidden), forward(",
+        [T_HEAD + "only_a_head_without_more_is_plain"],
+    ),
+    Fault(
+        "hidden_states_lose_the_temperature",
+        MODEL,
+        "bias=head.bias, **stats_options)",
+        "bias=head.bias)",
+        [T_HEAD + "hidden_states_give_the_statistics_and_gradients_of_logits"],
+    ),
+    Fault(
+        "large_logits_are_counted_in_entries",
+        MODEL,
+        "rows * head.out_features * model.compute_dtype.itemsize > LARGE_LOGITS",
+        "rows * head.out_features > LARGE_LOGITS",
+        [T_HEAD + "the_bytes_of_the_logits_decide"],
     ),
 )
