@@ -84,9 +84,8 @@ class PolicyActor(TrainedModel):
 
         The controls select over the whole mini-batch, under the current policy, before the first backward pass.
         """
-        selections, selection_metrics, totals = self._select(batch)
-        metrics = self._optimize(batch, selections, totals, step)
-        return metrics | {name: float(value) for name, value in selection_metrics.items()}
+        selections, found, totals = self._select(batch)
+        return self._optimize(batch, selections, totals, step, found)
 
     def _select(self, batch: Batch) -> tuple[list[Selections], dict[str, Tensor], Totals]:
         """The controls' selections for every micro-batch of all ranks, their metrics, the mini-batch's denominators.
