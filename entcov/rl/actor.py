@@ -16,6 +16,7 @@ from entcov.controls import (
     select,
     selects,
 )
+from entcov.diagnostics import ENTROPY_CHANGE, entropy_change
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
@@ -132,4 +133,11 @@ class PolicyActor(TrainedModel):
         loss, metrics = policy_loss(
             tokens, self.loss, totals=totals, controls=self.controls, selections=selections, sequences=sequences
         )
-        return loss, replace(tokens, loss_mask=kept_tokens(tokens, selections)), metrics
+        tokens = replace(tokens, loss_mask=kept_tokens(tokens, selections))
+        predicted, measured = entropy_change(
+            stats.logprob, stats.entropy, old_logprob=tokens.old_logprob, old_entropy=micro.entropy[at],
+            rollout_logprob=tokens.rollout_logprob,
+        )  # fmt: skip
+        for name, change in zip(ENTROPY_CHANGE, (predicted, measured, predicted - measured), strict=True):
+            metrics[name] = torch.where(tokens.loss_mask, change, 0.0).sum() / totals.num_tokens
+        return loss, tokens, metrics
