@@ -120,8 +120,13 @@ def entropy_by_position(entropy: Tensor, position: Tensor, length: Tensor, *, bi
     check.vector("position", position, (torch.int64,), entropy)
     check.vector("length", length, (torch.int64,), entropy)
     check.integer("bins", bins, 1)
-    if check.readable(position) and bool(((position < 0) | (position >= length)).any()):
-        raise ValueError("position must be in [0, length) for every token, got one that is not")
+    outside = (position < 0) | (position >= length)
+    if check.readable(outside) and bool(outside.any()):
+        first = int(outside.nonzero()[0])
+        raise ValueError(
+            f"position must be in [0, length) for every token: {int(outside.sum())} of {len(outside)} are not "
+            f"(first: [{first}] is {int(position[first])} of {int(length[first])})"
+        )
     number = (bins * (2 * position + 1)).div(2 * length, rounding_mode="floor")
     return _sums(entropy, number, bins) / _sums(torch.ones_like(entropy), number, bins)
 
@@ -132,17 +137,19 @@ def entropy_change(
 ) -> tuple[Tensor, Tensor]:
     """The entropy change of each token's distribution by an update: predicted to first order, and measured.
 
-    Equivalent to:
+    Equivalent to, with d = logprob - old_logprob:
 
-        predicted = -exp(old_logprob - rollout_logprob) * (old_logprob + old_entropy) * (logprob - old_logprob)
         measured = entropy - old_entropy
+        error = (old_logprob + old_entropy - 1) * (exp(d) - 1 - d) + (exp(d) - 1) * d
+        predicted = measured + exp(old_logprob - rollout_logprob) * error
 
-    The first-order change of a distribution p is -Cov_{a~p}(log p_a, dz_a) (Cui et al., lemma 1; docs/math.md (14)).
-    With E_{a~p}[log p_a] = -H and d log p_a = dz_a - const that is -E_{a~p}[(log p_a + H) d log p_a], of which the
-    sampled token is one draw: `predicted` is an unbiased estimate of what `logit_covariance` computes from the logits
-    before and after, wherever the update does not depend on that token. So it is for tokens that the update was not
-    trained on. One token's estimate is noise; means over tokens are meant. The exponential is 1 where the sampler has
-    the old policy's probabilities, and corrects for where it has not.
+    The first-order change of a distribution p by a change dz of its logits is -Cov_{a~p}(log p_a, dz_a) (Cui et al.,
+    lemma 1; docs/math.md (13)), which `logit_covariance` computes from the logits before and after. Here only the
+    sampled token a is known, and E_{a~p}[error] is exactly that prediction less the measured change; the proof is in
+    docs/diagnostics.md. So `predicted` is an unbiased estimate wherever the update does not depend on a, as for tokens
+    that the update was not trained on. Its noise is of second order in d; that of the plain estimate, -(log p_a + H) d,
+    is of first order, as the change itself is. Means over tokens are meant. The weight exp(old_logprob -
+    rollout_logprob) is 1 where the sampler has the old policy's probabilities, and corrects for where it has not.
 
     Args:
         logprob, entropy: [T] float32 or float64, nats, after the update.
@@ -156,8 +163,9 @@ def entropy_change(
     for name, column in (columns | {"rollout_logprob": rollout_logprob}).items():
         check.vector(name, column, _FLOAT, logprob)
     logprob, entropy, old_logprob, old_entropy = (column.double() for column in columns.values())
-    weight = (old_logprob - rollout_logprob.double()).exp()
-    return -weight * (old_logprob + old_entropy) * (logprob - old_logprob), entropy - old_entropy
+    d, measured = logprob - old_logprob, entropy - old_entropy
+    error = (old_logprob + old_entropy - 1) * (d.expm1() - d) + d.expm1() * d
+    return measured + (old_logprob - rollout_logprob.double()).exp() * error, measured
 
 
 def solved_shares(right: Tensor, group: Tensor) -> dict[str, float]:
@@ -222,6 +230,10 @@ class Calibration:
     """bins: (predictions, their mean confidence, their accuracy) of every bin that has one, by rising confidence."""
 
     bins: tuple[tuple[int, float, float], ...]
+
+    def __post_init__(self) -> None:
+        if not self.bins:
+            raise ValueError("bins must hold at least one prediction, got none")
 
     @property
     def ece(self) -> float:

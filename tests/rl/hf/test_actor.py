@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from entcov.controls import Control, Effect, Selection, make_control
+from entcov.diagnostics import ENTROPY_CHANGE
 from entcov.objective.tokens import AGGREGATIONS, PolicyLossConfig
 from entcov.rl.backend import reference_policy
 from entcov.rl.batch import pack
@@ -89,6 +90,26 @@ def test_sequences_of_several_temperatures_are_scored_and_trained_at_their_own(r
     same = two_updates(actor_for(model, controls, micro_batch_tokens=3 * longest), equal)
     assert plain[0] == same[0] and all(map(torch.equal, plain[1], same[1]))  # the actor's own is 0.8
     assert not all(map(torch.equal, plain[1], reference))
+
+
+def test_the_entropy_change_is_measured_before_the_tokens_own_update(rolled_out):
+    """On the second mini-batch: the first update's change, as a forward pass between the two measures it."""
+    model, batch = rolled_out
+    actor = actor_for(model, CONTROLS["kl_cov"], micro_batch_tokens=100)
+    batch = copy.copy(batch)
+    batch.assign_scores(actor.compute_logprobs(batch), actor.weight_version)
+    first, second = batch.subset(range(12)), batch.subset(range(12, 24))
+    found = actor.update(first, step=1)
+    assert [found[name] for name in ENTROPY_CHANGE] == pytest.approx([0, 0, 0], abs=1e-6)
+    after = actor.compute_logprobs(second)
+    found, at = actor.update(second, step=1), second.loss_mask
+    old, new, h, h2 = (x[at].double() for x in (second.old_logprob, after["logprob"], second.entropy, after["entropy"]))
+    error = (old + h - 1) * ((new - old).exp() - 1 - (new - old)) + ((new - old).exp() - 1) * (new - old)
+    error = ((old - second.rollout_logprob[at]).exp() * error).mean()
+    measured = (h2 - h).mean()
+    assert abs(measured) > 1e-3 and abs(error) > 1e-5
+    expected = [float(x) for x in (measured + error, measured, error)]
+    assert [found[name] for name in ENTROPY_CHANGE] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", CONTROLS)
