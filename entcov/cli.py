@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--out", default="runs/studies", help="what is done is kept in OUT/NAME; default %(default)s")
     study.add_argument("--page", help="folder of the page and its plots; default: OUT/NAME/page")
     study.add_argument("--jobs", type=int, default=1, help="processes at a time, one CPU thread each")
+    study.add_argument("--arms", help="comma-separated; of a study of training runs, these and their baselines alone")
     study.set_defaults(command=_study)
 
     plot = commands.add_parser("plot", help="PNG plots of one or several runs")
@@ -396,7 +397,7 @@ def _study(args: argparse.Namespace) -> int:
         if file := next((one for one in (path, *path.parents) if one.is_file()), None):
             raise ValueError(f"{option}: must be a folder, and {file} is a file")
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    how = How(folder, smoke=args.smoke, jobs=args.jobs)
+    how = How(folder, smoke=args.smoke, jobs=args.jobs, arms=args.arms.split(",") if args.arms else None)
     command = "python -m entcov " + shlex.join(sys.argv[1:])
     for path in run_study(STUDIES[args.name], how, page, command=command, console=console):
         console.print(path, markup=False, highlight=False, soft_wrap=True)
@@ -420,13 +421,16 @@ def _runs_and_out(args: argparse.Namespace) -> tuple[dict[str, str], Path]:
 
 
 def _plot_runs(runs: dict[str, str], out: Path) -> list[Path]:
+    from entcov.report.diagnostics import Diagnosed, plot_diagnostics
     from entcov.report.plots import plot_runs
     from entcov.report.solves import plot_solves
     from entcov.rl.record.metrics import read_metrics
     from entcov.rl.solve_counts import read_solve_counts
 
-    paths = plot_runs({label: read_metrics(run) for label, run in runs.items()}, out)
-    return paths + plot_solves({label: read_solve_counts(run) for label, run in runs.items()}, out)
+    rows = {label: read_metrics(run) for label, run in runs.items()}
+    solves = {label: read_solve_counts(run) for label, run in runs.items()}
+    paths = plot_runs(rows, out) + plot_solves(solves, out)
+    return paths + plot_diagnostics({label: Diagnosed([rows[label]], solves[label]) for label in runs}, out)
 
 
 def _fit_law(args: argparse.Namespace) -> int:

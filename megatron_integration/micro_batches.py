@@ -74,8 +74,7 @@ def dummy_micro_batch(batch: Batch) -> tuple[Batch, Tensor]:
     """The batch's shortest sequence without a loss, and its positions: what a replica without a sequence runs."""
     shortest = [batch.lengths.index(min(batch.lengths))]
     micro = batch.subset(shortest)
-    no_loss, no_target = torch.zeros_like(micro.loss_mask), torch.full_like(micro.target, IGNORE_INDEX)
-    return replace(micro, loss_mask=no_loss, target=no_target), batch.positions(shortest)
+    return replace(micro, loss_mask=torch.zeros_like(micro.loss_mask)), batch.positions(shortest)
 
 
 def build_inputs(
@@ -102,7 +101,11 @@ def build_inputs(
     join = (lambda rows: torch.cat(rows)[None]) if packing else torch.stack
     entry, position = (join(rows).to(sequences.tokens.device) for rows in (entries, positions))
     target = F.pad(sequences.target, (0, 1), value=IGNORE_INDEX)[entry]
-    inputs = {"input_ids": F.pad(sequences.tokens, (0, 1))[entry], "position_ids": position, "attention_mask": None}
+    inputs = {
+        "input_ids": F.pad(sequences.tokens, (0, 1))[entry].long(),
+        "position_ids": position,
+        "attention_mask": None,
+    }
     if packing:
         # Padding belongs to its sequence, so there is none between sequences: Transformer Engine, given bounds with
         # padding too, would compare the two on the host.

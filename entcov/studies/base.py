@@ -51,12 +51,14 @@ class How:
     folder: its own; what is done is kept there, and a second call goes on.
     smoke: the small version, which shows that everything works and proves nothing.
     jobs: processes at a time, each with one CPU thread.
+    arms: of a study of training runs, those to run, each with its baseline; None: all.
     display: as for `Progress`.
     """
 
     folder: Path
     smoke: bool = False
     jobs: int = 1
+    arms: Sequence[str] | None = None
     display: bool | str = "auto"
 
 
@@ -94,6 +96,8 @@ class PartsStudy(Study):
         """From the results of all parts, as JSON gives them back."""
 
     def run(self, how: How) -> Findings:
+        if how.arms is not None:
+            raise ValueError(f"--arms: is for studies of training runs, which {self.name} is not; got {how.arms}")
         return self.findings(run_parts(self.parts(how.smoke), how))
 
 

@@ -3,7 +3,10 @@
 from entcov.studies.base import Study
 from entcov.studies.clamp import Clamp
 from entcov.studies.drift import Drift
+from entcov.studies.law_study import LawStudy
 from entcov.studies.splits import Splits
+from entcov.studies.training import TrainingStudy
 
-_ALL: tuple[Study, ...] = (Splits(), Drift(), Clamp())
+_PLANS = ("controls", "updates", "clips", "prompts", "signs", "sparse")
+_ALL: tuple[Study, ...] = (*map(TrainingStudy, _PLANS), LawStudy(), Splits(), Drift(), Clamp())
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}

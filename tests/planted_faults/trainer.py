@@ -18,6 +18,7 @@ LOOP, COLLECT, ACTOR, HF_ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, BAC
     )
 )
 TRAINED = "entcov/rl/trained_model.py"
+HF_MODEL = "entcov/rl/hf/model.py"
 INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (
     f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "hf/model_config")
 )
@@ -137,8 +138,8 @@ FAULTS = (
     Fault(
         "dropped_tokens_stay_in_the_length",
         BATCH,
-        "        self.sequence_length = left[self.sequence]\n",
-        "",
+        "sequence_length=self._loss_tokens_of_each[sequence]",
+        "sequence_length=responses.length[sequence]",
         [T_LOOP + "a_dropped_token_leaves_the_batch_and_its_denominators"],
     ),
     Fault(
@@ -158,8 +159,8 @@ FAULTS = (
     Fault(
         "response_position_counts_the_prompt",
         BATCH,
-        "return self.position - (prompt - 1)[self.sequence]",
-        "return self.position",
+        "position=position - unlearned[sequence]",
+        "position=position",
         [T_LOOP + "begin_sees_the_scored_rollout_and_shapes_its_advantages"],
     ),
     Fault(
@@ -391,8 +392,8 @@ FAULTS = (
     Fault(
         "gradient_is_not_clipped",
         HF_ACTOR,
-        "self.config.max_grad_norm))",
-        'float("inf")))',
+        "self.config.max_grad_norm)",
+        'float("inf"))',
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
     Fault(
@@ -440,7 +441,7 @@ FAULTS = (
     Fault(
         "optimizer_state_not_restored",
         HF_ACTOR,
-        'self.optimizer.load_state_dict(state["optimizer"])',
+        'self.optimizer.load_state_dict(saved | {"param_groups": groups})',
         "pass",
         [T_ACTOR + "the_optimizer_goes_on_from_its_state"],
     ),
@@ -453,12 +454,12 @@ FAULTS = (
     ),
     Fault(
         "weight_decay_ignored",
-        HF_ACTOR,
+        HF_MODEL,
         "weight_decay=config.weight_decay",
         "weight_decay=0.0",
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
-    Fault("betas_ignored", HF_ACTOR, "betas=config.betas, ", "", [T_ACTOR + "updates_are_adamw_by_hand"]),
+    Fault("betas_ignored", HF_MODEL, "betas=config.betas, ", "", [T_ACTOR + "updates_are_adamw_by_hand"]),
     Fault(
         "reference_follows_the_policy",
         BACKEND,
@@ -467,20 +468,40 @@ FAULTS = (
         [T_ACTOR + "the_reference_is_a_copy_that_is_kept_on_disk"],
     ),
     # ---- the batch ---------------------------------------------------------------------------------------------------
-    Fault("sequence_length_with_the_prompt", BATCH, "[len(response)] * n", "[n] * n", [T_BATCH + "pack_by_hand"]),
+    Fault(
+        "sequence_length_with_the_prompt",
+        BATCH,
+        "return self._loss_tokens_of_each[self.sequence]",
+        "return self._lengths[self.sequence]",
+        [T_BATCH + "pack_by_hand"],
+    ),
     Fault(
         "token_ids_start_again_in_each_sequence",
         BATCH,
-        "range(s * _POSITIONS_PER_SEQUENCE, s * _POSITIONS_PER_SEQUENCE + n)",
-        "range(n)",
+        "return self.responses.number[self.sequence] * _POSITIONS_PER_SEQUENCE + self.position",
+        "return self.position",
         [T_BATCH + "pack_by_hand"],
     ),
     Fault(
         "logprob_one_token_late",
         BATCH,
-        "[0.0] * unlearned + rollout.logprob + [0.0]",
-        "[0.0] * (unlearned + 1) + rollout.logprob",
+        "(zeros[:n], r.logprob, zeros[:1])",
+        "(zeros[:1], zeros[:n], r.logprob)",
         [T_BATCH + "pack_by_hand"],
+    ),
+    Fault(
+        "a_run_of_neighbours_loses_its_last_sequence",
+        BATCH,
+        "int(self._bounds[last + 1])",
+        "int(self._bounds[last])",
+        [T_BATCH + "subset_keeps_every_field_of_every_token", T_BATCH + "arrays_have_the_bits_of_lists"],
+    ),
+    Fault(
+        "means_of_responses_in_single_precision",
+        BATCH,
+        "part.double().mean()",
+        "part.mean().double()",
+        [T_BATCH + "arrays_have_the_bits_of_lists"],
     ),
     Fault(
         "padded_micro_batches_over_budget",
@@ -528,7 +549,7 @@ FAULTS = (
     Fault(
         "finished_by_length",
         COLLECT,
-        "finished = tokens[-1] == tokenizer.eos_token_id",
+        "finished = bool(tokens[-1] == tokenizer.eos_token_id)",
         "finished = len(tokens) < 8",
         [T_SAMPLER + "logprob_is_that_of_the_plain_forward_pass"],
     ),
@@ -649,8 +670,8 @@ FAULTS = (
     Fault(
         "response_means_count_prompt_tokens",
         BATCH,
-        "torch.stack([own[mask].mean() for",
-        "torch.stack([own.mean() for",
+        "torch.from_numpy(values.cpu().numpy()[mask]).split(counts.tolist())",
+        "values.cpu().split(self.lengths)",
         [T_LOOP + "one_step_by_hand"],
     ),
     Fault(

@@ -160,7 +160,7 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
         if [(r.prompt.uid, r.sample) for r in got] != [(i, g) for i in range(5) for g in range(3)]:
             return f"order: {[(r.prompt.uid, r.sample) for r in got]}"
         everyones: list[Any] = [None] * dist.get_world_size()
-        mine = [(r.tokens, r.logprob, r.reward, r.text, r.weight_version) for r in got]
+        mine = [(r.tokens.tolist(), r.logprob.tolist(), r.reward, r.text, r.weight_version) for r in got]
         dist.all_gather_object(everyones, (mine, of_prompts))
         if everyones[0] != everyones[1]:
             return "ranks have different rollouts or prompts"

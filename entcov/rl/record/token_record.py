@@ -182,7 +182,7 @@ class TokenRecord:
                     "score": rollout.reward,
                     "finished": rollout.finished,
                     "length": len(rollout.tokens),
-                    "pieces": token_texts(self.tokenizer, rollout.tokens[:most]),
+                    "pieces": token_texts(self.tokenizer, rollout.tokens[:most].tolist()),
                     **{name: [_short(value) for value in column[own]] for name, column in columns.items()},
                     "chosen": {name: [i for i, one in enumerate(mask[own]) if one] for name, mask in chosen.items()},
                 }
