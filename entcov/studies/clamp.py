@@ -254,7 +254,7 @@ def difference(ways: Mapping[str, Mapping[str, Any]], way: str, base: str) -> Es
 
 
 def found(results: Results) -> Findings:
-    statements = [_aent(results), _others(results), *_chain(results), *_one(results)]
+    statements = [_aent(results), _gains(results), _others(results), *_chain(results), *_one(results)]
     values = {
         "tasks": {task: repr(TASKS[task]) for task in results}, "learning_rate": LEARNING_RATE, "results": results
     }  # fmt: skip
@@ -271,6 +271,23 @@ def _aent(results: Results) -> str:
         else f"On none of {len(differences)} tasks AEnt's clamp of 0.33 ends elsewhere than the plain bonus, measurably"
     )
     return f"{head}, each with the coefficient that was best for it (difference of the final values, {each})."
+
+
+def _gains(results: Results) -> str:
+    """Which bonus is worth having at all."""
+    gains = {
+        f"{name} on {task}": difference(ways, name, NONE.name)
+        for task, ways in results.items()
+        for name in ways
+        if name not in (NONE.name, TOP[1].name)
+    }
+    better, worse = (
+        {label: own for label, own in gains.items() if verdict(own, *words, "")} for words in (("x", ""), ("", "x"))
+    )
+    listed = "".join(f"; {label} {shown(own, 3, sign='+')}" for label, own in (better | worse).items())
+    return (
+        f"Against no bonus, {len(better)} of {len(gains)} bonuses end measurably higher and {len(worse)} lower{listed}."
+    )
 
 
 def _others(results: Results) -> str:
@@ -319,6 +336,14 @@ def _chain(results: Results) -> list[str]:
         paper += (
             f"Here it helps with {listed} of {', '.join(map(str, chains))}, which differs from the paper; horizon, "
             "first policy, sampling and step size are ours."
+        )
+    scans = [(own["coef"], own["scan"]) for ways in chains.values() for own in ways.values() if own["scan"]]
+    coefs = sorted(scans[0][1], key=float)
+    if len(coefs) > 1 and all(coef == float(coefs[0]) for coef, _ in scans):
+        larger = max(sum(scan[coefs[1]]) / len(scan[coefs[1]]) for _, scan in scans)
+        paper += (
+            f" Every way chose the smallest coefficient, {coefs[0]}; with the next, {coefs[1]}, none ends above "
+            f"{larger:.3f}: there the bonus hides a reward that needs two decisions."
         )
     return ["Gain over no bonus on the chain of two decisions: " + "; ".join(parts) + ". " + paper]
 

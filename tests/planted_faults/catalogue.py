@@ -12,6 +12,7 @@ from tests.planted_faults import (
     other_trainers,
     prime,
     report,
+    small_studies,
     statistics,
     storage,
     torch_actor,
@@ -42,4 +43,5 @@ FAULTS = (
     *verl_statistics.FAULTS,
     *trl.FAULTS,
     *training_studies.FAULTS,
+    *small_studies.FAULTS,
 )
