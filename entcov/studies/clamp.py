@@ -277,7 +277,7 @@ def _aent(results: Results) -> str:
     head = (
         f"AEnt's clamp of 0.33 ends elsewhere than the plain bonus on {len(apart)} of {len(differences)} tasks"
         if apart
-        else f"On none of {len(differences)} tasks AEnt's clamp of 0.33 ends elsewhere than the plain bonus, measurably"
+        else f"On none of {len(differences)} tasks AEnt's clamp of 0.33 measurably ends elsewhere than the plain bonus"
     )
     return f"{head}, each with the coefficient that was best for it (difference of the final values, {each})."
 
@@ -315,8 +315,8 @@ def _others(results: Results) -> str:
     clauses.sort(reverse=True)
     listed = "; ".join(text for _, text in clauses)
     return (
-        f"Of {count} comparisons of a smaller set of actions with the plain bonus, {len(clauses)} count (one in "
-        f"twenty would by chance): {listed}."
+        f"Smaller sets of actions end elsewhere than the plain bonus in {len(clauses)} of {count} comparisons, where "
+        f"one in twenty would by chance: {listed}."
     )
 
 
