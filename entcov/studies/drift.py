@@ -380,16 +380,16 @@ def _geometric(values: Sequence[float]) -> float:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits of every number."""
+    """Four digits of every number."""
     if isinstance(value, Mapping):
         return {key: _rounded(own) for key, own in value.items()}
     if isinstance(value, list):
         return [_rounded(own) for own in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _figure(by_kind: Mapping[str, Sequence[Rows]], networks: Mapping[str, Sequence[Rows]]):
-    figure = new_figure(9.6, 4.2)
+    figure = new_figure(8.4, 3.6)
     left, right = figure.subplots(1, 2)
     for number, (kind, seeds) in enumerate(by_kind.items()):
         style = {"color": COLOURS[number], "marker": "osD^"[number], "markersize": 4}
