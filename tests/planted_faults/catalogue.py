@@ -13,6 +13,7 @@ from tests.planted_faults import (
     other_trainers,
     prime,
     report,
+    small_studies,
     statistics,
     storage,
     torch_actor,
@@ -44,4 +45,5 @@ FAULTS = (
     *verl_statistics.FAULTS,
     *trl.FAULTS,
     *training_studies.FAULTS,
+    *small_studies.FAULTS,
 )
