@@ -1,4 +1,4 @@
-"""Faults of the transformers actor on a GPU (its passes, metrics and memory), and of the engine that sleeps beside it."""
+"""Faults of the transformers actor on a GPU: its passes, metrics and memory, and the engine that sleeps beside it."""
 
 from tests.planted_faults.fault import Fault
 
@@ -42,8 +42,8 @@ FAULTS = (
     Fault(
         "every_sequence_casts_the_weights_anew",
         MODEL,
-        "        with autocast(model):\n            alone",
-        "        if True:\n            alone",
+        "    with autocast(model):\n        if model",
+        "    if True:\n        if model",
         [T_PACKED + "sequences_one_by_one_share_the_weights_that_autocast_casts"],
     ),
     Fault(
