@@ -1,4 +1,4 @@
-"""Faults of the transformers actor on a GPU: its passes, metrics and memory, and the engine that sleeps beside it."""
+"""Faults of the transformers actor on a GPU (passes, metrics, memory), of the engine beside it, of the CUDA build."""
 
 from tests.planted_faults.fault import Fault
 
@@ -129,5 +129,19 @@ FAULTS = (
         "sampler.sleep(sync_follows=False)",
         "sampler.sleep(sync_follows=True)",
         ["tests/rl/test_evaluation.py::test_every_data_source_has_its_own_protocol"],
+    ),
+    Fault(
+        "any_nvcc_is_taken",
+        "build_backend.py",
+        "if wanted is None or major(versions[nvcc]) == major(wanted):",
+        "if wanted is None or versions[nvcc]:",
+        ["tests/test_build.py::test_the_nvcc_of_torchs_major_version_is_taken"],
+    ),
+    Fault(
+        "pypis_compiler_is_asked_for_beside_an_older_torch",
+        "build_backend.py",
+        "return major(torch_cuda() or CUDA_COMPILER_VERSION) == major(CUDA_COMPILER_VERSION)",
+        "return True",
+        ["tests/test_build.py::test_pypis_compiler_is_asked_for_where_it_fits_torch"],
     ),
 )
