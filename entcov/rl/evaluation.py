@@ -57,6 +57,7 @@ def evaluate(
                 progress=progress and (lambda done, _, before=before: progress(before + done, in_all)),
                 on_done=scorer.take,
             )
+        sampler.sleep(sync_follows=False)  # the next step samples with the same weights
         scorer.finish(rollouts)
     rollouts.sort(key=lambda rollout: (rollout.prompt.uid, rollout.sample))
     if entropy_of is not None:

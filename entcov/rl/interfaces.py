@@ -137,6 +137,14 @@ class Sampler(Protocol):
                 several processes computes the rewards itself and does not call it.
         """
 
+    def sleep(self, *, sync_follows: bool) -> None:
+        """Gives back what memory it can until it is called again; called when a step's responses are all here, and
+        after those of an evaluation. Collective.
+
+        Args:
+            sync_follows: promises that the next call is `sync`, so that its weights may be dropped.
+        """
+
     def prompt_logprobs(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """Log-probability of each prompt's tokens but the first, nats: of softmax(logits) of the weights that sample.
 

@@ -140,6 +140,8 @@ class Loop:
             collected, self._next = self._next.result(), None
         else:
             collected = self._collector(step).collect(step, self.position, self.phase)
+        # The weight sync comes before any other response, unless the next step's are sampled ahead.
+        self.sampler.sleep(sync_follows=not self.config.rollout.max_staleness)
         self._first, self.position = self.position, collected.position
         metrics |= collected.metrics
         if self.prompt_policy is not None:

@@ -61,6 +61,8 @@ class Sampler:
         if self.takes_weights:
             self.weight_version, self.weight = weight_version, float(dict(named_weights())["weight"])
 
+    def sleep(self, *, sync_follows): ...
+
     def generate(self, prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None):
         self.calls.append({"uids": [p.uid for p in prompts], "temperature": temperature, "seed": seed})
         out = []

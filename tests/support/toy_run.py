@@ -81,6 +81,8 @@ class ToySampler:
     def sync(self, weight_version, named_weights) -> None:
         self.version = weight_version
 
+    def sleep(self, *, sync_follows) -> None: ...
+
     def generate(self, prompts, *, group_size, seed, **settings) -> list[Rollout]:
         out = []
         for prompt in prompts:
