@@ -27,7 +27,7 @@ from entcov.rl.actor import PolicyActor
 from entcov.rl.batch import IGNORE_INDEX, Batch
 from entcov.rl.config import ActorConfig, MegatronConfig
 from entcov.rl.reward_model import ImplicitRewardModel
-from entcov.rl.trained_model import Selections, TrainedModel
+from entcov.rl.trained_model import Metrics, Selections, TrainedModel
 from entcov.stats.token_stats import TokenStats
 from megatron_integration.adaptors import logits_stats, per_token_loss
 from megatron_integration.bridge import named_weights
@@ -188,7 +188,7 @@ class MegatronModel(TrainedModel):
         self._from_last_stage(table)
         return [part[:, micro.loss_mask] for part, micro in zip(parts, micro_batches, strict=True)]
 
-    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:
+    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[Metrics, float]:
         with self.groups.running():
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -246,7 +246,7 @@ class MegatronModel(TrainedModel):
 
     # ---- across ranks -----------------------------------------------------------------------------------------------
 
-    def _add_up(self, metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _add_up(self, metrics: list[dict[str, Tensor]]) -> Metrics:
         """The sums over micro-batches, data and context parallel ranks, on every rank."""
         sums: dict[str, Any] = defaultdict(float)
         for item in metrics:
@@ -261,7 +261,7 @@ class MegatronModel(TrainedModel):
             values = torch.stack([sums[name].double() for name in names[0]])
             dist.all_reduce(values, group=self.groups.data_group)
         self._from_last_stage(values)
-        return dict(zip(names[0], values.tolist(), strict=True))
+        return dict(zip(names[0], values, strict=True))
 
     def _from_last_stage(self, values: Tensor) -> None:
         group = self.groups.pipeline_group

@@ -16,6 +16,7 @@ from entcov.controls import (
     select,
     selects,
 )
+from entcov.diagnostics import ENTROPY_CHANGE, entropy_change
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
@@ -84,9 +85,8 @@ class PolicyActor(TrainedModel):
 
         The controls select over the whole mini-batch, under the current policy, before the first backward pass.
         """
-        selections, selection_metrics, totals = self._select(batch)
-        metrics = self._optimize(batch, selections, totals, step)
-        return metrics | {name: float(value) for name, value in selection_metrics.items()}
+        selections, found, totals = self._select(batch)
+        return self._optimize(batch, selections, totals, step, found)
 
     def _select(self, batch: Batch) -> tuple[list[Selections], dict[str, Tensor], Totals]:
         """The controls' selections for every micro-batch of this replica, the mini-batch's metrics and denominators.
@@ -138,4 +138,11 @@ class PolicyActor(TrainedModel):
         loss, metrics = policy_loss(
             tokens, self.loss, totals=totals, controls=self.controls, selections=selections, sequences=sequences
         )
-        return loss, replace(tokens, loss_mask=kept_tokens(tokens, selections)), metrics
+        tokens = replace(tokens, loss_mask=kept_tokens(tokens, selections))
+        predicted, measured = entropy_change(
+            stats.logprob, stats.entropy, old_logprob=tokens.old_logprob, old_entropy=micro.entropy[at],
+            rollout_logprob=tokens.rollout_logprob,
+        )  # fmt: skip
+        for name, change in zip(ENTROPY_CHANGE, (predicted, measured, predicted - measured), strict=True):
+            metrics[name] = torch.where(tokens.loss_mask, change, 0.0).sum() / totals.num_tokens
+        return loss, tokens, metrics

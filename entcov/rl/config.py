@@ -183,7 +183,8 @@ class ActorConfig:
     updates_per_rollout: Count = 8  # mini-batches a rollout batch is divided into, per epoch
     epochs: Count = 1
     micro_batch_tokens: Count = 16384  # budget of one forward-backward, padding included where there is any
-    packing: bool = False  # one row without padding (best with flash attention) instead of padded rows
+    # No padding. A GPU in bfloat16 takes all sequences of a micro-batch in one row; elsewhere they go one by one.
+    packing: bool = False
 
 
 @dataclass(config=_STRICT)

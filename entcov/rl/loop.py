@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from entcov.controls import Control, Progress, begin
+from entcov.diagnostics import ENTROPY_CHANGE, token_metrics
 from entcov.objective.advantages import Advantages, Estimator
 from entcov.objective.responses import Responses
 from entcov.objective.token_covariance import covariance_summary, token_covariance
@@ -225,6 +226,11 @@ class Loop:
             values = {"advantage": shaped.advantage, "covariance": covariance.value}
             self.watched.shaped(tokens.token_id, shaped.drop, **values)
         metrics["actor/entropy_drift"] = float((tokens.entropy_drift * shaped.advantage).mean())
+        metrics |= token_metrics(
+            logprob=tokens.logprob, entropy=tokens.entropy, entropy_drift=tokens.entropy_drift,
+            advantage=shaped.advantage, covariance=covariance.value, position=tokens.position,
+            length=batch.responses.length[batch.sequence[at]],
+        )  # fmt: skip
         metrics |= tensor_spread("critic/advantages", shaped.advantage) | shaped.metrics
         if shaped.drop is not None:
             batch.drop(shaped.drop)
@@ -264,7 +270,9 @@ class Loop:
                 own = self.actor.update(mini_batch, step=step)
                 weights.append(mini_batch.num_loss_tokens)
                 for name, value in own.items():
-                    gathered[name].append(value)
+                    # Before the first update nothing has changed, and after the first epoch all tokens are trained on.
+                    if name not in ENTROPY_CHANGE or (number and not epoch):
+                        gathered[name].append(value)
                 means = {name.removeprefix("actor/"): own[name] for name in _ENTROPIES if name in own}
                 for control in self.controls:
                     control.after_update(means, self._progress())

@@ -25,6 +25,14 @@ from entcov.rl.interfaces import PolicyStats
 from entcov.stats.token_stats import TokenStats
 
 Selections = list[Selection | None]  # of the loss tokens of one micro-batch: one entry a control
+Metrics = dict[str, Tensor | float]
+
+
+def read_together(metrics: Metrics) -> dict[str, float]:
+    """Numbers in place of the tensors [], which are on one device: the host waits for it once."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    numbers = torch.stack([value.detach().double() for value in tensors.values()]).tolist() if tensors else []
+    return metrics | dict(zip(tensors, numbers, strict=True))
 
 
 class TrainedModel(ABC):
@@ -49,8 +57,12 @@ class TrainedModel(ABC):
         self.weight_version = 0  # optimizer steps taken
         self.clamp: dict[str, Any] = {}  # arguments of `token_stats` that the loss needs
 
-    def _optimize(self, batch: Batch, selections: list[Selections], totals: Totals, step: int) -> dict[str, float]:
-        """One optimizer step on a mini-batch; returns its metrics. Collective.
+    def _optimize(
+        self, batch: Batch, selections: list[Selections], totals: Totals, step: int, found: Metrics | None = None
+    ) -> dict[str, float]:
+        """One optimizer step on a mini-batch; returns its metrics and those in `found`. Collective.
+
+        All metrics are read from the device at once, before the step.
 
         The micro-batches' losses have the denominators of the mini-batch, so their gradients add up to its gradient.
 
@@ -63,7 +75,9 @@ class TrainedModel(ABC):
         lr = self.config.lr * min(1.0, step / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        metrics, grad_norm = self._backward(batch, selections, totals)
+        metrics, norm = self._backward(batch, selections, totals)
+        metrics = read_together(metrics | {f"{self.what}/grad_norm": norm, f"{self.what}/lr": lr} | (found or {}))
+        grad_norm = metrics[f"{self.what}/grad_norm"]
         if not math.isfinite(grad_norm):
             raise RuntimeError(
                 f"step {step}: the gradient norm must be finite, got {grad_norm}; the weights were not changed "
@@ -73,7 +87,7 @@ class TrainedModel(ABC):
             )
         self._take_step()
         self.weight_version += 1
-        return metrics | {f"{self.what}/grad_norm": grad_norm, f"{self.what}/lr": lr}
+        return metrics
 
     def temperature_of(self, micro: Batch) -> float:
         """The temperature of a micro-batch's token probabilities."""
@@ -122,7 +136,7 @@ class TrainedModel(ABC):
         """
 
     @abstractmethod
-    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:
+    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[Metrics, Tensor | float]:
         """Leaves the mini-batch's gradient in the model; its metrics, and the norm before clipping. Collective."""
 
     @abstractmethod

@@ -54,6 +54,18 @@ def test_linear_benchmark_measures_memory_and_errors(tmp_path):
     assert all(row["hidden_gradient_error"] < 2**-7 and row["weight_gradient_error"] < 2**-6 for row in rows.values())
 
 
+def test_head_benchmark_measures_what_hidden_states_save(tmp_path):
+    """Of the logits and their gradient one is left, which is most of a model with so wide a vocabulary."""
+    report = tmp_path / "head.json"
+    command = [sys.executable, "-m", "benchmarks", "head", "--vocab", "20000", "--tokens", "64", "--width", "16",
+               "--repeats", "2", "--threads", "1", "--json", str(report)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    logits, hidden = json.loads(report.read_text())["rows"]
+    assert logits["logits_bytes"] == 4 * 64 * 20000 * 4 and "saved MiB" in done.stdout
+    assert hidden["saved_bytes"] > 0.7 * logits["logits_bytes"] and hidden["ratio"]["min"] > 0
+
+
 def test_selection_benchmark_chooses_as_many_as_the_usual_code(tmp_path):
     report = tmp_path / "selection.json"
     command = [sys.executable, "-m", "benchmarks", "selection", "--tokens", "20000", "--repeats", "2", "--threads", "1",

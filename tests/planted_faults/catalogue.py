@@ -14,7 +14,9 @@ from tests.planted_faults import (
     report,
     statistics,
     storage,
+    torch_actor,
     trainer,
+    training_studies,
     trl,
     verl,
     verl_statistics,
@@ -25,6 +27,7 @@ FAULTS = (
     *advantages.FAULTS,
     *controls.FAULTS,
     *trainer.FAULTS,
+    *torch_actor.FAULTS,
     *data_level.FAULTS,
     *storage.FAULTS,
     *confinement.FAULTS,
@@ -38,4 +41,5 @@ FAULTS = (
     *verl.FAULTS,
     *verl_statistics.FAULTS,
     *trl.FAULTS,
+    *training_studies.FAULTS,
 )

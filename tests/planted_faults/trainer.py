@@ -18,6 +18,7 @@ LOOP, COLLECT, ACTOR, HF_ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, BAC
     )
 )
 TRAINED = "entcov/rl/trained_model.py"
+HF_MODEL = "entcov/rl/hf/model.py"
 INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (
     f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "hf/model_config")
 )
@@ -392,8 +393,8 @@ FAULTS = (
     Fault(
         "gradient_is_not_clipped",
         HF_ACTOR,
-        "self.config.max_grad_norm))",
-        'float("inf")))',
+        "self.config.max_grad_norm)",
+        'float("inf"))',
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
     Fault(
@@ -462,7 +463,7 @@ FAULTS = (
     Fault(
         "optimizer_state_not_restored",
         HF_ACTOR,
-        'self.optimizer.load_state_dict(state["optimizer"])',
+        'self.optimizer.load_state_dict(saved | {"param_groups": groups})',
         "pass",
         [T_ACTOR + "the_optimizer_goes_on_from_its_state"],
     ),
@@ -475,12 +476,12 @@ FAULTS = (
     ),
     Fault(
         "weight_decay_ignored",
-        HF_ACTOR,
+        HF_MODEL,
         "weight_decay=config.weight_decay",
         "weight_decay=0.0",
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
-    Fault("betas_ignored", HF_ACTOR, "betas=config.betas, ", "", [T_ACTOR + "updates_are_adamw_by_hand"]),
+    Fault("betas_ignored", HF_MODEL, "betas=config.betas, ", "", [T_ACTOR + "updates_are_adamw_by_hand"]),
     Fault(
         "reference_follows_the_policy",
         BACKEND,

@@ -194,7 +194,7 @@ def refuses(folder: Path, case: dict[str, Any]) -> str | None:
         offload = dataclasses.replace(megatron, optimizer_offload=0.5)
         if not raises(lambda: megatron_actor(folder / case["model"], layout, offload), "offload: needs a GPU"):
             return "offload without a GPU went through"
-        batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+        batch.assign_scores(actor.compute_logprobs(batch), version=-1)
         before = {name: weight.clone() for name, weight in actor.named_weights()}
         asked = torch.arange(dist.get_world_size() + 1) == dist.get_rank()
         if actor.anywhere(asked).tolist() != [True] * dist.get_world_size() + [False]:
