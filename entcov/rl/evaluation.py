@@ -79,7 +79,7 @@ def response_entropy(actor: Actor, rollouts: Sequence[Rollout], *, at_once: int)
     """
     means: list[float] = []
     for start in range(0, len(rollouts), at_once):
-        batch = pack(rollouts[start : start + at_once]).to(actor.device)
+        batch = pack(rollouts[start : start + at_once])
         means += batch.response_means(actor.compute_entropy(batch, temperature=1.0)).tolist()
     return means
 
