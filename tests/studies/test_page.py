@@ -37,7 +37,3 @@ def test_a_page_names_every_commit_that_worked_on_it(tmp_path, monkeypatch):
 def test_a_smoke_page_says_that_it_proves_nothing(tmp_path, monkeypatch):
     text, values = made(tmp_path, monkeypatch, "commit a", smoke=True)
     assert "**The smoke version: it shows that the study runs, and proves nothing.**" in text and values["smoke"]
-
-
-def test_the_commit_of_a_checkout_is_found():
-    assert page.commit().startswith("commit ") or page.commit() == "no checkout, so no commit"
