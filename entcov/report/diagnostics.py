@@ -123,9 +123,10 @@ def _lines(
     keys: Sequence[tuple[str, str]], unit: str, *, log: bool = False, percent: bool = False, zero: bool = False,
     looks: Sequence[tuple[str, str]] = tuple((colour, "-") for colour in COLOURS),
 ) -> Maker:  # fmt: skip
-    """A line a key over the steps, smoothed as in the other plots; keys come with their names in the legend.
+    """A line a key over the steps, smoothed as in the other plots, of runs that logged the first of the keys.
 
     Args:
+        keys: (key, name in the legend)
         log: a logarithmic axis, and values that are not above 0 are left out.
         percent: values are shares.
         zero: a line at 0.
@@ -134,7 +135,7 @@ def _lines(
     def make(run: Diagnosed) -> Callable[[Axes], None] | None:
         found = [(name, look, *run.series(key)) for (key, name), look in zip(keys, looks, strict=False)]
         found = [one for one in found if one[2].size]
-        if not found:
+        if not run.series(keys[0][0])[0].size:
             return None
 
         def draw(ax: Axes) -> None:

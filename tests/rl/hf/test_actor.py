@@ -194,7 +194,7 @@ def test_denominators_are_the_response_tokens_of_the_mini_batch(rolled_out):
     model, batch = rolled_out
     actor = actor_for(model, [], micro_batch_tokens=60)
     batch, at = copy.copy(batch), batch.loss_mask
-    batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+    batch.assign_scores(actor.compute_logprobs(batch), version=-1)
     entropy = float(plain_statistics(model, batch, 0.8)[1][at].mean())
     metrics = actor.update(batch, step=1)
     assert metrics["actor/entropy"] == pytest.approx(entropy, rel=1e-5)
@@ -211,7 +211,7 @@ def test_updates_are_adamw_by_hand(rolled_out):
     )
     actor.optimizer.param_groups[0]["eps"] = eps
     batch = batch.subset(range(6))
-    batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+    batch.assign_scores(actor.compute_logprobs(batch), version=-1)
     weight = actor.model.get_output_embeddings().weight
     expected = weight.detach().double().clone()
     m = v = torch.zeros_like(expected)
@@ -253,7 +253,7 @@ def test_the_optimizer_goes_on_from_its_state(rolled_out):
     model, batch = rolled_out
     batch = copy.copy(batch)
     straight = actor_for(model, [], micro_batch_tokens=10_000)
-    batch.old_logprob = straight.compute_logprobs(batch)["logprob"]
+    batch.assign_scores(straight.compute_logprobs(batch), version=-1)
     straight.update(batch, step=1)
     resumed = actor_for(straight.model, [], micro_batch_tokens=10_000)
     resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
@@ -268,7 +268,7 @@ def test_fused_adamw_is_the_gpus_and_a_checkpoint_of_either_device_goes_on_at_th
     model, batch = rolled_out
     batch = copy.copy(batch)
     cpu = actor_for(model, [], micro_batch_tokens=10_000)
-    batch.old_logprob = cpu.compute_logprobs(batch)["logprob"]
+    batch.assign_scores(cpu.compute_logprobs(batch), version=-1)
     with monkeypatch.context() as patch:  # torch's CPU has the fused step too, so it can be taken here
         patch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
         gpu = actor_for(model, [], micro_batch_tokens=10_000)
@@ -351,7 +351,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rolled_out):
     model, batch = rolled_out
     actor = actor_for(model, [], micro_batch_tokens=10_000)
     batch = copy.copy(batch)
-    batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+    batch.assign_scores(actor.compute_logprobs(batch), version=-1)
     before = [p.clone() for p in actor.model.parameters()]
     actor.model.get_output_embeddings().weight.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(
