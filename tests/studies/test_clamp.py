@@ -84,7 +84,7 @@ def test_ways_that_are_the_same_train_the_same():
     assert runs["plain"] == pytest.approx(runs["all"], rel=1e-4)
     for other in ("plain", "aent"):
         assert max(abs(a - b) for a, b in zip(runs["none"], runs[other], strict=True)) > 1e-3
-    assert runs["aent"] != runs["plain"]
+    assert max(abs(a - b) for a, b in zip(runs["aent"], runs["all"], strict=True)) > 1e-4
 
 
 def test_seeds_do_not_depend_on_their_neighbours():
@@ -95,7 +95,7 @@ def test_seeds_do_not_depend_on_their_neighbours():
 def test_the_coefficient_is_chosen_on_the_choosing_seeds_alone():
     own = measure(SMALL, PLAIN, Budget(4, (0.01, 1.0), (0, 1), (7, 8, 9)))
     assert list(own["by_seed"]) == ["7", "8", "9"] and set(own["scan"]) == {"0.01", "1.0"}
-    assert own["coef"] == max(own["scan"], key=lambda c: sum(own["scan"][c])) or own["coef"] == 0.01
+    assert own["scan"]["0.01"] == train(SMALL, PLAIN, 0.01, 4, (0, 1))["value"]
     assert own["coef"] == float(max(own["scan"], key=lambda c: sum(own["scan"][c])))
     assert list(own["by_seed"].values()) == train(SMALL, PLAIN, own["coef"], 4, (7, 8, 9))["value"]
 
