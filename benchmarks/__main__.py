@@ -11,6 +11,7 @@ BENCHMARKS = {
     "selection": ("benchmarks.selection_benchmark", "the selections of Clip-Cov and KL-Cov against topk and randperm"),
     "splits": ("benchmarks.splits", "selections of verl, of TRL and ours over micro-batches; in .venv-verl, .venv-trl"),
     "static": ("benchmarks.static_evidence", "registers, spills and cost of the CUDA kernels' machine code; no GPU"),
+    "events": ("benchmarks.event_model", "a model of the share of the bandwidth that a kernel reaches; no GPU"),
     "gpu": ("benchmarks.gpu", "on a machine with a GPU: build, tests, sanitizer, benchmarks with rivals, trainings"),
     "rivals": ("benchmarks.fetch_rivals", "download what `gpu --rivals FOLDER` compares with"),
 }
