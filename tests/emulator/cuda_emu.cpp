@@ -435,6 +435,9 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   std::swap(*mode, emu::capture_mode);
   return cudaSuccess;
 }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 0, cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t e) { return e == cudaErrorLaunchFailure ? emu::last_error.c_str() : "refused"; }
 const char* cudaGetErrorName(cudaError_t e) {
   return e == cudaErrorLaunchFailure          ? "cudaErrorLaunchFailure"
