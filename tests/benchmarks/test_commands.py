@@ -78,6 +78,20 @@ def test_selection_benchmark_chooses_as_many_as_the_usual_code(tmp_path):
     assert rows["Clip-Cov", "nonzero + randperm"]["host_reads"] >= 2 and "host reads" in done.stdout
 
 
+def test_batch_benchmark_counts_bytes_and_growth(tmp_path):
+    report = tmp_path / "batch.json"
+    command = [sys.executable, "-m", "benchmarks", "batch", "--responses", "64", "256", "--mean", "2048", "--repeats",
+               "1", "--threads", "1", "--json", str(report)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    rows = {(row["name"], row["responses"]): row for row in result["rows"]}
+    packed = rows["pack", 256]
+    assert 1.5 < packed["bytes"] / packed["data"] < 3  # 13 bytes a token of prompt and response, for 8 of a response
+    assert rows["mini-batches", 256]["bytes"] < packed["bytes"]  # one at a time
+    assert 0.8 < result["growth"]["pack"]["bytes"] < 1.2 and "growth with the number of responses" in done.stdout
+
+
 def test_measurements():
     import torch
 
