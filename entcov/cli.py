@@ -1,4 +1,4 @@
-"""`python -m entcov train | eval | compare | plot | fit-law | report | data | data rank | plan | check`.
+"""`python -m entcov train | eval | compare | study | plot | fit-law | report | data | data rank | plan | check`.
 
 Parses arguments, prints results, and turns a failure into a message and an exit code. Imports are made by the command
 that needs them.
@@ -172,6 +172,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", default="runs/compare", help="directory; default %(default)s")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
     compare.set_defaults(command=_compare)
+
+    study = commands.add_parser("study", help="an experiment of the documents once more: its runs, tables and plots")
+    study.add_argument("name", nargs="?", metavar="NAME", help="without one, the studies are listed")
+    study.add_argument("--smoke", action="store_true", help="the small version: minutes, and it proves nothing")
+    study.add_argument("--out", default="runs/studies", help="what is done is kept in OUT/NAME; default %(default)s")
+    study.add_argument("--page", help="folder of the page and its plots; default: OUT/NAME/page")
+    study.add_argument("--jobs", type=int, default=1, help="processes at a time, one CPU thread each")
+    study.add_argument("--arms", help="comma-separated; of a study of training runs, these and their baselines alone")
+    study.set_defaults(command=_study)
 
     plot = commands.add_parser("plot", help="PNG plots of one or several runs")
     plot.add_argument("runs", nargs="+", metavar="RUN")
@@ -366,6 +375,33 @@ def _compare(args: argparse.Namespace) -> int:
         arguments, controls=list(arms), seeds=seeds, out_dir=out, jobs=args.jobs,
         baselines=baselines, total_steps=first.steps, command="python -m entcov " + shlex.join(sys.argv[1:]),
     )  # fmt: skip
+
+
+def _study(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from entcov.studies.base import How
+    from entcov.studies.catalogue import STUDIES
+    from entcov.studies.page import listing, run_study
+
+    if args.name is None:
+        print(listing(list(STUDIES.values())))
+        return 0
+    if args.name not in STUDIES:
+        raise ValueError(f"NAME: must be one of {', '.join(STUDIES)}, got {check.shown(args.name)}")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs: must be at least 1, got {args.jobs}")
+    folder = Path(args.out) / (f"{args.name}_smoke" if args.smoke else args.name)
+    page = Path(args.page) if args.page else folder / "page"
+    for option, path in (("--out", folder), ("--page", page)):
+        if file := next((one for one in (path, *path.parents) if one.is_file()), None):
+            raise ValueError(f"{option}: must be a folder, and {file} is a file")
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    how = How(folder, smoke=args.smoke, jobs=args.jobs, arms=args.arms.split(",") if args.arms else None)
+    command = "python -m entcov " + shlex.join(sys.argv[1:])
+    for path in run_study(STUDIES[args.name], how, page, command=command, console=console):
+        console.print(path, markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 def _plot(args: argparse.Namespace) -> int:

@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "rl": "stats objective controls",
     "plan": "",
     "report": "rl",
+    "studies": "stats objective controls rl report",
     "verify": "ops stats",
     "integrations": "stats objective controls",
     "entcov": "stats objective",  # the public names
-    "cli": "rl plan report verify",
+    "cli": "rl plan report studies verify",
 }
 
 

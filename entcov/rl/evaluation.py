@@ -57,6 +57,7 @@ def evaluate(
                 progress=progress and (lambda done, _, before=before: progress(before + done, in_all)),
                 on_done=scorer.take,
             )
+        sampler.sleep(sync_follows=False)  # the next step samples with the same weights
         scorer.finish(rollouts)
     rollouts.sort(key=lambda rollout: (rollout.prompt.uid, rollout.sample))
     if entropy_of is not None:
@@ -78,7 +79,7 @@ def response_entropy(actor: Actor, rollouts: Sequence[Rollout], *, at_once: int)
     """
     means: list[float] = []
     for start in range(0, len(rollouts), at_once):
-        batch = pack(rollouts[start : start + at_once]).to(actor.device)
+        batch = pack(rollouts[start : start + at_once])
         means += batch.response_means(actor.compute_entropy(batch, temperature=1.0)).tolist()
     return means
 

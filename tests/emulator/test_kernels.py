@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from entcov.ops import core
+from entcov.ops.message import hash_values
 from entcov.stats.logit_covariance import logit_covariance
 from entcov.stats.token_stats import token_stats
 from entcov.verify.check import check_rows
@@ -115,6 +116,16 @@ def test_bits_of_a_segmented_row_do_not_depend_on_the_batch():
     for t in range(5):
         alone = ops.row_stats(logits[t : t + 1], target[t : t + 1], 0, 41003, 1.0, True, IGNORE)
         assert torch.equal(alone[0], together[t])
+
+
+def test_values_that_many_blocks_hash_have_the_bits_of_the_cpu(kernels):
+    """In 256 parts at most, of which the last have a value less than the first."""
+    count = 256 * 4096 + 70001
+    values = torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(0))
+    assert [kernels.hash_parts(n) for n in (0, 1, 4096, 4097, 131072, count)] == [1, 1, 1, 2, 32, 256]
+    sent = torch.empty(4)
+    core._cpu.message(0, 0, values.data_ptr(), count, 5, 0, 0, sent.data_ptr(), 0, 1)
+    assert torch.equal(hash_values(values, 5)[None].view(torch.int32), sent[:2].view(torch.int32))
 
 
 # ---- what differs from the CPU: values are poisoned, not raised for -------------------------------------------------

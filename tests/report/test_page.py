@@ -172,7 +172,7 @@ def test_a_folder_of_compare_brings_its_differences(folders, tmp_path):
     (tmp_path / "comparison.json").write_text(json.dumps(stored))
     page = build_page(read_runs([tmp_path]))
     found = Structure(page)
-    assert found.content["caption"][1] == "Difference to the baseline of strength 0, paired by seed"
+    assert found.content["caption"][1] == "Difference to the baseline, paired by seed"
     assert "entcov compare &lt;recipe&gt;" in page and found.content["td"].count("clip_cov") == 2
     (tmp_path / "comparison.json").write_text("{")
     with pytest.raises(ValueError, match="comparison.json is damaged"):

@@ -28,6 +28,9 @@ class Counted:
     def segments(self, columns: int) -> int:
         return self.count
 
+    def hash_parts(self, num_values: int) -> int:
+        return self.kernels.hash_parts(num_values)
+
     def __getattr__(self, name: str):
         launch = getattr(self.kernels, name)
 
