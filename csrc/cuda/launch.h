@@ -77,8 +77,11 @@ Error launch(const char* name, void (*kernel)(Args), int64_t blocks, cudaStream_
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  const MayLoad may_load;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+  cudaError_t error;
+  {
+    const MayLoad may_load;
+    error = cudaLaunchKernelEx(&config, kernel, args);
+  }
   return error == cudaSuccess ? nullptr : describe_failure(error, name, blocks);
 }
 
