@@ -2,8 +2,9 @@
 
 from entcov.studies.base import Study
 from entcov.studies.law_study import LawStudy
+from entcov.studies.style_study import StyleStudy
 from entcov.studies.training import TrainingStudy
 
 _PLANS = ("controls", "updates", "clips", "prompts", "signs", "sparse")
-_ALL: tuple[Study, ...] = (*map(TrainingStudy, _PLANS), LawStudy())
+_ALL: tuple[Study, ...] = (*map(TrainingStudy, _PLANS), StyleStudy("style"), LawStudy())
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}

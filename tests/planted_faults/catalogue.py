@@ -14,6 +14,7 @@ from tests.planted_faults import (
     report,
     statistics,
     storage,
+    style_study,
     torch_actor,
     trainer,
     training_studies,
@@ -42,4 +43,5 @@ FAULTS = (
     *verl_statistics.FAULTS,
     *trl.FAULTS,
     *training_studies.FAULTS,
+    *style_study.FAULTS,
 )
