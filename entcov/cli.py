@@ -421,13 +421,16 @@ def _runs_and_out(args: argparse.Namespace) -> tuple[dict[str, str], Path]:
 
 
 def _plot_runs(runs: dict[str, str], out: Path) -> list[Path]:
+    from entcov.report.diagnostics import Diagnosed, plot_diagnostics
     from entcov.report.plots import plot_runs
     from entcov.report.solves import plot_solves
     from entcov.rl.record.metrics import read_metrics
     from entcov.rl.solve_counts import read_solve_counts
 
-    paths = plot_runs({label: read_metrics(run) for label, run in runs.items()}, out)
-    return paths + plot_solves({label: read_solve_counts(run) for label, run in runs.items()}, out)
+    rows = {label: read_metrics(run) for label, run in runs.items()}
+    solves = {label: read_solve_counts(run) for label, run in runs.items()}
+    paths = plot_runs(rows, out) + plot_solves(solves, out)
+    return paths + plot_diagnostics({label: Diagnosed([rows[label]], solves[label]) for label in runs}, out)
 
 
 def _fit_law(args: argparse.Namespace) -> int:

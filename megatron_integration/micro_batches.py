@@ -1,10 +1,11 @@
 """Divides a mini-batch over replicas, micro-batches and context-parallel ranks, and builds the model's inputs.
 
-Every rank holds the whole mini-batch and computes the same division, so nothing is communicated.
+Every process has the whole mini-batch on its host and computes the same division, so nothing is communicated.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heapreplace
 from itertools import accumulate
 from typing import Any
 
@@ -21,12 +22,10 @@ from entcov.rl.batch import IGNORE_INDEX, Batch, micro_batches
 class MicroBatch:
     """Whole sequences of a mini-batch, and this rank's inputs and loss tokens of them.
 
-    The k-th logit row whose `target` is not IGNORE_INDEX belongs to token `rows[k]` of `sequences`, and so to token
-    `index[rows[k]]` of the mini-batch.
+    The k-th logit row whose `target` is not IGNORE_INDEX belongs to token `rows[k]` of `sequences`.
     """
 
     sequences: Batch  # without padding
-    index: Tensor  # [n] int64, where their tokens are in the mini-batch
     inputs: dict[str, Any]  # keyword arguments of GPTModel.forward
     target: Tensor  # the logits' leading shape, int64; IGNORE_INDEX where nothing is learned
     rows: Tensor  # [k] int64: entries of `sequences` that are this rank's loss tokens, in the logits' order
@@ -53,11 +52,11 @@ def assign_to_replicas(
         max_tokens: of one micro-batch of one replica, before context parallelism splits it.
         temperatures: of each sequence, one a micro-batch; none given: they are equal.
     """
-    loads = [0] * replicas
+    loads = [(0, replica) for replica in range(replicas)]  # a heap: tokens so far
     members: list[list[int]] = [[] for _ in range(replicas)]
     for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
-        lightest = loads.index(min(loads))
-        loads[lightest] += lengths[s]
+        load, lightest = loads[0]
+        heapreplace(loads, (load + lengths[s], lightest))
         members[lightest].append(s)
     return [
         [
@@ -70,16 +69,13 @@ def assign_to_replicas(
     ]
 
 
-def dummy_micro_batch(batch: Batch) -> tuple[Batch, Tensor]:
-    """The batch's shortest sequence without a loss, and its positions: what a replica without a sequence runs."""
-    shortest = [batch.lengths.index(min(batch.lengths))]
-    micro = batch.subset(shortest)
-    return replace(micro, loss_mask=torch.zeros_like(micro.loss_mask)), batch.positions(shortest)
+def dummy_micro_batch(batch: Batch) -> Batch:
+    """The batch's shortest sequence without a loss: what a replica without a sequence runs."""
+    micro = batch.subset([batch.lengths.index(min(batch.lengths))])
+    return replace(micro, loss_mask=torch.zeros_like(micro.loss_mask))
 
 
-def build_inputs(
-    sequences: Batch, index: Tensor, *, unit: int, packing: bool, context_parallel: int, context_rank: int
-) -> MicroBatch:
+def build_inputs(sequences: Batch, *, unit: int, packing: bool, context_parallel: int, context_rank: int) -> MicroBatch:
     """The model's inputs for this rank.
 
     Each sequence is padded at its end to a multiple of `unit`; causal attention keeps padding from its tokens. Under
@@ -114,7 +110,7 @@ def build_inputs(
             qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(widths),
             max_seqlen_kv=max(widths),
         )  # fmt: skip
-    return MicroBatch(sequences, index, inputs, target, entry[target != IGNORE_INDEX])
+    return MicroBatch(sequences, inputs, target, entry[target != IGNORE_INDEX])
 
 
 def padded_length(length: int, unit: int) -> int:

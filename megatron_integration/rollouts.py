@@ -70,6 +70,10 @@ class SharedRollouts:
             for _ in named_weights():
                 pass
 
+    def sleep(self, *, sync_follows: bool) -> None:
+        if self.sampler is not None:
+            self.sampler.sleep(sync_follows=sync_follows)
+
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 from entcov.controls import Progress
+from entcov.diagnostics import solved_shares
+from entcov.rl.answers import Answers
 from entcov.rl.config import RolloutConfig
 from entcov.rl.data.prompt_policy import Outcome, PromptPolicy, perplexity
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.interfaces import Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
-from entcov.rl.types import Prompt, Rollout
+from entcov.rl.types import RIGHT, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -251,8 +253,11 @@ def _outcomes(drawn: Sequence[Rollout]) -> list[Outcome]:
 
 
 def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
-    """Metrics of all sampled rollouts before the filter: rewards, lengths, time-outs of the reward."""
+    """Metrics of all sampled rollouts before the filter: rewards, lengths, time-outs of the reward, answers."""
     groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
+    right, group = torch.tensor([r.reward >= RIGHT for r in drawn]), torch.tensor([r.prompt.uid for r in drawn])
+    answers = Answers.of(drawn)
+    sure = answers.calibration
     return {
         **spread("critic/score", [r.reward for r in drawn]),
         **_component_means(drawn),
@@ -261,6 +266,9 @@ def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
         "response_length/clip_ratio": mean(not r.finished for r in drawn),
         "prompt_length/mean": mean(len(r.prompt.tokens) for r in drawn),
         "training/zero_variance_groups": mean(all(r.reward == g[0].reward for r in g) for g in groups),
+        **{f"training/groups_{name}_right": share for name, share in solved_shares(right, group).items()},
+        "training/distinct_answers": answers.distinct,
+        **({} if sure is None else {f"calibration/{n}": getattr(sure, n) for n in ("ece", "confidence", "accuracy")}),
     }
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar, NamedTuple
 
 from matplotlib.figure import Figure
@@ -113,7 +116,7 @@ def run_parts(parts: Mapping[str, Callable[[], Any]], how: How) -> dict[str, Any
     # Threads of torch or of OpenMP do not survive a fork.
     with (
         PartsProgress(len(parts), how.display) as shown,
-        ProcessPoolExecutor(how.jobs, get_context("spawn"), initializer=_one_thread) as pool,
+        ProcessPoolExecutor(how.jobs, get_context("spawn"), initializer=_worker) as pool,
     ):
         shown.stored(len(parts) - len(left))
         running = {pool.submit(_timed, part): label for label, part in left.items()}
@@ -153,10 +156,17 @@ def _identity(part: Callable[[], Any]) -> str:
     return f"{function.__module__}.{function.__qualname__} {bound}"
 
 
-def _one_thread() -> None:
+def _worker() -> None:
+    """One CPU thread, and an end with the process that started it, also where that was killed."""
     import torch
 
     torch.set_num_threads(1)
+    Thread(target=_end_with, args=(parent_process().sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def _timed(part: Callable[[], Any]) -> tuple[Any, float]:

@@ -24,12 +24,13 @@ def run_study(study: Study, how: How, page: Path, *, command: str, console: Cons
     Raises:
         StudyError, ValueError: as `Study.run`.
     """
+    commits = _commits(how.folder)
     found = study.run(how)
     for statement in found.statements:
         console.print(statement, markup=False, highlight=False)
     for table in found.tables:
         console.print(rich_table(*table))
-    made_with = f"{environment()}; {commit()}"
+    made_with = f"{environment()}; {', then '.join(commits)}"
     make_folder(page)
     files = {f"{name}.png": _png(figure) for name, figure in found.figures.items()}
     values = {"study": study.name, "smoke": how.smoke, "command": command, "made_with": made_with}
@@ -52,6 +53,17 @@ def markdown(study: Study, found: Findings, *, command: str, made_with: str, smo
     for name in found.figures:
         lines += ["", f"![{name.replace('_', ' ')}]({name}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _commits(folder: Path) -> list[str]:
+    """The commits that have worked in a study's folder, which may hold parts of each, in order; with this one."""
+    path = folder / "commits.json"
+    known = json.loads(path.read_bytes()) if path.exists() else []
+    if (own := commit()) not in known:
+        known = [*known, own]
+        make_folder(folder)
+        atomic_write(path, (json.dumps(known) + "\n").encode())
+    return known
 
 
 def commit() -> str:

@@ -422,6 +422,9 @@ EMU_EXPORT const char* cuda_emu_last_error() { return emu::last_error.c_str(); }
 
 extern "C" {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 0, cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t e) { return e == cudaErrorLaunchFailure ? emu::last_error.c_str() : "refused"; }
 const char* cudaGetErrorName(cudaError_t e) {
   return e == cudaErrorLaunchFailure          ? "cudaErrorLaunchFailure"

@@ -24,6 +24,22 @@ FAULTS = (
         slow="eight layouts in two processes",
     ),
     Fault(
+        "a_record_of_what_every_replica_chose",
+        "megatron_integration/actor.py",
+        "op=dist.ReduceOp.MAX",
+        "op=dist.ReduceOp.MIN",
+        [T_PARITY + "every_layout_updates_as_one_process_does[two processes]"],
+        slow="eight layouts in two processes",
+    ),
+    Fault(
+        "a_replica_s_rollouts_reach_nobody",
+        "megatron_integration/rollouts.py",
+        "dist.broadcast(share[name], src=ranks[0],",
+        "dist.broadcast(share[name], src=self.ranks.members[0][0],",
+        ["tests/megatron/test_checkpoint.py::test_checkpoints_and_exports"],
+        slow="two processes",
+    ),
+    Fault(
         "swiglu_on_a_gpu_is_not_fused",
         "megatron_integration/bridge.py",
         '"bias_activation_fusion": True',
@@ -44,8 +60,8 @@ FAULTS = (
     Fault(
         "replicas_get_unequal_shares",
         BATCHES,
-        "lightest = loads.index(min(loads))",
-        "lightest = loads.index(max(loads))",
+        "heapreplace(loads, (load + lengths[s], lightest))",
+        "heapreplace(loads, (load + 1, lightest))",
         [T_PARITY + "replicas_share_the_tokens_evenly_and_completely"],
         slow=SLOW,
     ),

@@ -1,4 +1,4 @@
-"""Faults of the transformers actor's passes on a GPU, of its metrics and of its memory."""
+"""Faults of the transformers actor on a GPU (passes, metrics, memory), of the engine beside it, of the CUDA build."""
 
 from tests.planted_faults.fault import Fault
 
@@ -7,6 +7,7 @@ MODEL = "entcov/rl/hf/model.py"
 HF_ACTOR = "entcov/rl/hf/actor.py"
 T_ACTOR = "tests/rl/hf/test_actor.py::test_"
 T_HEAD = "tests/rl/hf/test_large_vocabulary.py::test_"
+T_SLEEP = "tests/rl/vllm/test_sleep.py::test_"
 T_PACKED = "tests/rl/hf/test_packed.py::test_"
 
 FAULTS = (
@@ -41,8 +42,8 @@ FAULTS = (
     Fault(
         "every_sequence_casts_the_weights_anew",
         MODEL,
-        "        with autocast(model):\n            alone",
-        "        if True:\n            alone",
+        "    with autocast(model):\n        if model",
+        "    if True:\n        if model",
         [T_PACKED + "sequences_one_by_one_share_the_weights_that_autocast_casts"],
     ),
     Fault(
@@ -93,5 +94,54 @@ FAULTS = (
         "rows * head.out_features * model.compute_dtype.itemsize > LARGE_LOGITS",
         "rows * head.out_features > LARGE_LOGITS",
         [T_HEAD + "the_bytes_of_the_logits_decide"],
+    ),
+    Fault(
+        "a_draft_models_weights_are_dropped",
+        "entcov/rl/vllm/engine.py",
+        "drops = sync_follows and not self._drafts",
+        "drops = sync_follows",
+        [T_SLEEP + "a_draft_models_weights_are_kept"],
+    ),
+    Fault(
+        "an_engine_asleep_is_put_to_sleep_again",
+        "entcov/rl/vllm/engine.py",
+        'if not self._sleeps or "weights" in self._asleep:',
+        "if not self._sleeps:",
+        [T_SLEEP + "sleeping_twice_keeps_what_the_first_time_kept"],
+    ),
+    Fault(
+        "dropped_weights_are_sampled_with",
+        "entcov/rl/vllm/sampler.py",
+        "if self.engine.sleep(sync_follows=sync_follows):",
+        "if self.engine.sleep(sync_follows=sync_follows) and not sync_follows:",
+        [T_SLEEP + "dropped_weights_are_never_sampled_with"],
+    ),
+    Fault(
+        "a_sync_is_promised_where_the_next_step_is_sampled_ahead",
+        "entcov/rl/loop.py",
+        "self.sampler.sleep(sync_follows=not self.config.rollout.max_staleness)",
+        "self.sampler.sleep(sync_follows=True)",
+        [T_SLEEP + "the_loop_promises_a_sync_after_the_last_draw_of_a_step[1]"],
+    ),
+    Fault(
+        "an_evaluation_lets_the_weights_be_dropped",
+        "entcov/rl/evaluation.py",
+        "sampler.sleep(sync_follows=False)",
+        "sampler.sleep(sync_follows=True)",
+        ["tests/rl/test_evaluation.py::test_every_data_source_has_its_own_protocol"],
+    ),
+    Fault(
+        "any_nvcc_is_taken",
+        "build_backend.py",
+        "if wanted is None or major(versions[nvcc]) == major(wanted):",
+        "if wanted is None or versions[nvcc]:",
+        ["tests/test_build.py::test_the_nvcc_of_torchs_major_version_is_taken"],
+    ),
+    Fault(
+        "pypis_compiler_is_asked_for_beside_an_older_torch",
+        "build_backend.py",
+        "return major(torch_cuda() or CUDA_COMPILER_VERSION) == major(CUDA_COMPILER_VERSION)",
+        "return True",
+        ["tests/test_build.py::test_pypis_compiler_is_asked_for_where_it_fits_torch"],
     ),
 )

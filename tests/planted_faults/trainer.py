@@ -29,6 +29,7 @@ T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_STALENESS, T_
         "test_staleness", "hf/test_warm_start",
     )
 )  # fmt: skip
+T_REPLICAS = "tests/rl/test_replicas.py::test_"
 T_BAD_INPUT = "tests/test_bad_input.py::test_"
 T_PREPARE, T_REWARDS = "tests/rl/data/test_prepare.py::test_", "tests/rl/rewards/test_rules.py::test_"
 T_RUN = "tests/rl/test_run.py::test_"
@@ -173,7 +174,7 @@ FAULTS = (
     Fault(
         "totals_count_what_selections_drop",
         ACTOR,
-        "                totals = mini_batch_totals(tokens, selections)\n",
+        "                totals = mini_batch_totals(tokens, selections, group=group)\n",
         "                pass\n",
         [T_ACTOR + "a_selection_that_drops_tokens_updates_as_if_they_were_not_there"],
     ),
@@ -406,7 +407,7 @@ FAULTS = (
     Fault(
         "selections_of_the_first_update_for_all",
         ACTOR,
-        "if batch.logprob_version == self.weight_version and",
+        "if version == self.weight_version and",
         "if",
         [T_ACTOR + "the_second_update_selects_under_the_policy_of_the_second_update"],
     ),
@@ -419,10 +420,31 @@ FAULTS = (
     ),
     Fault(
         "scores_in_micro_batch_order",
-        HF_ACTOR,
-        "table[:, index[micro.loss_mask]] =",
-        "table[:, index.sort().values[micro.loss_mask]] =",
+        TRAINED,
+        "table[:, index] = values.cpu()",
+        "table[:, index.sort().values] = values.cpu()",
         [T_ACTOR + "scores_are_the_plain_forward_pass_at_the_samplers_temperature"],
+    ),
+    Fault(
+        "a_replica_chooses_alone",
+        ACTOR,
+        "group = self.batch_group",
+        "group = None",
+        [T_REPLICAS + f"replicas_know_and_choose_what_one_process_does[{n}]" for n in (2, 4)],
+    ),
+    Fault(
+        "a_device_holds_every_replica_s_sequences",
+        TRAINED,
+        "for group in self._division(batch)[self.replica]]",
+        "for share in self._division(batch) for group in share]",
+        [T_REPLICAS + "what_a_device_holds_does_not_grow_with_the_replicas"],
+    ),
+    Fault(
+        "replicas_keep_their_scores_to_themselves",
+        TRAINED,
+        "values = own if replica == self.replica else",
+        "values = own if replica == 0 and len(own[0]) == len(index) else",
+        [T_REPLICAS + f"replicas_know_and_choose_what_one_process_does[{n}]" for n in (2, 4)],
     ),
     Fault(
         "reference_scores_are_the_policys",

@@ -77,6 +77,20 @@ FAULTS = (
         [T_PROMPTS + "evaluated_prompts_have_a_source_of_their_own_and_the_same_reward"],
     ),
     Fault(
+        "a_studys_page_names_the_last_commit_alone",
+        "entcov/studies/page.py",
+        "known = [*known, own]",
+        "known = [own]",
+        ["tests/studies/test_page.py::test_a_page_names_every_commit_that_worked_on_it"],
+    ),
+    Fault(
+        "each_policy_has_temperature_1_and_not_its_best",
+        "entcov/studies/temperature.py",
+        "max(TEMPERATURES, key=lambda t, own=own: fmean(own[t]))",
+        "1.0",
+        ["tests/studies/test_temperature.py::test_each_policy_has_its_best_temperature"],
+    ),
+    Fault(
         "law_study_takes_every_steps_point_alone",
         LAW,
         "series[i : i + count].mean()",

@@ -126,7 +126,7 @@ def test_seeds_are_one_label_and_the_lens_has_every_run(page, folders):
     assert found.content["td"][:2] == ["clip_cov", "3"] and "±" in found.content["td"][2]
     pictures = [a["alt"] for tag, a in found.elements if tag == "img"]
     assert pictures == [
-        f"{title}, by step" for title in (
+        title for title in (
             "Reward", "Policy entropy", "Token covariance, mean", "Token covariance, 99.9th percentile",
             "Token covariance, largest", "Mismatch of sampler and trainer", "Response length",
             "Held-out accuracy, mean@2", "Reward over entropy, with the fitted law",

@@ -294,6 +294,7 @@ def test_the_order_of_sleeping_and_waking(samplers, monkeypatch):
     sampler.sync(90, weights(model))
     engine, calls = sampler.engine, []
     monkeypatch.setattr(engine, "_sleeps", True)
+    monkeypatch.setattr(engine, "_drafts", False)
 
     def watch(name: str) -> None:
         real = getattr(engine._llm, name)
@@ -301,18 +302,25 @@ def test_the_order_of_sleeping_and_waking(samplers, monkeypatch):
 
     for name in ("sleep", "wake_up", "start_weight_update"):
         watch(name)
-    asleep, weights_only, all_of_it = ("sleep", {"level": 1}), ("wake_up", {"tags": ["weights"]}), ("wake_up", {})
+    moved, dropped = ("sleep", {"level": 1}), ("sleep", {"level": 2})
+    weights_only, all_of_it = ("wake_up", {"tags": ["weights"]}), ("wake_up", {})
     update = ("start_weight_update", {})
     rollouts = sampler.generate(prompts(2), **OPTIONS)
-    assert calls == [asleep] and engine._llm.llm_engine.is_sleeping()
+    sampler.sleep(sync_follows=True)
+    assert calls == [dropped] and engine._llm.llm_engine.is_sleeping()
+    with pytest.raises(RuntimeError, match="a whole sync must come first"):
+        sampler.generate(prompts(2), **OPTIONS)
     for version in (91, 92):  # the cache stays away while the weights change, also when they change twice
         sampler.sync(version, weights(model))
     assert calls[1:] == [weights_only, update, update] and engine._llm.llm_engine.is_sleeping()
     again = sampler.generate(prompts(2), **OPTIONS)
-    assert calls[4:] == [all_of_it, asleep]
+    sampler.sleep(sync_follows=False)
+    assert calls[4:] == [all_of_it, moved]
     assert [r.tokens.tolist() for r in again] == [r.tokens.tolist() for r in rollouts] and gap(model, again) < TOLERANCE
     sampler.generate(prompts(2), **OPTIONS)  # an evaluation, then the next step
-    assert calls[6:] == [all_of_it, asleep]
+    sampler.sleep(sync_follows=True)
+    assert calls[6:] == [all_of_it, dropped]
+    sampler.sync(93, weights(model))
     engine._wake()
 
 

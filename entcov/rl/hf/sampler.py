@@ -35,6 +35,9 @@ class InProcessSampler:
         """Sets the version. The weights are the trainer's own."""
         self.weight_version = weight_version
 
+    def sleep(self, *, sync_follows: bool) -> None:
+        """Nothing: the weights are the trainer's own, and the cache is gone."""
+
     @torch.no_grad()
     def generate(
         self,

@@ -19,8 +19,10 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 _OF_EVERY_RUN = frozenset(
     f"actor/{name}"
     for name in (
-        "cov_max", "cov_mean", "cov_p999", "entropy", "entropy_drift", "entropy_response_mean", "grad_norm", "loss",
-        "lr", "mismatch", "pg_clipfrac", "pg_clipfrac_lower", "pg_loss", "ppo_kl", "sampled_entropy",
+        "cov_max", "cov_mean", "cov_p999", "cov_top_0.0002", "cov_top_0.002", "cov_top_0.02", "cov_top_0.2",
+        "cov_top_0.5", "entropy", "entropy_change", "entropy_change_error", "entropy_change_predicted", "entropy_drift",
+        "entropy_response_mean", "grad_norm", "loss", "lr", "mismatch", "pg_clipfrac", "pg_clipfrac_lower", "pg_loss",
+        "ppo_kl", "sampled_entropy",
     )
 )  # fmt: skip
 _OF_METHODS = ("actor/", "critic/shaping/", "prompts/", "reward_model/", "training/dropped_", "training/rejected_")
