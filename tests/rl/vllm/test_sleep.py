@@ -15,7 +15,7 @@ from entcov.rl.vllm import engine as engine_module
 from entcov.rl.vllm.engine import Completion, LocalEngine, _sleep_of
 from entcov.rl.vllm.sampler import VllmSampler
 from entcov.rl.vllm.weight_sync import ByReference, WeightSync
-from tests.rl.test_loop import loop_of
+from tests.support.scripted_loop import loop_of
 from tests.support.tiny_run import prompts
 
 OPTIONS = {"group_size": 1, "temperature": 1.0, "max_response_length": 4, "seed": 0}
