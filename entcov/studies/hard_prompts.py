@@ -9,27 +9,26 @@ each seed has its own, are trained on other prompts of the same task.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from entcov import arguments as check
-from entcov.report.run_matrix import Job, run_matrix
 from entcov.rl.config import load_config
 from entcov.rl.data.rank import rank_by_solve_rate
 from entcov.rl.data.stream import load_rows, raw_rows, write_rows
-from entcov.rl.record.durable import atomic_write
 from entcov.rl.solve_counts import SolveCounts
 from entcov.rl.types import Example
-from entcov.studies.base import How, StudyError
+from entcov.studies.base import How
+from entcov.studies.benchmark import Benchmark
 
 START = Path(__file__).parent / "plans" / "start.yaml"  # the recipe of the starting policies
 SETS = ("residual", "sparse")
 
 
 @dataclass(frozen=True)
-class HardPrompts:
+class HardPrompts(Benchmark):
     """How prompts are selected.
 
     Args:
@@ -41,6 +40,8 @@ class HardPrompts:
         warm_start: supervised steps of the starting policies.
     """
 
+    folder_name: ClassVar[str] = "hard_prompts"
+    sets: ClassVar[tuple[str, ...]] = SETS
     pool: int
     samples: int = 32
     most: int = 3
@@ -56,27 +57,13 @@ class HardPrompts:
         check.integer("most", self.most, 0)
         check.integer("ranked_by", self.ranked_by, 0)
 
-    def prepare(self, folder: Path, seeds: Sequence[int], how: How) -> None:
-        """Makes the starting policy of each seed, and the prompts, where they are not yet in `folder`.
+    @property
+    def own_seeds(self) -> tuple[int, ...]:
+        return (self.ranked_by,)
 
-        Raises:
-            StudyError: a starting policy could not be trained.
-            ValueError: the folder holds a benchmark of other settings, or a set has too few prompts.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(vars(self) | {"recipe": START.read_text()})
-        stored = folder / "settings.json"
-        if stored.exists() and stored.read_text() != settings:
-            raise ValueError(f"{folder}: holds a benchmark of other settings; remove it, or give another --out")
-        atomic_write(stored, settings.encode())
-        program = (sys.executable, "-m", "entcov", "train", str(START))
-        starts = [
-            Job(f"start {seed}", (*program, *self._keys(folder, seed), "steps=0"), self._start(folder, seed))
-            for seed in dict.fromkeys((self.ranked_by, *seeds))
-        ]
-        failures = run_matrix(starts, how.jobs, display=how.display)
-        if failures:
-            raise StudyError(f"{failures[0].label} failed ({failures[0].reason}):\n{failures[0].tail}")
+    def prepare(self, folder: Path, seeds: Sequence[int], how: How) -> None:
+        self._claim(folder, START)
+        self._train_starts(folder, START, (self.ranked_by, *seeds), how)
         if all(self.files(folder, name)["train"].exists() for name in SETS):
             return
         config = load_config(START, self._keys(folder, self.ranked_by))
@@ -87,7 +74,6 @@ class HardPrompts:
         self._write_sets(folder, subset)
 
     def files(self, folder: Path, name: str, count: int | None = None) -> dict[str, Path]:
-        """train, seen and held_out of the set `name`, in verl's row format; of training prompts the first `count`."""
         files = {kind: folder / f"{name}_{kind}.parquet" for kind in ("held_out", "seen", "train")}
         if count is not None:
             examples = load_rows(files["train"])[:count]
@@ -97,16 +83,9 @@ class HardPrompts:
                     write_rows(own, files[kind])
         return files
 
-    def model(self, folder: Path, seed: int) -> Path:
-        """The starting policy of a seed, in transformers' format."""
-        return self._start(folder, seed) / "checkpoints" / "step_0" / "model"
-
     def solve_counts(self, folder: Path) -> SolveCounts:
         """Of all prompts of the pool, by the policy that ranked them."""
         return SolveCounts.from_state(json.loads((folder / "ranked" / "solve_counts.json").read_bytes()))
-
-    def _start(self, folder: Path, seed: int) -> Path:
-        return folder / "starts" / f"seed_{seed}"
 
     def _keys(self, folder: Path, seed: int) -> list[str]:
         return [

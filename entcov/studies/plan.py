@@ -2,10 +2,11 @@
 
 base: name of another file there, whose keys these ones complete or replace.
 title, question: of the page.
-prompts: the hard-prompt benchmark, the arguments of `HardPrompts`, and `set`: residual or sparse.
+prompts: `kind`: hard or curriculum; the arguments of `HardPrompts` or `Curriculum`; and `set`, for hard: residual or
+    sparse.
 recipe: keys of all runs.
 arms: label -> keys of that arm. Under `candidates` it may have a list of keys to choose from, and under
-    `train_prompts` to how many training prompts it is limited.
+    `train_prompts` to how many training prompts it is limited: the first ones, of a curriculum the last.
 baselines: label -> label of the arm that it is compared with, seed by seed.
 choose: {seeds, by}: the runs that choose, and the measure that is to be largest there.
 seeds: those that are reported.
@@ -25,13 +26,16 @@ from typing import Any
 import yaml
 
 from entcov.report.compare import Measure
-from entcov.studies.hard_prompts import SETS, HardPrompts
+from entcov.studies.benchmark import Benchmark
+from entcov.studies.curriculum import Curriculum
+from entcov.studies.hard_prompts import HardPrompts
 
 PLANS = Path(__file__).parent / "plans"
 _KEYS = (
     "base", "title", "question", "prompts", "recipe", "arms", "baselines", "choose", "seeds", "resolves", "show",
     "smoke",
 )  # fmt: skip
+_KINDS: dict[str, type[Benchmark]] = {"hard": HardPrompts, "curriculum": Curriculum}
 _HELD_OUT = r"val-core/.+/held_out/acc"
 MEASURES = (
     Measure("reward", "train pass@1, last tenth", 3, r"critic/score/mean"),
@@ -53,7 +57,7 @@ class Plan:
 
     title: str
     question: str
-    prompts: HardPrompts
+    prompts: Benchmark
     prompt_set: str
     recipe: dict[str, Any]
     arms: dict[str, dict[str, Any]]
@@ -75,7 +79,10 @@ class Plan:
         if smoke:
             tree = merged(tree, tree.get("smoke", {}))
         prompts = dict(tree["prompts"])
-        prompt_set = prompts.pop("set", SETS[0])
+        kind = prompts.pop("kind", "hard")
+        if kind not in _KINDS:
+            raise ValueError(f"{path}: prompts.kind: must be one of {', '.join(_KINDS)}, got {kind!r}")
+        prompt_set = prompts.pop("set", _KINDS[kind].sets[0])
         arms = {label: dict(keys or {}) for label, keys in tree["arms"].items()}
         candidates = {label: keys.pop("candidates") for label, keys in arms.items() if "candidates" in keys}
         train_prompts = {label: keys.pop("train_prompts") for label, keys in arms.items() if "train_prompts" in keys}
@@ -85,7 +92,7 @@ class Plan:
             if wrong := [name for name in names if name not in known]:
                 raise ValueError(f"{path}: {key}: must be among {', '.join(known)}, got {', '.join(wrong)}")
         plan = cls(
-            tree["title"], tree["question"], HardPrompts(**prompts), prompt_set, tree["recipe"], arms, candidates,
+            tree["title"], tree["question"], _KINDS[kind](**prompts), prompt_set, tree["recipe"], arms, candidates,
             dict(tree.get("baselines", {})), tuple(choose["seeds"]), choose["by"], tuple(tree["seeds"]),
             dict(tree.get("resolves", {})), tuple(known[name] for name in show), train_prompts,
         )  # fmt: skip
@@ -103,9 +110,11 @@ class Plan:
         return replace(self, **{name: {a: v for a, v in own.items() if a in wanted} for name, own in parts.items()})
 
     def _check(self, path: Path) -> None:
-        if self.prompt_set not in SETS:
-            raise ValueError(f"{path}: prompts.set: must be one of {', '.join(SETS)}, got {self.prompt_set!r}")
-        if both := sorted({*self.choosing_seeds, self.prompts.ranked_by} & set(self.seeds)):
+        if self.prompt_set not in self.prompts.sets:
+            raise ValueError(
+                f"{path}: prompts.set: must be one of {', '.join(self.prompts.sets)}, got {self.prompt_set!r}"
+            )
+        if both := sorted({*self.choosing_seeds, *self.prompts.own_seeds} & set(self.seeds)):
             raise ValueError(
                 f"{path}: seeds: must not be those of choose.seeds or prompts.ranked_by, got {both} among them"
             )

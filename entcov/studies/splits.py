@@ -363,7 +363,7 @@ def _figure(runs: Runs):
     for ax in (left, right):
         ax.set_xscale("log", base=2)
         ax.set_xticks(sizes, [str(size) for size in sizes])
-        ax.invert_xaxis()
+        ax.set_xlim(1.1 * sizes[0], sizes[-1] / 1.1)
         ax.set_xlabel("responses in a micro-batch")
         ax.grid(color="#dddddd", linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)

@@ -51,7 +51,7 @@ class TrainingStudy(Study):
         plan = Plan.read(self.path, how.smoke)
         if how.arms is not None:
             plan = plan.limited(how.arms)
-        bench = how.folder.parent / ("hard_prompts_smoke" if how.smoke else "hard_prompts")
+        bench = how.folder.parent / (plan.prompts.folder_name + ("_smoke" if how.smoke else ""))
         plan.prompts.prepare(bench, (*plan.choosing_seeds, *plan.seeds), how)
         chosen, tried = self._choose(plan, bench, how)
         runs = {(arm, seed): self.run_folder(how.folder, arm, seed) for seed in plan.seeds for arm in plan.arms}

@@ -16,6 +16,7 @@ from tests.planted_faults import (
     small_studies,
     statistics,
     storage,
+    style_study,
     torch_actor,
     trainer,
     training_studies,
@@ -46,4 +47,5 @@ FAULTS = (
     *trl.FAULTS,
     *training_studies.FAULTS,
     *small_studies.FAULTS,
+    *style_study.FAULTS,
 )

@@ -14,8 +14,8 @@ FAULTS = (
     Fault(
         "study_reports_the_seeds_that_chose",
         PLAN,
-        "{*self.choosing_seeds, self.prompts.ranked_by} & set(self.seeds)",
-        "{self.prompts.ranked_by} & set(self.seeds)",
+        "{*self.choosing_seeds, *self.prompts.own_seeds} & set(self.seeds)",
+        "{*self.prompts.own_seeds} & set(self.seeds)",
         [T_PLAN + "a_bad_plan_is_refused"],
     ),
     Fault(

@@ -124,10 +124,12 @@ def test_statements_follow_the_numbers():
     assert (
         "ends elsewhere than the plain bonus on 3 of 3 tasks" in apart[0] and "10,000 arms: +0.310 ± 0.025" in apart[0]
     )
-    assert "top 10 on 10,000 arms +0.410 ± 0.025 (more than" in apart[2]
+    assert "top 10 on 10,000 arms +0.410 ± 0.025 (more)" in apart[2]
     assert "bonuses end measurably higher and 0 lower; plain bonus on 10,000 arms +0.100 ± 0.000" in apart[1]
+    tiny = found(results((0.5001, 0.5001, 0.5001), chain=(0.5, 0.5, 0.5))).statements
+    assert tiny[0].startswith("On none of 3 tasks")  # measured, and below what counts
     less = found(results((0.5, 0.5, 0.5), top=(0.1, 0.11, 0.12))).statements
-    assert "top 10 on 10,000 arms -0.390 ± 0.025 (less than" in less[2]
+    assert "top 10 on 10,000 arms -0.390 ± 0.025 (less)" in less[2]
     assert "look for a mistake" in found(results((0.5, 0.5, 0.5), one=(0.4, 0.4, 0.5))).statements[-1]
     helps = found(results((0.5, 0.5, 0.5))).statements[3]
     assert "Here it helps with fewer too" in helps

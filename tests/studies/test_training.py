@@ -10,7 +10,7 @@ from rich.console import Console
 
 from entcov.cli import main
 from entcov.report.run_matrix import Failure
-from entcov.studies import hard_prompts, training
+from entcov.studies import benchmark, hard_prompts, training
 from entcov.studies.base import How, StudyError
 from entcov.studies.page import run_study
 from entcov.studies.plan import Plan
@@ -144,7 +144,7 @@ def test_a_whole_small_study(tmp_path, monkeypatch):
     ran = []
     tiny = merged_smoke()
     monkeypatch.setattr(training, "run_matrix", run_here)
-    monkeypatch.setattr(hard_prompts, "run_matrix", run_here)
+    monkeypatch.setattr(benchmark, "run_matrix", run_here)
     monkeypatch.setattr(Plan, "read", classmethod(lambda cls, path, smoke: tiny))
     how, page = How(tmp_path / "controls_smoke", smoke=True, arms=["clip_cov"]), tmp_path / "page"
     study, console = TrainingStudy("controls"), Console(file=open(tmp_path / "shown.txt", "w"), width=120)
