@@ -14,19 +14,40 @@ import torch
 from entcov.controls import Control, Progress, Shaping
 from entcov.diagnostics import ENTROPY_CHANGE
 from entcov.rl.collect import Collected, Collector, derived_seed
-from entcov.rl.config import EvalConfig
+from entcov.rl.config import EvalConfig, parse_config
 from entcov.rl.data.prompt_policy import Outcome, PromptPolicy
 from entcov.rl.loop import Loop
 from entcov.rl.rewards.shaping import Overlong, Reactivate
 from tests.support.list_batch import said
-from tests.support.scripted_loop import POLICY, Actor, Sampler, Stream, loop_of, reward
+from tests.support.scripted_loop import POLICY, Actor, Sampler, Stream, reward
+from tests.support.tiny_run import recipe
 
 A = 0.5 / (math.sqrt(0.5) + 1e-6)  # GRPO's advantage of rewards 1 and 0
+
+
+class Watching(Control):
+    """Counts its steps."""
+
+    name, state = "watching", ("steps",)
+
+    def __init__(self):
+        self.seen, self.steps = [], 0
+
+    def after_step(self, means, progress):
+        self.seen.append(means)
+        self.steps += 1
+        return {"actor/entropy_coef": float(self.steps)}
 
 
 def drawn_reward(example, text):
     """One that draws from the global generator."""
     return float(text) + float(torch.rand(()))
+
+
+def loop_of(reward_fn=reward, takes_weights=True, **overrides) -> Loop:
+    changes = {"rollout": {"prompts_per_step": 2, "group_size": 2}, "actor.updates_per_rollout": 2, "seed": 7}
+    config = parse_config(recipe("unused", **(changes | overrides)))
+    return Loop(config, Actor(), Sampler(takes_weights), Stream(), [Watching()], reward_fn)
 
 
 def test_one_step_by_hand():

@@ -6,11 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from entcov.controls import Control
-from entcov.rl.config import parse_config
-from entcov.rl.loop import Loop
 from entcov.rl.types import Example, Prompt, Rollout
-from tests.support.tiny_run import recipe
 
 # Of each response: its tokens, the sampler's log-probabilities, whether it is complete, its text (the reward). Prompts
 # beyond the second have the responses of the first two.
@@ -88,23 +84,3 @@ class Stream:
 
 def reward(example, text):
     return float(text)
-
-
-class Watching(Control):
-    """Counts its steps."""
-
-    name, state = "watching", ("steps",)
-
-    def __init__(self):
-        self.seen, self.steps = [], 0
-
-    def after_step(self, means, progress):
-        self.seen.append(means)
-        self.steps += 1
-        return {"actor/entropy_coef": float(self.steps)}
-
-
-def loop_of(reward_fn=reward, takes_weights=True, **overrides) -> Loop:
-    changes = {"rollout": {"prompts_per_step": 2, "group_size": 2}, "actor.updates_per_rollout": 2, "seed": 7}
-    config = parse_config(recipe("unused", **(changes | overrides)))
-    return Loop(config, Actor(), Sampler(takes_weights), Stream(), [Watching()], reward_fn)

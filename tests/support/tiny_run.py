@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from entcov.rl.batch import Batch, pack
 from entcov.rl.record.metrics import read_metrics
-from entcov.rl.types import Example, Prompt, Rollout
+from entcov.rl.types import Example, Prompt
 
 RECIPE: dict[str, Any] = {
     "steps": 3,
@@ -73,16 +71,6 @@ def prompts(n: int) -> list[Prompt]:
     lengths = torch.randint(1, 9, (n,), generator=generator).tolist()
     tokens = [torch.randint(4, 40, (k,), generator=generator).tolist() for k in lengths]
     return [Prompt(i, Example("test", (), ""), tuple(t)) for i, t in enumerate(tokens)]
-
-
-def batch_of(lengths: Sequence[int], seed: int = 0) -> Batch:
-    """Responses of these lengths, of drawn tokens."""
-    g = torch.Generator().manual_seed(seed)
-    made = []
-    for prompt, n in zip(prompts(len(lengths)), lengths, strict=True):
-        tokens = torch.randint(4, 15, (n,), generator=g).tolist()
-        made.append(Rollout(prompt, 0, tokens, [-1.0] * n, finished=True, weight_version=0))
-    return pack(made)
 
 
 def _copy(tree: Any) -> Any:

@@ -8,13 +8,13 @@ import torch
 from entcov.rl.config import ModelConfig
 from entcov.rl.hf import model as actor_model
 from entcov.rl.hf.model import batch_token_stats, build_model
-from tests.support.tiny_run import RECIPE, batch_of
+from tests.support.random_batch import QWEN, batch_of
 
 FIELDS = ("logprob", "entropy", "clamped_entropy", "entropy_drift", "collision")
 
 
 def model_of(changes: dict, **settings):
-    config = ModelConfig(config=RECIPE["model"]["config"] | changes, tokenizer="char", **settings)
+    config = ModelConfig(config=QWEN | changes, tokenizer="char", **settings)
     return build_model(config, seed=0, device=torch.device("cpu"))[0]
 
 

@@ -16,9 +16,8 @@ from entcov.rl.config import ModelConfig
 from entcov.rl.hf import packed_attention
 from entcov.rl.hf.model import batch_token_stats, build_model
 from entcov.rl.hf.packed_attention import NAME, boundaries, keeps_apart, use_boundaries
-from tests.support.tiny_run import RECIPE, batch_of
+from tests.support.random_batch import QWEN, batch_of
 
-QWEN = RECIPE["model"]["config"]
 MODELS = {
     "grouped heads": QWEN,
     "a sliding window": QWEN | {"model_type": "mistral", "sliding_window": 5},
