@@ -13,6 +13,7 @@ BENCHMARKS = {
     "batch": ("benchmarks.batch_benchmark", "packing and dividing a rollout batch on the host: time, memory, growth"),
     "splits": ("benchmarks.splits", "selections of verl, of TRL and ours over micro-batches; in .venv-verl, .venv-trl"),
     "static": ("benchmarks.static_evidence", "registers, spills and cost of the CUDA kernels' machine code; no GPU"),
+    "events": ("benchmarks.event_model", "a model of the share of the bandwidth that a kernel reaches; no GPU"),
     "gpu": ("benchmarks.gpu", "on a machine with a GPU: build, tests, sanitizer, benchmarks with rivals, trainings"),
     "rivals": ("benchmarks.fetch_rivals", "download what `gpu --rivals FOLDER` compares with"),
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from entcov.objective.tokens import Totals
 from entcov.rl.actor import PolicyActor
-from entcov.rl.batch import IGNORE_INDEX, Batch
+from entcov.rl.batch import Batch
 from entcov.rl.config import ActorConfig, MegatronConfig
 from entcov.rl.reward_model import ImplicitRewardModel
 from entcov.rl.trained_model import Metrics, Selections, TrainedModel
@@ -219,8 +219,7 @@ class MegatronModel(TrainedModel):
         """Statistics of this rank's loss tokens, [k] each, in the logits' order."""
         options = {"temperature": self.temperature_of(micro.sequences)} | options
         stats = logits_stats(logits, micro.target, vocab_size=self.bridge.hf_config.vocab_size, **options)
-        at = micro.target != IGNORE_INDEX
-        return TokenStats(*(None if value is None else value[at] for value in stats))
+        return TokenStats(*(None if value is None else value.flatten()[micro.places] for value in stats))
 
     def _run(
         self, model: MegatronModule, work: list[tuple[MicroBatch, Any]], use: Callable, *, forward_only: bool

@@ -22,20 +22,20 @@ from entcov.rl.batch import IGNORE_INDEX, Batch, micro_batches
 class MicroBatch:
     """Whole sequences of a mini-batch, and this rank's inputs and loss tokens of them.
 
-    The k-th logit row whose `target` is not IGNORE_INDEX belongs to token `rows[k]` of `sequences`.
+    The logit row `places[k]` belongs to token `rows[k]` of `sequences`.
     """
 
     sequences: Batch  # without padding
     inputs: dict[str, Any]  # keyword arguments of GPTModel.forward
     target: Tensor  # the logits' leading shape, int64; IGNORE_INDEX where nothing is learned
+    places: Tensor  # [k] int64: the logit rows, flattened, whose target is not IGNORE_INDEX
     rows: Tensor  # [k] int64: entries of `sequences` that are this rank's loss tokens, in the logits' order
 
     def local(self, selection: Selection | None) -> Selection | None:
         """A selection of the loss tokens of `sequences` -> of this rank's, in the logits' order."""
         if selection is None:
             return None
-        numbers = torch.full(self.sequences.loss_mask.shape, -1, device=self.rows.device)
-        numbers[self.sequences.loss_mask] = torch.arange(self.sequences.num_loss_tokens, device=self.rows.device)
+        numbers = self.sequences.loss_mask.cumsum(0) - 1  # among the loss tokens
         return selection.at(numbers[self.rows])
 
 
@@ -110,7 +110,9 @@ def build_inputs(sequences: Batch, *, unit: int, packing: bool, context_parallel
             qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(widths),
             max_seqlen_kv=max(widths),
         )  # fmt: skip
-    return MicroBatch(sequences, inputs, target, entry[target != IGNORE_INDEX])
+    # The one wait for the device: before the passes, and not in every pass.
+    places = (target != IGNORE_INDEX).flatten().nonzero()[:, 0]
+    return MicroBatch(sequences, inputs, target, places, entry.flatten()[places])
 
 
 def padded_length(length: int, unit: int) -> int:

@@ -146,7 +146,6 @@ def _lines(
                 ax.plot(steps, shown, style, color=colour, linewidth=1.5, label=name, gid=name, marker=marker)
             if log:
                 ax.set_yscale("log")
-                ax.set_ylim(top=ax.get_ylim()[1] * 8)  # room for the legend
             if percent:
                 ax.yaxis.set_major_formatter(PercentFormatter(1.0))
             if zero:
@@ -224,5 +223,9 @@ def finish(ax: Axes, title: str) -> None:
     ax.grid(color="#dddddd", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     if len(ax.get_legend_handles_labels()[1]) > 1:
-        many = len(ax.get_legend_handles_labels()[1]) > 4
-        ax.legend(fontsize=8, frameon=False, **({"loc": "upper center", "ncols": 3} if many else {}))
+        count, options = len(ax.get_legend_handles_labels()[1]), {}
+        if count > 3:  # above the lines
+            low, high = ax.get_ylim()
+            ax.set_ylim(top=high * 8 if ax.get_yscale() == "log" else high + 0.25 * (high - low))
+            options = {"loc": "upper center", "ncols": 3 if count > 4 else 2}
+        ax.legend(fontsize=8, frameon=False, **options)

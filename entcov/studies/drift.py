@@ -222,7 +222,7 @@ class Drift(PartsStudy):
             *_own_gradient(by_kind, by_optimizer),
         ]
         listed = [_summary(by_kind, by_optimizer), _network_steps(by_optimizer, networks)]
-        values = {"tables": tables, "transformers": networks}
+        values = _rounded({"tables": tables, "transformers": networks})
         return Findings(statements, listed, {"drift": _figure(by_kind, by_optimizer)}, values)
 
 
@@ -374,8 +374,22 @@ def _network_steps(runs: Mapping[str, Sequence[Rows]], networks: Sequence[Mappin
     return Table(f"Transformers, means over seeds and tokens; they begin with {where}", header, rows)
 
 
+def _geometric(values: Sequence[float]) -> float:
+    """Mean, NaN where a value is 0: a change that float32 does not show."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if min(values) > 0 else math.nan
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits of every number."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_rounded(own) for own in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def _figure(by_kind: Mapping[str, Sequence[Rows]], networks: Mapping[str, Sequence[Rows]]):
-    figure = new_figure(9.6, 4.2)
+    figure = new_figure(8.4, 3.6)
     left, right = figure.subplots(1, 2)
     for number, (kind, seeds) in enumerate(by_kind.items()):
         style = {"color": COLOURS[number], "marker": "osD^"[number], "markersize": 4}
@@ -392,17 +406,16 @@ def _figure(by_kind: Mapping[str, Sequence[Rows]], networks: Mapping[str, Sequen
         f"transformer, {name}": seeds for name, seeds in networks.items()
     }
     for number, (name, seeds) in enumerate(runs.items()):
-        for index, rows in enumerate(seeds):
-            shape = {"color": COLOURS[number % len(COLOURS)], "linestyle": "-" if name.startswith("table") else "--"}
-            used = [row for row in rows if name.startswith("table") or row["size"] >= MEASURABLE]
-            y = [row["error"] / row["size"] for row in used]
-            right.plot([row["kl"] for row in used], y, linewidth=1.0, label=name if index == 0 else None, **shape)
+        kl = [_geometric([rows[i]["kl"] for rows in seeds]) for i in range(len(seeds[0]))]
+        y = [_geometric([rows[i]["error"] / rows[i]["size"] for rows in seeds]) for i in range(len(kl))]
+        shape = {"color": COLOURS[number % len(COLOURS)], "linestyle": "-" if name.startswith("table") else "--"}
+        right.plot(kl, y, linewidth=1.5, label=name, **shape)
     right.axvline(AT_KL, color="#777777", linewidth=0.8, linestyle=":")
-    right.set_xlim(1e-8, 10)
+    right.set_xlim(1e-7, 10)
     right.set_ylim(1e-4, 10)
     right.set_xlabel("KL(old || new), nats a token")
     right.set_ylabel("error / change")
-    right.set_title("Relative error", loc="left")
+    right.set_title("Relative error, means over seeds", loc="left")
     for ax in (left, right):
         ax.set_xscale("log")
         ax.set_yscale("log")

@@ -7,12 +7,10 @@ import math
 from entcov.report.compare import Estimate
 
 
-def shown(estimate: Estimate, digits: int, *, sign: str = "", star: bool = False) -> str:
-    """Mean ± half width, with `star` a * where the interval has no 0 in it."""
+def shown(estimate: Estimate, digits: int, *, sign: str = "") -> str:
+    """Mean ± half width of the interval, if there is one."""
     text = f"{estimate.mean:{sign}.{digits}f}"
-    if not math.isnan(estimate.half_width):
-        text += f" ± {estimate.half_width:.{digits}f}"
-    return f"{text} *" if star and estimate.excludes_zero else text
+    return text if math.isnan(estimate.half_width) else f"{text} ± {estimate.half_width:.{digits}f}"
 
 
 def verdict(estimate: Estimate, more: str, less: str, neither: str) -> str:

@@ -180,6 +180,12 @@ def test_a_row_without_a_finite_logit_is_nan():
     assert all(value[1].isnan() and not value[[0, 2]].isnan().any() for value in changed)
 
 
+def test_a_launch_may_load_its_kernel_while_a_graph_is_captured_and_leaves_the_mode(products):
+    """The emulator refuses launches in other modes; 0 is cudaStreamCaptureModeGlobal, that of a new thread."""
+    token_stats(rows("gaussian", 2, 60), torch.zeros(2, dtype=torch.int64))
+    assert ctypes.CDLL(str(products["plain"])).cuda_emu_capture_mode() == 0
+
+
 def test_a_failed_launch_says_what_was_launched(kernels):
     with pytest.raises(RuntimeError, match="merge_row_stats: the launch of 4294967296 blocks of 256 threads failed"):
         kernels.merge_row_stats((0, 1, 2**40, 4), 0, (0, 8, 1.0, IGNORE), 4, 0, (0,) * 5, 0)

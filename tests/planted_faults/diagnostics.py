@@ -28,8 +28,8 @@ FAULTS = (
     Fault(
         "the_smallest_covariances_are_the_top",
         DIAGNOSTICS,
-        "covariance.sort(descending=True)",
-        "covariance.sort()",
+        "largest = covariance.sort(descending=True)",
+        "largest = covariance.sort()",
         [T + "top_covariance_by_hand"],
     ),
     Fault(

@@ -144,4 +144,18 @@ FAULTS = (
         "return True",
         ["tests/test_build.py::test_pypis_compiler_is_asked_for_where_it_fits_torch"],
     ),
+    Fault(
+        "steps_of_transformer_engines_adam_are_not_read",
+        "megatron_integration/checkpoint.py",
+        'if group["params"] and "step" in group:',
+        "if False:",
+        ["tests/megatron/test_checkpoint.py::test_steps_are_found_where_transformer_engines_adam_keeps_them"],
+    ),
+    Fault(
+        "a_checkpoint_takes_no_bool",
+        "entcov/rl/record/checkpoint.py",
+        "bytes, bool, type(None), torch.dtype",
+        "bytes, type(None), torch.dtype",
+        ["tests/rl/record/test_checkpoint.py::test_what_transformer_engines_adam_saves_is_stored_and_goes_on"],
+    ),
 )

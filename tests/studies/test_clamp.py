@@ -84,7 +84,7 @@ def test_ways_that_are_the_same_train_the_same():
     assert runs["plain"] == pytest.approx(runs["all"], rel=1e-4)
     for other in ("plain", "aent"):
         assert max(abs(a - b) for a, b in zip(runs["none"], runs[other], strict=True)) > 1e-3
-    assert runs["aent"] != runs["plain"]
+    assert max(abs(a - b) for a, b in zip(runs["aent"], runs["all"], strict=True)) > 1e-4
 
 
 def test_seeds_do_not_depend_on_their_neighbours():
@@ -95,7 +95,7 @@ def test_seeds_do_not_depend_on_their_neighbours():
 def test_the_coefficient_is_chosen_on_the_choosing_seeds_alone():
     own = measure(SMALL, PLAIN, Budget(4, (0.01, 1.0), (0, 1), (7, 8, 9)))
     assert list(own["by_seed"]) == ["7", "8", "9"] and set(own["scan"]) == {"0.01", "1.0"}
-    assert own["coef"] == max(own["scan"], key=lambda c: sum(own["scan"][c])) or own["coef"] == 0.01
+    assert own["scan"]["0.01"] == train(SMALL, PLAIN, 0.01, 4, (0, 1))["value"]
     assert own["coef"] == float(max(own["scan"], key=lambda c: sum(own["scan"][c])))
     assert list(own["by_seed"].values()) == train(SMALL, PLAIN, own["coef"], 4, (7, 8, 9))["value"]
 
@@ -124,10 +124,12 @@ def test_statements_follow_the_numbers():
     assert (
         "ends elsewhere than the plain bonus on 3 of 3 tasks" in apart[0] and "10,000 arms: +0.310 ± 0.025" in apart[0]
     )
-    assert "top 10 on 10,000 arms +0.410 ± 0.025 (more than" in apart[2]
+    assert "top 10 on 10,000 arms +0.410 ± 0.025 (more)" in apart[2]
     assert "bonuses end measurably higher and 0 lower; plain bonus on 10,000 arms +0.100 ± 0.000" in apart[1]
+    tiny = found(results((0.5001, 0.5001, 0.5001), chain=(0.5, 0.5, 0.5))).statements
+    assert tiny[0].startswith("On none of 3 tasks")  # measured, and below what counts
     less = found(results((0.5, 0.5, 0.5), top=(0.1, 0.11, 0.12))).statements
-    assert "top 10 on 10,000 arms -0.390 ± 0.025 (less than" in less[2]
+    assert "top 10 on 10,000 arms -0.390 ± 0.025 (less)" in less[2]
     assert "look for a mistake" in found(results((0.5, 0.5, 0.5), one=(0.4, 0.4, 0.5))).statements[-1]
     helps = found(results((0.5, 0.5, 0.5))).statements[3]
     assert "Here it helps with fewer too" in helps

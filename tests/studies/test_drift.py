@@ -29,6 +29,8 @@ def test_the_theorems_are_exact_to_first_order():
         assert own[0]["correlation"] > 0.999 and own[0]["error"] < 1e-2 * own[0]["size"], kind
         assert own[4]["product_error"] == pytest.approx(own[4]["error"], rel=0.2), kind  # a step of 0.01
     assert rows["AdamW"][0]["of_drift"] < 0.99
+    # The mean of the sampled gradient is the policy gradient of theorem 1, where advantages are centred.
+    assert rows["sampled gradient"][4]["size"] == pytest.approx(rows["policy gradient"][4]["size"], rel=0.2)
 
 
 def test_slope_and_relative_error_by_hand():

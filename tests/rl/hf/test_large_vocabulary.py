@@ -8,7 +8,7 @@ import torch
 from entcov.rl.config import ModelConfig
 from entcov.rl.hf import model as actor_model
 from entcov.rl.hf.model import batch_token_stats, build_model
-from tests.rl.hf.test_packed import QWEN, batch_of
+from tests.support.random_batch import QWEN, batch_of
 
 FIELDS = ("logprob", "entropy", "clamped_entropy", "entropy_drift", "collision")
 

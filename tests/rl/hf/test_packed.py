@@ -12,15 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
-from entcov.rl.batch import pack
 from entcov.rl.config import ModelConfig
 from entcov.rl.hf import packed_attention
 from entcov.rl.hf.model import batch_token_stats, build_model
 from entcov.rl.hf.packed_attention import NAME, boundaries, keeps_apart, use_boundaries
-from entcov.rl.types import Rollout
-from tests.support.tiny_run import RECIPE, prompts
+from tests.support.random_batch import QWEN, batch_of
 
-QWEN = RECIPE["model"]["config"]
 MODELS = {
     "grouped heads": QWEN,
     "a sliding window": QWEN | {"model_type": "mistral", "sliding_window": 5},
@@ -37,15 +34,6 @@ def model_of(kind: str, **settings):
     return build_model(
         ModelConfig(config=MODELS[kind], tokenizer="char", **settings), seed=0, device=torch.device("cpu")
     )[0]
-
-
-def batch_of(lengths, seed: int = 0):
-    g = torch.Generator().manual_seed(seed)
-    made = []
-    for prompt, n in zip(prompts(len(lengths)), lengths, strict=True):
-        tokens = torch.randint(4, 15, (n,), generator=g).tolist()
-        made.append(Rollout(prompt, 0, tokens, [-1.0] * n, finished=True, weight_version=0))
-    return pack(made)
 
 
 def one_by_one(query, key, value, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa):

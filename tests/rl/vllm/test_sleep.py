@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from entcov.rl.config import VllmConfig
+from entcov.rl.config import VllmConfig, parse_config
+from entcov.rl.loop import Loop
 from entcov.rl.vllm import engine as engine_module
 from entcov.rl.vllm.engine import Completion, LocalEngine, _sleep_of
 from entcov.rl.vllm.sampler import VllmSampler
 from entcov.rl.vllm.weight_sync import ByReference, WeightSync
-from tests.rl.test_loop import loop_of
-from tests.support.tiny_run import prompts
+from tests.support.scripted_loop import Actor, Sampler, Stream, reward
+from tests.support.tiny_run import prompts, recipe
 
 OPTIONS = {"group_size": 1, "temperature": 1.0, "max_response_length": 4, "seed": 0}
 
@@ -148,8 +149,10 @@ def test_an_engine_that_was_not_to_sleep_stays_awake(monkeypatch):
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_the_loop_promises_a_sync_after_the_last_draw_of_a_step(staleness):
     """With rollouts sampled ahead, those of the next step come before the sync."""
-    loop = loop_of(**{"rollout.sampler": "vllm", "rollout.max_staleness": staleness})
-    log, sampler = [], loop.sampler
+    changes = {"rollout": {"prompts_per_step": 2, "group_size": 2, "sampler": "vllm", "max_staleness": staleness}}
+    changes["actor.updates_per_rollout"] = 2
+    log, sampler = [], Sampler()
+    loop = Loop(parse_config(recipe("unused", **changes)), Actor(), sampler, Stream(), [], reward)
     for name in ("generate", "sync"):
         real = getattr(sampler, name)
         setattr(sampler, name, lambda *a, name=name, real=real, **k: (log.append(name), real(*a, **k))[1])
