@@ -391,7 +391,8 @@ def _study(args: argparse.Namespace) -> int:
         raise ValueError(f"NAME: must be one of {', '.join(STUDIES)}, got {check.shown(args.name)}")
     if args.jobs < 1:
         raise ValueError(f"--jobs: must be at least 1, got {args.jobs}")
-    folder = Path(args.out) / (f"{args.name}_smoke" if args.smoke else args.name)
+    # Recipes of runs name the folder: a relative and an absolute --out must mean the same runs.
+    folder = Path(args.out).resolve() / (f"{args.name}_smoke" if args.smoke else args.name)
     page = Path(args.page) if args.page else folder / "page"
     for option, path in (("--out", folder), ("--page", page)):
         if file := next((one for one in (path, *path.parents) if one.is_file()), None):
