@@ -1,7 +1,8 @@
 """Builds the C++ core (always) and the CUDA core (where wanted). PyTorch is not needed for it.
 
 ENTCOV_CUDA=auto|1|0   auto: build entcov._cuda if nvcc is found or an NVIDIA driver is visible; 1: always; 0: never.
-                       Where it is wanted and no nvcc is found, the compiler comes from PyPI (build_backend.py).
+                       Where it is wanted and no nvcc is found, the compiler comes from PyPI (build_backend.py). The
+                       nvcc must be of the major version of torch's CUDA, where torch is installed.
 ENTCOV_CUDA_ARCHS      default "80;90;100": machine code for each, and PTX of the last for GPUs to come
 CXX, CUDA_HOME, MAX_JOBS as usual.
 
@@ -26,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
-from build_backend import CUDA_COMPILER, cuda_sources, find_nvcc, wants_cuda  # noqa: E402
+from build_backend import cuda_sources, matching_nvcc, wants_cuda  # noqa: E402
 
 PYBIND11 = Path("build", "headers", f"pybind11-{pybind11.__version__}")  # from ROOT
 PYTHON = sysconfig.get_path("include")
@@ -59,14 +60,7 @@ def cpu_commands() -> tuple[list[str], list[str], list[str]]:
 
 
 def cuda_commands() -> tuple[list[str], list[str], list[str]]:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise SystemExit(
-            "entcov is to build its CUDA kernels (ENTCOV_CUDA=1, or an NVIDIA driver is visible) and found no nvcc. "
-            "Build without --no-build-isolation, or install the compiler first:\n    pip install "
-            + " ".join(CUDA_COMPILER)
-            + "\nor set CUDA_HOME to a toolkit, or ENTCOV_CUDA=0 to do without."
-        )
+    nvcc = matching_nvcc()
     cxx = find_cxx()
     archs = os.environ.get("ENTCOV_CUDA_ARCHS", "80;90;100").split(";")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]

@@ -8,9 +8,12 @@ from importlib import import_module
 BENCHMARKS = {
     "ops": ("benchmarks.ops_benchmark", "token_stats against eager and compiled torch on this CPU; the ops' host time"),
     "linear": ("benchmarks.linear_benchmark", "linear_token_stats against materialised logits and chunked heads, CPU"),
+    "head": ("benchmarks.head_benchmark", "the transformers actor's statistics from logits or from hidden states, CPU"),
     "selection": ("benchmarks.selection_benchmark", "the selections of Clip-Cov and KL-Cov against topk and randperm"),
+    "batch": ("benchmarks.batch_benchmark", "packing and dividing a rollout batch on the host: time, memory, growth"),
     "splits": ("benchmarks.splits", "selections of verl, of TRL and ours over micro-batches; in .venv-verl, .venv-trl"),
     "static": ("benchmarks.static_evidence", "registers, spills and cost of the CUDA kernels' machine code; no GPU"),
+    "events": ("benchmarks.event_model", "a model of the share of the bandwidth that a kernel reaches; no GPU"),
     "gpu": ("benchmarks.gpu", "on a machine with a GPU: build, tests, sanitizer, benchmarks with rivals, trainings"),
     "rivals": ("benchmarks.fetch_rivals", "download what `gpu --rivals FOLDER` compares with"),
 }

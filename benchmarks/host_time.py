@@ -1,4 +1,4 @@
-"""Host time of the public ops on a tensor so small that the kernels take next to nothing.
+"""Host time of the public functions on tensors so small that the kernels take next to nothing.
 
 Microseconds of one call on one thread. The floor is torch's own: an autograd.Function that saves two tensors, allocates
 two outputs and one gradient, and computes nothing.
@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from entcov import linear_token_stats, logit_covariance, token_stats
+from entcov import PolicyLossConfig, Tokens, Totals, linear_token_stats, logit_covariance, policy_loss, token_stats
+from entcov.objective.token_covariance import token_covariance
 
 TOKENS, COLUMNS, WIDTH = 4, 64, 16
 FLOOR = "empty autograd.Function"
@@ -28,8 +29,8 @@ class _Empty(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0]), None
 
 
-def _calls() -> dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], tuple[Tensor, ...]]]:
-    """name -> (call that returns two outputs, the leaves that get a gradient)"""
+def _calls() -> dict[str, tuple[Callable[[], object], tuple[Tensor, ...]]]:
+    """name -> (call that returns a tuple of outputs, the leaves that get a gradient); without leaves, it has none."""
     torch.manual_seed(0)
     logits = torch.randn(TOKENS, COLUMNS, requires_grad=True)
     old, target = logits.detach() + 0.1, torch.randint(0, COLUMNS, (TOKENS,))
@@ -41,18 +42,33 @@ def _calls() -> dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], tuple[Tenso
         "token_stats, clamp": (lambda: token_stats(logits, target, clamp_p=0.3)[::2][:2], (logits,)),
         "logit_covariance": (lambda: logit_covariance(old, logits)[::3], (logits,)),
         "linear_token_stats": (lambda: linear_token_stats(hidden, weight, target)[:2], (hidden, weight)),
+        **_objective_calls(),
+    }
+
+
+def _objective_calls() -> dict[str, tuple[Callable[[], object], tuple[Tensor, ...]]]:
+    """The loss of one micro-batch and what comes before it, once a mini-batch; these have no gradient."""
+    logprob, old, advantage = (torch.randn(TOKENS) for _ in range(3))
+    logprob.requires_grad_()
+    tokens = Tokens(logprob, old, advantage, torch.ones(TOKENS) > 0)
+    config, totals = PolicyLossConfig(), Totals(TOKENS, TOKENS)
+    return {
+        "policy_loss": (lambda: policy_loss(tokens, config, totals=totals)[:1], (logprob,)),
+        "token_covariance": (lambda: token_covariance(logprob.detach(), advantage, tokens.loss_mask), ()),
     }
 
 
 def measure() -> list[dict]:
-    """One row an op: its name, and the microseconds of "forward" and "forward+backward", a 10th percentile each."""
+    """One row a function: its name, and the microseconds of "forward" and, where it has one, "forward+backward", a 10th
+    percentile each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    ones = (torch.ones(TOKENS), torch.ones(TOKENS))
     calls = {}
     for name, (forward, leaves) in _calls().items():
         calls[name, "forward"] = forward
-        calls[name, "forward+backward"] = lambda f=forward, x=leaves: torch.autograd.grad(f(), x, ones)
+        if leaves:
+            ones = tuple(torch.ones_like(x) for x in forward())
+            calls[name, "forward+backward"] = lambda f=forward, x=leaves, y=ones: torch.autograd.grad(f(), x, y)
     try:
         seconds = _seconds(calls)
     finally:
@@ -80,4 +96,6 @@ def _seconds(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[s
 def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     """(header, rows of text)"""
     passes = ("forward", "forward+backward")
-    return ["", *passes], [[row["name"], *(f"{row[label]:.1f}" for label in passes)] for row in rows]
+    return ["", *passes], [
+        [row["name"], *(f"{row[label]:.1f}" if label in row else "-" for label in passes)] for row in rows
+    ]

@@ -5,6 +5,7 @@ for an iteration. The usual one is the shortest of those that load most bytes an
 load.
 """
 
+import heapq
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -177,6 +178,19 @@ class Kernel:
             for successor in out:
                 into[successor].append(block)
         return into
+
+    def shortest(self, start: int, ends: set[int]) -> int:
+        """The fewest instructions from the start of block `start` to the end of one of the blocks `ends`."""
+        waiting, seen = [(len(self.blocks[start]), start)], set()
+        while waiting:
+            length, block = heapq.heappop(waiting)
+            if block in ends:
+                return length
+            if block not in seen:
+                seen.add(block)
+                for following in self.successors[block]:
+                    heapq.heappush(waiting, (length + len(self.blocks[following]), following))
+        raise ValueError(f"{self.name}: no way leads from block {start} to one of {sorted(ends)}")
 
     @cached_property
     def dominators(self) -> list[set[int]]:

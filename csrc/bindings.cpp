@@ -136,6 +136,7 @@ PYBIND11_MODULE(_cpu, m) {
 #endif
   namespace core = ENTCOV_CORE;
   m.def("segments", &core::segments);
+  m.def("hash_parts", &core::hash_parts);
   m.def("message", raw(core::message));
   m.def("row_stats", raw(core::row_stats));
   m.def("merge_row_stats", raw(core::merge_row_stats));

@@ -83,10 +83,14 @@ int64_t segments(int64_t columns);
 Error row_stats(const Logits& logits, const int64_t* target, const RowSpec& spec, int fields, float* stats,
                 const RowOutputs& outputs, float* workspace, Device device);
 
+// The number of parts in which message() hashes this many values: at most 256, each by one block. On the CPU it is 1.
+int64_t hash_parts(int64_t num_values);
+
 // payload [count] -> message [count + 4]: the payload followed by its signature (signature.h). values [num_values] must
-// be equal on all ranks. call = 0 marks a rank that failed.
+// be equal on all ranks. call = 0 marks a rank that failed. workspace: hash_parts(num_values) integers if that is more
+// than 1, else null.
 Error message(const float* payload, int64_t count, const int64_t* values, int64_t num_values, int64_t call,
-              int64_t start, int64_t columns, float* message, Device device);
+              int64_t start, int64_t columns, float* message, uint64_t* workspace, Device device);
 
 // The first `fields` floats of every message row are the RowStats of a shard. They are merged in the order of the
 // ranks, so every rank computes the same bits. If the ranks do not agree (signature.h), every row that is not ignored

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable
 from numbers import Real
 
@@ -65,6 +66,10 @@ def vector(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], like: Ten
     """`tensor` is a 1-D tensor of one of `dtypes`, with the shape and device of `like`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    local(
+        "the loss is that of a rank's own tokens, with the Totals of all ranks; group= goes to select()",
+        **{name: tensor},
+    )
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
     if tensor.dim() != 1:
@@ -73,6 +78,19 @@ def vector(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], like: Ten
         raise ValueError(f"{name} must have shape {tuple(like.shape)} as the others, got {tuple(tensor.shape)}")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} as the others, got {tensor.device}")
+
+
+def local(hint: str, **tensors: Tensor | None) -> None:
+    """None of `tensors` is a DTensor. hint: what else the caller has to pass, for the message."""
+    module = None if torch.compiler.is_compiling() else sys.modules.get("torch.distributed.tensor")
+    if module is None:  # there is no DTensor where nobody has imported it
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, module.DTensor):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor with the placements {tensor.placements}; pass "
+                f"{name}.to_local(): {hint}"
+            )
 
 
 def readable(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""`python -m entcov train | eval | compare | plot | fit-law | report | data | data rank | plan | check`.
+"""`python -m entcov train | eval | compare | study | plot | fit-law | report | data | data rank | plan | check`.
 
 Parses arguments, prints results, and turns a failure into a message and an exit code. Imports are made by the command
 that needs them.
@@ -172,6 +172,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", default="runs/compare", help="directory; default %(default)s")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
     compare.set_defaults(command=_compare)
+
+    study = commands.add_parser("study", help="an experiment of the documents once more: its runs, tables and plots")
+    study.add_argument("name", nargs="?", metavar="NAME", help="without one, the studies are listed")
+    study.add_argument("--smoke", action="store_true", help="the small version: minutes, and it proves nothing")
+    study.add_argument("--out", default="runs/studies", help="what is done is kept in OUT/NAME; default %(default)s")
+    study.add_argument("--page", help="folder of the page and its plots; default: OUT/NAME/page")
+    study.add_argument("--jobs", type=int, default=1, help="processes at a time, one CPU thread each")
+    study.add_argument("--arms", help="comma-separated; of a study of training runs, these and their baselines alone")
+    study.set_defaults(command=_study)
 
     plot = commands.add_parser("plot", help="PNG plots of one or several runs")
     plot.add_argument("runs", nargs="+", metavar="RUN")
@@ -368,6 +377,34 @@ def _compare(args: argparse.Namespace) -> int:
     )  # fmt: skip
 
 
+def _study(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from entcov.studies.base import How
+    from entcov.studies.catalogue import STUDIES
+    from entcov.studies.page import listing, run_study
+
+    if args.name is None:
+        print(listing(list(STUDIES.values())))
+        return 0
+    if args.name not in STUDIES:
+        raise ValueError(f"NAME: must be one of {', '.join(STUDIES)}, got {check.shown(args.name)}")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs: must be at least 1, got {args.jobs}")
+    # Recipes of runs name the folder: a relative and an absolute --out must mean the same runs.
+    folder = Path(args.out).resolve() / (f"{args.name}_smoke" if args.smoke else args.name)
+    page = Path(args.page) if args.page else folder / "page"
+    for option, path in (("--out", folder), ("--page", page)):
+        if file := next((one for one in (path, *path.parents) if one.is_file()), None):
+            raise ValueError(f"{option}: must be a folder, and {file} is a file")
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    how = How(folder, smoke=args.smoke, jobs=args.jobs, arms=args.arms.split(",") if args.arms else None)
+    command = "python -m entcov " + shlex.join(sys.argv[1:])
+    for path in run_study(STUDIES[args.name], how, page, command=command, console=console):
+        console.print(path, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
 def _plot(args: argparse.Namespace) -> int:
     for path in _plot_runs(*_runs_and_out(args)):
         print(path)
@@ -385,13 +422,16 @@ def _runs_and_out(args: argparse.Namespace) -> tuple[dict[str, str], Path]:
 
 
 def _plot_runs(runs: dict[str, str], out: Path) -> list[Path]:
+    from entcov.report.diagnostics import Diagnosed, plot_diagnostics
     from entcov.report.plots import plot_runs
     from entcov.report.solves import plot_solves
     from entcov.rl.record.metrics import read_metrics
     from entcov.rl.solve_counts import read_solve_counts
 
-    paths = plot_runs({label: read_metrics(run) for label, run in runs.items()}, out)
-    return paths + plot_solves({label: read_solve_counts(run) for label, run in runs.items()}, out)
+    rows = {label: read_metrics(run) for label, run in runs.items()}
+    solves = {label: read_solve_counts(run) for label, run in runs.items()}
+    paths = plot_runs(rows, out) + plot_solves(solves, out)
+    return paths + plot_diagnostics({label: Diagnosed([rows[label]], solves[label]) for label in runs}, out)
 
 
 def _fit_law(args: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
 """The models that the Megatron backend trains, over any tensor, pipeline, context and data parallel layout: the policy,
 and PRIME's reward model.
 
-Every rank of the job makes every call with the same arguments; each computes its own share of the batch. The metrics
-and the updates are those of the transformers backend, to rounding.
+Every rank of the job makes every call with the same arguments, which are on its host. Its device has the sequences of
+its own replica, and computes its own share of these. Metrics and updates are those of the transformers backend, to
+rounding.
 """
 
 import math
@@ -23,11 +24,10 @@ from torch import Tensor
 
 from entcov.objective.tokens import Totals
 from entcov.rl.actor import PolicyActor
-from entcov.rl.batch import IGNORE_INDEX, Batch
+from entcov.rl.batch import Batch
 from entcov.rl.config import ActorConfig, MegatronConfig
-from entcov.rl.interfaces import PolicyStats
 from entcov.rl.reward_model import ImplicitRewardModel
-from entcov.rl.trained_model import Selections, TrainedModel
+from entcov.rl.trained_model import Metrics, Selections, TrainedModel
 from entcov.stats.token_stats import TokenStats
 from megatron_integration.adaptors import logits_stats, per_token_loss
 from megatron_integration.bridge import named_weights
@@ -71,7 +71,7 @@ class MegatronModel(TrainedModel):
                 f"{megatron.optimizer_offload} on {groups.device}"
             )
         self.bridge, self.groups, self.megatron = bridge, groups, megatron
-        self.sequence_group = groups.context_group
+        self.sequence_group, self.batch_group, self.replica = groups.context_group, groups.batch_group, groups.replica
         self.selects_by_old_logprob = megatron.selection_logprob == "old"
         # A sequence is padded to a multiple of its parts: 2 C chunks (context parallelism), TP (sequence).
         size = megatron.context_parallel
@@ -118,6 +118,11 @@ class MegatronModel(TrainedModel):
     def device(self) -> torch.device:
         return self.groups.device
 
+    def anywhere(self, mask: Tensor) -> Tensor:
+        found = mask.to(torch.uint8)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.groups.control)
+        return found.bool()
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         self.gather_parameters()
         return named_weights(self.bridge, self.model, self.groups)
@@ -142,57 +147,52 @@ class MegatronModel(TrainedModel):
 
     # ---- division of the batch --------------------------------------------------------------------------------------
 
-    def _replicas(self, batch: Batch) -> list[list[tuple[Batch, Tensor]]]:
-        """The micro-batches of every replica.
-
-        A replica without a sequence gets one without a loss: pipelines and collectives need a pass.
-        """
+    def _division(self, batch: Batch) -> list[list[list[int]]]:
         lengths = tuple(padded_length(n, self._unit) for n in batch.lengths)
-        replicas = assign_to_replicas(
+        return assign_to_replicas(
             lengths, self.groups.replicas, self.config.micro_batch_tokens, not self.config.packing, batch.temperatures
         )
-        return [
-            [(batch.subset(group), batch.positions(group)) for group in groups] or [dummy_micro_batch(batch)]
-            for groups in replicas
-        ]
 
-    def _micro_batches(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
-        return [micro for replica in self._replicas(batch) for micro in replica]
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """A replica without a sequence gets one without a loss: pipelines and collectives need a pass."""
+        return super()._micro_batches(batch) or [dummy_micro_batch(batch).to(self.device)]
 
-    def _own_inputs(self, batch: Batch) -> list[MicroBatch]:
-        """The model's inputs for the micro-batches of this rank's replica."""
+    def _inputs(self, micro_batches: Sequence[Batch]) -> list[MicroBatch]:
+        """The model's inputs for micro-batches of this rank's replica."""
         options = {"unit": self._unit, "packing": self.config.packing}
         ranks = {"context_parallel": self.groups.context_parallel, "context_rank": self.groups.context_rank}
-        return [build_inputs(*micro, **options, **ranks) for micro in self._replicas(batch)[self.groups.replica]]
+        return [build_inputs(micro, **options, **ranks) for micro in micro_batches]
 
     # ---- passes through the model -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _forward(self, model: MegatronModule, batch: Batch, names: Sequence[str], **options: Any) -> PolicyStats:
-        own = self._own_inputs(batch)
+    def _score(
+        self, model: MegatronModule, micro_batches: Sequence[Batch], names: Sequence[str], **options: Any
+    ) -> list[Tensor]:
+        inputs = self._inputs(micro_batches)
 
         def collect(micro: MicroBatch, _, logits: Tensor, non_loss_data: bool = True) -> Tensor:
             stats = self._stats(micro, logits, **options)
             return torch.stack([getattr(stats, name) for name in names])
 
         with self.groups.running():
-            found = self._run(model, [(micro, None) for micro in own], collect, forward_only=True)
-        table = torch.zeros((len(names), len(batch.tokens)), device=self.device)
+            found = self._run(model, [(micro, None) for micro in inputs], collect, forward_only=True)
+        sizes = [len(micro.tokens) for micro in micro_batches]
+        table = torch.zeros((len(names), sum(sizes)), device=self.device)
+        parts = table.split(sizes, 1)
         if self.groups.last_stage:
-            for micro, values in zip(own, found, strict=True):
-                table[:, micro.index[micro.rows]] = values
-            dist.all_reduce(table, group=self.groups.data_group)  # every token is on one rank: sums with zeros
+            for part, micro, values in zip(parts, inputs, found, strict=True):
+                part[:, micro.rows] = values
+            if self.groups.context_group is not None:  # every token is on one of these ranks: sums with zeros
+                dist.all_reduce(table, group=self.groups.context_group)
         self._from_last_stage(table)
-        return dict(zip(names, table, strict=True))
+        return [part[:, micro.loss_mask] for part, micro in zip(parts, micro_batches, strict=True)]
 
-    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:
-        sizes = [len(replica) for replica in self._replicas(batch)]
-        first = sum(sizes[: self.groups.replica])
-        own = selections[first : first + sizes[self.groups.replica]]
+    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[Metrics, float]:
         with self.groups.running():
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
-            work = list(zip(self._own_inputs(batch), own, strict=True))
+            work = list(zip(self._inputs(self._micro_batches(batch)), selections, strict=True))
             metrics = self._run(self.model, work, partial(self._logits_loss, totals=totals), forward_only=False)
             self.optimizer.prepare_grads()
             self._grad_norm = float(self.optimizer.get_grad_norm())
@@ -219,8 +219,7 @@ class MegatronModel(TrainedModel):
         """Statistics of this rank's loss tokens, [k] each, in the logits' order."""
         options = {"temperature": self.temperature_of(micro.sequences)} | options
         stats = logits_stats(logits, micro.target, vocab_size=self.bridge.hf_config.vocab_size, **options)
-        at = micro.target != IGNORE_INDEX
-        return TokenStats(*(None if value is None else value[at] for value in stats))
+        return TokenStats(*(None if value is None else value.flatten()[micro.places] for value in stats))
 
     def _run(
         self, model: MegatronModule, work: list[tuple[MicroBatch, Any]], use: Callable, *, forward_only: bool
@@ -246,7 +245,7 @@ class MegatronModel(TrainedModel):
 
     # ---- across ranks -----------------------------------------------------------------------------------------------
 
-    def _add_up(self, metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _add_up(self, metrics: list[dict[str, Tensor]]) -> Metrics:
         """The sums over micro-batches, data and context parallel ranks, on every rank."""
         sums: dict[str, Any] = defaultdict(float)
         for item in metrics:
@@ -261,7 +260,7 @@ class MegatronModel(TrainedModel):
             values = torch.stack([sums[name].double() for name in names[0]])
             dist.all_reduce(values, group=self.groups.data_group)
         self._from_last_stage(values)
-        return dict(zip(names[0], values.tolist(), strict=True))
+        return dict(zip(names[0], values, strict=True))
 
     def _from_last_stage(self, values: Tensor) -> None:
         group = self.groups.pipeline_group

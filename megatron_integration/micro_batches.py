@@ -1,10 +1,11 @@
 """Divides a mini-batch over replicas, micro-batches and context-parallel ranks, and builds the model's inputs.
 
-Every rank holds the whole mini-batch and computes the same division, so nothing is communicated.
+Every process has the whole mini-batch on its host and computes the same division, so nothing is communicated.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from heapq import heapreplace
 from itertools import accumulate
 from typing import Any
 
@@ -21,22 +22,20 @@ from entcov.rl.batch import IGNORE_INDEX, Batch, micro_batches
 class MicroBatch:
     """Whole sequences of a mini-batch, and this rank's inputs and loss tokens of them.
 
-    The k-th logit row whose `target` is not IGNORE_INDEX belongs to token `rows[k]` of `sequences`, and so to token
-    `index[rows[k]]` of the mini-batch.
+    The logit row `places[k]` belongs to token `rows[k]` of `sequences`.
     """
 
     sequences: Batch  # without padding
-    index: Tensor  # [n] int64, where their tokens are in the mini-batch
     inputs: dict[str, Any]  # keyword arguments of GPTModel.forward
     target: Tensor  # the logits' leading shape, int64; IGNORE_INDEX where nothing is learned
+    places: Tensor  # [k] int64: the logit rows, flattened, whose target is not IGNORE_INDEX
     rows: Tensor  # [k] int64: entries of `sequences` that are this rank's loss tokens, in the logits' order
 
     def local(self, selection: Selection | None) -> Selection | None:
         """A selection of the loss tokens of `sequences` -> of this rank's, in the logits' order."""
         if selection is None:
             return None
-        numbers = torch.full(self.sequences.loss_mask.shape, -1, device=self.rows.device)
-        numbers[self.sequences.loss_mask] = torch.arange(self.sequences.num_loss_tokens, device=self.rows.device)
+        numbers = self.sequences.loss_mask.cumsum(0) - 1  # among the loss tokens
         return selection.at(numbers[self.rows])
 
 
@@ -53,11 +52,11 @@ def assign_to_replicas(
         max_tokens: of one micro-batch of one replica, before context parallelism splits it.
         temperatures: of each sequence, one a micro-batch; none given: they are equal.
     """
-    loads = [0] * replicas
+    loads = [(0, replica) for replica in range(replicas)]  # a heap: tokens so far
     members: list[list[int]] = [[] for _ in range(replicas)]
     for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
-        lightest = loads.index(min(loads))
-        loads[lightest] += lengths[s]
+        load, lightest = loads[0]
+        heapreplace(loads, (load + lengths[s], lightest))
         members[lightest].append(s)
     return [
         [
@@ -70,17 +69,13 @@ def assign_to_replicas(
     ]
 
 
-def dummy_micro_batch(batch: Batch) -> tuple[Batch, Tensor]:
-    """The batch's shortest sequence without a loss, and its positions: what a replica without a sequence runs."""
-    shortest = [batch.lengths.index(min(batch.lengths))]
-    micro = batch.subset(shortest)
-    no_loss, no_target = torch.zeros_like(micro.loss_mask), torch.full_like(micro.target, IGNORE_INDEX)
-    return replace(micro, loss_mask=no_loss, target=no_target), batch.positions(shortest)
+def dummy_micro_batch(batch: Batch) -> Batch:
+    """The batch's shortest sequence without a loss: what a replica without a sequence runs."""
+    micro = batch.subset([batch.lengths.index(min(batch.lengths))])
+    return replace(micro, loss_mask=torch.zeros_like(micro.loss_mask))
 
 
-def build_inputs(
-    sequences: Batch, index: Tensor, *, unit: int, packing: bool, context_parallel: int, context_rank: int
-) -> MicroBatch:
+def build_inputs(sequences: Batch, *, unit: int, packing: bool, context_parallel: int, context_rank: int) -> MicroBatch:
     """The model's inputs for this rank.
 
     Each sequence is padded at its end to a multiple of `unit`; causal attention keeps padding from its tokens. Under
@@ -102,7 +97,11 @@ def build_inputs(
     join = (lambda rows: torch.cat(rows)[None]) if packing else torch.stack
     entry, position = (join(rows).to(sequences.tokens.device) for rows in (entries, positions))
     target = F.pad(sequences.target, (0, 1), value=IGNORE_INDEX)[entry]
-    inputs = {"input_ids": F.pad(sequences.tokens, (0, 1))[entry], "position_ids": position, "attention_mask": None}
+    inputs = {
+        "input_ids": F.pad(sequences.tokens, (0, 1))[entry].long(),
+        "position_ids": position,
+        "attention_mask": None,
+    }
     if packing:
         # Padding belongs to its sequence, so there is none between sequences: Transformer Engine, given bounds with
         # padding too, would compare the two on the host.
@@ -111,7 +110,9 @@ def build_inputs(
             qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max(widths),
             max_seqlen_kv=max(widths),
         )  # fmt: skip
-    return MicroBatch(sequences, index, inputs, target, entry[target != IGNORE_INDEX])
+    # The one wait for the device: before the passes, and not in every pass.
+    places = (target != IGNORE_INDEX).flatten().nonzero()[:, 0]
+    return MicroBatch(sequences, inputs, target, places, entry.flatten()[places])
 
 
 def padded_length(length: int, unit: int) -> int:

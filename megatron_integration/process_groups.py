@@ -57,6 +57,7 @@ class ProcessGroups:
     replica: int
     context_parallel: int
     data_group: dist.ProcessGroup  # same tensor and pipeline place, all data and context parallel ones
+    batch_group: dist.ProcessGroup  # same tensor, pipeline and context place: one rank of each replica, in their order
     pipeline_group: dist.ProcessGroup
     context_group: dist.ProcessGroup | None  # the ranks that a sequence is divided over, if there are several
     control: dist.ProcessGroup
@@ -131,6 +132,7 @@ def make_process_groups(config: MegatronConfig, device: torch.device, *, seed: i
         replicas=world // size,
         replica=parallel_state.get_data_parallel_rank(),
         context_parallel=config.context_parallel,
+        batch_group=parallel_state.get_data_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group() if config.context_parallel > 1 else None,

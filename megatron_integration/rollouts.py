@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from entcov.rl.collect import derived_seed, pack_rollouts, temperature_of_each, unpack_rollouts
+from entcov.rl.collect import ARRAYS, derived_seed, pack_rollouts, temperature_of_each, unpack_rollouts
 from entcov.rl.config import RolloutConfig
 from entcov.rl.hf.sampler import InProcessSampler
 from entcov.rl.interfaces import NamedWeights, Sampler
@@ -70,6 +70,10 @@ class SharedRollouts:
             for _ in named_weights():
                 pass
 
+    def sleep(self, *, sync_follows: bool) -> None:
+        if self.sampler is not None:
+            self.sampler.sleep(sync_follows=sync_follows)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -105,8 +109,16 @@ class SharedRollouts:
                 if reports:
                     scorer.finish(own_rollouts)
         by_uid = {prompt.uid: prompt for prompt in prompts}
-        shares = self._everywhere(lambda: pack_rollouts(own_rollouts))
-        return [rollout for share in shares for rollout in unpack_rollouts(share, by_uid)]
+        packed = pack_rollouts(own_rollouts)
+        arrays = {name: packed.pop(name) for name in ARRAYS}
+        rollouts: list[Rollout] = []
+        for ranks, share in zip(self.ranks.members, self._everywhere(lambda: packed), strict=True):
+            tokens = sum(length for _, _, length, *_ in share["each"])
+            for name, own in arrays.items():  # as they are: a pickled object would be copied several times
+                share[name] = own if ranks[0] == dist.get_rank() else own.new_empty(tokens)
+                dist.broadcast(share[name], src=ranks[0], group=self.groups.control)
+            rollouts += unpack_rollouts(share, by_uid)
+        return rollouts
 
     def prompt_logprobs(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """As `Sampler.prompt_logprobs`: each sampler does a share."""

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLAT = {  # files of entcov/ itself, and the room that they are taken for
-    "arguments": "shared", "intervals": "shared", "law": "shared", "registry": "shared", "_cpu": "ops", "_cuda": "ops",
+    "arguments": "shared", "intervals": "shared", "law": "shared", "registry": "shared", "diagnostics": "objective",
+    "_cpu": "ops", "_cuda": "ops",
     "cli": "cli", "__main__": "cli",
 }  # fmt: skip
 MAY_IMPORT = {
@@ -22,10 +23,11 @@ MAY_IMPORT = {
     "rl": "stats objective controls",
     "plan": "",
     "report": "rl",
+    "studies": "stats objective controls rl report",
     "verify": "ops stats",
     "integrations": "stats objective controls",
     "entcov": "stats objective",  # the public names
-    "cli": "rl plan report verify",
+    "cli": "rl plan report studies verify",
 }
 
 

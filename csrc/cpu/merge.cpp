@@ -27,8 +27,10 @@ void for_merged_rows(const Messages& messages, int threads, F row) {
 
 }  // namespace
 
+int64_t hash_parts(int64_t) { return 1; }
+
 Error message(const float* payload, int64_t count, const int64_t* values, int64_t num_values, int64_t call,
-              int64_t start, int64_t columns, float* message, Device) {
+              int64_t start, int64_t columns, float* message, uint64_t*, Device) {
   uint64_t hash = 0;
   for (int64_t i = 0; i < num_values; i++) hash += hash_of(i, values[i]);
   const Signature signature = sign(hash, call, start, columns);

@@ -54,6 +54,19 @@ inline Cut cut(int64_t columns) {
 // The message of a failed launch. Clears the runtime's last error, so that a later, unrelated check does not report it.
 Error describe_failure(cudaError_t error, const char* kernel, int64_t blocks);
 
+// While an object of this class exists, this thread may load a kernel although a stream is being captured into a CUDA
+// graph. The first launch of a kernel in a process loads it, and drivers before 12.3 do not permit that in other modes.
+class MayLoad {
+ public:
+  MayLoad() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~MayLoad() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  MayLoad(const MayLoad&) = delete;
+  MayLoad& operator=(const MayLoad&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the mode before
+};
+
 // Enqueues kernel(args) with `blocks` blocks of kThreads threads on the stream. Returns null, or the message of the
 // failure, which names the kernel `name`. With blocks = 0 it does nothing.
 template <class Args>
@@ -64,7 +77,11 @@ Error launch(const char* name, void (*kernel)(Args), int64_t blocks, cudaStream_
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+  cudaError_t error;
+  {
+    const MayLoad may_load;
+    error = cudaLaunchKernelEx(&config, kernel, args);
+  }
   return error == cudaSuccess ? nullptr : describe_failure(error, name, blocks);
 }
 

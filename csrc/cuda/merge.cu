@@ -7,7 +7,9 @@
 // to hash it.
 //
 // Parallelisation. Merge: one thread per row, one launch that also writes the outputs. Message: block 0 hashes the
-// values and writes the signature, the other blocks copy 2,048 floats of the payload each.
+// values and writes the signature, the other blocks copy 2,048 floats of the payload each. More than 4,096 values are
+// hashed by a launch before it, in up to 256 blocks; block 0 then adds the hashes of the blocks. So no block does work
+// that grows with the number of tokens while the others have none.
 //
 // Numerics. Parts are merged in order, with merge() of row_stats.h and logit_covariance.h: one exponential per part,
 // four for covariances. Every rank that holds the same messages computes the same bits.
@@ -17,17 +19,50 @@
 namespace entcov::cuda {
 namespace {
 
-constexpr int kFloatsABlock = 8 * kThreads;  // of the payload, copied by one block
+constexpr int kFloatsABlock = 8 * kThreads;   // of the payload, copied by one block
+constexpr int kValuesABlock = 16 * kThreads;  // hashed by one block
+constexpr int kMostParts = kThreads;          // one for each thread of the block that adds them
+
+struct Values {
+  const int64_t* values;  // [count]
+  int64_t count;
+  uint64_t* parts;  // [blocks of hash_values_kernel]; null: the values were not hashed before
+};
 
 struct MessageArgs {
   const float* payload;  // [count]
   int64_t count;
-  const int64_t* values;  // [num_values]
-  int64_t num_values, call, start, columns;
+  Values values;
+  int64_t num_parts, call, start, columns;
   float* message;  // [count + kSignatureFloats]
 };
 
-// One block is enough for the values: there are only a few per token.
+// The sum of v over the block, in thread 0.
+__device__ __forceinline__ uint64_t block_sum(uint64_t v) {
+  __shared__ uint64_t of_warp[kWarps];
+  v = warp_sum(v);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int w = 1; w < kWarps; w++) v += of_warp[w];
+  return v;
+}
+
+// The sum of the hashes of values block, block + blocks, ..., in units of one value a thread; in thread 0. Integers are
+// added, so the order does not matter.
+__device__ __forceinline__ uint64_t hash_of_block(const Values& v, int64_t block, int64_t blocks) {
+  uint64_t hash = 0;
+#pragma unroll 4
+  for (int64_t i = block * kThreads + threadIdx.x; i < v.count; i += blocks * kThreads)
+    hash += hash_of(i, v.values[i]);
+  return block_sum(hash);
+}
+
+__global__ void __launch_bounds__(kThreads) hash_values_kernel(const Values v) {
+  const uint64_t hash = hash_of_block(v, blockIdx.x, gridDim.x);
+  if (threadIdx.x == 0) v.parts[blockIdx.x] = hash;
+}
+
 __global__ void __launch_bounds__(kThreads) message_kernel(const MessageArgs a) {
   if (blockIdx.x > 0) {
     const int64_t begin = (blockIdx.x - int64_t{1}) * kFloatsABlock;
@@ -35,15 +70,12 @@ __global__ void __launch_bounds__(kThreads) message_kernel(const MessageArgs a) 
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) a.message[i] = a.payload[i];
     return;
   }
-  __shared__ uint64_t of_warp[kWarps];
-  uint64_t hash = 0;
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < a.num_values; i += kThreads) hash += hash_of(i, a.values[i]);
-  hash = warp_sum(hash);
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = hash;
-  __syncthreads();
+  uint64_t hash;
+  if (a.values.parts)
+    hash = block_sum(threadIdx.x < a.num_parts ? a.values.parts[threadIdx.x] : 0);
+  else
+    hash = hash_of_block(a.values, 0, 1);
   if (threadIdx.x != 0) return;
-  for (int w = 1; w < kWarps; w++) hash += of_warp[w];
   const Signature signature = sign(hash, a.call, a.start, a.columns);
   float words[kSignatureFloats];
   memcpy(words, &signature, sizeof words);
@@ -115,10 +147,19 @@ int64_t blocks(int64_t rows) { return (rows + kThreads - 1) / kThreads; }
 
 }  // namespace
 
+int64_t hash_parts(int64_t num_values) {
+  const int64_t parts = (num_values + kValuesABlock - 1) / kValuesABlock;
+  return parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts;
+}
+
 Error message(const float* payload, int64_t count, const int64_t* values, int64_t num_values, int64_t call,
-              int64_t start, int64_t columns, float* message, Device stream) {
+              int64_t start, int64_t columns, float* message, uint64_t* workspace, Device stream) {
+  const int64_t parts = hash_parts(num_values);
+  const Values v{values, num_values, parts > 1 ? workspace : nullptr};
+  if (v.parts)
+    if (const Error error = launch("hash of values", hash_values_kernel, parts, stream, v)) return error;
   return launch("message", message_kernel, 1 + (count + kFloatsABlock - 1) / kFloatsABlock, stream,
-                MessageArgs{payload, count, values, num_values, call, start, columns, message});
+                MessageArgs{payload, count, v, parts, call, start, columns, message});
 }
 
 Error merge_row_stats(const Messages& messages, const int64_t* target, const RowSpec& spec, int fields, float* stats,

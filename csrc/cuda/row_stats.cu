@@ -5,8 +5,9 @@
 // per segment to the workspace, which merge_segments() reads.
 //
 // Parallelisation. A team (a warp or a block of 256 threads, launch.h) computes a segment in tiles. In a tile every
-// thread loads kVectors 16-byte vectors before it uses the first. With 4 blocks per multiprocessor, half of its maximum
-// number of threads, 64 KB are in flight; 3 TB/s need about 16 KB.
+// thread loads kVectors 16-byte vectors before it uses the first; in the last tile, groups of vectors behind the end of
+// the segment are left out. With 4 blocks per multiprocessor, half of its maximum number of threads, 64 KB are in flight;
+// 3 TB/s need about 16 KB. The first tile waits for the target, since the logits of ignored rows are not read.
 //
 // Numerics. Sums are relative to a reference (device/sums.cuh), which starts as the largest element of the team's first
 // tile. Nearly every group of vectors is below the reference and costs one FFMA, one EX2, one FADD and one FFMA per
@@ -119,6 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTeamWarps>) row_stats_kerne
     if (tile == 0) s.refer_to(team.max(largest<T>(u), shared, 0), a.scale);
 #pragma unroll
     for (int k = 0; k < kVectors; k += kGroup) {
+      if (k > 0 && tile + k * TheTeam::kSize >= vectors) break;  // no thread has columns in this group
       const uint4(&group)[kGroup] = *reinterpret_cast<const uint4(*)[kGroup]>(&u[k]);
       const float top = largest<T>(group);
       if (top < s.limit)

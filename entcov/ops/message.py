@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from entcov.ops.core import SIGNATURE, check_rows, define, launch
+from entcov.ops.core import SIGNATURE, check_rows, define, kernels_of, launch
 
 
 def _prepare(payload, values, call, start, columns):
@@ -20,7 +20,9 @@ def _prepare(payload, values, call, start, columns):
 
 def _fill(out, payload, values, call, start, columns):
     count = 0 if values is None else values.numel()
-    launch("message", payload.device, payload, payload.numel(), values, count, call, start, columns, out)
+    parts = kernels_of(payload.device).hash_parts(count)
+    room = payload.new_empty(parts, dtype=torch.int64) if parts > 1 else None  # lives until the launch
+    launch("message", payload.device, payload, payload.numel(), values, count, call, start, columns, out, room)
 
 
 _message = define(

@@ -39,6 +39,12 @@ GPUS = {
 TRAINER_RESERVE = 5 * GIB
 ENGINE_RESERVE = 2 * GIB
 
+# Bytes a token of a rollout batch; tests count them on a batch that is really packed.
+ROLLOUT = 8  # tokens and log-probabilities as they were sampled
+COLUMNS = 13  # of a packed batch, prompts included
+LOSS_VIEW = 69  # of a loss token, as estimators, controls and the loss see it: `Tokens` without the statistics
+SELECTION = 150  # what a selection has beside its tokens, at most: entcov/objective/selection.py
+
 
 def parse_size(text: str) -> int:
     """Bytes of "80GiB", "80GB" or "65536MiB".
@@ -114,6 +120,16 @@ class Settings:
     @property
     def step_tokens(self) -> int:
         return self.prompts_per_step * self.group_size * (self.mean_prompt + self.mean_response)
+
+    @property
+    def share(self) -> int:
+        """Tokens of one replica in a rollout batch."""
+        return math.ceil(self.step_tokens / self.data_parallel)
+
+    @property
+    def statistics(self) -> int:
+        """Numbers of each token that a scoring pass of the policy tells."""
+        return 5 if self.clamped_entropy else 4
 
     @property
     def micro_batches(self) -> int:
@@ -220,6 +236,7 @@ class Memory:
     reward_model: int  # its weights, gradients and optimizer
     activations: int
     logits: int  # with their gradient and the statistics; 0 but for the last stage
+    batch: int  # the replica's share of the rollout batch
     engine_weights: int
     kv_cache: int
     asleep: bool  # the engine gives its memory back while the trainer works
@@ -237,7 +254,7 @@ class Memory:
 
     @property
     def training(self) -> int:
-        return self.resident + self.activations + self.logits + (0 if self.asleep else self.engine)
+        return self.resident + self.activations + self.logits + self.batch + (0 if self.asleep else self.engine)
 
     @property
     def generation(self) -> int:
@@ -296,11 +313,31 @@ def memory(s: Settings, stage: int) -> Memory:
         reward_model=weights + gradients + optimizer if s.reward_model else 0,
         activations=activations(s, stage),
         logits=logits,
+        batch=batch_share(s),
         engine_weights=engine_weights,
         kv_cache=cache,
         asleep=s.sleep,
         limit=s.gpu.memory,
     )
+
+
+def batch_share(s: Settings) -> int:
+    """The most that a GPU holds of its replica's sequences: while these are scored, or while one update selects tokens.
+
+    Of scores there are four copies: the pass's, those of its loss tokens, these in one piece, another replica's.
+    """
+    scoring = s.share * (COLUMNS + 4 * 4 * s.statistics)
+    kept = COLUMNS + 4 * (1 + s.statistics + s.reference + s.reward_model)
+    update = s.share * (kept + LOSS_VIEW + 4 * s.statistics + SELECTION * s.selection)
+    return max(scoring, math.ceil(update / s.updates))
+
+
+def host_memory(s: Settings) -> int:
+    """What the rollout batch takes on the host of a node, where every process holds all of it: its most, while
+    advantages are assigned. Weights, the optimizer's offloaded state and texts are not counted."""
+    scores = 4 * (s.statistics + s.reference + s.reward_model)
+    processes = min(s.gpus, s.gpus_per_node)
+    return processes * s.step_tokens * (ROLLOUT + COLUMNS + scores + LOSS_VIEW + scores)
 
 
 def engine_memory(s: Settings) -> tuple[int, int]:

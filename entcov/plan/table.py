@@ -6,7 +6,17 @@ from rich.console import Console
 from rich.table import Table
 
 from entcov.plan import traffic
-from entcov.plan.memory import ENGINE_RESERVE, GIB, TRAINER_RESERVE, Memory, Settings, problems, remedies, stages
+from entcov.plan.memory import (
+    ENGINE_RESERVE,
+    GIB,
+    TRAINER_RESERVE,
+    Memory,
+    Settings,
+    host_memory,
+    problems,
+    remedies,
+    stages,
+)
 
 
 def print_plan(s: Settings, console: Console) -> bool:
@@ -62,13 +72,14 @@ def _memory(s: Settings, held: Sequence[Memory]) -> Table:
     for one in shown:
         table.add_column(f"stage {one.stage}", justify="right")
     table.add_row("parameters on the rank, millions", *(f"{one.parameters / 1e6:.1f}" for one in shown))
-    rows = ["weights", "gradients", "optimizer", "reference", "reward_model", "activations", "logits", "engine_weights",
-            "kv_cache"]  # fmt: skip
+    rows = ["weights", "gradients", "optimizer", "reference", "reward_model", "activations", "logits", "batch",
+            "engine_weights", "kv_cache"]  # fmt: skip
     names = {
         "gradients": "gradients (float32)",
         "optimizer": "optimizer (main weights, two moments)",
         "reward_model": "reward model, its gradients, its optimizer",
         "logits": "logits, their gradient, statistics",
+        "batch": "the replica's share of the rollout batch",
         "engine_weights": "engine: weights",
         "kv_cache": "engine: key-value cache",
     }
@@ -85,8 +96,11 @@ def _memory(s: Settings, held: Sequence[Memory]) -> Table:
             f"[bold]{phase}[/bold], of {s.gpu.memory / GIB:.0f}",
             *(_judged(getattr(one, phase), one.limit) for one in shown),
         )
+    table.caption = (
+        f"Each node's host holds the rollout batch in {host_memory(s) / GIB:.0f} GiB, all its processes together."
+    )
     if s.engine == "colocated":
-        table.caption = f"The cache holds {traffic.engine_sequences(s):.0f} sequences of mean length in each engine."
+        table.caption += f" The cache holds {traffic.engine_sequences(s):.0f} sequences of mean length in each engine."
     return table
 
 

@@ -8,6 +8,7 @@ from entcov.plan.memory import Settings, engine_sequences, memory
 # Bytes that a rank sends of one token: row statistics, and what a clamp adds to them. docs/ops.md has the protocol.
 STATISTICS, STATISTICS_WITH_MOMENTS = 16, 28
 CLAMP_SKETCH, CLAMP_PART = 256, 664
+SELECTION_SUMS = 9 << 19  # that the replicas add up to choose the tokens of one update: `entcov.controls.select`
 
 # Assumptions, all to be replaced by measurements on the machine.
 COMPUTE_EFFICIENCY = 0.45  # share of the GPU's dense bfloat16 peak that matrix products reach
@@ -116,14 +117,15 @@ def traffic(s: Settings) -> list[Traffic]:
         add("weights, all-gather", "data", ranks, steps, s.value_bytes * parameters, 1, group_speed)
     else:
         add("gradients, all-reduce", "data", ranks, steps, 4 * parameters, 2, group_speed)
-    # Every rank gets the statistics that the last stage has computed: one float32 number for each token and statistic.
-    scored = 4 * s.step_tokens * (5 if s.clamped_entropy else 4)
-    add("scores, all-reduce", "data", ranks, 1, scored, 2, group_speed)
+    # Each replica tells the others what it has computed: one float32 number for each token and statistic. Before, the
+    # ranks that share its sequences add up their parts.
+    d, numbers = s.data_parallel, s.statistics + s.scorings - 1
+    add("scores, broadcast", "data", d, 1, 4 * s.step_tokens * s.statistics, 1, group_speed)
     if s.scorings > 1:
-        add("reference scores, all-reduce", "data", ranks, s.scorings - 1, 4 * s.step_tokens, 2, group_speed)
+        add("reference scores, broadcast", "data", d, s.scorings - 1, 4 * s.step_tokens, 1, group_speed)
+    add("parts of scores, all-reduce", "context", c, 1, 4 * s.share * numbers, 2, crossing)
     if s.selection:
-        chosen = n.selecting // s.micro_batches
-        add("selection scores, all-reduce", "data", ranks, chosen, 4 * s.step_tokens / s.updates, 2, group_speed)
+        add("selections, all-reduce", "data", d, s.epochs * s.updates, SELECTION_SUMS, 2, group_speed)
     whole = s.shape.parameters * s.value_bytes
     add("weight sync", "replica", t * p, 1, whole, 1, crossing)
     return out

@@ -151,10 +151,11 @@ def summarize(
     *,
     command: str,
     failures: Sequence[Failure] = (),
+    measures: Sequence[Measure] = MEASURES,
 ) -> Comparison:
-    """The comparison of finished runs: `rows[control][seed]` are a run's metrics."""
-    final = {c: {s: final_values(run) for s, run in by_seed.items()} for c, by_seed in rows.items()}
-    names = [measure.name for measure in MEASURES]
+    """The comparison of finished runs: `rows[control][seed]` are a run's metrics. One measure is named entropy."""
+    final = {c: {s: final_values(run, measures) for s, run in by_seed.items()} for c, by_seed in rows.items()}
+    names = [measure.name for measure in measures]
     differences, ratio = {}, {}
     for control, baseline in baselines.items():
         base = final[baseline]
@@ -167,7 +168,7 @@ def summarize(
         )
     return Comparison(
         command=command,
-        environment=_environment(),
+        environment=environment(),
         steps=max((int(run[-1]["step"]) for by_seed in rows.values() for run in by_seed.values()), default=0),
         seeds=tuple(sorted({seed for by_seed in rows.values() for seed in by_seed})),
         baselines=dict(baselines),
@@ -181,12 +182,12 @@ def summarize(
     )
 
 
-def final_values(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def final_values(rows: Sequence[Mapping[str, float]], measures: Sequence[Measure] = MEASURES) -> dict[str, float]:
     """Measure name -> final value; measures that the run did not log are absent."""
     last_step = rows[-1]["step"]
     first_final = last_step - max(1, round(FINAL_FRACTION * last_step))  # exclusive
     values = {}
-    for measure in MEASURES:
+    for measure in measures:
         logged = [
             {k: v for k, v in row.items() if re.fullmatch(measure.pattern, k)} | {"step": row["step"]} for row in rows
         ]
@@ -198,9 +199,11 @@ def final_values(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return values
 
 
-def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(
+    comparison: Comparison, measures: Sequence[Measure] = MEASURES
+) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows of text): the estimates, and the differences to the baselines."""
-    measures = [m for m in MEASURES if any(e[m.name].by_seed for e in comparison.estimates.values())]
+    measures = [m for m in measures if any(e[m.name].by_seed for e in comparison.estimates.values())]
     first = [
         [control, str(max((len(e.by_seed) for e in estimates.values()), default=0))]
         + [_shown(estimates[m.name], m.digits) for m in measures]
@@ -219,7 +222,7 @@ def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]
         second.append([control, baseline, times, *cells])
     if second:
         header = ["control", "baseline", "entropy / baseline's", *(m.title for m in measures)]
-        found.append(("Difference to the baseline of strength 0, paired by seed", header, second))
+        found.append(("Difference to the baseline, paired by seed", header, second))
     return found
 
 
@@ -239,7 +242,7 @@ def markdown(comparison: Comparison, plots: bool) -> str:
         "not contain 0. The ratio is the geometric mean over the same pairs, with its interval.",
     ]
     for title, header, rows in tables(comparison):
-        lines += ["", f"## {title}", "", _row(header), _row(["---"] * len(header)), *map(_row, rows)]
+        lines += ["", f"## {title}", "", table_row(header), table_row(["---"] * len(header)), *map(table_row, rows)]
     if comparison.failures:
         lines += ["", "## Failed runs", ""]
         for failure in comparison.failures:
@@ -281,7 +284,7 @@ def _shown(estimate: Estimate, digits: int, sign: str = "") -> str:
     return text if math.isnan(estimate.half_width) else f"{text} ± {estimate.half_width:.{digits}f}"
 
 
-def _row(cells: Sequence[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
@@ -295,7 +298,7 @@ def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
     return table
 
 
-def _environment() -> str:
+def environment() -> str:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):

@@ -21,12 +21,13 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from entcov.report import fit_law
+from entcov.report import diagnostics, fit_law
 from entcov.report.compare import FINAL_FRACTION, summarize, tables
 from entcov.report.plots import new_figure, panel_figures
 from entcov.report.token_lens import Record, lens, read_records, to_json, visible
 from entcov.rl.record.durable import atomic_write, make_folder
 from entcov.rl.record.metrics import FILE_NAME, read_metrics
+from entcov.rl.solve_counts import read_solve_counts
 
 MAX_BYTES = 10 * 10**6  # of a page; the lens gets what the curves and tables leave
 _FORECAST_FROM = 0.15  # the first part of a run, as `entcov fit-law` takes it
@@ -40,6 +41,7 @@ class Runs:
     rows: dict[str, dict[int, list[dict[str, float]]]]
     records: dict[str, dict[str, list[Record]]]  # by label and seed
     folders: dict[str, Path]  # by label and seed
+    solves: dict[str, diagnostics.Recorded]  # by label: solve counts of its first seed
     baselines: dict[str, str]
     commands: list[str]
 
@@ -87,12 +89,14 @@ def read_runs(folders: Sequence[str | Path]) -> Runs:
         found += [path for paths in seeds for path in paths]
     found = list({path.resolve(): path for path in found}.values())
     labels = _labels(found)
-    runs = Runs({}, {}, {}, {}, commands)
+    runs = Runs({}, {}, {}, {}, {}, commands)
     for path, (label, seed) in zip(found, labels, strict=True):
         rows = read_metrics(path)
         if not rows:
             raise ValueError(f"{path / FILE_NAME} holds no step yet")
         runs.rows.setdefault(label, {})[seed] = rows
+        if label not in runs.solves:
+            runs.solves[label] = read_solve_counts(path)
         name = label if sum(label == other for other, _ in labels) == 1 else f"{label}, seed {seed}"
         runs.records[name], runs.folders[name] = read_records(path), path
     runs.baselines.update({a: b for a, b in baselines.items() if a in runs.rows and b in runs.rows})
@@ -107,6 +111,8 @@ def build_page(runs: Runs, max_bytes: int = MAX_BYTES) -> str:
         _section("tables", "Tables", _tables(runs)),
         _section("law", "The law of entropy and reward", _law(runs)),
     ]
+    if diagnosed := _diagnostics(runs):
+        body.append(_section("diagnostics", "Diagnostics", diagnosed))
     style, script = (resources.files("entcov.report").joinpath(name).read_text() for name in ("page.css", "page.js"))
     static = [*body, head, style, script]
     data = lens(runs.records, max_bytes - sum(len(part.encode()) for part in static) - 10_000)
@@ -129,9 +135,23 @@ def build_page(runs: Runs, max_bytes: int = MAX_BYTES) -> str:
     )  # fmt: skip
 
 
+def _images(figures: Mapping[str, Figure]) -> str:
+    return '<div class="curves">' + "\n".join(_image(title, figure) for title, figure in figures.items()) + "</div>"
+
+
 def _curves(runs: Runs) -> str:
     figures = panel_figures({label: list(by_seed.values()) for label, by_seed in runs.rows.items()})
-    return '<div class="curves">' + "\n".join(_image(title, figure) for title, figure in figures.items()) + "</div>"
+    return _images(figures)
+
+
+def _diagnostics(runs: Runs) -> str:
+    """The panels of each label, means over its seeds; evaluations are those of its first seed."""
+    parts = []
+    for label, by_seed in runs.rows.items():
+        if figures := diagnostics.panel_figures(diagnostics.Diagnosed(list(by_seed.values()), runs.solves[label])):
+            head = f"<h3>{_text(label)}</h3>" if len(runs.rows) > 1 else ""
+            parts.append(head + _images(figures))
+    return "\n".join(parts)
 
 
 def _image(title: str, figure: Figure) -> str:
@@ -140,7 +160,7 @@ def _image(title: str, figure: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "entcov"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="curve" decoding="async" alt="{_text(title)}, by step" src="data:image/svg+xml;base64,{data}">'
+    return f'<img class="curve" decoding="async" alt="{_text(title)}" src="data:image/svg+xml;base64,{data}">'
 
 
 def _tables(runs: Runs) -> str:

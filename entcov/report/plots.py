@@ -92,7 +92,7 @@ def build_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure
         raise ValueError("runs must hold at least one run, got none")
     logged = {key for per_seed in seeds.values() for rows in per_seed for row in rows for key in row}
     present = {
-        name: [p for p in panels if any(_common(per_seed, p.key)[0].size for per_seed in seeds.values())]
+        name: [p for p in panels if any(common_steps(per_seed, p.key)[0].size for per_seed in seeds.values())]
         for name, panels in _PANELS.items()
     }
     present = {name: panels for name, panels in present.items() if panels}
@@ -139,7 +139,7 @@ def panel_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure
         {key for rows in seeds.values() for one in rows for row in one for key in row if "held-out" in key}
     )
     panels = [*_REPORT_PANELS, *(_Panel(key, key.capitalize(), "mean over data sources") for key in reversed(held_out))]
-    panels = [panel for panel in panels if any(_common(rows, panel.key)[0].size for rows in seeds.values())]
+    panels = [panel for panel in panels if any(common_steps(rows, panel.key)[0].size for rows in seeds.values())]
     if not panels:
         wanted = ", ".join(panel.key for panel in _REPORT_PANELS)
         raise ValueError(f"runs must hold finite values of at least one of {wanted}")
@@ -188,7 +188,7 @@ def _by_seed(label: str, rows: Rows | Sequence[Rows]) -> list[Rows]:
     return per_seed
 
 
-def _common(per_seed: Sequence[Rows], key: str) -> tuple[np.ndarray, np.ndarray]:
+def common_steps(per_seed: Sequence[Rows], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps at which every seed has a finite value of `key`, and the values [seeds, steps]."""
     series = [{row["step"]: row[key] for row in rows if key in row and math.isfinite(row[key])} for rows in per_seed]
     series = [one for one in series if one]
@@ -204,7 +204,7 @@ def _evaluations(per_seed: Sequence[Rows]) -> dict[str, tuple[np.ndarray, np.nda
             keys.setdefault(f"{match[1]}@{match[2]}", []).append(key)
     found = {}
     for name, same in keys.items():
-        parts = [_common(per_seed, key) for key in same]
+        parts = [common_steps(per_seed, key) for key in same]
         steps = sorted(set.intersection(*(set(steps) for steps, _ in parts)))
         values = [[np.mean(v[:, list(s).index(step)]) for s, v in parts] for step in steps]
         if steps:
@@ -216,7 +216,7 @@ def _draw(ax: Axes, panel: _Panel, seeds: Mapping[str, list[Rows]]) -> int:
     """Draws every label's series. Returns the widest smoothing window, for the caption."""
     shown, window = [], 1
     for label, colour, style in _styled(seeds):
-        steps, values = _common(seeds[label], panel.key)
+        steps, values = common_steps(seeds[label], panel.key)
         if steps.size == 0:
             continue
         own = smoothing_window(len(steps))

@@ -16,6 +16,7 @@ from entcov.controls import (
     select,
     selects,
 )
+from entcov.diagnostics import ENTROPY_CHANGE, entropy_change
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import PolicyLossConfig, Tokens, Totals
@@ -84,46 +85,50 @@ class PolicyActor(TrainedModel):
 
         The controls select over the whole mini-batch, under the current policy, before the first backward pass.
         """
-        selections, selection_metrics, totals = self._select(batch)
-        metrics = self._optimize(batch, selections, totals, step)
-        return metrics | {name: float(value) for name, value in selection_metrics.items()}
+        selections, found, totals = self._select(batch)
+        return self._optimize(batch, selections, totals, step, found)
 
     def _select(self, batch: Batch) -> tuple[list[Selections], dict[str, Tensor], Totals]:
-        """The controls' selections for every micro-batch of all ranks, their metrics, the mini-batch's denominators.
+        """The controls' selections for every micro-batch of this replica, the mini-batch's metrics and denominators.
 
-        Every rank has the whole mini-batch and computes the same integers, so nothing is communicated.
+        Each replica has its own micro-batches; what all of them decide comes from sums of integers over the replicas.
         """
         micro_batches = self._micro_batches(batch)
         metrics: dict[str, Tensor] = {}
         totals = Totals(num_tokens=batch.num_loss_tokens, num_sequences=batch.num_sequences)
         selections: list[Selections] = [[None] * len(self.controls) for _ in micro_batches]
         if any(selects(control) for control in self.controls):
-            stats = self._selection_stats(batch)
+            stats = self._selection_stats(batch.logprob_version, micro_batches)
             tokens = [
-                micro.loss_tokens(micro.loss_mask, **{name: x[index[micro.loss_mask]] for name, x in stats.items()})
-                for micro, index in micro_batches
+                micro.loss_tokens(micro.loss_mask, **own) for micro, own in zip(micro_batches, stats, strict=True)
             ]
-            selections, metrics = select(self.controls, tokens, step=self.weight_version, config=self.loss)
+            group = self.batch_group
+            selections, metrics = select(self.controls, tokens, step=self.weight_version, config=self.loss, group=group)
             if any(chosen is not None and chosen.drop is not None for row in selections for chosen in row):
-                totals = mini_batch_totals(tokens, selections)
+                totals = mini_batch_totals(tokens, selections, group=group)
         for i, control in enumerate(self.controls):
             if control.name in batch.selected:  # chosen in `begin`
-                for row, (micro, _) in zip(selections, micro_batches, strict=True):
+                for row, micro in zip(selections, micro_batches, strict=True):
                     row[i] = Selection(micro.selected[control.name][micro.loss_mask])
         if self.on_selection is not None:
-            for row, (micro, _) in zip(selections, micro_batches, strict=True):
+            for row, micro in zip(selections, micro_batches, strict=True):
                 for control, chosen in zip(self.controls, row, strict=True):
                     if chosen is not None:
                         self.on_selection(control.name, micro.token_id[micro.loss_mask], chosen)
         return selections, metrics, totals
 
-    def _selection_stats(self, batch: Batch) -> PolicyStats:
-        """What the controls select by, under the current policy."""
+    def _selection_stats(self, version: int | None, micro_batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """What the controls select by, of each micro-batch's loss tokens, under the current policy.
+
+        `version`: of the policy that the micro-batches' `old_logprob` is from.
+        """
         names = ["logprob", *(["entropy"] if "entropy" in needs(list(filter(selects, self.controls))) else [])]
-        if batch.logprob_version == self.weight_version and self.selects_by_old_logprob:
-            return {name: getattr(batch, "old_logprob" if name == "logprob" else name) for name in names}
+        if version == self.weight_version and self.selects_by_old_logprob:
+            columns = {name: "old_logprob" if name == "logprob" else name for name in names}
+            return [{name: getattr(m, column)[m.loss_mask] for name, column in columns.items()} for m in micro_batches]
         with torch.no_grad():
-            return self._forward(self.model, batch, names)
+            found = self._score(self.model, micro_batches, names)
+        return [dict(zip(names, own, strict=True)) for own in found]
 
     def _loss(
         self, micro: Batch, at: Tensor, stats: TokenStats, selections: Selections, totals: Totals
@@ -133,4 +138,11 @@ class PolicyActor(TrainedModel):
         loss, metrics = policy_loss(
             tokens, self.loss, totals=totals, controls=self.controls, selections=selections, sequences=sequences
         )
-        return loss, replace(tokens, loss_mask=kept_tokens(tokens, selections)), metrics
+        tokens = replace(tokens, loss_mask=kept_tokens(tokens, selections))
+        predicted, measured = entropy_change(
+            stats.logprob, stats.entropy, old_logprob=tokens.old_logprob, old_entropy=micro.entropy[at],
+            rollout_logprob=tokens.rollout_logprob,
+        )  # fmt: skip
+        for name, change in zip(ENTROPY_CHANGE, (predicted, measured, predicted - measured), strict=True):
+            metrics[name] = torch.where(tokens.loss_mask, change, 0.0).sum() / totals.num_tokens
+        return loss, tokens, metrics

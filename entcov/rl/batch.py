@@ -1,12 +1,17 @@
-"""The training batch: sequences packed end to end, one entry per token, and its division into micro-batches."""
+"""The training batch: sequences packed end to end, one entry per token, and its division into micro-batches.
+
+Columns are flat arrays. What tokens, lengths and the loss mask decide is no column: it is made where it is read, of the
+entries that are read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,13 +31,9 @@ class Batch:
     `target` is `IGNORE_INDEX` and the floats are 0.
     """
 
-    tokens: Tensor  # int64
-    position: Tensor  # int64, starts again at 0 in each sequence
+    tokens: Tensor  # int32
     lengths: tuple[int, ...]  # S sequence lengths, sum N
-    target: Tensor  # int64, the next token
-    loss_mask: Tensor  # bool, True where `target` is a response token
-    token_id: Tensor  # int64, the same token has the same id in every split of the rollout batch
-    sequence_length: Tensor  # int64, response tokens in this token's sequence
+    loss_mask: Tensor  # bool, True where the next token is a response token
     advantage: Tensor
     rollout_logprob: Tensor
     responses: Responses  # S of them: what is known of whole responses
@@ -54,8 +55,49 @@ class Batch:
     @property
     def sequence(self) -> Tensor:
         """[N] int64: the number in this batch of each token's sequence."""
-        lengths = torch.tensor(self.lengths, device=self.tokens.device)
-        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        lengths, total = self._lengths, len(self.tokens)  # the sum is given, so that a GPU's host does not wait for it
+        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=total)
+
+    @property
+    def position(self) -> Tensor:
+        """[N] int64: starts again at 0 in each sequence."""
+        position = torch.arange(len(self.tokens), device=self.tokens.device)
+        position -= self._starts.repeat_interleave(self._lengths, output_size=len(position))
+        return position
+
+    @property
+    def target(self) -> Tensor:
+        """[N] int64: the next token."""
+        return torch.where(self.loss_mask, self.tokens.roll(-1), IGNORE_INDEX).long()
+
+    @property
+    def token_id(self) -> Tensor:
+        """[N] int64: the same token has the same id in every split of the rollout batch."""
+        return self.responses.number[self.sequence] * _POSITIONS_PER_SEQUENCE + self.position
+
+    @property
+    def sequence_length(self) -> Tensor:
+        """[N] int64: loss tokens in this token's sequence."""
+        return self._loss_tokens_of_each[self.sequence]
+
+    @cached_property
+    def _bounds(self) -> np.ndarray:
+        """[S + 1] int64, on the host: sequence s has the entries from bounds[s] to bounds[s + 1]."""
+        return np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
+
+    @property
+    def _lengths(self) -> Tensor:
+        return torch.from_numpy(np.diff(self._bounds)).to(self.tokens.device)
+
+    @property
+    def _starts(self) -> Tensor:
+        return torch.from_numpy(self._bounds[:-1]).to(self.tokens.device)
+
+    @property
+    def _loss_tokens_of_each(self) -> Tensor:
+        """[S] int64."""
+        before = torch.nn.functional.pad(self.loss_mask.cumsum(0), (1, 0))
+        return before[torch.from_numpy(self._bounds).to(before.device)].diff()
 
     @property
     def temperature(self) -> float | None:
@@ -69,31 +111,44 @@ class Batch:
             raise ValueError(f"temperatures: all sequences of a micro-batch must have one, got {self.temperatures}")
         return found.pop()
 
-    def response_position(self) -> Tensor:
-        """[N] int64: where `loss_mask` may be True, the position in the response of the token that is predicted."""
-        prompt = torch.tensor(self.lengths, device=self.tokens.device) - self.responses.length
-        return self.position - (prompt - 1)[self.sequence]
-
     @property
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
 
     def positions(self, sequences: Sequence[int]) -> Tensor:
         """[n] int64: where the tokens of these sequences are on the packed axis, in the order of `sequences`."""
-        starts = list(accumulate(self.lengths, initial=0))
-        pieces = [torch.arange(starts[s], starts[s + 1]) for s in sequences]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *pieces]).to(self.tokens.device)
+        chosen = np.asarray(sequences, dtype=np.int64)
+        starts, ends = self._bounds[chosen], self._bounds[chosen + 1]
+        lengths = ends - starts
+        shift = starts - (lengths.cumsum() - lengths)  # from the place among the chosen to that among all
+        index = np.arange(lengths.sum())
+        index += np.repeat(shift, lengths)
+        return torch.from_numpy(index).to(self.tokens.device)
 
     def response_means(self, values: Tensor) -> Tensor:
         """[S] float64 on the CPU: the mean of `values` [N] over the tokens of each response."""
-        each, masks = (x.split(self.lengths) for x in (values.cpu().double(), self.loss_mask.cpu()))
-        return torch.stack([own[mask].mean() for own, mask in zip(each, masks, strict=True)])
+        mask, starts = self.loss_mask.cpu().numpy(), self._bounds[:-1]
+        counts = np.add.reduceat(mask, starts, dtype=np.int64)
+        own = torch.from_numpy(values.cpu().numpy()[mask]).split(counts.tolist())
+        return torch.stack([part.double().mean() for part in own])
 
     def subset(self, sequences: Sequence[int]) -> Batch:
         """The sequences with these indices, in this order."""
-        index, rows = self.positions(sequences), torch.tensor(sequences, dtype=torch.int64, device=self.tokens.device)
+        rows = torch.tensor(sequences, dtype=torch.int64, device=self.tokens.device)
         chosen = {name: tuple(getattr(self, name)[s] for s in sequences) for name in ("lengths", "temperatures")}
-        return self._map(lambda value: value[index], **chosen, responses=self.responses.at(rows))
+        runs = self._runs(sequences)
+        return self._map(
+            lambda value: torch.cat([value[a:b] for a, b in runs] or [value[:0]]),
+            **chosen,
+            responses=self.responses.at(rows),
+        )
+
+    def _runs(self, sequences: Sequence[int]) -> list[tuple[int, int]]:
+        """[first, end) on the packed axis of the pieces that make up these sequences: neighbours are one piece."""
+        chosen = np.asarray(sequences, dtype=np.int64)
+        breaks = np.flatnonzero(np.diff(chosen) != 1) + 1
+        pieces = [piece[[0, -1]] for piece in np.split(chosen, breaks)] if len(chosen) else []
+        return [(int(self._bounds[first]), int(self._bounds[last + 1])) for first, last in pieces]
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda value: value.to(device), responses=self.responses.to(device))
@@ -122,10 +177,6 @@ class Batch:
         """Takes loss tokens out of the loss; `dropped` [n] bool, one entry of each loss token in order."""
         self.loss_mask = self.loss_mask.clone()
         self.loss_mask[self.loss_mask.clone()] = ~dropped
-        self.target = torch.where(self.loss_mask, self.target, IGNORE_INDEX)
-        left = torch.zeros(self.num_sequences, dtype=torch.int64, device=self.target.device)
-        left.index_add_(0, self.sequence, self.loss_mask.long())
-        self.sequence_length = left[self.sequence]
         self.advantage = torch.where(self.loss_mask, self.advantage, 0.0)
 
     def loss_tokens(self, at: Tensor, logprob: Tensor, **statistics: Tensor | None) -> Tokens:
@@ -134,7 +185,10 @@ class Batch:
         def taken(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[at]
 
+        at = at.nonzero()[:, 0] if at.dtype is torch.bool else at  # once for all columns
         sequence, responses = self.sequence[at], self.responses
+        position = at - self._starts[sequence]
+        unlearned = self._lengths - responses.length - 1  # positions whose next token is still the prompt's
         return Tokens(
             logprob=logprob,
             old_logprob=self.old_logprob[at],
@@ -142,10 +196,10 @@ class Batch:
             loss_mask=self.loss_mask[at],
             ref_logprob=taken(self.ref_logprob),
             rollout_logprob=self.rollout_logprob[at],
-            sequence_length=self.sequence_length[at],
-            token_id=self.token_id[at],
+            sequence_length=self._loss_tokens_of_each[sequence],
+            token_id=responses.number[sequence] * _POSITIONS_PER_SEQUENCE + position,
             sequence=responses.number[sequence],
-            position=self.response_position()[at],
+            position=position - unlearned[sequence],
             reward=responses.score[sequence],
             group=responses.group[sequence],
             lag=responses.lag[sequence],
@@ -158,35 +212,27 @@ def pack(rollouts: Sequence[Rollout]) -> Batch:
     """Lays the rollouts end to end, with the sampler's log-probabilities on the response tokens; advantages are 0."""
     if not rollouts:
         raise ValueError("rollouts: there must be at least one to train on, got 0")
-    columns: dict[str, list] = {k: [] for k in ("tokens", "position", "target", "token_id", "length", "logprob")}
-    lengths = []
+    prompts = {id(r.prompt): np.array(r.prompt.tokens, dtype=np.int32) for r in rollouts}  # once for a group
     for s, rollout in enumerate(rollouts):
-        prompt, response = list(rollout.prompt.tokens), rollout.tokens
-        if not prompt or not response or len(response) != len(rollout.logprob):
+        sizes = len(rollout.prompt.tokens), len(rollout.tokens), len(rollout.logprob)
+        if not sizes[0] or not sizes[1] or sizes[1] != sizes[2]:
             raise ValueError(
                 f"rollouts[{s}]: prompt and response must not be empty and every response token needs its logprob, got "
-                f"{len(prompt)} prompt tokens, {len(response)} response tokens, {len(rollout.logprob)} logprobs"
+                f"{sizes[0]} prompt tokens, {sizes[1]} response tokens, {sizes[2]} logprobs"
             )
-        n = len(prompt) + len(response)
-        unlearned = len(prompt) - 1  # positions whose next token is still the prompt's
-        columns["tokens"] += prompt + response
-        columns["position"] += range(n)
-        columns["target"] += [IGNORE_INDEX] * unlearned + response + [IGNORE_INDEX]
-        columns["token_id"] += range(s * _POSITIONS_PER_SEQUENCE, s * _POSITIONS_PER_SEQUENCE + n)
-        columns["length"] += [len(response)] * n
-        columns["logprob"] += [0.0] * unlearned + rollout.logprob + [0.0]
-        lengths.append(n)
-    target = torch.tensor(columns["target"])
+    # Of each sequence: entries whose next token is still the prompt's, those of the response, and the last one.
+    parts = np.array([(len(r.prompt.tokens) - 1, len(r.tokens), 1) for r in rollouts])
+    zeros = np.zeros(max(1, parts[:, 0].max()), dtype=np.float32)
+    tokens = np.concatenate([part for r in rollouts for part in (prompts[id(r.prompt)], r.tokens)])
+    mask = np.repeat(np.tile([False, True, False], len(rollouts)), parts.ravel())
+    unlearned = parts[:, 0].tolist()
+    logprob = [part for r, n in zip(rollouts, unlearned, strict=True) for part in (zeros[:n], r.logprob, zeros[:1])]
     return Batch(
-        tokens=torch.tensor(columns["tokens"]),
-        position=torch.tensor(columns["position"]),
-        lengths=tuple(lengths),
-        target=target,
-        loss_mask=target != IGNORE_INDEX,
-        token_id=torch.tensor(columns["token_id"]),
-        sequence_length=torch.tensor(columns["length"]),
-        advantage=torch.zeros(len(target)),
-        rollout_logprob=torch.tensor(columns["logprob"], dtype=torch.float32),
+        tokens=torch.from_numpy(tokens),
+        lengths=tuple(parts.sum(1).tolist()),
+        loss_mask=torch.from_numpy(mask),
+        advantage=torch.zeros(len(tokens)),
+        rollout_logprob=torch.from_numpy(np.concatenate(logprob)),
         responses=_table(rollouts),
         temperatures=tuple(rollout.temperature for rollout in rollouts),
     )

@@ -14,17 +14,20 @@ import numpy as np
 import torch
 
 from entcov.controls import Progress
+from entcov.diagnostics import solved_shares
+from entcov.rl.answers import Answers
 from entcov.rl.config import RolloutConfig
 from entcov.rl.data.prompt_policy import Outcome, PromptPolicy, perplexity
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.interfaces import Sampler
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.scorer import Scorer
-from entcov.rl.types import Prompt, Rollout
+from entcov.rl.types import RIGHT, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+ARRAYS = ("tokens", "logprob")  # of packed rollouts: flat tensors
 _KEPT = ("components", "baseline", "temperature")  # fields of a rollout that are packed as columns
 _CHOICE = 2  # last of the path of a prompt policy's seeds; no other seed's path has four numbers
 _MOST_CHOICES = 10_000  # rounds of choosing prompts; a policy that skips 99 of 100 needs some hundreds
@@ -51,11 +54,12 @@ def temperature_of_each(temperature: float | Sequence[float], count: int) -> lis
 
 
 def as_rollout(
-    prompt: Prompt, sample: int, tokens: list[int], logprob: list[float], version: int, tokenizer: Tokenizer
+    prompt: Prompt, sample: int, tokens: Sequence[int], logprob: Sequence[float], version: int, tokenizer: Tokenizer
 ) -> Rollout:
     """A sampler's response as a rollout. It is finished if it ends in the end-of-sequence token."""
-    finished = tokens[-1] == tokenizer.eos_token_id
-    text = tokenizer.decode(tokens[:-1] if finished else tokens)
+    tokens = np.asarray(tokens, dtype=np.int32)
+    finished = bool(tokens[-1] == tokenizer.eos_token_id)
+    text = tokenizer.decode((tokens[:-1] if finished else tokens).tolist())
     return Rollout(prompt, sample, tokens, logprob, finished, weight_version=version, text=text)
 
 
@@ -81,10 +85,10 @@ class Collected:
 
 
 def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """The rollouts as plain values and tensors. A prompt is kept as its position in the stream."""
+    """The rollouts as plain values and flat tensors. A prompt is kept as its position in the stream."""
     return {
-        "tokens": torch.tensor([t for r in rollouts for t in r.tokens], dtype=torch.int64),
-        "logprob": torch.tensor([p for r in rollouts for p in r.logprob], dtype=torch.float64),
+        "tokens": torch.from_numpy(np.concatenate([np.empty(0, np.int32), *(r.tokens for r in rollouts)])),
+        "logprob": torch.from_numpy(np.concatenate([np.empty(0, np.float32), *(r.logprob for r in rollouts)])),
         "each": [
             (r.prompt.uid, r.sample, len(r.tokens), r.finished, r.weight_version, r.text, r.reward, r.timed_out)
             for r in rollouts
@@ -94,8 +98,10 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
 
 
 def unpack_rollouts(packed: dict[str, Any], prompts: Mapping[int, Prompt]) -> list[Rollout]:
-    """The rollouts that `pack_rollouts` was given; `prompts` by their position."""
-    tokens, logprob, start = packed["tokens"].tolist(), packed["logprob"].tolist(), 0
+    """The rollouts that `pack_rollouts` was given, as slices of its tensors; `prompts` by their position."""
+    # Earlier versions kept wider numbers.
+    tokens, logprob = packed["tokens"].to(torch.int32).numpy(), packed["logprob"].to(torch.float32).numpy()
+    start = 0
     rollouts = []
     for uid, sample, length, *said in packed["each"]:
         at = slice(start, start + length)
@@ -247,8 +253,11 @@ def _outcomes(drawn: Sequence[Rollout]) -> list[Outcome]:
 
 
 def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
-    """Metrics of all sampled rollouts before the filter: rewards, lengths, time-outs of the reward."""
+    """Metrics of all sampled rollouts before the filter: rewards, lengths, time-outs of the reward, answers."""
     groups = [drawn[i : i + group_size] for i in range(0, len(drawn), group_size)]
+    right, group = torch.tensor([r.reward >= RIGHT for r in drawn]), torch.tensor([r.prompt.uid for r in drawn])
+    answers = Answers.of(drawn)
+    sure = answers.calibration
     return {
         **spread("critic/score", [r.reward for r in drawn]),
         **_component_means(drawn),
@@ -257,6 +266,9 @@ def _described(drawn: list[Rollout], group_size: int) -> dict[str, float]:
         "response_length/clip_ratio": mean(not r.finished for r in drawn),
         "prompt_length/mean": mean(len(r.prompt.tokens) for r in drawn),
         "training/zero_variance_groups": mean(all(r.reward == g[0].reward for r in g) for g in groups),
+        **{f"training/groups_{name}_right": share for name, share in solved_shares(right, group).items()},
+        "training/distinct_answers": answers.distinct,
+        **({} if sure is None else {f"calibration/{n}": getattr(sure, n) for n in ("ece", "confidence", "accuracy")}),
     }
 
 
@@ -272,3 +284,13 @@ def mean(values) -> float:
 
 def spread(prefix: str, values: list[float]) -> dict[str, float]:
     return {f"{prefix}/mean": mean(values), f"{prefix}/max": float(max(values)), f"{prefix}/min": float(min(values))}
+
+
+def tensor_spread(prefix: str, values: torch.Tensor) -> dict[str, float]:
+    """`spread` of a tensor."""
+    least, most = values.aminmax()
+    return {
+        f"{prefix}/mean": float(values.double().mean()),
+        f"{prefix}/max": float(most),
+        f"{prefix}/min": float(least),
+    }

@@ -118,7 +118,9 @@ class VllmConfig:
     max_num_seqs: Count = 256  # sequences in a batch
     gpu_memory_utilization: Annotated[Positive, Field(le=1)] = 0.4  # fraction of a GPU that vLLM may fill
     kv_cache_memory_bytes: Bytes | None = None  # default: what is left of that; on CPU, room for max_num_seqs sequences
-    sleep: bool = False  # GPU: between rollouts vLLM's weights go to the CPU's memory and its cache is freed
+    # GPU: while the trainer works vLLM's cache is freed, and its weights are dropped or, if it is to sample with them
+    # again, moved to the CPU's memory.
+    sleep: bool = False
     enforce_eager: bool = False  # GPU: no compilation and no CUDA graphs; on CPU it is always so
     engine_args: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of vLLM's engine
 
@@ -183,7 +185,8 @@ class ActorConfig:
     updates_per_rollout: Count = 8  # mini-batches a rollout batch is divided into, per epoch
     epochs: Count = 1
     micro_batch_tokens: Count = 16384  # budget of one forward-backward, padding included where there is any
-    packing: bool = False  # one row without padding (best with flash attention) instead of padded rows
+    # No padding. A GPU in bfloat16 takes all sequences of a micro-batch in one row; elsewhere they go one by one.
+    packing: bool = False
 
 
 @dataclass(config=_STRICT)

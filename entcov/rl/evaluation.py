@@ -57,6 +57,7 @@ def evaluate(
                 progress=progress and (lambda done, _, before=before: progress(before + done, in_all)),
                 on_done=scorer.take,
             )
+        sampler.sleep(sync_follows=False)  # the next step samples with the same weights
         scorer.finish(rollouts)
     rollouts.sort(key=lambda rollout: (rollout.prompt.uid, rollout.sample))
     if entropy_of is not None:
@@ -78,7 +79,7 @@ def response_entropy(actor: Actor, rollouts: Sequence[Rollout], *, at_once: int)
     """
     means: list[float] = []
     for start in range(0, len(rollouts), at_once):
-        batch = pack(rollouts[start : start + at_once]).to(actor.device)
+        batch = pack(rollouts[start : start + at_once])
         means += batch.response_means(actor.compute_entropy(batch, temperature=1.0)).tolist()
     return means
 
@@ -101,13 +102,20 @@ class SourceResult:
     def metrics(self) -> dict[str, float]:
         """Under verl's names, `val-core/<source>/acc/mean@k` and, for k > 1, `val-core/<source>/acc/best@k/mean`;
         `val-aux/<source>/response_length/{mean,clip_ratio}` beside them, and `val-aux/<source>/entropy/mean`. For k > 1
-        also `val-core/<source>/acc/pass@j`, j = 1, 2, 4, ... and k: the unbiased estimates, from all k samples.
+        also `val-core/<source>/acc/pass@j`, j = 1, 2, 4, ... and k, the unbiased estimates from all k samples;
+        `val-aux/<source>/distinct_answers`, and where answers can be compared `val-core/<source>/acc/maj@k/mean`, the
+        accuracy of each prompt's most common answer, and `val-aux/<source>/calibration/{ece,confidence}` of it.
         """
         core, aux = f"val-core/{self.source}/acc", f"val-aux/{self.source}"
         out = {f"{core}/mean@{self.samples}": self.mean}
         if self.samples > 1:
             out[f"{core}/best@{self.samples}/mean"] = self.best
             out |= {f"{core}/pass@{k}": value for k, value in self.solved.curve().items()}
+            answers = self.solved.answers
+            out[f"{aux}/distinct_answers"] = answers.distinct
+            if (sure := answers.calibration) is not None:
+                out[f"{core}/maj@{self.samples}/mean"] = sure.accuracy
+                out |= {f"{aux}/calibration/ece": sure.ece, f"{aux}/calibration/confidence": sure.confidence}
         if self.entropy is not None:
             out[f"{aux}/entropy/mean"] = self.entropy
         return out | {f"{aux}/response_length/mean": self.length, f"{aux}/response_length/clip_ratio": self.cut}

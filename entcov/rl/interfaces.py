@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from entcov.controls import Control, Selection
@@ -31,7 +30,7 @@ NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]  # (name in a Hugging 
 
 
 class PolicyStats(TypedDict):
-    """Statistics of the policy at the tokens of a batch: [N] float32, nats, 0 where `batch.loss_mask` is False."""
+    """Statistics of the policy at the tokens of a batch: [N] float32 on the host, nats, 0 outside `loss_mask`."""
 
     logprob: Tensor
     entropy: Tensor
@@ -42,16 +41,12 @@ class PolicyStats(TypedDict):
 
 
 class Actor(Protocol):
-    """Owns the policy's weights and its optimizer."""
+    """Owns the policy's weights and its optimizer. Batches come on the host, whole, in every process."""
 
     weight_version: int  # optimizer steps taken
     # Called in `update` with a control's name, the token_id of the loss tokens of a micro-batch, and its selection of
-    # them, for every micro-batch of all ranks. Set by the loop; None: nobody asks.
+    # them, for every micro-batch of this process. Set by the loop; None: nobody asks.
     on_selection: Callable[[str, Tensor, Selection], None] | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where `compute_logprobs` and `update` want their batches."""
 
     def compute_logprobs(self, batch: Batch) -> PolicyStats:
         """Statistics of the current policy, without gradient. Collective; every rank gets the whole batch's."""
@@ -71,6 +66,12 @@ class Actor(Protocol):
 
         Raises:
             RuntimeError: the gradient norm is not finite; nothing was updated.
+        """
+
+    def anywhere(self, mask: Tensor) -> Tensor:
+        """[n] bool on the host: where one process or more has True in `mask`, which is of the same n tokens in each.
+
+        Collective.
         """
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -135,6 +136,14 @@ class Sampler(Protocol):
             progress: called with (responses done, responses in all).
             on_done: called with each response as soon as it is complete, in no particular order. A sampler over
                 several processes computes the rewards itself and does not call it.
+        """
+
+    def sleep(self, *, sync_follows: bool) -> None:
+        """Gives back what memory it can until it is called again; called when a step's responses are all here, and
+        after those of an evaluation. Collective.
+
+        Args:
+            sync_follows: promises that the next call is `sync`, so that its weights may be dropped.
         """
 
     def prompt_logprobs(self, prompts: Sequence[Prompt]) -> list[list[float]]:

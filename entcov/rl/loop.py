@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from entcov.controls import Control, Progress, begin
+from entcov.diagnostics import ENTROPY_CHANGE, token_metrics
 from entcov.objective.advantages import Advantages, Estimator
 from entcov.objective.responses import Responses
 from entcov.objective.token_covariance import covariance_summary, token_covariance
 from entcov.objective.tokens import Tokens
 from entcov.rl.batch import Batch, mini_batches, pack
-from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, timed
+from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, tensor_spread, timed
 from entcov.rl.config import Config
 from entcov.rl.data.prompt_policy import PromptPolicy
 from entcov.rl.data.stream import PromptStream
@@ -88,7 +89,7 @@ class Loop:
         if self.config.rollout.max_staleness:
             collector, ahead = self._collector(step + 1), self.position
             self._next = in_background(lambda: collector.collect(step + 1, ahead), "entcov-rollouts")
-        batch = pack(rollouts).to(self.actor.device)
+        batch = pack(rollouts)
         tokens = len(batch.tokens)
         with timed(self._seconds, "old_log_prob"):
             scored = self.compute_old_logprobs(batch, metrics)
@@ -110,7 +111,7 @@ class Loop:
             updated = self.update(batch, step, metrics)
         if self.watched is not None:
             with timed(self._seconds, "token_record"):
-                self.watched.updated(self.actor.compute_logprobs(self.watched.batch)["logprob"])
+                self.watched.updated(self.actor.compute_logprobs(self.watched.batch)["logprob"], self.actor.anywhere)
         if metrics["training/updates"]:
             for control in self.controls:
                 metrics |= control.after_step(scored | updated, self._progress())
@@ -139,6 +140,8 @@ class Loop:
             collected, self._next = self._next.result(), None
         else:
             collected = self._collector(step).collect(step, self.position, self.phase)
+        # The weight sync comes before any other response, unless the next step's are sampled ahead.
+        self.sampler.sleep(sync_follows=not self.config.rollout.max_staleness)
         self._first, self.position = self.position, collected.position
         metrics |= collected.metrics
         if self.prompt_policy is not None:
@@ -190,12 +193,11 @@ class Loop:
     def assign_advantages(self, batch: Batch, metrics: dict[str, float]) -> Batch:
         """The batch with its advantages, as the controls shape them, and without what the estimator and they drop.
 
-        Every rank holds the whole rollout and computes the same numbers, so nothing is communicated. Before the
-        controls that is on the CPU: a GPU's sums depend on the order of its threads, and so would what is rejected.
+        Every process holds the whole rollout on its host and computes the same numbers, so nothing is communicated. A
+        GPU's sums would depend on the order of its threads, and so would what is rejected.
         """
-        local = batch.to("cpu")
-        tokens = self._scored_tokens(local)
-        responses = self._less_kl(local.responses, tokens, metrics)
+        tokens = self._scored_tokens(batch)
+        responses = self._less_kl(batch.responses, tokens, metrics)
         table = with_pseudo(self.shapings, responses)
         advantages = self._estimator(table, tokens)
         if table is not responses:  # pseudo responses are at its end, and have no tokens
@@ -203,16 +205,17 @@ class Loop:
         batch.assign_advantages(advantages.value)
         dropped = torch.zeros_like(tokens.loss_mask)
         if advantages.keep is not None:
-            dropped = ~advantages.keep[local.sequence[local.loss_mask]]
+            dropped = ~advantages.keep[batch.sequence[batch.loss_mask]]
             metrics["training/dropped_responses"] = float((~advantages.keep).double().mean())
         if self.config.rollout_rs.level is not None:
             rejected = self.config.rollout_rs.rejected(tokens)
             metrics["training/rejected_tokens"] = float(rejected.double().mean())
             dropped = dropped | rejected
         if dropped.any():
-            batch.drop(dropped.to(batch.tokens.device))
+            batch.drop(dropped)
             if not batch.num_loss_tokens:
                 return batch.subset([])
+        del tokens  # of many bytes, and the next ones have the advantages
         tokens, at = self._scored_tokens(batch), batch.loss_mask
         shaped = begin(self.controls, tokens, self._progress())
         batch.assign_advantages(shaped.advantage)
@@ -225,7 +228,12 @@ class Loop:
             values = {"advantage": shaped.advantage, "covariance": covariance.value}
             self.watched.shaped(tokens.token_id, shaped.drop, **values)
         metrics["actor/entropy_drift"] = float((tokens.entropy_drift * shaped.advantage).mean())
-        metrics |= spread("critic/advantages", shaped.advantage.tolist()) | shaped.metrics
+        metrics |= token_metrics(
+            logprob=tokens.logprob, entropy=tokens.entropy, entropy_drift=tokens.entropy_drift,
+            advantage=shaped.advantage, covariance=covariance.value, position=tokens.position,
+            length=batch.responses.length[batch.sequence[at]],
+        )  # fmt: skip
+        metrics |= tensor_spread("critic/advantages", shaped.advantage) | shaped.metrics
         if shaped.drop is not None:
             batch.drop(shaped.drop)
             metrics["training/dropped_tokens"] = float(shaped.drop.double().mean())
@@ -264,7 +272,9 @@ class Loop:
                 own = self.actor.update(mini_batch, step=step)
                 weights.append(mini_batch.num_loss_tokens)
                 for name, value in own.items():
-                    gathered[name].append(value)
+                    # Before the first update nothing has changed, and after the first epoch all tokens are trained on.
+                    if name not in ENTROPY_CHANGE or (number and not epoch):
+                        gathered[name].append(value)
                 means = {name.removeprefix("actor/"): own[name] for name in _ENTROPIES if name in own}
                 for control in self.controls:
                     control.after_update(means, self._progress())

@@ -1,8 +1,9 @@
 """How often each prompt is solved: pass@k without bias, and the record of every evaluation in RUN/solve_counts.
 
 RUN/solve_counts/step_N.json: {source: {"samples": n, "histogram": [prompts solved 0 times, ..., n times], "solved":
-[times that the first prompt was solved, ...]}}. The histogram is of all prompts, `solved` of the first 1,024 of each
-source, the same ones at every step: at most 5 KB a source and evaluation where n is below 1,000.
+[times that the first prompt was solved, ...], "distinct": answers to a prompt, "reliability": bins of the
+calibration}}. The histogram is of all prompts, `solved` of the first 1,024 of each source, the same ones at every step:
+at most 6 KB a source and evaluation where n is below 1,000.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from entcov import arguments as check
+from entcov.diagnostics import Calibration
+from entcov.rl.answers import Answers
 from entcov.rl.record.durable import atomic_write, make_folder
 from entcov.rl.types import RIGHT, Rollout
 
@@ -43,30 +46,39 @@ def pass_at_k(samples: int, solved: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class SolveCounts:
-    """Of one data source: histogram[c] prompts were solved by c of `samples` responses; `solved` prompt by prompt."""
+    """Of one data source: histogram[c] prompts were solved by c of `samples` responses; `solved` prompt by prompt.
+
+    answers: what the responses answer; None: not known, as of one response to each prompt.
+    """
 
     samples: int
     histogram: tuple[int, ...]
     solved: tuple[int, ...]
+    answers: Answers | None = None
 
     @classmethod
-    def of(cls, samples: int, solved: Sequence[int]) -> SolveCounts:
+    def of(cls, samples: int, solved: Sequence[int], answers: Answers | None = None) -> SolveCounts:
         """From the counts of all prompts."""
         histogram = [0] * (samples + 1)
         for count in solved:
             histogram[count] += 1
-        return cls(samples, tuple(histogram), tuple(solved[:MOST_PROMPTS]))
+        return cls(samples, tuple(histogram), tuple(solved[:MOST_PROMPTS]), answers)
 
     @classmethod
     def by_source(cls, rollouts: Sequence[Rollout]) -> dict[str, SolveCounts]:
         """Of scored rollouts; a response is right if its reward is at least 1."""
         right: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
+        members: dict[str, list[Rollout]] = defaultdict(list)
         for rollout in rollouts:
-            right[rollout.prompt.example.data_source][rollout.prompt.uid].append(rollout.reward >= RIGHT)
-        return {
-            source: cls.of(len(next(iter(groups.values()))), [sum(groups[uid]) for uid in sorted(groups)])
-            for source, groups in sorted(right.items())
-        }
+            source = rollout.prompt.example.data_source
+            right[source][rollout.prompt.uid].append(rollout.reward >= RIGHT)
+            members[source].append(rollout)
+        found = {}
+        for source, groups in sorted(right.items()):
+            samples = len(next(iter(groups.values())))
+            answers = Answers.of(members[source]) if samples > 1 else None
+            found[source] = cls.of(samples, [sum(groups[uid]) for uid in sorted(groups)], answers)
+        return found
 
     def pass_at(self, k: int) -> float:
         """pass@k, mean over all prompts."""
@@ -79,11 +91,19 @@ class SolveCounts:
         return {k: self.pass_at(k) for k in sorted(ks)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "histogram": list(self.histogram), "solved": list(self.solved)}
+        own = {"samples": self.samples, "histogram": list(self.histogram), "solved": list(self.solved)}
+        if self.answers is not None:
+            own["distinct"], sure = self.answers.distinct, self.answers.calibration
+            own["reliability"] = None if sure is None else [list(row) for row in sure.bins]
+        return own
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> SolveCounts:
-        return cls(state["samples"], tuple(state["histogram"]), tuple(state["solved"]))
+        answers = None
+        if "distinct" in state:  # earlier versions had none
+            bins = state["reliability"]
+            answers = Answers(state["distinct"], None if bins is None else Calibration(tuple(map(tuple, bins))))
+        return cls(state["samples"], tuple(state["histogram"]), tuple(state["solved"]), answers)
 
 
 def write_solve_counts(run_dir: Path, step: int, rollouts: Sequence[Rollout]) -> None:

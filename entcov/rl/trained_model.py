@@ -1,7 +1,10 @@
 """A model with its optimizer that takes one step on a mini-batch: what the policy and a reward model have in common.
 
-A backend adds the passes through its model: `_forward`, `_micro_batches`, `_backward`, `_take_step`. What is trained
+A backend adds the passes through its model: `_division`, `_score`, `_backward`, `_take_step`. What is trained
 (entcov/rl/actor.py, entcov/rl/reward_model.py) adds `_loss`.
+
+Batches are on the host, whole, in every process. A device has the sequences of its own replica alone, so what it holds
+does not grow with the number of replicas.
 """
 
 import math
@@ -9,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -20,6 +25,14 @@ from entcov.rl.interfaces import PolicyStats
 from entcov.stats.token_stats import TokenStats
 
 Selections = list[Selection | None]  # of the loss tokens of one micro-batch: one entry a control
+Metrics = dict[str, Tensor | float]
+
+
+def read_together(metrics: Metrics) -> dict[str, float]:
+    """Numbers in place of the tensors [], which are on one device: the host waits for it once."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    numbers = torch.stack([value.detach().double() for value in tensors.values()]).tolist() if tensors else []
+    return metrics | dict(zip(tensors, numbers, strict=True))
 
 
 class TrainedModel(ABC):
@@ -34,15 +47,22 @@ class TrainedModel(ABC):
 
     what: ClassVar[str]  # before the names of its metrics
     optimizer: Any  # has `param_groups`
+    device: torch.device  # of the model
     sequence_group: ProcessGroup | None = None  # the ranks that a sequence's tokens are divided over
+    batch_group: ProcessGroup | None = None  # one rank of each replica, in order: their micro-batches make up a batch
+    replica: int = 0  # the number of this process's replica
 
     def __init__(self, model: nn.Module, config: ActorConfig, *, temperature: float, reference: nn.Module | None):
         self.model, self.config, self.temperature, self.reference = model, config, temperature, reference
         self.weight_version = 0  # optimizer steps taken
         self.clamp: dict[str, Any] = {}  # arguments of `token_stats` that the loss needs
 
-    def _optimize(self, batch: Batch, selections: list[Selections], totals: Totals, step: int) -> dict[str, float]:
-        """One optimizer step on a mini-batch; returns its metrics. Collective.
+    def _optimize(
+        self, batch: Batch, selections: list[Selections], totals: Totals, step: int, found: Metrics | None = None
+    ) -> dict[str, float]:
+        """One optimizer step on a mini-batch; returns its metrics and those in `found`. Collective.
+
+        All metrics are read from the device at once, before the step.
 
         The micro-batches' losses have the denominators of the mini-batch, so their gradients add up to its gradient.
 
@@ -55,7 +75,9 @@ class TrainedModel(ABC):
         lr = self.config.lr * min(1.0, step / max(1, self.config.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        metrics, grad_norm = self._backward(batch, selections, totals)
+        metrics, norm = self._backward(batch, selections, totals)
+        metrics = read_together(metrics | {f"{self.what}/grad_norm": norm, f"{self.what}/lr": lr} | (found or {}))
+        grad_norm = metrics[f"{self.what}/grad_norm"]
         if not math.isfinite(grad_norm):
             raise RuntimeError(
                 f"step {step}: the gradient norm must be finite, got {grad_norm}; the weights were not changed "
@@ -65,7 +87,7 @@ class TrainedModel(ABC):
             )
         self._take_step()
         self.weight_version += 1
-        return metrics | {f"{self.what}/grad_norm": grad_norm, f"{self.what}/lr": lr}
+        return metrics
 
     def temperature_of(self, micro: Batch) -> float:
         """The temperature of a micro-batch's token probabilities."""
@@ -80,19 +102,41 @@ class TrainedModel(ABC):
         Losses and metrics add up to those of the mini-batch.
         """
 
-    @abstractmethod
-    def _micro_batches(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
-        """(micro-batch, positions of its tokens in `batch`), those of all ranks in order."""
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """Those of this process's replica, on its device."""
+        return [batch.subset(group).to(self.device) for group in self._division(batch)[self.replica]]
 
-    @abstractmethod
     def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str], **options: Any) -> PolicyStats:
-        """The fields `names` of `token_stats(..., **options)`, each [N]: 0 outside the loss mask. Collective.
+        """What `_score` says of the whole batch, each [N] on the host: 0 outside the loss mask. Collective.
 
-        The temperature is the model's, unless the options have another.
+        One replica after the other tells its share, so that a device holds no more than two shares at a time.
+        """
+        own = torch.cat(self._score(model, self._micro_batches(batch), names, **options), 1)
+        table = torch.zeros((len(names), len(batch.tokens)))
+        for replica, share in enumerate(self._division(batch)):
+            index = batch.positions([s for group in share for s in group])
+            index = index[batch.loss_mask[index]]
+            values = own if replica == self.replica else own.new_empty(len(own), len(index))
+            if self.batch_group is not None:
+                dist.broadcast(values, dist.get_process_group_ranks(self.batch_group)[replica], self.batch_group)
+            table[:, index] = values.cpu()
+        return dict(zip(names, table, strict=True))
+
+    @abstractmethod
+    def _division(self, batch: Batch) -> list[list[list[int]]]:
+        """The batch's sequences by replica and micro-batch. Equal in all processes."""
+
+    @abstractmethod
+    def _score(
+        self, model: nn.Module, micro_batches: Sequence[Batch], names: Sequence[str], **options: Any
+    ) -> list[Tensor]:
+        """Fields of `token_stats(..., **options)` of each micro-batch's loss tokens: [names, k] on the device.
+
+        On every rank of the replica. Collective. The temperature is the model's, unless the options have another.
         """
 
     @abstractmethod
-    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[dict[str, float], float]:
+    def _backward(self, batch: Batch, selections: list[Selections], totals: Totals) -> tuple[Metrics, Tensor | float]:
         """Leaves the mini-batch's gradient in the model; its metrics, and the norm before clipping. Collective."""
 
     @abstractmethod

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 RIGHT = 1.0  # the score of a right response
 
 
@@ -32,14 +34,17 @@ class Prompt:
     row: int | None = None  # of the data set, the same in every epoch; None: a generated task has none
 
 
-@dataclass
+@dataclass(eq=False)
 class Rollout:
-    """One sampled response. `logprob[i]` is the sampler's log-probability of `tokens[i]` under the tempered policy."""
+    """One sampled response. `logprob[i]` is the sampler's log-probability of `tokens[i]` under the tempered policy.
+
+    Both are arrays, often slices of those of many responses; any sequences of numbers are taken.
+    """
 
     prompt: Prompt
     sample: int  # index inside the prompt's group, 0 <= sample < group size
-    tokens: list[int]  # the response alone; ends in the end-of-sequence token when `finished`
-    logprob: list[float]
+    tokens: np.ndarray  # [n] int32: the response alone; ends in the end-of-sequence token when `finished`
+    logprob: np.ndarray  # [n] float32, nats
     finished: bool  # False: cut off at the length limit
     weight_version: int  # number of optimizer steps the sampling weights had seen
     text: str = ""  # the response decoded, without the end-of-sequence token
@@ -51,3 +56,7 @@ class Rollout:
     lag: int = 0  # training steps by which the policy that trains on it is newer
     temperature: float | None = None  # that it was sampled at, where prompts have their own; None: the recipe's
     entropy: float | None = None  # the policy's at temperature 1, mean over `tokens`, nats; None: not measured
+
+    def __post_init__(self) -> None:
+        self.tokens = np.asarray(self.tokens, dtype=np.int32)
+        self.logprob = np.asarray(self.logprob, dtype=np.float32)

@@ -17,6 +17,7 @@ from entcov.ops.row_stats import check_values, row_stats
 from entcov.stats import derivative
 from entcov.stats.lm_head import HeadRows, add_product, fresh, product_into
 from entcov.stats.ranks import eager
+from entcov.stats.shards import check_local
 from entcov.stats.token_stats import (
     Settings,
     TokenStats,
@@ -170,6 +171,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def _check(hidden, weight, target, bias, main_grad, autocast) -> torch.dtype:
     """Checks shapes, dtypes and devices. Returns the dtype of the products: `autocast`'s, or without it hidden's."""
+    check_local(hidden=hidden, weight=weight, target=target, bias=bias, main_grad=main_grad)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")

@@ -16,7 +16,7 @@ from entcov.ops.logit_covariance_grad import logit_covariance_grad
 from entcov.ops.merge_covariance_stats import merge_covariance_stats
 from entcov.stats import derivative
 from entcov.stats.ranks import eager
-from entcov.stats.shards import Partial, Shard, gather, resolve_shard
+from entcov.stats.shards import Partial, Shard, check_local, gather, resolve_shard
 from entcov.stats.token_stats import check_leading_shape
 
 
@@ -87,6 +87,7 @@ def logit_covariance(
 
 def _resolved_pair(logits_old, logits_new, group, vocab_start, vocab_size, temperature, loss_mask):
     """(old logits [T, V_local], new logits [T, V_local], mask [T] or None, RowSpec)"""
+    check_local(logits_old=logits_old, logits_new=logits_new, loss_mask=loss_mask)
     if logits_old.shape != logits_new.shape:
         raise ValueError(
             f"logits_old must have the shape of logits_new, got {tuple(logits_old.shape)} and {tuple(logits_new.shape)}"

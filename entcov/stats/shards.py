@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from entcov import arguments
 from entcov.ops.core import SIGNATURE
 from entcov.ops.message import hash_values, message, signatures
 from entcov.stats import ranks
@@ -58,6 +59,15 @@ def resolve_shard(width: int, group, vocab_start: int | None, vocab_size: int | 
             f"{vocab_start} and {vocab_size}"
         )
     return Shard(vocab_start, width, vocab_size)
+
+
+def check_local(**tensors: Tensor | None) -> None:
+    """TypeError for a DTensor: the statistics take this rank's part of it and the group that it is divided over."""
+    arguments.local(
+        "the columns of this rank, with group=, vocab_start= and vocab_size=, which "
+        "entcov.integrations.dtensor.vocab_shard gives; what all ranks have whole needs no group",
+        **tensors,
+    )
 
 
 class Partial(NamedTuple):

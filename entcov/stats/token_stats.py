@@ -19,7 +19,7 @@ from entcov.ops.row_stats import row_stats
 from entcov.stats import derivative
 from entcov.stats.ranks import eager
 from entcov.stats.sharded_clamp import sharded_clamped_stats
-from entcov.stats.shards import Partial, Shard, gather, resolve_shard
+from entcov.stats.shards import Partial, Shard, check_local, gather, resolve_shard
 
 
 class TokenStats(NamedTuple):
@@ -100,7 +100,7 @@ def token_stats(
     Raises:
         ValueError: shapes, ranges, a target outside the vocabulary, rows without a finite logit. On CUDA the last two
             are not looked for, since that would wait for the GPU: all outputs of such a row and its gradient are NaN.
-        TypeError: dtypes.
+        TypeError: dtypes; DTensors, of which `entcov.integrations.dtensor.vocab_shard` gives the arguments.
         RuntimeError: ranks called differently (shards that do not cover the vocabulary once, another temperature,
             target, ...): the same error on every rank. Or another rank's arguments are wrong: that rank raises its own
             error, the others one that names it. On CUDA all outputs of all rows that are not ignored, and their
@@ -142,6 +142,7 @@ def resolved_settings(
 
 def _resolved(logits, target, group, *arguments) -> tuple[Tensor, Tensor, Settings]:
     """(logits [T, V_local], target [T], settings)"""
+    check_local(logits=logits, target=target)
     check_leading_shape("logits", logits, "target", target.shape)
     settings = resolved_settings(logits.shape[-1], group, *arguments)
     if logits.dim() != 2:

@@ -1,6 +1,7 @@
 """The benchmark commands run, and what they print is what they measured. No time is asserted."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -31,8 +32,11 @@ def test_ops_benchmark_runs_and_keeps_the_memory_promise(tmp_path):
     assert "x entcov" in done.stdout and "bytes a token" in done.stdout
     host = {row["name"]: row for row in result["host_us"]}
     assert list(host) == ["empty autograd.Function", "token_stats", "token_stats, moments", "token_stats, clamp",
-                          "logit_covariance", "linear_token_stats"]  # fmt: skip
-    assert all(0 < row["forward"] < row["forward+backward"] for row in host.values()) and "host time" in done.stdout
+                          "logit_covariance", "linear_token_stats", "policy_loss", "token_covariance"]  # fmt: skip
+    once = {"token_covariance"}  # has no gradient
+    assert {name for name, row in host.items() if "forward+backward" not in row} == once
+    assert all(0 < row["forward"] < row.get("forward+backward", math.inf) for row in host.values())
+    assert "host time" in done.stdout
 
 
 def test_linear_benchmark_measures_memory_and_errors(tmp_path):
@@ -54,6 +58,18 @@ def test_linear_benchmark_measures_memory_and_errors(tmp_path):
     assert all(row["hidden_gradient_error"] < 2**-7 and row["weight_gradient_error"] < 2**-6 for row in rows.values())
 
 
+def test_head_benchmark_measures_what_hidden_states_save(tmp_path):
+    """Of the logits and their gradient one is left, which is most of a model with so wide a vocabulary."""
+    report = tmp_path / "head.json"
+    command = [sys.executable, "-m", "benchmarks", "head", "--vocab", "20000", "--tokens", "64", "--width", "16",
+               "--repeats", "2", "--threads", "1", "--json", str(report)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    logits, hidden = json.loads(report.read_text())["rows"]
+    assert logits["logits_bytes"] == 4 * 64 * 20000 * 4 and "saved MiB" in done.stdout
+    assert hidden["saved_bytes"] > 0.7 * logits["logits_bytes"] and hidden["ratio"]["min"] > 0
+
+
 def test_selection_benchmark_chooses_as_many_as_the_usual_code(tmp_path):
     report = tmp_path / "selection.json"
     command = [sys.executable, "-m", "benchmarks", "selection", "--tokens", "20000", "--repeats", "2", "--threads", "1",
@@ -64,6 +80,20 @@ def test_selection_benchmark_chooses_as_many_as_the_usual_code(tmp_path):
     assert rows["Clip-Cov", "entcov"]["chosen"] == rows["Clip-Cov", "nonzero + randperm"]["chosen"] > 1
     assert rows["KL-Cov", "entcov"]["chosen"] == rows["KL-Cov", "nonzero + topk"]["chosen"] > 20
     assert rows["Clip-Cov", "nonzero + randperm"]["host_reads"] >= 2 and "host reads" in done.stdout
+
+
+def test_batch_benchmark_counts_bytes_and_growth(tmp_path):
+    report = tmp_path / "batch.json"
+    command = [sys.executable, "-m", "benchmarks", "batch", "--responses", "64", "256", "--mean", "2048", "--repeats",
+               "1", "--threads", "1", "--json", str(report)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    rows = {(row["name"], row["responses"]): row for row in result["rows"]}
+    packed = rows["pack", 256]
+    assert 1.5 < packed["bytes"] / packed["data"] < 3  # 13 bytes a token of prompt and response, for 8 of a response
+    assert rows["mini-batches", 256]["bytes"] < packed["bytes"]  # one at a time
+    assert 0.8 < result["growth"]["pack"]["bytes"] < 1.2 and "growth with the number of responses" in done.stdout
 
 
 def test_measurements():

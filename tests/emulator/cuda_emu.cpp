@@ -392,7 +392,12 @@ void warp_gather(Collective what, unsigned mask, uint64_t value, uint64_t (&valu
   worker->spare.push_back(g);
 }
 
+std::atomic<uint64_t> launches{0};
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;  // as in a new thread
+
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*body)(void*), void* arg) {
+  if (capture_mode != cudaStreamCaptureModeRelaxed) return cudaErrorNotSupported;  // may be a kernel's first
+  launches++;
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
   if (!blocks || !threads || threads > 1024 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 || block.z > 64)
@@ -418,10 +423,21 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*body)(void*), void* 
 EMU_EXPORT void cuda_emu_set_seed(int value) { emu::seed = value; }
 // Bytes that the kernels have loaded since the last call.
 EMU_EXPORT uint64_t cuda_emu_loaded_bytes() { return emu::loaded.exchange(0); }
+// Kernels launched since the last call.
+EMU_EXPORT uint64_t cuda_emu_launches() { return emu::launches.exchange(0); }
+// How this thread may act while a stream is captured: a cudaStreamCaptureMode.
+EMU_EXPORT int cuda_emu_capture_mode() { return emu::capture_mode; }
 EMU_EXPORT const char* cuda_emu_last_error() { return emu::last_error.c_str(); }
 
 extern "C" {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, emu::capture_mode);
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 0, cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t e) { return e == cudaErrorLaunchFailure ? emu::last_error.c_str() : "refused"; }
 const char* cudaGetErrorName(cudaError_t e) {
   return e == cudaErrorLaunchFailure          ? "cudaErrorLaunchFailure"

@@ -31,6 +31,13 @@ def loaded_bytes(extension: Path) -> int:
     return count()
 
 
+def launches(extension: Path) -> int:
+    """How many kernels were launched since the last call."""
+    count = ctypes.CDLL(str(extension)).cuda_emu_launches
+    count.restype = ctypes.c_uint64
+    return count()
+
+
 def install(monkeypatch, module: ModuleType) -> None:
     """Until `monkeypatch` is undone, ops on CPU tensors run the kernels that they run on a GPU."""
     monkeypatch.setitem(core.KERNELS, "cpu", module)

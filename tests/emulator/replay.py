@@ -108,7 +108,7 @@ def run_case(cuda, T: int, V: int, columns: int, gap: int, dtype: int, offset: i
         sent = [floats(payload.read().size + 4) for payload in payloads]
         for rank, (payload, out) in enumerate(zip(payloads, sent, strict=True)):
             own = (0, spec[1]) if rank == 0 else (spec[1], 0)
-            cuda.message(payload.pointer, payload.read().size, target.pointer, T, 7, *own, out.pointer, 0)
+            cuda.message(payload.pointer, payload.read().size, target.pointer, T, 7, *own, out.pointer, 0, 0)
         return Block(np.stack([out.read() for out in sent]))
 
     def view(gathered):
@@ -203,7 +203,7 @@ def gather(cuda, payloads: list[Block], columns: list[tuple[int, int]]) -> tuple
     T, width = payloads[0].shape
     sent = [floats(T * width + 4) for _ in payloads]
     for payload, own, out in zip(payloads, columns, sent, strict=True):
-        cuda.message(payload.pointer, T * width, 0, 0, 1, *own, out.pointer, 0)
+        cuda.message(payload.pointer, T * width, 0, 0, 1, *own, out.pointer, 0, 0)
     gathered = Block(np.stack([out.read() for out in sent]))
     return gathered, (gathered.pointer, len(sent), T, width)
 
@@ -270,7 +270,21 @@ def run_wrong_clamp_case(cuda, dtype: int) -> str:
     return "survived"
 
 
+def run_message_case(cuda, count: int) -> str:
+    """A message whose values are hashed by more than one block, if there are more than 4,096."""
+    rng = np.random.default_rng(count)
+    payload, out = Block(rng.standard_normal(5000).astype(np.float32)), floats(5004)
+    values, parts = Block(rng.integers(-(2**62), 2**62, count)), cuda.hash_parts(count)
+    room = Block(np.full(parts, -1, np.int64))
+    cuda.message(
+        payload.pointer, 5000, values.pointer, count, 9, 0, 8, out.pointer, room.pointer if parts > 1 else 0, 0
+    )
+    return hashlib.sha256(out.read().tobytes()).hexdigest()[:16]
+
+
 CLAMP_CASES = {f"clamp, {V} {name}": (V, dtype) for V in (7, 9001) for name, dtype in DTYPES.items()}
+
+MESSAGES = (4096, 4097, 300_000)  # values
 
 # name: T, V, columns that exist, columns between the rows, dtype, elements past a 16-byte boundary
 CASES = {
@@ -300,6 +314,7 @@ def main(extension: str, seed: str, wanted: str = "") -> None:
     with np.errstate(all="ignore"):
         results = {name: run_case(cuda, *case) for name, case in CASES.items() if wanted in name}
         results |= {name: run_clamp_case(cuda, *case) for name, case in CLAMP_CASES.items() if wanted in name}
+        results |= {f"message of {n}": run_message_case(cuda, n) for n in MESSAGES if wanted in f"message of {n}"}
         wrong = {f"wrong brackets and partials, {name}": dtype for name, dtype in DTYPES.items()}
         results |= {name: run_wrong_clamp_case(cuda, dtype) for name, dtype in wrong.items() if wanted in name}
     print(json.dumps(results))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from entcov.ops import core
+from entcov.ops.message import hash_values
 from entcov.stats.logit_covariance import logit_covariance
 from entcov.stats.token_stats import token_stats
 from entcov.verify.check import check_rows
@@ -117,6 +118,16 @@ def test_bits_of_a_segmented_row_do_not_depend_on_the_batch():
         assert torch.equal(alone[0], together[t])
 
 
+def test_values_that_many_blocks_hash_have_the_bits_of_the_cpu(kernels):
+    """In 256 parts at most, of which the last have a value less than the first."""
+    count = 256 * 4096 + 70001
+    values = torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(0))
+    assert [kernels.hash_parts(n) for n in (0, 1, 4096, 4097, 131072, count)] == [1, 1, 1, 2, 32, 256]
+    sent = torch.empty(4)
+    core._cpu.message(0, 0, values.data_ptr(), count, 5, 0, 0, sent.data_ptr(), 0, 1)
+    assert torch.equal(hash_values(values, 5)[None].view(torch.int32), sent[:2].view(torch.int32))
+
+
 # ---- what differs from the CPU: values are poisoned, not raised for -------------------------------------------------
 
 
@@ -167,6 +178,12 @@ def test_a_row_without_a_finite_logit_is_nan():
         assert getattr(stats, name)[1].isnan() and not getattr(stats, name)[[0, 2, 3]].isnan().any(), name
     changed = logit_covariance(logits, logits + 1)
     assert all(value[1].isnan() and not value[[0, 2]].isnan().any() for value in changed)
+
+
+def test_a_launch_may_load_its_kernel_while_a_graph_is_captured_and_leaves_the_mode(products):
+    """The emulator refuses launches in other modes; 0 is cudaStreamCaptureModeGlobal, that of a new thread."""
+    token_stats(rows("gaussian", 2, 60), torch.zeros(2, dtype=torch.int64))
+    assert ctypes.CDLL(str(products["plain"])).cuda_emu_capture_mode() == 0
 
 
 def test_a_failed_launch_says_what_was_launched(kernels):

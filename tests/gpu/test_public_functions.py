@@ -150,9 +150,10 @@ def test_the_ops_keep_torchs_contract():
 
 
 def test_a_message_has_the_bits_of_the_cpu():
-    target = torch.randint(0, 2**40, (3001,), generator=torch.Generator().manual_seed(0))
+    many = torch.randint(0, 2**40, (1_200_001,), generator=torch.Generator().manual_seed(0))
+    target = many[:3001]
     payload = torch.randn(3001, 7)
-    for values, call in ((target, -(2**63)), (None, 5), (target, 0)):
+    for values, call in ((target, -(2**63)), (None, 5), (target, 0), (many[:4097], 1), (many, 1)):
         here = message(payload, values, call, 3, 50)
         there = message(payload.to(DEVICE), None if values is None else values.to(DEVICE), call, 3, 50)
         assert torch.equal(there.cpu().view(torch.int32), here.view(torch.int32))

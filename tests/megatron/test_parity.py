@@ -99,18 +99,17 @@ def test_no_micro_batch_of_a_replica_mixes_temperatures():
 
 def test_a_replica_without_a_sequence_runs_one_without_a_loss(policies):
     batch = torch.load(policies[0] / "batch.pt", weights_only=False)
-    micro, index = dummy_micro_batch(batch)
-    assert micro.lengths == (min(batch.lengths),) and torch.equal(batch.tokens[index], micro.tokens)
+    micro, shortest = dummy_micro_batch(batch), batch.lengths.index(min(batch.lengths))
+    assert micro.lengths == (min(batch.lengths),) and torch.equal(batch.subset([shortest]).tokens, micro.tokens)
     assert micro.num_loss_tokens == 0 and bool((micro.target == -100).all())
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_context_parallel_ranks_hold_each_loss_token_once(policies, packing):
     batch = torch.load(policies[0] / "batch.pt", weights_only=False)
-    index = torch.arange(len(batch.tokens))
     seen = []
     for rank in range(3):
-        micro = build_inputs(batch, index, unit=6, packing=packing, context_parallel=3, context_rank=rank)
+        micro = build_inputs(batch, unit=6, packing=packing, context_parallel=3, context_rank=rank)
         at = micro.target != -100
         assert torch.equal(micro.target[at], batch.target[micro.rows])
         assert torch.equal(micro.inputs["position_ids"][at], batch.position[micro.rows])

@@ -11,6 +11,7 @@ from entcov import PolicyLossConfig, Tokens, Totals, linear_token_stats, logit_c
 from entcov.controls import CONTROLS, Progress, make_control, select
 from entcov.objective.objectives import OBJECTIVES
 from entcov.objective.sequences import SequenceIndex
+from entcov.objective.token_covariance import token_covariance
 from entcov.objective.tokens import AGGREGATIONS, RESPONSE_AGGREGATIONS
 from tests.support.tabular_policy import tokens_of
 
@@ -65,7 +66,12 @@ def test_the_head_and_the_covariance_of_logits():
     stats = linear_token_stats(hidden, weight, integers())
     (stats.logprob.sum() + stats.entropy.sum()).backward()
     assert weight.grad.shape == weight.shape
-    assert logit_covariance(floats(T, V), floats(T, V)).kl.shape == (T,)
+    old, new = floats(T, V), floats(T, V).requires_grad_()
+    change = logit_covariance(old, new, loss_mask=torch.empty(T, dtype=torch.bool, device="meta"))
+    (change.covariance + change.entropy_change + change.kl).sum().backward()
+    assert new.grad.shape == (T, V)
+    mask = torch.empty(T, dtype=torch.bool, device="meta")
+    assert token_covariance(floats(T), floats(T), mask).value.device.type == "meta"
 
 
 def ready(name: str):

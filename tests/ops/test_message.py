@@ -33,7 +33,7 @@ def own(payload, values=None, call=1, start=0, columns=8):
     return signatures(message(payload, values, call, start, columns)[None])[0].tolist()
 
 
-@pytest.mark.parametrize("count", [0, 1, 31, 256, 257, 3000])
+@pytest.mark.parametrize("count", [0, 1, 31, 256, 257, 3000, 4096, 4097, 9000])
 @pytest.mark.parametrize("call", [1, -3, 2**62 + 1, -(2**63)])
 def test_hash_in_integers_of_python(count, call):
     rng = torch.Generator().manual_seed(count)

@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from entcov.plan.memory import (
+    COLUMNS,
     GIB,
     GPUS,
     KNOBS,
+    LOSS_VIEW,
+    ROLLOUT,
     TRAINER_RESERVE,
     Settings,
     activations,
     engine_memory,
+    host_memory,
     layer_activations,
     memory,
     parse_size,
@@ -27,6 +31,8 @@ from entcov.plan.memory import (
 )
 from entcov.plan.model_shapes import PUBLISHED, ModelShape, shape_of
 from entcov.plan.traffic import estimate, passes, traffic
+from entcov.rl.batch import pack
+from entcov.rl.types import Example, Prompt, Rollout
 
 transformers = pytest.importorskip("transformers")
 
@@ -205,6 +211,35 @@ def test_the_last_stage_holds_logits_their_gradient_and_36_bytes_a_row():
     assert first.logits == 0 and last.logits == 20480 * (2 * 19008 * 2 + 36)  # 152064 columns on 8 ranks
 
 
+def test_bytes_a_token_are_those_of_a_batch_that_is_packed():
+    prompt = Prompt(0, Example("test", (), ""), (1, 2))
+    rollouts = [Rollout(prompt, 0, [3] * 50, [-1.0] * 50, True, 0, reward=1.0)]
+    batch = pack(rollouts)
+    columns = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert sum(column.nbytes for column in columns) == COLUMNS * len(batch.tokens)
+    assert rollouts[0].tokens.nbytes + rollouts[0].logprob.nbytes == ROLLOUT * 50
+    batch.old_logprob = batch.rollout_logprob
+    tokens = batch.loss_tokens(batch.loss_mask, batch.old_logprob[batch.loss_mask])
+    shown = [value for value in vars(tokens).values() if value is not None]
+    assert sum(value.nbytes for value in shown) == LOSS_VIEW * 50
+
+
+def test_a_gpu_s_share_of_the_rollout_batch_does_not_grow_with_the_replicas():
+    """The batch grows as the replicas do: a GPU holds the same, a host more."""
+    one = settings(selection=True)
+    more = dataclasses.replace(one, gpus=64, prompts_per_step=2 * one.prompts_per_step)
+    assert memory(more, 0).batch == memory(one, 0).batch
+    assert host_memory(more) == 2 * host_memory(one)
+    tokens = 256 * 8 * (256 + 4096)
+    assert memory(one, 0).batch == tokens // 4 * (13 + 64)  # while it is scored
+    assert memory(dataclasses.replace(one, updates=1), 0).batch == tokens // 4 * (13 + 20 + 69 + 16 + 150)
+    assert host_memory(one) == 8 * tokens * (8 + 13 + 16 + 69 + 16)
+    held = memory(one, 0)
+    assert held.training == held.resident + held.activations + held.logits + held.batch + held.engine * (
+        not held.asleep
+    )
+
+
 def test_the_engine():
     assert QWEN_7B.kv_bytes_per_token(1) == 57344  # 2 * 28 layers * 4 heads * 128 * 2 bytes
     assert QWEN_7B.kv_bytes_per_token(8) == 57344 // 4  # no rank has less than a head
@@ -293,13 +328,13 @@ def test_passes_by_hand():
     sent = {t.name: t for t in traffic(dataclasses.replace(s, selection=True))}
     p = memory(s, 0).parameters
     assert set(sent) == {
-        "gradients, reduce-scatter", "weights, all-gather", "scores, all-reduce", "selection scores, all-reduce",
+        "gradients, reduce-scatter", "weights, all-gather", "scores, broadcast", "selections, all-reduce",
     }  # fmt: skip
     gradients = sent["gradients, reduce-scatter"]
     assert gradients.count == 2 and gradients.bytes_each == 4 * p / 2 and gradients.bytes == 4 * p
     assert sent["weights, all-gather"].bytes == 2 * p
-    assert (sent["scores, all-reduce"].count, sent["scores, all-reduce"].bytes_each) == (1, 4 * 160 * 4)
-    assert (sent["selection scores, all-reduce"].count, sent["selection scores, all-reduce"].bytes_each) == (1, 4 * 80)
+    assert (sent["scores, broadcast"].count, sent["scores, broadcast"].bytes_each) == (1, 4 * 160 * 4 / 2)
+    assert (sent["selections, all-reduce"].count, sent["selections, all-reduce"].bytes_each) == (2, 4.5 * 2**20)
 
 
 def test_tensor_parallel_traffic_by_hand():
@@ -345,7 +380,8 @@ def test_pipeline_and_context_traffic_by_hand():
     (edge,) = (t for t in traffic(stages) if t.group == "pipeline")  # forward in all passes, gradients back in 8
     assert (edge.count, edge.bytes_each) == (8 + 4 + 8 + 8, 20 * 8 * 2)
     assert edge.seconds == pytest.approx(28 * 320 / (450e9 * 0.7))
-    (ring,) = (t for t in traffic(dataclasses.replace(s, context_parallel=2)) if t.group == "context")
+    ring, parts = (t for t in traffic(dataclasses.replace(s, context_parallel=2)) if t.group == "context")
+    assert (parts.count, parts.bytes_each) == (1, 160 * 4 * 4)  # half of four float32 numbers a token, both ways
     # Keys and values of two heads of 2 and half of the tokens, once a layer and pass, twice more for the gradients.
     assert (ring.count, ring.bytes_each) == (4 * (20 + 2 * 8), 10 * 2 * 4 * 2)
 

@@ -445,7 +445,7 @@ FAULTS = (
     Fault(
         "dropped_responses_stay_in_the_loss",
         LOOP,
-        "dropped = ~advantages.keep[local.sequence[local.loss_mask]]",
+        "dropped = ~advantages.keep[batch.sequence[batch.loss_mask]]",
         "pass",
         [T_LOOP + "responses_that_the_estimator_drops_leave_the_denominators"],
     ),

@@ -26,8 +26,8 @@ FAULTS = (
     Fault(
         "a_later_update_forgets_what_an_earlier_one_chose",
         RECORD,
-        "mask[where] |= part[known] != 0",
-        "mask[where] = part[known] != 0",
+        "mask[where] |= part.cpu()[known] != 0",
+        "mask[where] = part.cpu()[known] != 0",
         [T_RECORD + "a_token_counts_as_chosen_if_one_update_chose_it"],
     ),
     Fault(
@@ -40,8 +40,8 @@ FAULTS = (
     Fault(
         "log_probability_after_is_that_before",
         LOOP,
-        'self.watched.updated(self.actor.compute_logprobs(self.watched.batch)["logprob"])',
-        "self.watched.updated(self.watched.batch.old_logprob)",
+        'self.watched.updated(self.actor.compute_logprobs(self.watched.batch)["logprob"], self',
+        "self.watched.updated(self.watched.batch.old_logprob, self",
         [BY_HAND, BOUNDS],
     ),
     Fault(

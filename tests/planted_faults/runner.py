@@ -28,7 +28,16 @@ import pytest
 from tests.planted_faults.fault import Fault
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("entcov", "megatron_integration", "tests", "examples", "scripts", "csrc", "pyproject.toml")
+COPIED = (
+    "entcov",
+    "megatron_integration",
+    "tests",
+    "examples",
+    "scripts",
+    "csrc",
+    "pyproject.toml",
+    "build_backend.py",
+)
 PRELOADED = (
     "tomllib", "zoneinfo", "numpy", "omegaconf", "pydantic.fields", "pydantic.json_schema", "rich.live",
     "rich.progress", "rich.table", "safetensors.torch", "torch.distributed", "torch.utils.tensorboard",

@@ -170,6 +170,23 @@ FAULTS = (
         "    if False:\n",
         ["tests/ops/test_contract.py::test_errors_name_argument_rule_and_value"],
     ),
+    Fault(
+        "statistics_take_dtensors",
+        "entcov/stats/token_stats.py",
+        "    check_local(logits=logits, target=target)\n",
+        "",
+        [
+            "tests/stats/test_dtensors.py::test_statistics",
+            "tests/stats/test_dtensors.py::test_a_rank_that_passes_one_holds_nobody_up",
+        ],
+    ),
+    Fault(
+        "the_loss_takes_dtensors",
+        "entcov/arguments.py",
+        "        if isinstance(tensor, module.DTensor):",
+        "        if False and isinstance(tensor, module.DTensor):",
+        ["tests/stats/test_dtensors.py::test_the_policy_loss"],
+    ),
     # ---- the clamp over ranks (faults of csrc/*.h: tests/stats/test_header_faults.py) ------------------------------
     Fault(
         "bracket_without_a_margin",

@@ -18,6 +18,7 @@ LOOP, COLLECT, ACTOR, HF_ACTOR, BATCH, SAMPLER, RUN, EVALUATION, WARM_START, BAC
     )
 )
 TRAINED = "entcov/rl/trained_model.py"
+HF_MODEL = "entcov/rl/hf/model.py"
 INTERRUPTS, PREFLIGHT, MODEL_CONFIG = (
     f"entcov/rl/{name}.py" for name in ("interrupts", "preflight", "hf/model_config")
 )
@@ -28,6 +29,7 @@ T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_STALENESS, T_
         "test_staleness", "hf/test_warm_start",
     )
 )  # fmt: skip
+T_REPLICAS = "tests/rl/test_replicas.py::test_"
 T_BAD_INPUT = "tests/test_bad_input.py::test_"
 T_PREPARE, T_REWARDS = "tests/rl/data/test_prepare.py::test_", "tests/rl/rewards/test_rules.py::test_"
 T_RUN = "tests/rl/test_run.py::test_"
@@ -137,8 +139,8 @@ FAULTS = (
     Fault(
         "dropped_tokens_stay_in_the_length",
         BATCH,
-        "        self.sequence_length = left[self.sequence]\n",
-        "",
+        "sequence_length=self._loss_tokens_of_each[sequence]",
+        "sequence_length=responses.length[sequence]",
         [T_LOOP + "a_dropped_token_leaves_the_batch_and_its_denominators"],
     ),
     Fault(
@@ -158,8 +160,8 @@ FAULTS = (
     Fault(
         "response_position_counts_the_prompt",
         BATCH,
-        "return self.position - (prompt - 1)[self.sequence]",
-        "return self.position",
+        "position=position - unlearned[sequence]",
+        "position=position",
         [T_LOOP + "begin_sees_the_scored_rollout_and_shapes_its_advantages"],
     ),
     Fault(
@@ -172,7 +174,7 @@ FAULTS = (
     Fault(
         "totals_count_what_selections_drop",
         ACTOR,
-        "                totals = mini_batch_totals(tokens, selections)\n",
+        "                totals = mini_batch_totals(tokens, selections, group=group)\n",
         "                pass\n",
         [T_ACTOR + "a_selection_that_drops_tokens_updates_as_if_they_were_not_there"],
     ),
@@ -391,8 +393,8 @@ FAULTS = (
     Fault(
         "gradient_is_not_clipped",
         HF_ACTOR,
-        "self.config.max_grad_norm))",
-        'float("inf")))',
+        "self.config.max_grad_norm)",
+        'float("inf"))',
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
     Fault(
@@ -405,7 +407,7 @@ FAULTS = (
     Fault(
         "selections_of_the_first_update_for_all",
         ACTOR,
-        "if batch.logprob_version == self.weight_version and",
+        "if version == self.weight_version and",
         "if",
         [T_ACTOR + "the_second_update_selects_under_the_policy_of_the_second_update"],
     ),
@@ -418,10 +420,31 @@ FAULTS = (
     ),
     Fault(
         "scores_in_micro_batch_order",
-        HF_ACTOR,
-        "table[:, index[micro.loss_mask]] =",
-        "table[:, index.sort().values[micro.loss_mask]] =",
+        TRAINED,
+        "table[:, index] = values.cpu()",
+        "table[:, index.sort().values] = values.cpu()",
         [T_ACTOR + "scores_are_the_plain_forward_pass_at_the_samplers_temperature"],
+    ),
+    Fault(
+        "a_replica_chooses_alone",
+        ACTOR,
+        "group = self.batch_group",
+        "group = None",
+        [T_REPLICAS + f"replicas_know_and_choose_what_one_process_does[{n}]" for n in (2, 4)],
+    ),
+    Fault(
+        "a_device_holds_every_replica_s_sequences",
+        TRAINED,
+        "for group in self._division(batch)[self.replica]]",
+        "for share in self._division(batch) for group in share]",
+        [T_REPLICAS + "what_a_device_holds_does_not_grow_with_the_replicas"],
+    ),
+    Fault(
+        "replicas_keep_their_scores_to_themselves",
+        TRAINED,
+        "values = own if replica == self.replica else",
+        "values = own if replica == 0 and len(own[0]) == len(index) else",
+        [T_REPLICAS + f"replicas_know_and_choose_what_one_process_does[{n}]" for n in (2, 4)],
     ),
     Fault(
         "reference_scores_are_the_policys",
@@ -440,7 +463,7 @@ FAULTS = (
     Fault(
         "optimizer_state_not_restored",
         HF_ACTOR,
-        'self.optimizer.load_state_dict(state["optimizer"])',
+        'self.optimizer.load_state_dict(saved | {"param_groups": groups})',
         "pass",
         [T_ACTOR + "the_optimizer_goes_on_from_its_state"],
     ),
@@ -453,12 +476,12 @@ FAULTS = (
     ),
     Fault(
         "weight_decay_ignored",
-        HF_ACTOR,
+        HF_MODEL,
         "weight_decay=config.weight_decay",
         "weight_decay=0.0",
         [T_ACTOR + "updates_are_adamw_by_hand"],
     ),
-    Fault("betas_ignored", HF_ACTOR, "betas=config.betas, ", "", [T_ACTOR + "updates_are_adamw_by_hand"]),
+    Fault("betas_ignored", HF_MODEL, "betas=config.betas, ", "", [T_ACTOR + "updates_are_adamw_by_hand"]),
     Fault(
         "reference_follows_the_policy",
         BACKEND,
@@ -467,20 +490,40 @@ FAULTS = (
         [T_ACTOR + "the_reference_is_a_copy_that_is_kept_on_disk"],
     ),
     # ---- the batch ---------------------------------------------------------------------------------------------------
-    Fault("sequence_length_with_the_prompt", BATCH, "[len(response)] * n", "[n] * n", [T_BATCH + "pack_by_hand"]),
+    Fault(
+        "sequence_length_with_the_prompt",
+        BATCH,
+        "return self._loss_tokens_of_each[self.sequence]",
+        "return self._lengths[self.sequence]",
+        [T_BATCH + "pack_by_hand"],
+    ),
     Fault(
         "token_ids_start_again_in_each_sequence",
         BATCH,
-        "range(s * _POSITIONS_PER_SEQUENCE, s * _POSITIONS_PER_SEQUENCE + n)",
-        "range(n)",
+        "return self.responses.number[self.sequence] * _POSITIONS_PER_SEQUENCE + self.position",
+        "return self.position",
         [T_BATCH + "pack_by_hand"],
     ),
     Fault(
         "logprob_one_token_late",
         BATCH,
-        "[0.0] * unlearned + rollout.logprob + [0.0]",
-        "[0.0] * (unlearned + 1) + rollout.logprob",
+        "(zeros[:n], r.logprob, zeros[:1])",
+        "(zeros[:1], zeros[:n], r.logprob)",
         [T_BATCH + "pack_by_hand"],
+    ),
+    Fault(
+        "a_run_of_neighbours_loses_its_last_sequence",
+        BATCH,
+        "int(self._bounds[last + 1])",
+        "int(self._bounds[last])",
+        [T_BATCH + "subset_keeps_every_field_of_every_token", T_BATCH + "arrays_have_the_bits_of_lists"],
+    ),
+    Fault(
+        "means_of_responses_in_single_precision",
+        BATCH,
+        "part.double().mean()",
+        "part.mean().double()",
+        [T_BATCH + "arrays_have_the_bits_of_lists"],
     ),
     Fault(
         "padded_micro_batches_over_budget",
@@ -528,7 +571,7 @@ FAULTS = (
     Fault(
         "finished_by_length",
         COLLECT,
-        "finished = tokens[-1] == tokenizer.eos_token_id",
+        "finished = bool(tokens[-1] == tokenizer.eos_token_id)",
         "finished = len(tokens) < 8",
         [T_SAMPLER + "logprob_is_that_of_the_plain_forward_pass"],
     ),
@@ -649,8 +692,8 @@ FAULTS = (
     Fault(
         "response_means_count_prompt_tokens",
         BATCH,
-        "torch.stack([own[mask].mean() for",
-        "torch.stack([own.mean() for",
+        "torch.from_numpy(values.cpu().numpy()[mask]).split(counts.tolist())",
+        "values.cpu().split(self.lengths)",
         [T_LOOP + "one_step_by_hand"],
     ),
     Fault(

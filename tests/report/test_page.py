@@ -126,7 +126,7 @@ def test_seeds_are_one_label_and_the_lens_has_every_run(page, folders):
     assert found.content["td"][:2] == ["clip_cov", "3"] and "±" in found.content["td"][2]
     pictures = [a["alt"] for tag, a in found.elements if tag == "img"]
     assert pictures == [
-        f"{title}, by step" for title in (
+        title for title in (
             "Reward", "Policy entropy", "Token covariance, mean", "Token covariance, 99.9th percentile",
             "Token covariance, largest", "Mismatch of sampler and trainer", "Response length",
             "Held-out accuracy, mean@2", "Reward over entropy, with the fitted law",
@@ -172,7 +172,7 @@ def test_a_folder_of_compare_brings_its_differences(folders, tmp_path):
     (tmp_path / "comparison.json").write_text(json.dumps(stored))
     page = build_page(read_runs([tmp_path]))
     found = Structure(page)
-    assert found.content["caption"][1] == "Difference to the baseline of strength 0, paired by seed"
+    assert found.content["caption"][1] == "Difference to the baseline, paired by seed"
     assert "entcov compare &lt;recipe&gt;" in page and found.content["td"].count("clip_cov") == 2
     (tmp_path / "comparison.json").write_text("{")
     with pytest.raises(ValueError, match="comparison.json is damaged"):

@@ -12,6 +12,7 @@ from entcov.rl.collect import Collector, pack_rollouts, unpack_rollouts
 from entcov.rl.config import parse_config
 from entcov.rl.loop import Loop
 from entcov.rl.types import Example, Prompt, Rollout
+from tests.support.list_batch import said
 from tests.support.scripted_loop import POLICY, RESPONSES, Actor, Sampler, Stream, reward
 from tests.support.tiny_run import recipe
 
@@ -154,7 +155,7 @@ def test_packed_rollouts_keep_components_and_baselines():
     prompts = {uid: Prompt(uid, Example("test", (), "1"), (5,)) for uid in (3, 4)}
     rollouts = [Rollout(prompts[uid], 0, [7], [-1.0], True, 0, reward=1.0) for uid in (3, 4)]
     rollouts[0].components, rollouts[1].baseline = {"a": 1.0}, 0.5
-    assert unpack_rollouts(pack_rollouts(rollouts), prompts) == rollouts
+    assert [said(r) for r in unpack_rollouts(pack_rollouts(rollouts), prompts)] == [said(r) for r in rollouts]
     packed = pack_rollouts(rollouts)
     del packed["components"], packed["baseline"]  # as earlier versions stored them
     assert [(r.components, r.baseline) for r in unpack_rollouts(packed, prompts)] == [(None, None)] * 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from entcov.rl.batch import IGNORE_INDEX, micro_batches, mini_batches, pack
+from entcov.rl.batch import IGNORE_INDEX, Batch, micro_batches, mini_batches, pack
 from entcov.rl.types import Example, Prompt, Rollout
+from tests.support import list_batch
 
 EXAMPLE = Example("test", (), "")
 
@@ -93,3 +94,75 @@ def test_pack_refuses_what_cannot_be_trained_on():
         pack([])
     with pytest.raises(ValueError, match=r"rollouts\[1\].*0 response tokens"):
         pack([rollout(0, [1], [2]), rollout(1, [1], [])])
+
+
+def drawn(count: int, generator: torch.Generator) -> list[Rollout]:
+    """Groups of up to three responses; single precision shows in every log-probability."""
+
+    def number(least: int, most: int) -> int:
+        return int(torch.randint(least, most, (1,), generator=generator))
+
+    rollouts: list[Rollout] = []
+    while len(rollouts) < count:
+        prompt = Prompt(len(rollouts), EXAMPLE, tuple(number(0, 2**31 - 1) for _ in range(number(1, 6))))
+        for sample in range(number(1, 4)):
+            n = number(1, 40)
+            tokens = torch.randint(0, 2**31 - 1, (n,), generator=generator).tolist()
+            logprob = (-3 * torch.rand(n, generator=generator)).tolist()
+            rollouts.append(Rollout(prompt, sample, tokens, logprob, True, 0, reward=float(sample)))
+    return rollouts[:count]
+
+
+def same_bits(batch: Batch, columns: dict[str, torch.Tensor]) -> None:
+    for name, expected in columns.items():
+        found = getattr(batch, name)
+        assert torch.equal(found.to(expected.dtype), expected), name
+
+
+def test_arrays_have_the_bits_of_lists():
+    """Packing, subsets, dropping, means and the loss's view, against list_batch.py: one Python number at a time."""
+    generator = torch.Generator().manual_seed(3)
+    for count in (1, 2, 7, 40):
+        rollouts = drawn(count, generator)
+        batch, columns = pack(rollouts), list_batch.packed(rollouts)
+        response_position = columns.pop("response_position")
+        same_bits(batch, columns)
+        assert (batch.tokens.dtype, batch.rollout_logprob.dtype) == (torch.int32, torch.float32)
+        values = torch.randn(len(batch.tokens), generator=generator)
+        assert torch.equal(batch.response_means(values), list_batch.means(values, columns, batch.lengths))
+        batch.old_logprob = values
+        dropped = torch.rand(batch.num_loss_tokens, generator=generator) < 0.3
+        dropped[torch.arange(len(dropped)) == len(dropped) // 2] = False  # something is left
+        batch.drop(dropped)
+        list_batch.drop(columns, dropped, batch.lengths)
+        same_bits(batch, columns)
+        order = torch.randperm(count, generator=generator)
+        for chosen in (
+            order.tolist(),
+            sorted(order[: count // 2 + 1].tolist()),
+            [*range(count)],
+            order[:1].tolist(),
+            [],
+        ):
+            index = list_batch.positions(chosen, batch.lengths)
+            part = batch.subset(chosen)
+            assert torch.equal(batch.positions(chosen), index) and len(part.tokens) == len(index)
+            same_bits(part, {name: column[index] for name, column in columns.items() if name != "sequence"})
+            assert torch.equal(part.old_logprob, values[index])
+            for at in (part.loss_mask, part.loss_mask.nonzero()[:, 0].flip(0)):
+                tokens = part.loss_tokens(at, part.old_logprob[at])
+                assert torch.equal(tokens.token_id, part.token_id[at]) and tokens.token_id.dtype is torch.int64
+                assert torch.equal(tokens.sequence_length, part.sequence_length[at])
+                assert torch.equal(tokens.position, response_position[index][at])
+
+
+def test_a_batch_takes_few_bytes_of_a_token():
+    """The batch itself is 13 bytes a token; packing and dividing it make no wider column on the way."""
+    from benchmarks.measure import peak_allocated_bytes
+
+    length = 50_000
+    prompt = Prompt(0, EXAMPLE, (1,))
+    batch = pack([Rollout(prompt, s, [2] * length, [-1.0] * length, True, 0) for s in range(4)])
+    columns = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert sum(column.nbytes for column in columns) == 13 * len(batch.tokens)
+    assert peak_allocated_bytes(lambda: batch.subset([2, 0])) < 13.5 * 2 * (length + 1)

@@ -17,7 +17,10 @@ class Scripted:
     """A sampler whose i-th response to a prompt is right where the prompt's text has a 1 at place i."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.slept = [], []
+
+    def sleep(self, *, sync_follows):
+        self.slept.append((sync_follows, len(self.calls)))
 
     def generate(
         self, prompts, *, group_size, temperature, max_response_length, seed, top_p, top_k, progress=None, on_done=None
@@ -62,6 +65,7 @@ def test_every_data_source_has_its_own_protocol():
         progress=lambda *counts: shown.append(counts),
     )
     assert sampler.calls == [([0, 2, 4], 1, 0.0, 0.9, 20, 5), ([1, 3], 4, 0.6, 0.95, 0, 6)]
+    assert sampler.slept == [(False, 2)]  # once, with the weights that the next step samples with
     assert [(r.prompt.uid, r.sample) for r in rollouts] == [
         (0, 0), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3), (4, 0),
     ]  # fmt: skip
@@ -72,6 +76,7 @@ def test_every_data_source_has_its_own_protocol():
         "val-core/aime24/acc/pass@1": 0.25,
         "val-core/aime24/acc/pass@2": pytest.approx(5 / 12),  # 1 - C(2, 2) / C(4, 2) and 0
         "val-core/aime24/acc/pass@4": 0.5,
+        "val-core/aime24/acc/maj@4/mean": 0.0,  # no response has an answer in a box
         "val-core/math500/acc/mean@1": 0.5,
         "val-core/olympiad/acc/mean@1": 1.0,
     }
@@ -128,8 +133,6 @@ def test_response_entropy_takes_a_few_responses_at_a_time_at_temperature_1():
     calls = []
 
     class Actor:
-        device = torch.device("cpu")
-
         def compute_entropy(self, batch, *, temperature):
             calls.append((batch.num_sequences, temperature))
             return torch.where(batch.loss_mask, batch.target / 10, 99.0)

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from entcov.controls import Control, Progress, Shaping
+from entcov.diagnostics import ENTROPY_CHANGE
 from entcov.rl.collect import Collected, Collector, derived_seed
 from entcov.rl.config import EvalConfig, parse_config
 from entcov.rl.data.prompt_policy import Outcome, PromptPolicy
 from entcov.rl.loop import Loop
 from entcov.rl.rewards.shaping import Overlong, Reactivate
+from tests.support.list_batch import said
 from tests.support.scripted_loop import POLICY, Actor, Sampler, Stream, reward
 from tests.support.tiny_run import recipe
 
@@ -76,10 +78,53 @@ def test_one_step_by_hand():
         "training/staleness": 0.0,
         "training/zero_variance_groups": 0.0,
         "training/global_step": 1,
+        "training/groups_none_right": 0.0,
+        "training/groups_some_right": 1.0,
+        "training/groups_all_right": 0.0,
+        "training/distinct_answers": 2.0,  # the source has no rule for a final answer: texts are compared
+        # Token 13 alone has a probability of at least 1/2; the sizes of the changes add up to 204 A.
+        "token_classes/rewarded_likely/tokens": 0.0,
+        "token_classes/rewarded_likely/change": 0.0,
+        "token_classes/rewarded_unlikely/tokens": 5 / 8,
+        "token_classes/rewarded_unlikely/change": 82 / 204,
+        "token_classes/punished_likely/tokens": 1 / 8,
+        "token_classes/punished_likely/change": -9 / 204,
+        "token_classes/punished_unlikely/tokens": 2 / 8,
+        "token_classes/punished_unlikely/change": -113 / 204,
+        # Middles of places: 1/4 and 3/4 of two tokens, 1/2 of one, 1/6, 1/2 and 5/6 of three.
+        "entropy_by_position/2": 1.4,
+        "entropy_by_position/3": (1.1 + 1.7) / 2,
+        "entropy_by_position/6": (1.3 + 1.5) / 2,
+        "entropy_by_position/8": (1.2 + 1.8) / 2,
+        "entropy_by_position/9": 1.6,
+        "actor/cov_top_0.0002": metrics["actor/cov_max"],
+        "actor/cov_top_0.5": A * (1.0125 * 1.25 + 0.6125 * 1.25 + 2 * 0.3875 * 0.75) / 4,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert sum(name.startswith("entropy_by_position/") for name in metrics) == 5
+    assert not [name for name in metrics if name.startswith("calibration/")]
     assert loop.position == 2 and loop.steps_done == 1
     assert (loop.sampler.weight_version, loop.sampler.weight) == (2, 1.0)
+
+
+class Changing(Actor):
+    """Its n-th update finds an entropy change of n, which was predicted as 2 n."""
+
+    def update(self, batch, *, step):
+        metrics = super().update(batch, step=step)
+        change = float(self.weight_version)
+        return metrics | dict(zip(ENTROPY_CHANGE, (2 * change, change, change), strict=True))
+
+
+@pytest.mark.parametrize(("updates", "mean"), [(2, 2.0), (1, None)])
+def test_the_entropy_change_is_that_of_tokens_that_no_earlier_update_was_trained_on(updates, mean):
+    """Of two epochs' updates 1, 2, 3, 4 the second alone: before the first nothing has changed."""
+    loop = loop_of(**{"actor.updates_per_rollout": updates, "actor.epochs": 2})
+    loop.actor = Changing()
+    metrics = loop.step()
+    assert metrics["actor/pg_loss"] == (1 + 2 * updates) / 2
+    found = [metrics.get(name) for name in ENTROPY_CHANGE]
+    assert found == ([None] * 3 if mean is None else [2 * mean, mean, mean])
 
 
 def test_an_update_gets_the_trainers_own_log_probabilities_and_whole_groups():
@@ -259,12 +304,18 @@ def test_rollouts_sampled_ahead_are_resumed_as_they_were():
     assert [call["uids"] for call in resumed.sampler.calls] == [[4, 5]]  # those of step 2 were not sampled again
 
 
+def same_collected(found: Collected, expected: Collected) -> None:
+    assert [said(rollout) for rollout in found.rollouts] == [said(rollout) for rollout in expected.rollouts]
+    assert replace(found, rollouts=[]) == replace(expected, rollouts=[])
+    assert all((r.tokens.dtype, r.logprob.dtype) == ("int32", "float32") for r in found.rollouts)
+
+
 def test_kept_rollouts_are_the_same_rollouts():
     rollouts = Sampler().generate(Stream().take(4, 2), group_size=2, temperature=1.0, max_response_length=3, seed=0)
     for number, rollout in enumerate(rollouts):
         rollout.reward, rollout.weight_version, rollout.temperature = number / 4, 3, 1 + number / 8
     kept = Collected(rollouts, 6, {"a": 1.0}, [Outcome(None, (0.0, 1.0)), Outcome(7, (0.5,))])
-    assert Collected.from_state(kept.state_dict(), Stream()) == kept
+    same_collected(Collected.from_state(kept.state_dict(), Stream()), kept)
 
 
 def test_rollouts_that_an_earlier_version_kept_are_read():
@@ -273,7 +324,8 @@ def test_rollouts_that_an_earlier_version_kept_are_read():
     rollout.reward = 0.5
     state = Collected([rollout], 4).state_dict()
     state["each"] = [each[:7] for each in state["each"]]
-    assert Collected.from_state(state, Stream()) == Collected([rollout], 4)
+    state["tokens"], state["logprob"] = state["tokens"].long(), state["logprob"].double()  # and wider numbers
+    same_collected(Collected.from_state(state, Stream()), Collected([rollout], 4))
 
 
 def test_evaluation_has_the_same_noise_at_every_step_and_none_of_training(monkeypatch):

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import pytest
 
+from entcov.rl.answers import Answers
 from entcov.rl.solve_counts import MOST_PROMPTS, SolveCounts, pass_at_k, read_solve_counts, write_solve_counts
 from entcov.rl.types import Example, Prompt, Rollout
 
@@ -60,7 +61,8 @@ def test_counts_of_an_evaluation_and_its_curve(tmp_path):
     again = read_solve_counts(tmp_path)
     assert list(again) == [0, 40] and list(again[40]) == ["a", "b"]
     a = again[40]["a"]
-    assert a == SolveCounts(4, (1, 1, 1, 0, 1), (1, 0, 2, 4)) and again[40]["b"] == SolveCounts(1, (1, 1), (0, 1))
+    assert a == SolveCounts(4, (1, 1, 1, 0, 1), (1, 0, 2, 4), Answers(1.0, None))  # all responses have one text
+    assert again[40]["b"] == SolveCounts(1, (1, 1), (0, 1))
     assert a.curve() == pytest.approx({1: 7 / 16, 2: (1 / 2 + 5 / 6 + 1) / 4, 4: 3 / 4})
     assert SolveCounts.of(6, [3]).curve().keys() == {1, 2, 4, 6}
     assert read_solve_counts(tmp_path / "none") == {}

@@ -1,15 +1,19 @@
 """How many kernels a call of a public function launches, and how many collectives it enters.
 
 Calls of launchers are counted, on a CPU: both devices have the same launchers. On a GPU a launcher launches one kernel,
-and a merge after it where rows are cut into segments; covariance_stats launches that merge wherever it writes outputs.
-What torch itself computes is counted by its profiler.
+and a merge after it where rows are cut into segments; covariance_stats launches that merge wherever it writes outputs
+(tests/emulator/test_launch_counts.py counts the launches of the CUDA code itself). What torch itself computes is
+counted by its profiler; where values would be read on a CPU and not on a GPU, as dispatched for meta tensors.
 """
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from entcov import linear_token_stats, logit_covariance, token_stats
+from entcov import PolicyLossConfig, Tokens, Totals, linear_token_stats, logit_covariance, policy_loss, token_stats
+from entcov.objective.sequences import SequenceIndex
 from entcov.ops import core
+from entcov.stats import ranks
 from tests.support.thread_ranks import ThreadRanks
 
 T, V, WORLD = 5, 48, 3
@@ -27,6 +31,9 @@ class Counted:
 
     def segments(self, columns: int) -> int:
         return self.count
+
+    def hash_parts(self, num_values: int) -> int:
+        return self.kernels.hash_parts(num_values)
 
     def __getattr__(self, name: str):
         launch = getattr(self.kernels, name)
@@ -168,3 +175,95 @@ def test_a_clamp_over_ranks(alone, monkeypatch):
     )
     assert backward == ["logits_grad"] * WORLD
     assert (group.collectives, group.bytes_sent) == (2, 4 * T * 64 + 16 + 4 * T * 170 + 16)
+
+
+# ---- torch's operators, on meta tensors: nothing is read ------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Lists the operators that launch a kernel on a GPU, those of entcov by their full names."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if function.namespace == "entcov":
+            self.names.append(f"entcov.{name}")
+        elif name.removeprefix("_") not in NO_KERNEL:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+    def take(self) -> list[str]:
+        names, self.names = self.names, []
+        return names
+
+
+class MetaRanks(ThreadRanks):
+    """Collectives are no operators."""
+
+    def all_gather_single(self, *args, **kwargs) -> None:
+        with _disable_current_modes():
+            super().all_gather_single(*args, **kwargs)
+
+
+def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def floats() -> torch.Tensor:
+    return meta(T, dtype=torch.float32)
+
+
+def passes(call, leaf) -> tuple[list[str], list[str]]:
+    """(operators forward, backward) of call() -> outputs that have gradients."""
+    with Operators() as operators:
+        outputs = call()
+        forward = operators.take()
+        torch.autograd.grad(outputs, leaf, [torch.empty_like(x) for x in outputs])
+    return forward, [name for name in operators.take() if name != "ones_like"]
+
+
+def test_operators_over_ranks(monkeypatch):
+    """None of torch's, with one tensor of values (the targets): the message is written and merged by our kernels."""
+    monkeypatch.setattr(ranks, "host_may_read", lambda device: False)
+    group = MetaRanks(WORLD, monkeypatch)
+    logits = [meta(T, V // WORLD).requires_grad_() for _ in range(WORLD)]
+    target = meta(T, dtype=torch.int64)
+
+    def call(rank: int):
+        return passes(lambda: token_stats(logits[rank], target, group=group)[:2], logits[rank])
+
+    forward, backward = ["entcov.row_stats", "entcov.message", "entcov.merge_row_stats"], ["entcov.logits_grad"]
+    assert group.run(call) == [(forward, backward)] * WORLD
+
+
+def test_operators_of_the_head():
+    """The product, and in backward its two and one fill: the gradient of the logits is made in their place."""
+    hidden, weight = meta(T, 16).requires_grad_(), meta(V, 16).requires_grad_()
+    target = meta(T, dtype=torch.int64)
+    forward, backward = passes(lambda: linear_token_stats(hidden, weight, target)[:2], (hidden, weight))
+    assert forward == ["mm", "entcov.row_stats"]
+    assert sorted(backward) == ["entcov.logits_grad_", "mm", "mm", "zero_"]
+
+
+# settings -> the most operators forward and backward
+LOSSES = {
+    "ppo": ({}, 63, 27),
+    "ppo, kl, truncated weights": ({"kl_coef": 0.1, "tis_cap": 2.0}, 93, 44),
+    "gspo": ({"objective": "gspo", "aggregation": "seq-mean-token-mean"}, 74, 25),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_operators_of_the_policy_loss(name):
+    settings, forward, backward = LOSSES[name]
+    logprob = floats().requires_grad_()
+    integers = {x: meta(T, dtype=torch.int64) for x in ("sequence", "sequence_length")}
+    tokens = Tokens(logprob, floats(), floats(), meta(T, dtype=torch.bool), ref_logprob=floats(),
+                    rollout_logprob=floats(), **integers)  # fmt: skip
+    index = SequenceIndex(integers["sequence"], 2)
+    config = PolicyLossConfig(**settings)
+    found = passes(lambda: (policy_loss(tokens, config, totals=Totals(T, 2), sequences=index)[0],), logprob)
+    assert len(found[0]) <= forward and len(found[1]) <= backward, found

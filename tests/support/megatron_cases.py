@@ -86,10 +86,19 @@ def _recording(select, chosen: list[list[int]]):
         selection = select(tokens, **arguments)
         for part in (selection.mask, selection.drop):
             if part is not None:
-                chosen.append(sorted(tokens.token_id[part].tolist()))
+                chosen.append(sorted(_everyones(tokens.token_id[part].tolist(), arguments["group"])))
         return selection
 
     return record
+
+
+def _everyones(ids: list[int], group: dist.ProcessGroup | None) -> list[int]:
+    """Of all replicas; a token of two of them would be there twice."""
+    if group is None:
+        return ids
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, ids, group=group)
+    return [one for own in everyone for one in own]
 
 
 # What is trained: a batch's sequences and a loss. "few" leaves one of two or more replicas without a sequence.
@@ -185,8 +194,11 @@ def refuses(folder: Path, case: dict[str, Any]) -> str | None:
         offload = dataclasses.replace(megatron, optimizer_offload=0.5)
         if not raises(lambda: megatron_actor(folder / case["model"], layout, offload), "offload: needs a GPU"):
             return "offload without a GPU went through"
-        batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+        batch.assign_scores(actor.compute_logprobs(batch), version=-1)
         before = {name: weight.clone() for name, weight in actor.named_weights()}
+        asked = torch.arange(dist.get_world_size() + 1) == dist.get_rank()
+        if actor.anywhere(asked).tolist() != [True] * dist.get_world_size() + [False]:
+            return "a mask of all ranks"
         if dist.get_rank() == dist.get_world_size() - 1:
             next(actor.model.parameters()).register_hook(lambda grad: grad * torch.inf)
         try:

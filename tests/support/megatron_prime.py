@@ -22,7 +22,8 @@ CONFIG = PrimeConfig(beta_train=0.5, lr=1e-3, updates_per_rollout=2)
 def prime(folder: Path, case: dict[str, Any]) -> str | None:
     """Two rollouts' rewards and steps as one process computes them; the second again, bit for bit, after a resume."""
     batch = load(folder / "batch.pt")
-    first = batch.loss_mask & (batch.response_position() == 0)
+    prompts = torch.tensor(batch.lengths) - batch.responses.length
+    first = batch.position == (prompts - 1)[batch.sequence]
     batch.responses.score = (batch.target[first] % 2 == 0).float()
     source = folder / case["model"]
     model, _ = build_hf_model(ModelConfig(path=str(source)), seed=0, device=torch.device("cpu"))

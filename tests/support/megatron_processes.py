@@ -11,6 +11,7 @@ import os
 import queue
 import socket
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.support import (
     nemo_rl_workers,
     slime_cases,
 )
+from tests.support.fused_adam import in_megatron
 
 TASKS = {
     "parity": megatron_cases.parity,
@@ -51,7 +53,8 @@ def worker(rank: int, world: int, port: int, folder: str, cases: list[dict[str, 
     start_processes("cpu")
     for number, case in enumerate(cases):
         try:
-            problem = TASKS[case.get("task", "parity")](Path(folder), case)
+            with in_megatron() if case.get("fused_adam") else nullcontext():
+                problem = TASKS[case.get("task", "parity")](Path(folder), case)
         except BaseException:
             out.put((rank, number, traceback.format_exc()))
             raise

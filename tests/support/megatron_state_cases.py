@@ -41,7 +41,7 @@ def resharding(folder: Path, case: dict[str, Any]) -> str | None:
 
     with laid_out(**case["megatron"]) as (megatron, layout):
         actor = start(layout, megatron)
-        batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+        batch.assign_scores(actor.compute_logprobs(batch), version=-1)
         update(actor)
         saved = update(actor)
         save_sharded(actor, stored)
@@ -73,7 +73,7 @@ def wrong_load(folder: Path, case: dict[str, Any]) -> str | None:
         actor = megatron_actor(folder / case["model"], layout, megatron)
         save_sharded(actor, folder / "sharded_fresh")
         load_sharded(actor, folder / "sharded_fresh")  # before its first step the optimizer has no state
-        batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+        batch.assign_scores(actor.compute_logprobs(batch), version=-1)
         actor.update(batch, step=1)
         actor.weight_version = 7
         save_sharded(actor, stored)
@@ -138,7 +138,7 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
     with laid_out(**case["megatron"]) as (megatron, layout):
         actor = megatron_actor(folder / case["model"], layout, megatron)
         batch = load(folder / "batch.pt")
-        batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+        batch.assign_scores(actor.compute_logprobs(batch), version=-1)
         actor.update(batch, step=1)  # so that the sampler's weights are not those of the folder
         hf = AutoModelForCausalLM.from_pretrained(folder / case["model"], dtype=torch.float32)
         hf.compute_dtype = torch.float32
@@ -160,7 +160,7 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
         if [(r.prompt.uid, r.sample) for r in got] != [(i, g) for i in range(5) for g in range(3)]:
             return f"order: {[(r.prompt.uid, r.sample) for r in got]}"
         everyones: list[Any] = [None] * dist.get_world_size()
-        mine = [(r.tokens, r.logprob, r.reward, r.text, r.weight_version) for r in got]
+        mine = [(r.tokens.tolist(), r.logprob.tolist(), r.reward, r.text, r.weight_version) for r in got]
         dist.all_gather_object(everyones, (mine, of_prompts))
         if everyones[0] != everyones[1]:
             return "ranks have different rollouts or prompts"

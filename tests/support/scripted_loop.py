@@ -26,7 +26,6 @@ class Actor:
     weight_version: int = 0
     weight: float = 0.0
     updates: list = field(default_factory=list)
-    device = torch.device("cpu")
 
     def compute_logprobs(self, batch):
         values = {
@@ -42,6 +41,9 @@ class Actor:
         self.weight += 0.5
         entropy = 10.0 + self.weight_version
         return {"actor/pg_loss": float(self.weight_version), "actor/lr": 0.1, "actor/entropy": entropy}
+
+    def anywhere(self, mask):
+        return mask
 
     def named_weights(self):
         yield "weight", torch.tensor(self.weight)
@@ -60,6 +62,8 @@ class Sampler:
     def sync(self, weight_version, named_weights):
         if self.takes_weights:
             self.weight_version, self.weight = weight_version, float(dict(named_weights())["weight"])
+
+    def sleep(self, *, sync_follows): ...
 
     def generate(self, prompts, *, group_size, temperature, max_response_length, seed, progress=None, on_done=None):
         self.calls.append({"uids": [p.uid for p in prompts], "temperature": temperature, "seed": seed})

@@ -20,6 +20,7 @@ class ThreadRanks:
 
     def __init__(self, world: int, monkeypatch, modules: tuple[ModuleType, ...] = (shards, ranks)):
         self.world, self.collectives, self.bytes_sent = world, 0, 0
+        self.largest = 0  # bytes of a broadcast
         self._rank, self._slots = threading.local(), [None] * world
         self._barrier = threading.Barrier(world)
         for module in modules:
@@ -64,6 +65,20 @@ class ThreadRanks:
         if self._rank.value == 0:
             self.collectives += 1
             self.bytes_sent += tensor.nbytes
+
+    def get_process_group_ranks(self, group) -> list[int]:
+        return [*range(self.world)]
+
+    def broadcast(self, tensor: Tensor, src: int, group) -> None:
+        self._slots[self._rank.value] = tensor.clone()
+        self._barrier.wait(timeout=60)
+        if len({x.shape for x in self._slots}) > 1:
+            raise RuntimeError("sizes differ")
+        tensor.copy_(self._slots[src])
+        self._barrier.wait(timeout=60)
+        if self._rank.value == 0:
+            self.collectives += 1
+            self.largest = max(self.largest, tensor.nbytes)
 
     def all_gather_object(self, output: list, value: object, group) -> None:
         self._slots[self._rank.value] = value

@@ -81,6 +81,8 @@ class ToySampler:
     def sync(self, weight_version, named_weights) -> None:
         self.version = weight_version
 
+    def sleep(self, *, sync_follows) -> None: ...
+
     def generate(self, prompts, *, group_size, seed, **settings) -> list[Rollout]:
         out = []
         for prompt in prompts:
@@ -91,10 +93,11 @@ class ToySampler:
 
 
 class ToyActor:
-    device = torch.device("cpu")
-
     def __init__(self, model: nn.Module, reference: nn.Module | None):
         self.model, self.reference, self.weight_version, self.momentum = model, reference, 0, torch.zeros(4)
+
+    def anywhere(self, mask):
+        return mask
 
     def named_weights(self):
         return iter(self.model.state_dict().items())

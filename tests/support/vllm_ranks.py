@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from tests.support.list_batch import said
 from tests.support.vllm_policies import (
     OPTIONS,
     TOLERANCE,
@@ -31,7 +32,7 @@ def main() -> None:
         rollouts = sampler.generate(prompts(6), **OPTIONS)
         assert gap(model, rollouts) < TOLERANCE, gap(model, rollouts)
         everywhere: list = [None, None]
-        dist.all_gather_object(everywhere, [(r.tokens, r.logprob, r.weight_version) for r in rollouts])
+        dist.all_gather_object(everywhere, [said(rollout) for rollout in rollouts])
         assert everywhere[0] == everywhere[1]
     shard = sampler.engine._llm.llm_engine.model_executor.driver_worker.model_runner.model.model.embed_tokens.weight
     assert shard.shape[0] < len(tokenizer)  # half of the padded vocabulary: it is sharded, not copied

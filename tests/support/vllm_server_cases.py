@@ -103,8 +103,8 @@ def test_logprobs_are_those_of_transformers_before_and_after_updates(server):
         assert {r.weight_version for r in rollouts} == {version}
         assert sorted(map(id, announced)) == sorted(map(id, rollouts))
         assert prompt_gap(model, sampler) < TOLERANCE
-        seen.append([r.tokens for r in rollouts])
-        assert [r.tokens for r in sampler.generate(prompts(6), **OPTIONS)] == seen[-1]
+        seen.append([r.tokens.tolist() for r in rollouts])
+        assert [r.tokens.tolist() for r in sampler.generate(prompts(6), **OPTIONS)] == seen[-1]
     assert seen[0] != seen[1]
 
 

@@ -35,6 +35,9 @@ class InProcessSampler:
         """Sets the version. The weights are the trainer's own."""
         self.weight_version = weight_version
 
+    def sleep(self, *, sync_follows: bool) -> None:
+        """Nothing: the weights are the trainer's own, and the cache is gone."""
+
     @torch.no_grad()
     def generate(
         self,
@@ -134,8 +137,8 @@ class InProcessSampler:
                 cache.batch_select_indices(running.nonzero()[:, 0])
             mask = torch.cat((mask, mask.new_ones(len(rows), 1)), 1)
             logits = self._forward(token[:, None], mask, mask.sum(1, keepdim=True) - 1, cache)
-        tokens, logprob, length = tokens.tolist(), logprob.tolist(), length.tolist()
-        return [(tokens[r][:n], logprob[r][:n]) for r, n in enumerate(length)]
+        tokens, logprob = tokens.int().cpu().numpy(), logprob.cpu().numpy()
+        return [(tokens[r, :n].copy(), logprob[r, :n].copy()) for r, n in enumerate(length.tolist())]
 
     def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
         out = forward(

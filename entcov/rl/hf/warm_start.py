@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -15,7 +14,7 @@ from entcov.rl.batch import Batch, micro_batches, pack
 from entcov.rl.config import ActorConfig, Config, WarmStartConfig
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.data.tokenizer import encode
-from entcov.rl.hf.model import batch_token_stats
+from entcov.rl.hf.model import adamw, batch_token_stats
 from entcov.rl.record.durable import clear_leftovers, locked, make_folder
 from entcov.rl.record.sealed import CheckpointError, damage, replace_sealed
 from entcov.rl.types import Prompt, Rollout
@@ -74,7 +73,7 @@ def warm_start(
     Raises:
         ValueError: an example without a solution.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=actor.betas, weight_decay=actor.weight_decay)
+    optimizer = adamw(model, actor, lr=config.lr)
     for step in range(config.steps):
         rate = min(1.0, (step + 1) / max(1, config.warmup_steps)) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         for group in optimizer.param_groups:

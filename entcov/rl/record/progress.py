@@ -19,8 +19,10 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 _OF_EVERY_RUN = frozenset(
     f"actor/{name}"
     for name in (
-        "cov_max", "cov_mean", "cov_p999", "entropy", "entropy_drift", "entropy_response_mean", "grad_norm", "loss",
-        "lr", "mismatch", "pg_clipfrac", "pg_clipfrac_lower", "pg_loss", "ppo_kl", "sampled_entropy",
+        "cov_max", "cov_mean", "cov_p999", "cov_top_0.0002", "cov_top_0.002", "cov_top_0.02", "cov_top_0.2",
+        "cov_top_0.5", "entropy", "entropy_change", "entropy_change_error", "entropy_change_predicted", "entropy_drift",
+        "entropy_response_mean", "grad_norm", "loss", "lr", "mismatch", "pg_clipfrac", "pg_clipfrac_lower", "pg_loss",
+        "ppo_kl", "sampled_entropy",
     )
 )  # fmt: skip
 _OF_METHODS = ("actor/", "critic/shaping/", "prompts/", "reward_model/", "training/dropped_", "training/rejected_")
@@ -272,6 +274,48 @@ class RunsProgress(_Display):
             style = "red" if state.startswith("failed") else "cyan" if state.startswith("running") else "dim"
             table.add_row(label, steps, bar, *cells, Text(state, style=style))
         return table
+
+
+class PartsProgress(_Display):
+    """Shows how many parts of a long work are done, the last ones, and the time left.
+
+    Args:
+        total: how many there are.
+        enabled, console: as for `Progress`.
+    """
+
+    _SHOWN = 5
+
+    def __init__(self, total: int, enabled: bool | str = "auto", *, console: Console | None = None) -> None:
+        super().__init__(enabled, console)
+        self._total, self._done, self._before, self._started = total, 0, 0, time.monotonic()
+        self._last: list[str] = []
+
+    def stored(self, count: int) -> None:
+        """So many were done by an earlier call."""
+        self._done += count
+        self._before += count
+        if count and self._plain:
+            self._console.print(f"[{self._done}/{self._total}] {count} were done before", highlight=False)
+
+    def done(self, label: str, seconds: float) -> None:
+        """One more is done, and took so long."""
+        self._done += 1
+        self._last = [*self._last, f"{label}: {duration(seconds)}"][-self._SHOWN :]
+        if self._plain:
+            self._console.print(f"[{self._done}/{self._total}] {self._last[-1]}", highlight=False, markup=False)
+
+    def seconds_left(self) -> float | None:
+        """At the pace of this call; None before its first part."""
+        own = self._done - self._before
+        return (time.monotonic() - self._started) * (self._total - self._done) / own if own else None
+
+    def __rich__(self) -> Group:
+        left = self.seconds_left()
+        table = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self._total, completed=self._done, width=40)
+        table.add_row(bar, f"{self._done} of {self._total}", "" if left is None else f"{duration(left)} left")
+        return Group(table, *(Text(line, style="dim") for line in self._last))
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,15 +68,19 @@ class Watched:
 
     def selected(self, control: str, token_id: Tensor, selection: Selection) -> None:
         """Takes what a control chose of one micro-batch; a token counts as chosen if one update chose it."""
-        where, known = self._places(token_id)
+        where, known = self._places(token_id.cpu())
         for name, part in ((control, selection.mask), (control, selection.weight), ("dropped", selection.drop)):
             if part is not None:
                 mask = self.chosen.setdefault(name, torch.zeros_like(self.ids, dtype=torch.bool))
-                mask[where] |= part[known] != 0
+                mask[where] |= part.cpu()[known] != 0
 
-    def updated(self, logprob: Tensor) -> None:
-        """Takes the log-probabilities of `batch` under the policy after the updates."""
+    def updated(self, logprob: Tensor, anywhere: Callable[[Tensor], Tensor]) -> None:
+        """Takes the log-probabilities of `batch` under the policy after the updates, and what other processes saw.
+
+        Collective, as `entcov.rl.interfaces.Actor.anywhere` is.
+        """
         self.columns["logprob_after"] = logprob[self.batch.loss_mask]
+        self.chosen = {name: anywhere(self.chosen[name]) for name in sorted(self.chosen)}
 
     def _places(self, token_id: Tensor) -> tuple[Tensor, Tensor]:
         """(index into the watched tokens, mask of `token_id`) of those that are watched."""
@@ -130,7 +134,7 @@ class TokenRecord:
         if not rollouts or not self.due(step, "held_out"):
             return
         some = [rollouts[i] for i in choose(rollouts)]
-        batch = pack(some).to(actor.device)
+        batch = pack(some)
         stats = actor.compute_logprobs(batch)
         columns = {name: stats[name][batch.loss_mask].tolist() for name in ("entropy", "logprob")}
         self._keep(step, "held_out", some, self._solved(rollouts), columns, {})
@@ -182,7 +186,7 @@ class TokenRecord:
                     "score": rollout.reward,
                     "finished": rollout.finished,
                     "length": len(rollout.tokens),
-                    "pieces": token_texts(self.tokenizer, rollout.tokens[:most]),
+                    "pieces": token_texts(self.tokenizer, rollout.tokens[:most].tolist()),
                     **{name: [_short(value) for value in column[own]] for name, column in columns.items()},
                     "chosen": {name: [i for i, one in enumerate(mask[own]) if one] for name, mask in chosen.items()},
                 }

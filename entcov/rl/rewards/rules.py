@@ -82,7 +82,8 @@ def _scorer(example: Example) -> RewardFunction:
             raise ValueError(f"unknown reward style {example.style!r}; known: rule, {', '.join(STYLES)}")
         return STYLES[example.style]
     source = example.data_source
-    family, _, name = source.partition("/")
+    family, _, rest = source.partition("/")
+    name = rest.partition("/")[0]  # what follows names a part of the task's prompts: entcov/countdown/residual
     if family == "entcov" and name in TASKS:
         return TASKS[name].score
     if family == "reasoning_gym" and name:
@@ -93,7 +94,7 @@ def _scorer(example: Example) -> RewardFunction:
         return _score_math
     if source in CODE_SOURCES:
         return score_code
-    known = [*(f"entcov/{name}" for name in sorted(TASKS) if name != "reasoning_gym"), "reasoning_gym/DATASET"]
+    known = [*(f"entcov/{name}[/PART]" for name in sorted(TASKS) if name != "reasoning_gym"), "reasoning_gym/DATASET"]
     known += ["openai/gsm8k", *MATH_SOURCES, "aime*", "amc*", *CODE_SOURCES]
     raise ValueError(
         f"no reward for data_source {source!r}; known: {', '.join(known)}. Other data can set reward_model.style to "

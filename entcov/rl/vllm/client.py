@@ -107,6 +107,9 @@ class ServerEngine:
         versions = tuple(span["version"] for span in choice["weight_versions"])
         return Completion(choice["token_ids"], logprob, versions, prompt)
 
+    def sleep(self, *, sync_follows: bool) -> bool:
+        return False  # its memory is its own
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
 

@@ -129,7 +129,7 @@ class LocalEngine:
     ) -> None:
         cpu = not torch.cuda.is_available()
         _check(settings, cpu)
-        self._sleeps = settings.sleep
+        self._sleeps, self._drafts = _sleep_of(settings)
         self._asleep: set[str] = set()  # tags of the memory that the engine has freed
         self._max_num_seqs = settings.max_num_seqs
         vllm = import_vllm()
@@ -170,9 +170,18 @@ class LocalEngine:
             except BaseException:
                 engine.abort_request([str(number) for number in range(len(requests))])
                 raise
-        if self._sleeps:
-            self._llm.sleep(level=1)  # the weights move to the CPU's memory, the cache is dropped
-            self._asleep = {"weights", "kv_cache"}
+
+    def sleep(self, *, sync_follows: bool) -> bool:
+        """Gives back the memory of weights and cache, if `rollout.vllm.sleep` says so; whether the weights are lost.
+
+        sync_follows: the next call is a whole weight update, so the weights need no copy in the CPU's memory.
+        """
+        if not self._sleeps or "weights" in self._asleep:
+            return False
+        drops = sync_follows and not self._drafts
+        self._asleep = {"weights", "kv_cache"}
+        self._llm.sleep(level=2 if drops else 1)
+        return drops
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._llm.init_weight_transfer_engine({"init_info": init_info})
@@ -232,6 +241,12 @@ def engine_arguments(
     if own:
         raise ValueError(f"rollout.vllm.engine_args: {', '.join(own)} are set by other keys or by entcov; remove them")
     return arguments | settings.engine_args
+
+
+def _sleep_of(settings: VllmConfig) -> tuple[bool, bool]:
+    """Whether the engine sleeps, and whether it has a draft model, whose weights no sync could bring back."""
+    drafts = any(key.replace("-", "_").startswith("speculative") for key in settings.engine_args)
+    return settings.sleep, drafts
 
 
 def _check(settings: VllmConfig, cpu: bool) -> None:

@@ -18,6 +18,9 @@ from entcov.rl.vllm.weight_sync import ByReference, Engine, ExpectedWeights, Wei
 class GeneratingEngine(Engine, Protocol):
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]: ...
 
+    def sleep(self, *, sync_follows: bool) -> bool:
+        """As `LocalEngine.sleep`."""
+
 
 class VllmSampler:
     """Samples responses from vLLM, with each token's log-probability under the policy softmax(logits / temperature).
@@ -98,6 +101,11 @@ class VllmSampler:
         requests = [Request(prompt.tokens, 0, 1.0, 1, (), prompt_logprob=True) for prompt in prompts]
         found = {row: completion.prompt_logprob for row, completion in self._answers(requests)}
         return [found[row] for row in range(len(prompts))]
+
+    def sleep(self, *, sync_follows: bool) -> None:
+        """As `entcov.rl.interfaces.Sampler.sleep`. Without the sync that was promised, `generate` is an error."""
+        if self.engine.sleep(sync_follows=sync_follows):
+            self._sync.version = None
 
     def _answers(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         """The engine's answers, all from the weights of the last sync."""

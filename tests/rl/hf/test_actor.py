@@ -9,8 +9,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from entcov.controls import Control, Effect, Selection, make_control
+from entcov.diagnostics import ENTROPY_CHANGE
 from entcov.objective.tokens import AGGREGATIONS, PolicyLossConfig
 from entcov.rl.backend import reference_policy
 from entcov.rl.batch import pack
@@ -88,6 +90,26 @@ def test_sequences_of_several_temperatures_are_scored_and_trained_at_their_own(r
     same = two_updates(actor_for(model, controls, micro_batch_tokens=3 * longest), equal)
     assert plain[0] == same[0] and all(map(torch.equal, plain[1], same[1]))  # the actor's own is 0.8
     assert not all(map(torch.equal, plain[1], reference))
+
+
+def test_the_entropy_change_is_measured_before_the_tokens_own_update(rolled_out):
+    """On the second mini-batch: the first update's change, as a forward pass between the two measures it."""
+    model, batch = rolled_out
+    actor = actor_for(model, CONTROLS["kl_cov"], micro_batch_tokens=100)
+    batch = copy.copy(batch)
+    batch.assign_scores(actor.compute_logprobs(batch), actor.weight_version)
+    first, second = batch.subset(range(12)), batch.subset(range(12, 24))
+    found = actor.update(first, step=1)
+    assert [found[name] for name in ENTROPY_CHANGE] == pytest.approx([0, 0, 0], abs=1e-6)
+    after = actor.compute_logprobs(second)
+    found, at = actor.update(second, step=1), second.loss_mask
+    old, new, h, h2 = (x[at].double() for x in (second.old_logprob, after["logprob"], second.entropy, after["entropy"]))
+    error = (old + h - 1) * ((new - old).exp() - 1 - (new - old)) + ((new - old).exp() - 1) * (new - old)
+    error = ((old - second.rollout_logprob[at]).exp() * error).mean()
+    measured = (h2 - h).mean()
+    assert abs(measured) > 1e-3 and abs(error) > 1e-5
+    expected = [float(x) for x in (measured + error, measured, error)]
+    assert [found[name] for name in ENTROPY_CHANGE] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -172,7 +194,7 @@ def test_denominators_are_the_response_tokens_of_the_mini_batch(rolled_out):
     model, batch = rolled_out
     actor = actor_for(model, [], micro_batch_tokens=60)
     batch, at = copy.copy(batch), batch.loss_mask
-    batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+    batch.assign_scores(actor.compute_logprobs(batch), version=-1)
     entropy = float(plain_statistics(model, batch, 0.8)[1][at].mean())
     metrics = actor.update(batch, step=1)
     assert metrics["actor/entropy"] == pytest.approx(entropy, rel=1e-5)
@@ -189,7 +211,7 @@ def test_updates_are_adamw_by_hand(rolled_out):
     )
     actor.optimizer.param_groups[0]["eps"] = eps
     batch = batch.subset(range(6))
-    batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+    batch.assign_scores(actor.compute_logprobs(batch), version=-1)
     weight = actor.model.get_output_embeddings().weight
     expected = weight.detach().double().clone()
     m = v = torch.zeros_like(expected)
@@ -231,7 +253,7 @@ def test_the_optimizer_goes_on_from_its_state(rolled_out):
     model, batch = rolled_out
     batch = copy.copy(batch)
     straight = actor_for(model, [], micro_batch_tokens=10_000)
-    batch.old_logprob = straight.compute_logprobs(batch)["logprob"]
+    batch.assign_scores(straight.compute_logprobs(batch), version=-1)
     straight.update(batch, step=1)
     resumed = actor_for(straight.model, [], micro_batch_tokens=10_000)
     resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
@@ -239,6 +261,54 @@ def test_the_optimizer_goes_on_from_its_state(rolled_out):
     assert straight.update(batch, step=2) == resumed.update(batch, step=2)
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_fused_adamw_is_the_gpus_and_a_checkpoint_of_either_device_goes_on_at_the_other(rolled_out, monkeypatch):
+    """On a CPU the fused step's last bits differ, so a run that goes on there must not take it from its checkpoint."""
+    model, batch = rolled_out
+    batch = copy.copy(batch)
+    cpu = actor_for(model, [], micro_batch_tokens=10_000)
+    batch.assign_scores(cpu.compute_logprobs(batch), version=-1)
+    with monkeypatch.context() as patch:  # torch's CPU has the fused step too, so it can be taken here
+        patch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+        gpu = actor_for(model, [], micro_batch_tokens=10_000)
+    assert [actor.optimizer.param_groups[0]["fused"] for actor in (cpu, gpu)] == [None, True]
+    for actor in (cpu, gpu):
+        actor.update(batch, step=1)
+    cpu_state, gpu_state = (copy.deepcopy(actor.state_dict()) for actor in (cpu, gpu))
+    cpu.load_state_dict(gpu_state)
+    gpu.load_state_dict(cpu_state)
+    assert [actor.optimizer.param_groups[0]["fused"] for actor in (cpu, gpu)] == [None, True]
+    for actor, other in ((cpu, gpu_state), (gpu, cpu_state)):
+        for i, state in actor.optimizer.state_dict()["state"].items():
+            assert all(torch.equal(state[name], other["optimizer"]["state"][i][name]) for name in state)
+
+
+class FloatsRead(TorchDispatchMode):
+    """How often one floating number of a tensor is read, and how often a list of numbers."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.single, self.lists, original = 0, [], torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (self.lists.append(x), original(x))[1])
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.single += func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_an_update_reads_its_metrics_at_once(rolled_out, name, monkeypatch):
+    """On a GPU every read waits for all that was launched before it."""
+    model, batch = rolled_out
+    actor = actor_for(model, CONTROLS[name], micro_batch_tokens=3 * max(batch.lengths))
+    batch = copy.copy(batch)
+    batch.assign_scores(actor.compute_logprobs(batch), actor.weight_version)
+    actor._take_step = lambda: None  # on a CPU torch's own reads the number of steps
+    with FloatsRead(monkeypatch) as reads:
+        metrics = actor.update(batch, step=1)
+    (values,) = reads.lists
+    assert reads.single == 0 and len(metrics) - 1 == len(values) > 5  # the learning rate is known here
 
 
 def test_every_update_draws_by_its_own_number(rolled_out):
@@ -281,7 +351,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(rolled_out):
     model, batch = rolled_out
     actor = actor_for(model, [], micro_batch_tokens=10_000)
     batch = copy.copy(batch)
-    batch.old_logprob = actor.compute_logprobs(batch)["logprob"]
+    batch.assign_scores(actor.compute_logprobs(batch), version=-1)
     before = [p.clone() for p in actor.model.parameters()]
     actor.model.get_output_embeddings().weight.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(

@@ -10,6 +10,7 @@ from entcov.rl.batch import pack
 from entcov.rl.config import ModelConfig
 from entcov.rl.hf.model import batch_token_stats, build_model, forward
 from entcov.rl.hf.sampler import InProcessSampler, draw, likeliest
+from tests.support.list_batch import said
 from tests.support.tiny_run import RECIPE, prompts
 
 
@@ -54,9 +55,10 @@ def test_every_prompt_may_have_its_own_temperature(policy):
         expected = logprob.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(rollout.logprob).double(), expected, atol=2e-5, rtol=1e-5)
     equal = sampler.generate(prompts(6), temperature=[0.7] * 6, **options)
-    assert equal == sampler.generate(prompts(6), temperature=0.7, **options)  # to the last bit
-    for bad, said in (([1.0] * 5, "one for each of 6 prompts, got 5"), ([0.0] + [1.0] * 5, "greater than 0, got 0.0")):
-        with pytest.raises(ValueError, match=f"temperature: .*{said}"):
+    again = sampler.generate(prompts(6), temperature=0.7, **options)
+    assert [*map(said, equal)] == [*map(said, again)]  # to the last bit
+    for bad, why in (([1.0] * 5, "one for each of 6 prompts, got 5"), ([0.0] + [1.0] * 5, "greater than 0, got 0.0")):
+        with pytest.raises(ValueError, match=f"temperature: .*{why}"):
             sampler.generate(prompts(6), temperature=bad, **options)
 
 
@@ -78,10 +80,10 @@ def test_responses_do_not_depend_on_the_batch_they_are_generated_in(policy):
     texts = []
     for batch_size in (1, 2, 6, 64):
         rollouts = InProcessSampler(*policy, batch_size=batch_size).generate(prompts(7), **options)
-        texts.append([r.tokens for r in rollouts])
+        texts.append([r.tokens.tolist() for r in rollouts])
     assert all(t == texts[0] for t in texts)
     other = InProcessSampler(*policy, batch_size=64).generate(prompts(7), **(options | {"seed": 6}))
-    assert [r.tokens for r in other] != texts[0]
+    assert [r.tokens.tolist() for r in other] != texts[0]
 
 
 def test_rollouts_carry_their_weight_version_and_a_text_without_the_end_token(policy):
@@ -148,7 +150,7 @@ def test_truncated_responses_have_the_truncated_log_probability(policy):
     options = {"group_size": 2, "temperature": 0.6, "max_response_length": 8, "seed": 3}
     sampler = InProcessSampler(model, tokenizer, batch_size=16)
     rollouts = sampler.generate(prompts(6), **options, top_p=0.8, top_k=5)
-    assert [r.tokens for r in rollouts] != [r.tokens for r in sampler.generate(prompts(6), **options)]
+    assert [r.tokens.tolist() for r in rollouts] != [r.tokens.tolist() for r in sampler.generate(prompts(6), **options)]
     for rollout in rollouts:
         with torch.no_grad():
             logits = model.eval()(torch.tensor([[*rollout.prompt.tokens, *rollout.tokens]])).logits[0]

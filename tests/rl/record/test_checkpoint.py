@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from entcov.rl.record.checkpoint import CheckpointError, list_steps, load_checkpoint, load_latest, save_checkpoint
+from tests.support.fused_adam import FusedAdam
 from tests.support.recorded_disk import flip_bit
 
 
@@ -334,3 +335,36 @@ save_checkpoint({str(tmp_path)!r}, 2, {{"plain.bin": lambda path: path.write_byt
     assert "CheckpointError: disk full: cannot write plain.bin of step 2" in child.stderr
     assert not leftovers(tmp_path)
     assert_is(load_latest(tmp_path), 1)
+
+
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_what_transformer_engines_adam_saves_is_stored_and_goes_on(tmp_path, master_weights):
+    """Its layout: a step a group and none a parameter, master weights, numbers of Python's own types."""
+
+    def start():
+        weights = [torch.nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16)), torch.nn.Parameter(torch.ones(4))]
+        groups = [{"params": weights, "wd_mult": 1.0, "is_expert_parallel": False}, {"params": []}]
+        return weights, FusedAdam(groups, lr=0.1, weight_decay=0.01, master_weights=master_weights)
+
+    def update(weights, optimizer, seed):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight.dtype)
+        optimizer.step()
+
+    weights, optimizer = start()
+    for seed in (0, 1):
+        update(weights, optimizer, seed)
+    state = {"name": "fused", "optimizer": optimizer.state_dict(), "weights": [w.detach() for w in weights]}
+    save_checkpoint(tmp_path, 2, {}, state, keep=1)
+    stored = load_latest(tmp_path).state
+    assert [group["step"] for group in stored["optimizer"]["param_groups"]] == [2, 2]
+    names = {"exp_avg", "exp_avg_sq", *(["master_param"] if master_weights else [])}
+    assert all(set(own) == names for own in stored["optimizer"]["state"].values())
+    others, resumed = start()
+    with torch.no_grad():
+        for weight, value in zip(others, stored["weights"], strict=True):
+            weight.copy_(value)
+    resumed.load_state_dict(stored["optimizer"])
+    update(weights, optimizer, 2)
+    update(others, resumed, 2)
+    assert all(map(torch.equal, weights, others))

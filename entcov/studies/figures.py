@@ -1,0 +1,79 @@
+"""Figures of studies of training runs: pass@k curves, and differences to baselines with their intervals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
+from entcov.intervals import mean_interval
+from entcov.report.compare import Comparison, Measure
+from entcov.report.plots import COLOURS, new_figure
+
+_PASS = re.compile(r"val-core/.+/held_out/acc/pass@(\d+)")
+_STYLES = ("-", "--", ":")
+
+Rows = Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]  # arm -> seed -> the metrics of a run
+
+
+def pass_at_k(rows: Rows) -> Figure:
+    """Held-out pass@k of each arm at its last evaluation, mean over seeds, and of the starting policies at step 0."""
+    figure = new_figure(8, 5)
+    ax = figure.subplots()
+    first = [_curve(run, first=True) for run in next(iter(rows.values())).values()]
+    shown = {"start": first} | {arm: [_curve(run) for run in by_seed.values()] for arm, by_seed in rows.items()}
+    for number, (arm, curves) in enumerate(shown.items()):
+        ks = sorted(set.intersection(*(set(curve) for curve in curves)))
+        values = [mean_interval([curve[k] for curve in curves]) for k in ks]
+        mean, half = np.array(values).T
+        colour = "#999999" if arm == "start" else COLOURS[(number - 1) % len(COLOURS)]
+        style = _STYLES[max(0, number - 1) // len(COLOURS) % len(_STYLES)]
+        ax.plot(ks, mean, style, marker=".", color=colour, label=arm, gid=arm)
+        if len(shown) <= 5 and len(curves) > 1:  # more bands would hide each other
+            ax.fill_between(ks, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(FormatStrFormatter("%d"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_title("Held-out pass@k at the end, mean over seeds", loc="left")
+    ax.set_xlabel("k")
+    ax.set_ylabel("pass@k")
+    ax.legend(fontsize=8, frameon=False, ncols=2 if len(shown) > 8 else 1)
+    _plain(ax)
+    return figure
+
+
+def differences(comparison: Comparison, measures: Sequence[Measure]) -> Figure:
+    """A panel for each measure: every arm's difference to its baseline with the 95 % interval, coloured without 0."""
+    arms = list(comparison.baselines)
+    figure = new_figure(1.5 + 3.4 * len(measures), 1.2 + 0.32 * len(arms))
+    axes = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
+    for ax, measure in zip(axes, measures, strict=True):
+        for place, arm in enumerate(reversed(arms)):
+            found = comparison.differences[arm][measure.name]
+            if not found.by_seed:
+                continue
+            colour = COLOURS[1 if found.mean < 0 else 2] if found.excludes_zero else "#555555"
+            half = 0.0 if found.excludes_zero is None else found.half_width
+            ax.errorbar(found.mean, place, xerr=half, fmt="o", color=colour, markersize=4, capsize=2, gid=arm)
+        ax.axvline(0, color="#999999", linewidth=1)
+        ax.set_title(measure.title, loc="left", fontsize=10)
+        ax.set_xlabel("difference")
+        _plain(ax)
+    labels = [f"{arm} − {comparison.baselines[arm]}" for arm in reversed(arms)]
+    axes[0].set_yticks(range(len(arms)), labels, fontsize=8)
+    return figure
+
+
+def _curve(run: Sequence[Mapping[str, float]], first: bool = False) -> dict[int, float]:
+    """k -> pass@k of the run's first or last evaluation."""
+    found = [{int(m[1]): row[key] for key in row if (m := _PASS.fullmatch(key))} for row in run]
+    found = [curve for curve in found if curve]
+    return found[0 if first else -1]
+
+
+def _plain(ax) -> None:
+    ax.grid(color="#dddddd", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
