@@ -13,7 +13,6 @@
 namespace entcov::cpu {
 namespace {
 
-constexpr int64_t kChunk = 1024;
 constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
 
 ENTCOV_INLINE int64_t bits_of(double x) {
@@ -113,7 +112,7 @@ struct ScoresOp {
 }  // namespace
 
 Error token_sums(const TokenValues& values, const uint8_t* mask, int64_t T, int64_t* sums, Device threads) {
-  for_chunks<SumsOp>({values, mask, T, sums}, (T + kChunk - 1) / kChunk, threads);
+  for_chunks<SumsOp>({values, mask, T, sums}, T, threads);
   return nullptr;
 }
 
@@ -126,7 +125,7 @@ Error token_scores(const TokenValues& values, const uint8_t* mask, int64_t T, co
                    const uint8_t* refused, float* scores, double* mean, Device threads) {
   ScoresArgs args{values, mask, T, {}, scores};
   for (int k = 0; k < values.count; k++) args.mean[k] = mean[k] = mean_of(sums, values.count, k, eps, refused);
-  for_chunks<ScoresOp>(args, (T + kChunk - 1) / kChunk, threads);
+  for_chunks<ScoresOp>(args, T, threads);
   return nullptr;
 }
 

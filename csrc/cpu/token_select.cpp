@@ -15,7 +15,6 @@
 namespace entcov::cpu {
 namespace {
 
-constexpr int64_t kChunk = 1024;
 constexpr int64_t kFew = 4096;  // counters that are faster cleared one by one than with all others
 
 struct Member {
@@ -211,15 +210,14 @@ void narrow(const StageArgs& a, int stage) {
 
 // Counts the digits of all tokens.
 void count_all(const StageArgs& a, int stage) {
-  const int64_t chunks = (a.T + kChunk - 1) / kChunk;
   const bool largest = a.spec.kind == kLargest;
   if (stage == 0) {
-    largest ? for_chunks<CountScoresOp<kLargest>>(a, chunks, 1) : for_chunks<CountScoresOp<kQuantile>>(a, chunks, 1);
+    largest ? for_chunks<CountScoresOp<kLargest>>(a, a.T, 1) : for_chunks<CountScoresOp<kQuantile>>(a, a.T, 1);
     for (int bin = 0; bin < kBins; bin++) a.counts->groups[bin / kBinsAGroup] += a.counts->bins[bin];
   } else if (stage == 1) {
-    largest ? for_chunks<CountLowerOp<kLargest>>(a, chunks, 1) : for_chunks<CountLowerOp<kQuantile>>(a, chunks, 1);
+    largest ? for_chunks<CountLowerOp<kLargest>>(a, a.T, 1) : for_chunks<CountLowerOp<kQuantile>>(a, a.T, 1);
   } else {
-    for_chunks<CountCandidatesOp>(a, chunks, 1);
+    for_chunks<CountCandidatesOp>(a, a.T, 1);
   }
 }
 
@@ -245,14 +243,14 @@ void mark_stage(StageArgs& a, int64_t ranks) {
     high = std::max(high, static_cast<uint64_t>(a.tokens.own[2 * r + 1]));
   }
   a.stride = id_stride(low, high);
-  for_chunks<MapIdsOp>(a, (a.T + kChunk - 1) / kChunk, 1);
+  for_chunks<MapIdsOp>(a, a.T, 1);
 }
 
 void check_stage(const StageArgs& a, int64_t ranks, const SelectOutputs& out) {
   SelectWorkspace& w = *a.workspace;
   if (ranks > 1) {  // the map is that of all ranks
     w.set_bits = 0;
-    for_chunks<CountBitsOp>(a, kMapWords / kChunk, 1);
+    for_chunks<CountBitsOp>(a, kMapWords, 1);
   }
   finish(a.spec, w, a.tokens.refused, out);
   if (is_invalid(w, a.tokens.refused)) std::copy(a.tokens.mask, a.tokens.mask + a.T, a.chosen);

@@ -13,12 +13,23 @@
 namespace entcov::cuda {
 namespace {
 
-// A value of token t, 0 outside the mask, which is not read.
-__device__ __forceinline__ double value_of(const TokenValues& values, int which, const uint8_t* mask, int64_t t,
-                                           int64_t T) {
-  if (t >= T || !mask[t]) return 0.0;
-  return values.is_double >> which & 1 ? static_cast<const double*>(values.data[which])[t]
-                                       : static_cast<double>(static_cast<const float*>(values.data[which])[t]);
+// The mask of this thread's tokens.
+__device__ __forceinline__ void load_mask(const uint8_t* mask, int64_t T, bool (&out)[kTokensAThread]) {
+#pragma unroll
+  for (int i = 0; i < kTokensAThread; i++) out[i] = token_of(i) < T && __ldg(mask + token_of(i));
+}
+
+// A value of this thread's tokens, 0 outside the mask, where it is not read.
+__device__ __forceinline__ void load_values(const TokenValues& values, int which, const bool (&mask)[kTokensAThread],
+                                            double (&out)[kTokensAThread]) {
+  const bool is_double = values.is_double >> which & 1;
+#pragma unroll
+  for (int i = 0; i < kTokensAThread; i++) {
+    const int64_t t = token_of(i);
+    out[i] = !mask[i]     ? 0.0
+             : is_double ? __ldg(static_cast<const double*>(values.data[which]) + t)
+                         : static_cast<double>(__ldg(static_cast<const float*>(values.data[which]) + t));
+  }
 }
 
 struct SumsArgs {
@@ -31,14 +42,15 @@ struct SumsArgs {
 __global__ void __launch_bounds__(kThreads) token_sums_kernel(const SumsArgs a) {
   const int count = a.values.count;
   int64_t tokens = 0, all_bad = 0;
+  bool mask[kTokensAThread];
+  load_mask(a.mask, a.T, mask);
 #pragma unroll
-  for (int i = 0; i < kTokensAThread; i++) tokens += token_of(i) < a.T && a.mask[token_of(i)];
+  for (int i = 0; i < kTokensAThread; i++) tokens += mask[i];
 #pragma unroll
   for (int k = 0; k < kMostTokenValues; k++) {  // an index known to the compiler keeps the pointers out of local memory
     if (k >= count) break;
     double x[kTokensAThread];
-#pragma unroll
-    for (int i = 0; i < kTokensAThread; i++) x[i] = value_of(a.values, k, a.mask, token_of(i), a.T);
+    load_values(a.values, k, mask, x);
     int64_t coarse = 0, fine = 0, bad = 0;
 #pragma unroll
     for (int i = 0; i < kTokensAThread; i++) {
@@ -85,14 +97,15 @@ __global__ void __launch_bounds__(kThreads) token_scores_kernel(const ScoresArgs
     m.mean[0] = mean_x;
     if (two) m.mean[1] = mean_y;
   }
+  bool mask[kTokensAThread];
+  double x[kTokensAThread], y[kTokensAThread];
+  load_mask(a.mask, a.T, mask);
+  load_values(a.values, 0, mask, x);
+  if (two) load_values(a.values, 1, mask, y);
 #pragma unroll
   for (int i = 0; i < kTokensAThread; i++) {
-    const int64_t t = token_of(i);
-    if (t >= a.T) continue;
-    const double x = value_of(a.values, 0, a.mask, t, a.T);
-    const double y = two ? value_of(a.values, 1, a.mask, t, a.T) : 0.0;
-    const float score = two ? covariance_score(x - mean_x, y - mean_y) : value_score(x, mean_x);
-    a.scores[t] = a.mask[t] ? score : 0.0f;
+    const float score = two ? covariance_score(x[i] - mean_x, y[i] - mean_y) : value_score(x[i], mean_x);
+    if (token_of(i) < a.T) a.scores[token_of(i)] = mask[i] ? score : 0.0f;
   }
 }
 

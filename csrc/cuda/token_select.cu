@@ -7,10 +7,10 @@
 // Launches: 10 for largest, 8 for a draw; 4 for a summary. With the 3 of the covariance (one of them clears 8 numbers)
 // KL-Cov's selection takes 13, Clip-Cov's 11.
 //
-// Memory. largest: 52 bytes a token: score and mask in every stage but check, ids and marks in the first and in mark; and
-// an id for every tied token in stages 2 to 5. draw: at most 71 bytes, if every token is a candidate and there is an
-// `exclude`: 14, 3 x 14, 15. With the covariance (token_means.cu) 74 and 93. Besides, 2 MiB of counters are cleared, and
-// stay in the L2 cache.
+// Memory. largest: 52 bytes a token: score and mask in every stage but check (7 x 5), ids in the first and in mark (2 x 8),
+// a mark (1); and an id for every tied token in stages 2 to 5. draw: 42, and with an `exclude` 5 more; and an id for every
+// candidate in stages 3 to 5: 71 bytes at most. With the covariance (token_means.cu, 22) 74, and 93 at most. Besides, 2 MiB
+// of counters are cleared, and stay in the L2 cache.
 //
 // Parallelisation. A block takes 2,048 tokens (device/tokens.cuh). Its threads count by atomics on global memory, in
 // 65,536 bins; a warp whose tokens all have the same digit, as tied scores do, adds once. The sums of 256 bins each are
@@ -120,7 +120,7 @@ __device__ __forceinline__ int64_t step_of(const StageArgs& a) { return a.tokens
 // Whether a token under the mask takes part in the draw.
 __device__ __forceinline__ bool drawn_from(const StageArgs& a, const SelectState& state, float value, int64_t t) {
   if (a.spec.kind == kLargest) return float_key(value) == state.score;
-  return is_candidate(a.spec, value) && !(a.tokens.exclude && a.tokens.exclude[t]);
+  return is_candidate(a.spec, value) && !(a.tokens.exclude && __ldg(a.tokens.exclude + t));
 }
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const StageArgs a) {
@@ -131,34 +131,44 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const StageArgs a) {
   const int64_t seed = seed_of(a), step = step_of(a);
   SelectWorkspace& w = *a.workspace;
   Histogram& h = w.histograms[a.stage];
+  const bool notes_ends = a.begin && a.spec.kind != kQuantile;  // of the ids
   float value[kTokensAThread];
   bool mask[kTokensAThread];
 #pragma unroll
   for (int i = 0; i < kTokensAThread; i++) {
     const int64_t t = token_of(i);
-    mask[i] = t < a.T && a.tokens.mask[t];
-    value[i] = t < a.T ? a.tokens.value[t] : 0.0f;
+    mask[i] = t < a.T && __ldg(a.tokens.mask + t);
+    value[i] = t < a.T ? __ldg(a.tokens.value + t) : 0.0f;
   }
+  uint64_t low = 0, high = 0;
 #pragma unroll
   for (int i = 0; i < kTokensAThread; i++) {
     const int64_t t = token_of(i);
     const uint32_t key = float_key(value[i]);
-    bool member = mask[i];
+    const bool in_draw = a.stage >= kScoreRounds;
+    bool member = mask[i] && (!in_draw || drawn_from(a, state, value[i], t));
+    int64_t id = 0;
+    if (notes_ends ? mask[i] : in_draw && member) id = __ldg(a.tokens.token_id + t);
+    if (notes_ends && mask[i]) {
+      low = low_end(id) > low ? low_end(id) : low;
+      high = high_end(id) > high ? high_end(id) : high;
+    }
     uint32_t bin = key >> kDigitBits;
     if (a.stage == 1) {
       member = member && bin == state.prefix;
       bin = key & (kBins - 1);
-    } else if (a.stage >= kScoreRounds) {
-      member = member && drawn_from(a, state, value[i], t);
-      if (member) {
-        const uint64_t hash = token_hash(a.tokens.token_id[t], seed, step);
-        member = hash_prefix(hash, a.stage) == state.prefix;
-        bin = hash_digit(hash, a.stage);
-      }
+    } else if (in_draw) {
+      const uint64_t hash = token_hash(id, seed, step);
+      member = member && hash_prefix(hash, a.stage) == state.prefix;
+      bin = hash_digit(hash, a.stage);
     }
     count(h, shared, member, bin);
   }
-  if (a.begin && a.spec.kind == kQuantile) {
+  if (notes_ends) {
+    max_of_warp(&w.own[0], low);
+    max_of_warp(&w.own[1], high);
+  }
+  if (a.begin && !notes_ends) {
     uint64_t largest = 0;
     int64_t coarse = 0, fine = 0;
 #pragma unroll
@@ -171,17 +181,6 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const StageArgs a) {
     max_of_warp(&w.own[0], largest);
     add_of_warp(&w.sums[0], coarse);
     add_of_warp(&w.sums[1], fine);
-  } else if (a.begin) {
-    uint64_t low = 0, high = 0;
-#pragma unroll
-    for (int i = 0; i < kTokensAThread; i++) {
-      if (!mask[i]) continue;
-      const int64_t id = a.tokens.token_id[token_of(i)];
-      low = low_end(id) > low ? low_end(id) : low;
-      high = high_end(id) > high ? high_end(id) : high;
-    }
-    max_of_warp(&w.own[0], low);
-    max_of_warp(&w.own[1], high);
   }
   __syncthreads();
   const uint32_t mine = shared.groups[threadIdx.x];
@@ -207,9 +206,9 @@ __global__ void __launch_bounds__(kThreads) mark_kernel(const StageArgs a) {
     const int64_t t = token_of(i);
     if (t >= a.T) continue;
     bool taken = false;
-    if (a.tokens.mask[t]) {
-      const float value = a.tokens.value[t];
-      const int64_t id = a.tokens.token_id[t];
+    if (__ldg(a.tokens.mask + t)) {
+      const float value = __ldg(a.tokens.value + t);
+      const int64_t id = __ldg(a.tokens.token_id + t);
       taken = state.n > 0 && ((a.spec.kind == kLargest && float_key(value) > state.score) ||
                               (drawn_from(a, state, value, t) && token_hash(id, seed, step) >= state.prefix));
       const MapBit at = map_bit(id, stride);
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const StageArgs a) {
   if (blockIdx.x == 0 && threadIdx.x == 0) finish(a.spec, *a.workspace, a.tokens.refused, a.out);
   if (!is_invalid(*a.workspace, a.tokens.refused)) return;
   for (int i = 0; i < kTokensAThread; i++)
-    if (token_of(i) < a.T) a.out.chosen[token_of(i)] = a.tokens.mask[token_of(i)];
+    if (token_of(i) < a.T) a.out.chosen[token_of(i)] = __ldg(a.tokens.mask + token_of(i));
 }
 
 constexpr int64_t kClearedABlock = 16 * kThreads;  // int64

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import arguments as check
-
-COARSE, FINE = 2.0**10, 2.0**31
+from entcov.objective.token_means import fixed_point, from_fixed_point
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,13 @@ class SequenceIndex:
     def means(self, value: Tensor) -> Tensor:
         """[count] float64: the mean of `value` [T] over each response, at most 2^20 in size; whole responses.
 
-        The sums are integers, in the fixed point of csrc/token_select.h, so their bits do not depend on the order of the
-        tokens, on a GPU too.
+        The sums are integers (entcov/objective/token_means.py), so their bits do not depend on the order of the tokens,
+        on a GPU too.
         """
         check.vector("value", value, (torch.float32, torch.float64), self.index)
         sums = torch.zeros(self.count, 2, dtype=torch.int64, device=value.device)
-        scaled = value.detach().double() * COARSE
-        coarse = scaled.round()
-        fine = ((scaled - coarse) * FINE).round()
-        sums.index_add_(0, self.index, torch.stack([coarse, fine], dim=-1).long())
-        totals = sums[:, 0].double() / COARSE + sums[:, 1].double() / (COARSE * FINE)
-        return totals / self.index.bincount(minlength=self.count)
+        sums.index_add_(0, self.index, fixed_point(value.detach().double()).T)
+        return from_fixed_point(sums) / self.index.bincount(minlength=self.count)
 
     def sum(self, value: Tensor) -> Tensor:
         """[T] float64: for each token the sum of `value` [T] over its response. As `totals`."""

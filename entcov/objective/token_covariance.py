@@ -15,7 +15,7 @@ on an accelerator all results are NaN instead.
 
 Nothing makes the host wait on an accelerator: values are checked on the CPU only, and elsewhere bad ones become NaN in
 the covariance and its summary. Shapes depend on T and the number of ranks alone, so calls can be captured in a CUDA
-graph. The bits are the same on every device. docs/methods.md has the cost.
+graph. The bits are the same on every device. docs/kernels.md has the cost.
 
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617, eq. 10.
 """

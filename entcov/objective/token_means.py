@@ -18,6 +18,8 @@ from entcov.ops import token_scores as scores_op
 from entcov.ops import token_sums as sums_op
 from entcov.stats.ranks import AllReduces, attempt
 
+COARSE, FINE = 2.0**10, 2.0**31  # kCoarse and kFine of csrc/token_select.h
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -44,7 +46,7 @@ def token_means(
     """The mean of each of `values` over all unmasked tokens of the mini-batch, exact up to 2^-42.
 
     Args:
-        values: at most 8 of [T] float32 or float64, by the name that messages use. Values outside the mask are not used.
+        values: at most 8 of [T] float32 or float64, by the name that messages use; not used outside the mask.
         mask: [T] bool.
         group: data-parallel group that shares the mini-batch. None: all of it is here (not torch's default group).
         empty_ok: no unmasked token anywhere is no error.
@@ -108,3 +110,18 @@ def sums_over(ranks: AllReduces, values: dict[str, Tensor], mask: Tensor, empty_
         if num_tokens == 0 and not empty_ok:
             raise ValueError("mask must have a True token on at least one rank, got none in the whole mini-batch")
     return sums
+
+
+# Sums over parts of the tokens, as responses, have no kernel: the same fixed point in torch operations.
+
+
+def fixed_point(x: Tensor) -> Tensor:
+    """float64 [..., T], at most 2^20 in size -> int64 [..., 2, T]: coarse and fine part."""
+    coarse = (x * COARSE).round()
+    fine = ((x * COARSE - coarse) * FINE).round()
+    return torch.stack([coarse, fine], dim=-2).long()
+
+
+def from_fixed_point(sums: Tensor) -> Tensor:
+    """int64 [..., 2], sums of coarse and fine parts -> float64 [...]."""
+    return sums[..., 0].double() / COARSE + sums[..., 1].double() / (COARSE * FINE)

@@ -1,4 +1,4 @@
-"""token_select: the stages of a selection of tokens, and of an order statistic of their scores (csrc/token_select.h)."""
+"""token_select: the stages of a selection of tokens, and of a quantile of their scores (csrc/token_select.h)."""
 
 from typing import NamedTuple
 

@@ -35,7 +35,7 @@ def token_summary(
 ) -> list[Tensor]:
     """[mean score [1] float64, (largest score, 99.9 percent quantile) [2] float32] after the stages of a QUANTILE.
 
-    The quantile is the smallest score with at least 99.9 percent of the tokens at or below it. All are NaN if `refused`;
-    the mean is too if `mean_logprob` (0-d float64) is.
+    The quantile is the smallest score with at least 99.9 percent of the tokens at or below it. All are NaN if
+    `refused`; the mean is too if `mean_logprob` (0-d float64) is.
     """
     return _token_summary(workspace, num_tokens, own, mean_logprob, refused)

@@ -39,8 +39,8 @@ _token_sums = define("token_sums", "(Tensor mask, Tensor[] values) -> Tensor", _
 
 
 def token_sums(mask: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """[3 k + 2] int64: coarse and fine sum of each value, the number of tokens, the number of bad values, and how many of
-    each value are bad: not finite or larger than 2^20. A bad value adds 0.
+    """[3 k + 2] int64: coarse and fine sum of each value, the number of tokens, the number of bad values, and how many
+    of each value are bad: not finite or larger than 2^20. A bad value adds 0.
 
     mask: [T] bool. values: k of [T] float32 or float64, at most MOST; those outside the mask are not used.
     """

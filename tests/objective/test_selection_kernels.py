@@ -90,13 +90,13 @@ def test_the_chosen_tokens_are_those_of_the_torch_code(T, ties):
 def test_repeated_ids_are_counted_as_by_the_torch_code(T):
     _, advantage, mask, ids = numbers(T)
     scores = token_scores("x", advantage, mask)
-    for ids in (ids // 2, ids % 50 - 25, ids % 4000 * 2**45, torch.where(ids % 2 == 0, -(2**62), 2**62)):
-        repeated = in_torch.repeated(ids, mask)
+    for own in (ids // 2, ids % 50 - 25, ids % 4000 * 2**45, torch.where(ids % 2 == 0, -(2**62), 2**62)):
+        repeated = in_torch.repeated(own, mask)
         if repeated == 0:
-            assert int(select_largest(scores, ids, ratio=0.1, seed=0, step=0).count) == int(0.1 * int(mask.sum()))
+            assert int(select_largest(scores, own, ratio=0.1, seed=0, step=0).count) == int(0.1 * int(mask.sum()))
             continue
         with pytest.raises(ValueError, match=re.escape(f"at least {repeated} tokens have the id of another one")):
-            select_largest(scores, ids, ratio=0.1, seed=0, step=0)
+            select_largest(scores, own, ratio=0.1, seed=0, step=0)
 
 
 # ---- what the torch functions had tests of their own for -------------------------------------------------------------
@@ -112,12 +112,11 @@ def test_mix_is_splitmix64():
 def test_draws_go_by_the_hash_of_seed_step_and_id(seed, step):
     """Taking 1, 2, 3 ... tokens gives their order by the hash, which is Python's."""
     ids = [0, 1, 2, 1000, 2**31, 2**40 + 3, 2**62, -1, -(2**63), 2**63 - 1]
-    order = []
+    scores, order = scores_of(torch.zeros(len(ids))), []
     for n in range(1, len(ids) + 1):
         chosen = select_clip_cov(
-            scores_of(torch.zeros(len(ids))), torch.tensor(ids), ratio=(n + 0.5) / (len(ids) + 0.5) if n < len(ids) else 1,
-            low=0.0, high=0.0, seed=seed, step=step, at_least=n,
-        ).mask  # fmt: skip
+            scores, torch.tensor(ids), ratio=0.0, low=0.0, high=0.0, seed=seed, step=step, at_least=n
+        ).mask
         order += [i for i, taken in zip(ids, chosen.tolist(), strict=True) if taken and i not in order]
     assert order == sorted(ids, key=lambda i: hash64(seed, step, i), reverse=True)
 
