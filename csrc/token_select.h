@@ -16,12 +16,12 @@
 //   largest   rounds 0 to 5: the largest scores, and of those equal to the smallest of them the largest hashes
 //   quantile  rounds 0 and 1: one order statistic of the scores
 //
-// Ids. Two tokens may not have the same id. Every checked id sets a bit in a map of 2^22 bits, by addition, and the maps
-// of all ranks are added up: where two ids set the same bit, the sum has fewer bits than there are ids. All ids are
-// checked if they differ by at most 2^22 - 1, every stride-th one if they differ by up to stride times that.
+// Ids. Two tokens may not have the same id. Every checked id sets a bit in a map of 2^22 bits, by addition, and the
+// maps of all ranks are added up: where two ids set the same bit, the sum has fewer bits than there are ids. All ids
+// are checked if they differ by at most 2^22 - 1, every stride-th one if they differ by up to stride times that.
 //
-// Everything but a few floating operations per call is integer arithmetic, which has the same result in every order. The
-// floating ones are single IEEE operations, which no compiler may fuse where the fused result would differ.
+// Everything but a few floating operations per call is integer arithmetic, which has the same result in every order.
+// The floating ones are single IEEE operations, which no compiler may fuse where the fused result would differ.
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,7 @@
 
 namespace entcov {
 
-// ---- fixed point -----------------------------------------------------------------------------------------------------
+// ---- fixed point ----------------------------------------------------------------------------------------------------
 
 constexpr double kCoarse = 1024.0;        // 2^10
 constexpr double kFine = 2147483648.0;    // 2^31, of a remainder of at most 1/2: 2^30 a token
@@ -88,7 +88,7 @@ ENTCOV_HD float value_score(double x, double mean) { return static_cast<float>(x
 // Score of a token by two values minus their means.
 ENTCOV_HD float covariance_score(double x, double y) { return static_cast<float>(x * y); }
 
-// ---- keys ------------------------------------------------------------------------------------------------------------
+// ---- keys -----------------------------------------------------------------------------------------------------------
 
 ENTCOV_HD uint32_t float_key(float x) {
   x += 0.0f;  // -0 and 0 are the same
@@ -116,7 +116,7 @@ ENTCOV_HD uint64_t token_hash(int64_t token_id, int64_t seed, int64_t step) {
   return mix(mix(mix(spread(token_id)) + spread(seed)) + spread(step));
 }
 
-// ---- the call --------------------------------------------------------------------------------------------------------
+// ---- the call -------------------------------------------------------------------------------------------------------
 
 enum SelectKind : int { kDraw = 0, kLargest = 1, kQuantile = 2 };
 
@@ -161,7 +161,8 @@ ENTCOV_HD double rounded_product(double a, double b) {
 #endif
 }
 
-// How many tokens to choose. quantile: the rank, from above, of the smallest score with 99.9 percent of all at or below.
+// How many tokens to choose. quantile: the rank, from above, of the smallest score with 99.9 percent of all at or
+// below.
 ENTCOV_HD int64_t number_due(const SelectSpec& spec, int64_t num_tokens) {
   if (spec.kind == kQuantile) return num_tokens - (999 * num_tokens + 999) / 1000 + 1;
   double share = rounded_product(static_cast<double>(num_tokens), spec.ratio);
@@ -171,7 +172,7 @@ ENTCOV_HD int64_t number_due(const SelectSpec& spec, int64_t num_tokens) {
   return spec.kind == kLargest && n > num_tokens ? num_tokens : n;
 }
 
-// ---- radix selection ---------------------------------------------------------------------------------------------------
+// ---- radix selection ------------------------------------------------------------------------------------------------
 
 constexpr int kDigitBits = 16;
 constexpr int kBins = 1 << kDigitBits;
@@ -231,7 +232,7 @@ ENTCOV_HD uint64_t hash_prefix(uint64_t hash, int round) {
   return round == kScoreRounds ? 0 : hash >> kDigitBits * (kRounds - round);
 }
 
-// ---- repeated ids ------------------------------------------------------------------------------------------------------
+// ---- repeated ids ---------------------------------------------------------------------------------------------------
 
 constexpr int kMapWords = 1 << 16;
 
@@ -273,7 +274,7 @@ ENTCOV_HD int num_bits(uint64_t x) {
 #endif
 }
 
-// ---- memory between the stages ---------------------------------------------------------------------------------------
+// ---- memory between the stages --------------------------------------------------------------------------------------
 
 // Ranks gather `own` with their first sum, and add up histograms[round] after the stage of that round (quantile: and
 // `sums` with the first), and `marks` after kMarkStage.

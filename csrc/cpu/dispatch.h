@@ -81,13 +81,13 @@ void for_rows(const typename Op::Args& args, const Logits& logits, int threads) 
   for (int64_t t = 0; t < T; t++) row(args, t);
 }
 
-// Calls Op::row(args, c) for the chunks c of T tokens: c * kChunk to (c + 1) * kChunk, the last may be shorter. A chunk takes
-// about a microsecond: below 32, threads cost more than they save.
-constexpr int64_t kChunk = 1024;
+// Calls Op::row(args, c) for the chunks c of T tokens: c * kTokensAChunk to (c + 1) * kTokensAChunk, the last may be
+// shorter. A chunk takes about a microsecond: below 32, threads cost more than they save.
+constexpr int64_t kTokensAChunk = 1024;
 template <class Op>
 void for_chunks(const typename Op::Args& args, int64_t T, int threads) {
   const auto row = best_row<Op>();
-  const int64_t chunks = (T + kChunk - 1) / kChunk;
+  const int64_t chunks = (T + kTokensAChunk - 1) / kTokensAChunk;
   threads = usable_threads(threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && chunks > 32)
   for (int64_t c = 0; c < chunks; c++) row(args, c);

@@ -1,8 +1,8 @@
 // Sums of values over the tokens of a mini-batch in fixed point (../token_select.h), the means that follow, and the
 // scores: a value itself, or the covariance (x - mean x) (y - mean y) of two.
 //
-// Memory. token_sums reads the values and a byte of the mask per token; token_scores reads them again and writes 4 bytes.
-// Parallelisation: chunks of 1,024 tokens are distributed over threads. The order of the sums does not matter.
+// Memory. token_sums reads the values and a byte of the mask per token; token_scores reads them again and writes 4
+// bytes. Parallelisation: chunks of 1,024 tokens are distributed over threads. The order of the sums does not matter.
 //
 // Numerics. float64; a score is rounded once to float32. Rounding to an integer adds and subtracts 1.5 * 2^52, which is
 // exact for these sizes and which vectors can do.
@@ -51,9 +51,9 @@ struct SumsOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t chunk) {
-    const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.T - begin);
+    const int64_t begin = chunk * kTokensAChunk, n = std::min(kTokensAChunk, a.T - begin);
     const int count = a.values.count;
-    double x[kChunk];
+    double x[kTokensAChunk];
     int64_t tokens = 0, all_bad = 0;
     for (int64_t i = 0; i < n; i++) tokens += a.mask[begin + i];
     for (int k = 0; k < count; k++) {
@@ -97,13 +97,14 @@ struct ScoresOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t chunk) {
-    const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.T - begin);
-    double x[kChunk], y[kChunk];
+    const int64_t begin = chunk * kTokensAChunk, n = std::min(kTokensAChunk, a.T - begin);
+    double x[kTokensAChunk], y[kTokensAChunk];
     load(a.values, 0, a.mask, begin, n, x);
     if (a.values.count == 2) load(a.values, 1, a.mask, begin, n, y);
     const double mean_x = a.mean[0], mean_y = a.mean[1];
     for (int64_t i = 0; i < n; i++) {
-      const float score = a.values.count == 2 ? covariance_score(x[i] - mean_x, y[i] - mean_y) : value_score(x[i], mean_x);
+      const float score =
+          a.values.count == 2 ? covariance_score(x[i] - mean_x, y[i] - mean_y) : value_score(x[i], mean_x);
       a.scores[begin + i] = a.mask[begin + i] ? score : 0.0f;
     }
   }

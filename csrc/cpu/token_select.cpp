@@ -1,11 +1,11 @@
-// The stages of a selection of tokens (../token_select.h). A stage picks the digit that the round before has counted, and
-// counts the next one; the last two mark the chosen tokens and check their ids.
+// The stages of a selection of tokens (../token_select.h). A stage picks the digit that the round before has counted,
+// and counts the next one; the last two mark the chosen tokens and check their ids.
 //
 // Memory. The first stage reads the scores, the mask and the ids. It, or in `largest` the second one, lists the tokens
-// that can still be the n-th (16 bytes each), and later stages read the list alone: what has a higher digit than the one
-// picked is chosen, what has a lower one is not, and the rest stays in the list. Marking reads mask and ids once more, and
-// a map of 512 KiB is written. A histogram of 257 KiB is cleared for every stage; where one call runs several stages and
-// few tokens are listed, only the counters that they have used.
+// that can still be the n-th (16 bytes each), and later stages read the list alone: what has a higher digit than the
+// one picked is chosen, what has a lower one is not, and the rest stays in the list. Marking reads mask and ids once
+// more, and a map of 512 KiB is written. A histogram of 257 KiB is cleared for every stage; where one call runs several
+// stages and few tokens are listed, only the counters that they have used.
 //
 // Parallelisation: none. A stage takes nanoseconds a token, and a mini-batch has one or two selections.
 #include <algorithm>
@@ -66,10 +66,10 @@ struct CountScoresOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t chunk) {
-    const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.T - begin);
+    const int64_t begin = chunk * kTokensAChunk, n = std::min(kTokensAChunk, a.T - begin);
     const float* value = a.tokens.value + begin;
     const uint8_t* mask = a.tokens.mask + begin;
-    uint32_t key[kChunk];
+    uint32_t key[kTokensAChunk];
     for (int64_t i = 0; i < n; i++) key[i] = float_key(value[i]);
     for (int64_t i = 0; i < n; i++) a.counts->bins[key[i] >> kDigitBits] += mask[i];
     if (kKind == kLargest) return note_ends(a, begin, n);
@@ -91,11 +91,11 @@ struct CountLowerOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t chunk) {
-    const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.T - begin);
+    const int64_t begin = chunk * kTokensAChunk, n = std::min(kTokensAChunk, a.T - begin);
     const float* value = a.tokens.value + begin;
     const uint8_t* mask = a.tokens.mask + begin;
-    uint32_t key[kChunk];
-    uint8_t equal[kChunk];
+    uint32_t key[kTokensAChunk];
+    uint8_t equal[kTokensAChunk];
     for (int64_t i = 0; i < n; i++) key[i] = float_key(value[i]);
     for (int64_t i = 0; i < n; i++) equal[i] = mask[i] & ((key[i] >> kDigitBits) == a.digit);
     if (kKind == kLargest)
@@ -114,11 +114,11 @@ struct CountCandidatesOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t chunk) {
-    const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.T - begin);
+    const int64_t begin = chunk * kTokensAChunk, n = std::min(kTokensAChunk, a.T - begin);
     const float* value = a.tokens.value + begin;
     const uint8_t *mask = a.tokens.mask + begin, *exclude = a.tokens.exclude ? a.tokens.exclude + begin : nullptr;
     const SelectSpec spec = a.spec;
-    uint8_t candidate[kChunk + 8] = {};
+    uint8_t candidate[kTokensAChunk + 8] = {};
     if (spec.strict)
       for (int64_t i = 0; i < n; i++) candidate[i] = mask[i] & (value[i] > spec.low) & (value[i] < spec.high);
     else
@@ -147,7 +147,7 @@ struct MapIdsOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t chunk) {
-    const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.T - begin);
+    const int64_t begin = chunk * kTokensAChunk, n = std::min(kTokensAChunk, a.T - begin);
     const int64_t* id = a.tokens.token_id + begin;
     const uint8_t* mask = a.tokens.mask + begin;
     int64_t* marks = a.workspace->marks;
@@ -173,13 +173,13 @@ struct CountBitsOp {
 
   template <int W>
   static ENTCOV_INLINE void row(const Args& a, int64_t chunk) {
-    const int64_t* map = a.workspace->marks + 2 + chunk * kChunk;
+    const int64_t* map = a.workspace->marks + 2 + chunk * kTokensAChunk;
     int64_t bits = 0;
-    for (int64_t i = 0; i < kChunk; i++) bits += num_bits(static_cast<uint64_t>(map[i]));
+    for (int64_t i = 0; i < kTokensAChunk; i++) bits += num_bits(static_cast<uint64_t>(map[i]));
     a.workspace->set_bits += bits;
   }
 };
-static_assert(kMapWords % kChunk == 0, "");
+static_assert(kMapWords % kTokensAChunk == 0, "");
 
 Digit pick(const Histogram& h, const SelectState& state) {
   int64_t total = 0;

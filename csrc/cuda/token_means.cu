@@ -4,8 +4,8 @@
 // Memory. token_sums reads the values and a byte of the mask per token, token_scores reads them again and writes 4
 // bytes: 22 bytes a token for the covariance of two float32.
 //
-// Parallelisation. One launch each; a block takes 2,048 tokens (device/tokens.cuh). Every thread of token_scores computes
-// the means for itself, a division each, so that no launch of their own is needed.
+// Parallelisation. One launch each; a block takes 2,048 tokens (device/tokens.cuh). Every thread of token_scores
+// computes the means for itself, a division each, so that no launch of their own is needed.
 //
 // Numerics. float64, single IEEE operations that the compiler cannot fuse with another result; the sums are integers.
 #include "device/tokens.cuh"

@@ -1,16 +1,16 @@
 // The stages of a selection of tokens (../token_select.h), a launch each, and one before to clear the workspace.
 //
-//   count    6 (largest), 4 (draw), 2 (quantile): picks the digit that the stage before has counted, counts the next one
+//   count    6 (largest), 4 (draw), 2 (quantile): picks the digit that the stage before has counted, counts the next
 //   mark     picks the last digit, marks the chosen tokens, enters the ids in the map
 //   check    2: counts the bits of the map; writes the results, and overrules the marks where they are invalid
 //
 // Launches: 10 for largest, 8 for a draw; 4 for a summary. With the 3 of the covariance (one of them clears 8 numbers)
 // KL-Cov's selection takes 13, Clip-Cov's 11.
 //
-// Memory. largest: 52 bytes a token: score and mask in every stage but check (7 x 5), ids in the first and in mark (2 x 8),
-// a mark (1); and an id for every tied token in stages 2 to 5. draw: 42, and with an `exclude` 5 more; and an id for every
-// candidate in stages 3 to 5: 71 bytes at most. With the covariance (token_means.cu, 22) 74, and 93 at most. Besides, 2 MiB
-// of counters are cleared, and stay in the L2 cache.
+// Memory. largest: 52 bytes a token: score and mask in every stage but check (7 x 5), ids in the first and in mark (2 x
+// 8), a mark (1); and an id for every tied token in stages 2 to 5. draw: 42, and with an `exclude` 5 more; and an id
+// for every candidate in stages 3 to 5: 71 bytes at most. With the covariance (token_means.cu, 22) 74, and 93 at most.
+// Besides, 2 MiB of counters are cleared, and stay in the L2 cache.
 //
 // Parallelisation. A block takes 2,048 tokens (device/tokens.cuh). Its threads count by atomics on global memory, in
 // 65,536 bins; a warp whose tokens all have the same digit, as tied scores do, adds once. The sums of 256 bins each are
@@ -36,7 +36,7 @@ struct StageArgs {
   SelectOutputs out;
 };
 
-// ---- picking a digit -------------------------------------------------------------------------------------------------
+// ---- picking a digit ------------------------------------------------------------------------------------------------
 
 // What find() needs, of its own for each call.
 struct Found {
@@ -45,8 +45,8 @@ struct Found {
   int64_t above;
 };
 
-// The place of the count in which the rank-th thing lies, where thread i has the i-th count from above. `above`: in higher
-// counts. Every thread gets both, and the total. Needs 1 <= rank; it is lowered to the total; total 0: place 0.
+// The place of the count in which the rank-th thing lies, where thread i has the i-th count from above. `above`: in
+// higher counts. Every thread gets both, and the total. Needs 1 <= rank; it is lowered to the total; total 0: place 0.
 __device__ __forceinline__ uint32_t find(uint32_t count, int64_t rank, Found& shared, int64_t& above, int64_t& total) {
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   uint32_t up_to = warp_prefix_sum(count);
@@ -74,7 +74,8 @@ struct StageShared {
 // The digit in which the key of the state's rank lies, for every thread of the block.
 __device__ __forceinline__ Digit pick(const Histogram& h, const SelectState& state, StageShared& shared) {
   Digit digit;
-  const uint32_t below_top = find(h.groups[kGroups - 1 - threadIdx.x], state.rank, shared.group, digit.above, digit.total);
+  const uint32_t of_group = h.groups[kGroups - 1 - threadIdx.x];
+  const uint32_t below_top = find(of_group, state.rank, shared.group, digit.above, digit.total);
   const uint32_t top = (kGroups - below_top) * kBinsAGroup - 1;  // the highest bin of the group
   const int64_t rank = rank_within(state, digit.total);
   int64_t in_group, all;
@@ -98,7 +99,7 @@ __device__ __forceinline__ SelectState enter(const StageArgs& a, StageShared& sh
   return state;
 }
 
-// ---- counting --------------------------------------------------------------------------------------------------------
+// ---- counting -------------------------------------------------------------------------------------------------------
 
 // Counts `bin` where `member`. Called by all lanes of a warp together.
 __device__ __forceinline__ void count(Histogram& h, StageShared& shared, bool member, uint32_t bin) {
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const StageArgs a) {
   if (mine != 0) atomicAdd(&h.groups[threadIdx.x], mine);
 }
 
-// ---- marks and checks --------------------------------------------------------------------------------------------------
+// ---- marks and checks -----------------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) mark_kernel(const StageArgs a) {
   __shared__ StageShared shared;
@@ -213,7 +214,8 @@ __global__ void __launch_bounds__(kThreads) mark_kernel(const StageArgs a) {
                               (drawn_from(a, state, value, t) && token_hash(id, seed, step) >= state.prefix));
       const MapBit at = map_bit(id, stride);
       if (at.bit != 0) {
-        atomicAdd(reinterpret_cast<unsigned long long*>(&w.marks[2 + at.word]), static_cast<unsigned long long>(at.bit));
+        auto* word = reinterpret_cast<unsigned long long*>(&w.marks[2 + at.word]);
+        atomicAdd(word, static_cast<unsigned long long>(at.bit));
         checked++;
       }
     }

@@ -127,7 +127,8 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
 }
 inline unsigned long long atomicMax(unsigned long long* address, unsigned long long value) {
   unsigned long long before = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (before < value && !__atomic_compare_exchange_n(address, &before, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  constexpr int kOrder = __ATOMIC_RELAXED;
+  while (before < value && !__atomic_compare_exchange_n(address, &before, value, true, kOrder, kOrder)) {
   }
   return before;
 }

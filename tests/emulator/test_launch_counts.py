@@ -96,8 +96,8 @@ def test_targets_of_more_than_4096_tokens_are_hashed_by_one_more_launch(count, m
 
 # ---- selections ------------------------------------------------------------------------------------------------------
 
-# Launches and bytes a token that are read, where all scores lie in the interval and differ. One more launch, of torch's,
-# clears the sums of the covariance. csrc/cuda/token_select.cu has the sums.
+# Launches and bytes a token that are read, where all scores lie in the interval and differ. One more launch clears the
+# sums of the covariance, torch's. csrc/cuda/token_select.cu has the sums.
 SELECTIONS = {
     "covariance": (2, 4 * 4 + 2),
     "summary": (4, 2 * 5),
@@ -116,8 +116,8 @@ def test_selections_launch_and_read_what_is_promised(T, count, products):
     calls = {
         "covariance": lambda: token_covariance(logprob, advantage, mask),
         "summary": lambda: covariance_summary(scores),
-        "clip": lambda: select_clip_cov(scores, ids, ratio=0.01, seed=0, step=1, **everywhere),
-        "kl": lambda: select_largest(scores, ids, ratio=0.01, seed=0, step=1),
+        "clip": lambda: select_clip_cov(scores, ids, ratio=0.01, at_least=1, seed=0, step=1, **everywhere),
+        "kl": lambda: select_largest(scores, ids, ratio=0.01, at_least=1, seed=0, step=1),
     }
     for name, (launches, read) in SELECTIONS.items():
         count(), emulated.loaded_bytes(products["plain"])

@@ -1,5 +1,5 @@
-// The launchers of csrc/cpu/token_means.cpp and token_select.cpp with C names, for test_selection_faults.py, which compiles
-// them with a fault in a header or in one of the two. A struct of pointers comes as an array of addresses.
+// The launchers of csrc/cpu/token_means.cpp and token_select.cpp with C names, for test_selection_faults.py, which
+// compiles them with a fault in a header or in one of the two. A struct of pointers comes as an array of addresses.
 #include "cpu/isa.cpp"
 #include "cpu/token_means.cpp"
 #include "cpu/token_select.cpp"

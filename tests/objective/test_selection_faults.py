@@ -1,5 +1,5 @@
-"""Plants faults in the C++ of the selections (csrc/token_select.h, csrc/cpu/token_*.cpp), one at a time. A comparison with
-the torch code that the kernels replaced sees each of them."""
+"""Plants faults in the C++ of the selections (csrc/token_select.h, csrc/cpu/token_*.cpp), one at a time. A comparison
+with the torch code that the kernels replaced sees each of them."""
 
 import ctypes
 import shutil
@@ -34,7 +34,7 @@ FAULTS = {  # file, old, new
     "the open interval is closed": (SELECT, "(value[i] > spec.low)", "(value[i] >= spec.low)"),
     "masked tokens are drawn": (SELECT, "mask[i] & (value[i] >= spec.low)", "1 & (value[i] >= spec.low)"),
     "all ties are taken": (SELECT, "digit > a.digit && a.some;", "digit >= 0 && a.some;"),
-    "negative numbers sort backwards": (HEADER, "bits & 0x80000000u ? ~bits", "bits & 0x80000000u ? bits ^ 0x80000000u"),
+    "negative numbers sort backwards": (HEADER, "0x80000000u ? ~bits", "0x80000000u ? bits ^ 0x80000000u"),
     "the quantile is one off": (HEADER, "/ 1000 + 1;", "/ 1000 + 2;"),
     "counters of few tokens stay": (SELECT, "= a.counts->groups[bin / kBinsAGroup] = 0;", "+= 0 * bin;"),
     "ids may repeat": (HEADER, "return w.marks[1] - static_cast<int64_t>(w.set_bits);", "return 0 * w.marks[1];"),
@@ -93,8 +93,9 @@ def checked(monkeypatch) -> None:
     assert torch.equal(scores.value, value) and torch.equal(
         torch.stack([scores.mean_logprob, scores.mean_advantage]), mean
     )
-    summary = [float(x) for x in covariance_summary(scores).values()]
-    assert summary == [float(x) for x in in_torch.summary(value, mask)]
+    different = token_covariance(-torch.rand(T, generator=g), torch.randn(T, generator=g), mask)
+    summary = [float(x) for x in covariance_summary(different).values()]
+    assert summary == [float(x) for x in in_torch.summary(different.value, mask)]
     low = float(value[mask].median())
     for strict, seed, step in ((False, 1, 2), (True, 1, 3), (True, 2, 3)):
         call = dict(ratio=0.2, seed=seed, step=step, strict=strict, exclude=exclude if strict else None)
@@ -107,6 +108,9 @@ def checked(monkeypatch) -> None:
             call = dict(ratio=ratio, seed=5, step=9, round_up=round_up)
             found, expected = select_largest(scores, ids, **call), in_torch.select(value, mask, ids, **call)
             assert torch.equal(found.mask, expected.mask) and float(found.threshold) == expected.threshold
+    smallest = torch.where(mask, value, torch.inf).argsort()[:2]  # two tokens that are not chosen
+    with pytest.raises(ValueError, match="at least 1 tokens have the id of another one"):
+        select_largest(scores, ids.index_fill(0, smallest, 3 * T), ratio=0.05, seed=5, step=9)
     ranks = ThreadRanks(2, monkeypatch)
 
     def with_the_ids_of_another_rank(rank):

@@ -1,7 +1,8 @@
 // How the kernels over packed tokens (token_means.cu, token_select.cu) share tokens out, and how they add integers up.
 //
-// A block takes 2,048 tokens, its threads every 256th of them, so that a warp loads neighbours. Sums and maxima are those
-// of integers: blocks may add to them in any order, by atomics on global memory, and the result has the same bits.
+// A block takes 2,048 tokens, its threads every 256th of them, so that a warp loads neighbours. Sums and maxima are
+// those of integers: blocks may add to them in any order, by atomics on global memory, and the result has the same
+// bits.
 #pragma once
 
 #include "block_reduction.cuh"
