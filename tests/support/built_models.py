@@ -109,6 +109,7 @@ def _rank(megatron: MegatronConfig, stage: int, data_parallel: int, device: str)
             replica=0,
             context_parallel=cp,
             data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            batch_group=parallel_state.get_data_parallel_group(),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             context_group=parallel_state.get_context_parallel_group() if cp > 1 else None,
             control=dist.group.WORLD,

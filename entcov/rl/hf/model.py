@@ -1,5 +1,6 @@
 """The policy: any transformers causal language model, from a path or from a configuration with random weights."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,11 @@ def build_model(config: ModelConfig, *, seed: int, device: torch.device) -> tupl
     return model, tokenizer
 
 
-def autocast(model: nn.Module) -> torch.autocast:
+def autocast(model: nn.Module) -> AbstractContextManager:
     """The context of a forward pass in the model's `compute_dtype`. Passes inside one share the cast weights."""
-    lower = model.compute_dtype is not torch.float32
-    return torch.autocast(model.device.type, dtype=model.compute_dtype if lower else None, enabled=lower)
+    if model.compute_dtype is torch.float32:
+        return nullcontext()
+    return torch.autocast(model.device.type, dtype=model.compute_dtype)
 
 
 def forward(model: nn.Module, **inputs):
@@ -92,7 +94,7 @@ def has_plain_head(model: nn.Module) -> bool:
     Tried on two tokens: some models scale their logits or bound them, each under another key of its configuration.
     """
     head, body = model.get_output_embeddings(), model.base_model
-    if type(head) is not nn.Linear or body is model:
+    if type(head) is not nn.Linear or body is model or model.device.type == "meta":  # which is never run
         return False
     ids = torch.arange(2, device=model.device)[None]
     with torch.no_grad(), autocast(model):
