@@ -166,6 +166,18 @@ def test_stages_one_by_one_give_what_all_at_once_do():
         assert parts[-1] is None and len(parts[-2]) == LAYOUT["words"] - LAYOUT["marks"]
 
 
+def test_bad_values_of_the_sums_are_named():
+    mask, x = torch.ones(3) > 0, torch.zeros(3)
+    with pytest.raises(ValueError, match="values must be 1 to 8 tensors, got 9"):
+        token_means({str(i): x for i in range(9)}, mask)
+    with pytest.raises(ValueError, match="values must be 1 to 2 tensors, got 3"):
+        torch.ops.entcov.token_scores(mask, [x, x, x], torch.zeros(8).long(), 0.0, None)
+    with pytest.raises(TypeError, match=r"values\[1\] must be torch.float32, got torch.float16"):
+        torch.ops.entcov.token_sums(mask, [x, x.half()])
+    with pytest.raises(ValueError, match=r"sums must have shape \(4,\)"):
+        torch.ops.entcov.token_means(torch.zeros(5).long(), 1, 0.0, None)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -188,6 +200,23 @@ def test_bad_arguments_of_a_stage_are_named(change, error, message):
         s = Selecting(SelectSpec(1, ratio=0.5), **given)
         s.workspace = s.workspace if workspace is None else workspace
         s.run(*stages, s.own[None])
+
+
+def test_opcheck():
+    ops, (x, y, mask, ids) = torch.ops.entcov, numbers(50)
+    sums = ops.token_sums(mask, [x, y])
+    refused = torch.tensor(False)
+    torch.library.opcheck(ops.token_sums.default, (mask, [x, y.double()]))
+    torch.library.opcheck(ops.token_means.default, (sums[:6], 2, 0.0, refused))
+    torch.library.opcheck(ops.token_scores.default, (mask, [x, y], sums[:6], 0.0, None))
+    scores = token_covariance(x, y, mask)
+    s = Selecting(SelectSpec(1, ratio=0.5), scores.value, mask, scores.num_tokens, ids)
+    own = torch.zeros(1, 2, dtype=torch.int64)  # `s.own` shares memory with an argument that is written
+    torch.library.opcheck(ops.token_select.default, (s.workspace, *s._arguments, own, None, *s.spec, *s.stages))
+    q = Selecting(SelectSpec(QUANTILE), scores.value, mask, scores.num_tokens)
+    q.run(*q.stages, q.own[None])
+    given = (q.workspace, scores.num_tokens, own, scores.mean_logprob, None)
+    torch.library.opcheck(ops.token_summary.default, given)
 
 
 def test_a_quantile_has_two_stages():
