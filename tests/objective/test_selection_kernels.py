@@ -215,7 +215,7 @@ def test_opcheck():
     torch.library.opcheck(ops.token_select.default, (s.workspace, *s._arguments, own, None, *s.spec, *s.stages))
     q = Selecting(SelectSpec(QUANTILE), scores.value, mask, scores.num_tokens)
     q.run(*q.stages, q.own[None])
-    given = (q.workspace, scores.num_tokens, own, scores.mean_logprob, None)
+    given = (q.workspace, scores.num_tokens, q.own.clone()[None], scores.mean_logprob, None)
     torch.library.opcheck(ops.token_summary.default, given)
 
 
