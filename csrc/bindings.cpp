@@ -10,6 +10,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -44,6 +45,14 @@ template <>
 struct FromPython<Messages> {
   using type = std::tuple<Address, int64_t, int64_t, int64_t>;
 };
+template <>
+struct FromPython<TokenValues> {  // whether each is float64, addresses
+  using type = std::pair<uint32_t, std::vector<Address>>;
+};
+template <>
+struct FromPython<SelectSpec> {
+  using type = std::tuple<int, bool, bool, double, double, double, int64_t, int64_t, int64_t>;
+};
 
 // An address that converts to any type of pointer.
 struct Member {
@@ -67,6 +76,15 @@ T to_native(const typename FromPython<T>::type& value) {
   } else if constexpr (std::is_same_v<T, Messages>) {
     const auto& [data, ranks, rows, width] = value;
     return {reinterpret_cast<const float*>(data), ranks, rows, width};
+  } else if constexpr (std::is_same_v<T, TokenValues>) {
+    TokenValues values{static_cast<int>(value.second.size()), value.first, {}};
+    for (int k = 0; k < values.count && k < kMostTokenValues; k++)
+      values.data[k] = reinterpret_cast<const void*>(value.second[k]);
+    return values;
+  } else if constexpr (std::is_same_v<T, SelectSpec>) {
+    const auto& [kind, strict, round_up, low, high, ratio, at_least, seed, step] = value;
+    return {static_cast<SelectKind>(kind), strict, round_up, static_cast<float>(low), static_cast<float>(high),
+            ratio, at_least, seed, step};
   } else if constexpr (std::is_same_v<T, typename FromPython<T>::type>) {
     return value;
   } else {  // a struct of pointers
@@ -97,6 +115,16 @@ int64_t hash_of_bytes(const std::string& bytes) {
   }
   return static_cast<int64_t>(hash);
 }
+
+// Where the members of SelectWorkspace are that ranks add up, in int64.
+py::dict select_layout() {
+  constexpr auto word = sizeof(int64_t);
+  return py::dict(py::arg("words") = sizeof(SelectWorkspace) / word,
+                  py::arg("sums") = offsetof(SelectWorkspace, sums) / word,
+                  py::arg("histograms") = offsetof(SelectWorkspace, histograms) / word,
+                  py::arg("histogram") = sizeof(Histogram) / word,
+                  py::arg("marks") = offsetof(SelectWorkspace, marks) / word);
+}
 #endif
 
 }  // namespace
@@ -121,8 +149,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("covariance_stats", raw(core::covariance_stats));
   m.def("merge_covariance_stats", raw(core::merge_covariance_stats));
   m.def("logit_covariance_grad", raw(core::logit_covariance_grad));
+  m.def("token_sums", raw(core::token_sums));
+  m.def("token_means", raw(core::token_means));
+  m.def("token_scores", raw(core::token_scores));
+  m.def("select_workspace", &core::select_workspace);
+  m.def("token_select", raw(core::token_select));
+  m.def("token_summary", raw(core::token_summary));
 #ifndef ENTCOV_CUDA
   m.def("hash", &hash_of_bytes);
+  m.attr("SELECT_LAYOUT") = select_layout();
   m.def("isa", &core::isa);
   m.def("set_isa", &core::set_isa, py::arg("name").none(false));
   m.def("advise_huge_pages", [](Address memory, int64_t bytes) {

@@ -25,6 +25,7 @@
 #include "logit_covariance.h"
 #include "row_stats.h"
 #include "signature.h"
+#include "token_select.h"
 
 #ifdef ENTCOV_CUDA
 #include <cuda_runtime_api.h>
@@ -159,6 +160,36 @@ Error merge_covariance_stats(const Messages& messages, const uint8_t* row_mask, 
 Error logit_covariance_grad(const Logits& logits_old, const Logits& logits_new, const uint8_t* row_mask,
                             const RowSpec& spec, const float* stats, const CovarianceGrads& grads, void* grad,
                             int64_t grad_row_stride, Device device);
+
+// Adds up values over the tokens under mask [T], in fixed point (token_select.h). sums [3 count + 2], zeros before:
+// coarse and fine of each value; the number of tokens; how many values are bad, that is not finite or larger than 2^20,
+// which add 0; and that number for each value.
+Error token_sums(const TokenValues& values, const uint8_t* mask, int64_t T, int64_t* sums, Device device);
+
+// sums [2 count + 2], of all ranks -> mean [count] float64. eps is added to the number of tokens. NaN if a value is bad
+// or *refused; refused [1] may be null.
+Error token_means(const int64_t* sums, int64_t count, double eps, const uint8_t* refused, double* mean, Device device);
+
+// One value and its sums, of all ranks -> the value as float32; two values and their sums -> the product of value minus
+// mean, rounded to float32. scores [T] are 0 outside the mask, and NaN under it where token_means gives NaN. mean
+// [count]: as token_means writes it.
+Error token_scores(const TokenValues& values, const uint8_t* mask, int64_t T, const int64_t* sums, double eps,
+                   const uint8_t* refused, float* scores, double* mean, Device device);
+
+// The number of int64 in the workspace of token_select: a SelectWorkspace, and on the CPU a list of tokens behind it.
+int64_t select_workspace(int64_t T);
+
+// Stages `first` to `last` of a selection (token_select.h). All stages, from first_stage(spec.kind) to kCheckStage
+// (quantile: to stage 1), run once and in order. Where there are other ranks, a call runs one stage, and after it the
+// caller adds up over the ranks what SelectWorkspace says. The selection is invalid if ids repeat or *refused: then the
+// count is -1, the threshold NaN, and all tokens under the mask are chosen.
+Error token_select(const SelectTokens& tokens, int64_t T, const SelectSpec& spec, int64_t ranks, int first, int last,
+                   int64_t* workspace, const SelectOutputs& outputs, Device device);
+
+// After the stages of a quantile: mean [1] float64, extremes [2]: the largest score, and the 99.9 percent quantile. own
+// [ranks, 2]: SelectWorkspace::own of all ranks. NaN if *refused, the mean also if *mean_logprob is.
+Error token_summary(const int64_t* workspace, const int64_t* num_tokens, const int64_t* own, int64_t ranks,
+                    const double* mean_logprob, const uint8_t* refused, double* mean, float* extremes, Device device);
 
 }  // namespace ENTCOV_CORE
 

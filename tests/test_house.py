@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "shared": "",
     "ops": "",
     "stats": "ops",
-    "objective": "stats controls",
+    "objective": "ops stats controls",
     "controls": "stats objective",
     "rl": "stats objective controls",
     "plan": "",

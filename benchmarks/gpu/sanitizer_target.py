@@ -1,4 +1,5 @@
-"""A program for the sanitizer: runs every op with GPU kernels once for each dtype, path and alignment, at small shapes.
+"""A program for the sanitizer: runs every op with GPU kernels once for each dtype, path and alignment, at small shapes,
+and the selections of tokens.
 
 Inputs are made on the CPU and copied, so that hardly any kernel but ours runs.
 """
@@ -9,6 +10,9 @@ import sys
 
 import torch
 
+from entcov.objective.selection import select_clip_cov, select_largest
+from entcov.objective.token_covariance import covariance_summary, token_covariance
+from entcov.objective.token_means import token_means
 from entcov.ops.clamp_bracket import clamp_bracket
 from entcov.ops.clamp_partial import clamp_partial
 from entcov.ops.clamp_refine import clamp_refine
@@ -47,7 +51,7 @@ def run_all(device: str) -> int:
         if device == "cuda":
             torch.cuda.synchronize()
         print(f"sanitizer target: {n} of {len(cases)} ({V} columns, {dtype}, offset {offset})", flush=True)
-    return calls
+    return calls + sum(run_selections(T, device) for T in (0, 1, 5001))
 
 
 def run_ops(dtype: torch.dtype, V: int, offset: int, device: str) -> int:
@@ -84,6 +88,20 @@ def run_ops(dtype: torch.dtype, V: int, offset: int, device: str) -> int:
     merge_covariance_stats(messages_of(first, second, mask.long(), V), mask, T, shard)
     logit_covariance_grad(old, new, mask, pair, (weight, weight, weight), whole)
     return calls + 7 + run_clamp((old, new), target, V)
+
+
+def run_selections(T: int, device: str) -> int:
+    """Covariance, summary and both selections of T tokens, of which a block takes 2,048; returns how many calls."""
+    generator = torch.Generator().manual_seed(T)
+    logprob, advantage = -torch.rand(T, generator=generator), torch.randn(T, generator=generator).round()
+    mask, ids = torch.rand(T, generator=generator) < 0.8, torch.randperm(T, generator=generator)
+    logprob, advantage, mask, ids = (x.to(device) for x in (logprob, advantage.double(), mask, ids))
+    scores = token_covariance(logprob, advantage, mask, empty_ok=True)
+    token_means({"advantage": advantage}, mask, empty_ok=True)
+    covariance_summary(scores)
+    select_clip_cov(scores, ids, ratio=0.01, low=-0.5, high=0.5, seed=0, step=0, exclude=~mask)
+    select_largest(scores, ids, ratio=0.01, seed=0, step=0)
+    return 8
 
 
 def messages_of(first: torch.Tensor, second: torch.Tensor, values: torch.Tensor, V: int) -> torch.Tensor:

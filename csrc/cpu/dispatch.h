@@ -60,18 +60,37 @@ inline int usable_threads(int threads) {
 #endif
 }
 
-// Calls Op::row() for all rows of `logits`. With up to 16,384 logits, starting a thread costs more than it saves.
+// Op::row() as compiled for the instruction set of this process.
 template <class Op>
-void for_rows(const typename Op::Args& args, const Logits& logits, int threads) {
-  const int64_t T = logits.T, work = T * logits.width;
+auto best_row() {
   auto row = row_baseline<Op>;
 #if defined(__x86_64__)
   if (current_isa() == Isa::avx512) row = row_avx512<Op>;
   if (current_isa() == Isa::avx2) row = row_avx2<Op>;
 #endif
+  return row;
+}
+
+// Calls Op::row() for all rows of `logits`. With up to 16,384 logits, starting a thread costs more than it saves.
+template <class Op>
+void for_rows(const typename Op::Args& args, const Logits& logits, int threads) {
+  const int64_t T = logits.T, work = T * logits.width;
+  const auto row = best_row<Op>();
   threads = usable_threads(threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && T > 1 && work > 16384)
   for (int64_t t = 0; t < T; t++) row(args, t);
+}
+
+// Calls Op::row(args, c) for the chunks c of T tokens: c * kTokensAChunk to (c + 1) * kTokensAChunk, the last may be
+// shorter. A chunk takes about a microsecond: below 32, threads cost more than they save.
+constexpr int64_t kTokensAChunk = 1024;
+template <class Op>
+void for_chunks(const typename Op::Args& args, int64_t T, int threads) {
+  const auto row = best_row<Op>();
+  const int64_t chunks = (T + kTokensAChunk - 1) / kTokensAChunk;
+  threads = usable_threads(threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && chunks > 32)
+  for (int64_t c = 0; c < chunks; c++) row(args, c);
 }
 
 // Calls run(D{}) with the storage type (simd.h) of `dtype`.

@@ -198,9 +198,9 @@ def select(
     Returns: (selections, metrics). selections[i] goes to `policy_loss` with micro_batches[i]. metrics describe the
         whole mini-batch, are equal on all ranks and must not be added up: actor/cov_mean, actor/cov_max,
         actor/cov_p999 (with no control too), actor/cov_threshold.
-    Collectives: 4 all-reduces of 2 MiB in all for the metrics; more for each control with a selection and global scope,
-        for every batch: 6 of 2.5 MiB (clip_cov), 8 of 3.5 MiB (kl_cov, high_entropy_tokens), 1 of some words
-        (entropic), 16 of 7 MiB (sent "paper") or 23 of 10.5 MiB (sent). Every rank must call with the same controls.
+    Collectives: 3 all-reduces of 0.5 MiB in all for the metrics; more for each control with a selection and global
+        scope, for every batch: 6 of 1.5 MiB (clip_cov), 8 of 2 MiB (kl_cov, high_entropy_tokens), 1 of some words
+        (entropic), 16 of 4 MiB (sent "paper") or 23 of 6 MiB (sent). Every rank must call with the same controls.
     Raises: ValueError where a field is missing, a value is bad or the whole mini-batch has no token under the mask.
         RuntimeError where another rank failed, or was called with another step, config or controls. On an accelerator
         all metrics are NaN there instead (ranks with other controls do not enter as many collectives, though).

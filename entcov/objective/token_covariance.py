@@ -15,7 +15,7 @@ on an accelerator all results are NaN instead.
 
 Nothing makes the host wait on an accelerator: values are checked on the CPU only, and elsewhere bad ones become NaN in
 the covariance and its summary. Shapes depend on T and the number of ranks alone, so calls can be captured in a CUDA
-graph. The bits are the same on every device. docs/methods.md has the cost.
+graph. The bits are the same on every device. docs/kernels.md has the cost.
 
 Source: Cui et al., "The Entropy Mechanism of RL for Reasoning Language Models", arXiv 2505.22617, eq. 10.
 """
@@ -27,8 +27,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import arguments as check
-from entcov.objective.radix_select import float_key, key_to_float, radix_select
-from entcov.objective.token_means import TokenScores, fixed_point, from_fixed_point, means_over
+from entcov.objective.stages import run_stages
+from entcov.objective.token_means import TokenScores, sums_over
+from entcov.ops.token_scores import token_scores
+from entcov.ops.token_select import QUANTILE, Selecting, SelectSpec
+from entcov.ops.token_summary import token_summary
 from entcov.stats.ranks import AllReduces, attempt
 
 
@@ -88,11 +91,10 @@ def covariance_over(
     ranks: AllReduces, logprob: Tensor, advantage: Tensor, mask: Tensor, denominator_eps: float, empty_ok: bool
 ) -> TokenCovariance:
     """`token_covariance` of checked arguments, by the all-reduce of a call that `ranks` has opened."""
-    parts = {"logprob": logprob, "advantage": advantage}
-    values, mean, num_tokens = means_over(ranks, parts, mask, denominator_eps, empty_ok)
-    centred = values - mean[:, None]
-    value = torch.where(mask, (centred[0] * centred[1]).float(), 0.0)
-    return TokenCovariance(value, mask, num_tokens, mean[0], mean[1])
+    sums = sums_over(ranks, {"logprob": logprob, "advantage": advantage}, mask, empty_ok)
+    values = [logprob.contiguous(), advantage.contiguous()]
+    value, mean = token_scores(mask.contiguous(), values, sums, denominator_eps, ranks.refused)
+    return TokenCovariance(value, mask, sums[-2], mean[0], mean[1])
 
 
 @torch.no_grad()
@@ -103,29 +105,20 @@ def covariance_summary(covariance: TokenCovariance, *, group: dist.ProcessGroup 
 
     Returns: {"actor/cov_mean", "actor/cov_max", "actor/cov_p999"}, 0-d tensors, the same on every rank and split: they
         describe the mini-batch and must not be added up. The mean is the population covariance.
-    Collectives: 3 all-reduces, 2 MiB in total; every rank must call, with the covariance of one `token_covariance`.
+    Collectives: 2 all-reduces of 257 KiB; every rank must call, with the covariance of one `token_covariance`.
     Raises: RuntimeError where ranks do not; on an accelerator all values are NaN there instead.
     """
     _, failure = attempt(lambda: check_covariance(covariance), group)
     if failure is not None:
         covariance = no_covariance(device_of())
-    ranks = AllReduces(
-        "covariance_summary", group, covariance.value.device, equal_on_all_ranks(covariance), failure=failure
+    call = equal_on_all_ranks(covariance)
+    selecting = Selecting(SelectSpec(QUANTILE), covariance.value, covariance.mask.contiguous(), covariance.num_tokens)
+    ranks = run_stages("covariance_summary", group, selecting, call, failure)
+    mean, extremes = token_summary(
+        selecting.workspace, covariance.num_tokens, ranks.own, covariance.mean_logprob, ranks.refused
     )
-    sums = ranks.sum(fixed_point(covariance.value.double()).sum(-1))
-    n = covariance.num_tokens
-    rank = torch.stack([torch.ones_like(n), n - (999 * n + 999) // 1000 + 1])
-    key, _, _ = radix_select(float_key(covariance.value), covariance.mask, rank, 32, ranks)
     ranks.finish()
-    largest, quantile = key_to_float(key).unbind()
-    summary = {
-        "actor/cov_mean": from_fixed_point(sums) / n + 0.0 * covariance.mean_logprob,  # NaN if the inputs were bad
-        "actor/cov_max": largest,
-        "actor/cov_p999": quantile,
-    }
-    if ranks.refused is not None:
-        summary = {name: torch.where(ranks.refused, torch.nan, value) for name, value in summary.items()}
-    return summary
+    return {"actor/cov_mean": mean[0], "actor/cov_max": extremes[0], "actor/cov_p999": extremes[1]}
 
 
 def device_of(*values: object) -> torch.device:

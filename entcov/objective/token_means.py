@@ -1,8 +1,8 @@
 """Means over the tokens of the optimizer's mini-batch, bit-identical for every split, every order and number of ranks.
 
-Sums are integers: each value is written in fixed point as coarse * 2^-10 + fine * 2^-41, and the two integers are added
-in int64, where addition is associative. A floating sum depends on its order in the last bit, which would decide about
-tokens at a threshold. A value is off by at most 2^-42; 2^32 tokens of |value| <= 2^20 fit.
+Sums are integers (csrc/token_select.h): each value is written in fixed point as coarse * 2^-10 + fine * 2^-41, and the
+two integers are added in int64, where addition is associative. A floating sum depends on its order in the last bit,
+which would decide about tokens at a threshold. A value is off by at most 2^-42; 2^32 - 1 tokens of |value| <= 2^20 fit.
 """
 
 from dataclasses import dataclass, replace
@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entcov import arguments as check
+from entcov.ops import token_means as means_op
+from entcov.ops import token_scores as scores_op
+from entcov.ops import token_sums as sums_op
 from entcov.stats.ranks import AllReduces, attempt
 
-COARSE = 2.0**10
-FINE = 2.0**31  # of a remainder of at most 1/2: 2^30 a token
-LARGEST = 2.0**20
+COARSE, FINE = 2.0**10, 2.0**31  # kCoarse and kFine of csrc/token_select.h
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def token_means(
     """The mean of each of `values` over all unmasked tokens of the mini-batch, exact up to 2^-42.
 
     Args:
-        values: [T] float32 or float64 each, by the name that messages use. Values outside the mask are not used.
+        values: at most 8 of [T] float32 or float64, by the name that messages use; not used outside the mask.
         mask: [T] bool.
         group: data-parallel group that shares the mini-batch. None: all of it is here (not torch's default group).
         empty_ok: no unmasked token anywhere is no error.
@@ -55,6 +56,25 @@ def token_means(
         rank is not finite or exceeds 2^20, or no token is unmasked on any rank. RuntimeError where another rank failed
         or was called differently; on an accelerator the means are NaN there instead.
     """
+    sums, refused = _sums_of_group(values, mask, group, empty_ok)
+    mean = means_op.token_means(sums, refused=refused)
+    return TokenMeans(dict(zip(values, mean, strict=True)), sums[-2])
+
+
+@torch.no_grad()
+def token_scores(
+    name: str, value: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None, empty_ok: bool = False
+) -> TokenScores:
+    """The scores `value` [T], rounded to float32. Arguments, collectives and errors as `token_means`."""
+    sums, refused = _sums_of_group({name: value}, mask, group, empty_ok)
+    score, _ = scores_op.token_scores(mask.contiguous(), [value.contiguous()], sums, refused=refused)
+    return TokenScores(score, mask, sums[-2])
+
+
+def _sums_of_group(
+    values: dict[str, Tensor], mask: Tensor, group: dist.ProcessGroup | None, empty_ok: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`sums_over` of unchecked arguments, and whether the ranks do not agree (None: they do)."""
 
     def checked() -> None:
         check.vector("mask", mask, (torch.bool,))
@@ -68,44 +88,31 @@ def token_means(
     if failure is not None:
         values = dict.fromkeys(values, torch.zeros(0, device=device))
         mask, empty_ok = torch.zeros(0, dtype=torch.bool, device=device), True
-    _, mean, num_tokens = means_over(ranks, values, mask, 0.0, empty_ok)
+    sums = sums_over(ranks, values, mask, empty_ok)
     ranks.finish()
-    return TokenMeans(dict(zip(values, mean, strict=True)), num_tokens)
+    return sums, ranks.refused
 
 
-def token_scores(
-    name: str, value: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None, empty_ok: bool = False
-) -> TokenScores:
-    """The scores `value` [T], rounded to float32. Arguments, collectives and errors as `token_means`."""
-    means = token_means({name: value}, mask, group=group, empty_ok=empty_ok)
-    value = value.detach().float() + 0.0 * means.mean[name]  # NaN where the ranks do not agree
-    return TokenScores(torch.where(mask, value, 0.0), mask, means.num_tokens)
-
-
-def means_over(
-    ranks: AllReduces, values: dict[str, Tensor], mask: Tensor, denominator_eps: float, empty_ok: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(the values as float64 [k, T], 0 outside the mask; their means [k]; number of tokens) of checked arguments, by
-    the all-reduce of a call that `ranks` has opened."""
-    stacked = torch.where(mask, torch.stack(list(values.values())).double(), 0.0)
-    bad = ~(stacked.abs() <= LARGEST)  # NaN too
-    sums = torch.cat(
-        [fixed_point(torch.where(bad, 0.0, stacked)).sum(-1).flatten(), torch.stack([mask.sum(), bad.sum()])]
-    )
-    sums = ranks.sum(sums)
-    num_tokens, num_bad = sums[-2], sums[-1]
+def sums_over(ranks: AllReduces, values: dict[str, Tensor], mask: Tensor, empty_ok: bool) -> Tensor:
+    """[2 k + 2] int64, the sums of entcov/ops/token_sums.py over all ranks, the number of tokens the last but one; of
+    checked arguments, by the all-reduce of a call that `ranks` has opened."""
+    own = sums_op.token_sums(mask.contiguous(), [value.contiguous() for value in values.values()])
+    at = 2 * len(values) + 2  # behind it: how many of each value are bad on this rank
+    sums = ranks.sum(own[:at])
     if check.readable(sums):
+        num_tokens, num_bad = sums[-2:].tolist()
         if num_bad > 0:
-            own = [f"{int(n)} in {name}" for name, n in zip(values, bad.sum(-1), strict=True)]
+            here = [f"{bad} in {name}" for name, bad in zip(values, own[at:].tolist(), strict=True)]
             raise ValueError(
-                f"{' and '.join(values)} must be finite and at most 2^20 in size under the mask: {int(num_bad)} of "
-                f"{len(values) * int(num_tokens)} values over all ranks are not, {' and '.join(own)} on this rank"
+                f"{' and '.join(values)} must be finite and at most 2^20 in size under the mask: {num_bad} of "
+                f"{len(values) * num_tokens} values over all ranks are not, {' and '.join(here)} on this rank"
             )
         if num_tokens == 0 and not empty_ok:
             raise ValueError("mask must have a True token on at least one rank, got none in the whole mini-batch")
-    mean = from_fixed_point(sums[:-2].reshape(-1, 2)) / (num_tokens + denominator_eps)
-    bad_anywhere = num_bad > 0 if ranks.refused is None else (num_bad > 0) | ranks.refused
-    return stacked, torch.where(bad_anywhere, torch.nan, mean), num_tokens
+    return sums
+
+
+# Sums over parts of the tokens, as responses, have no kernel: the same fixed point in torch operations.
 
 
 def fixed_point(x: Tensor) -> Tensor:

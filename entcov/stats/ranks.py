@@ -161,7 +161,7 @@ class AllReduces:
         joined = torch.cat([tensor.flatten(), self._words.flatten()])
         dist.all_reduce(joined, group=self.group)
         words = joined[tensor.numel() :].view(self._words.shape)
-        self._words, self.own = None, words[:, 1:]
+        self._words, self.own = None, words[:, 1:].contiguous()
         differ = (words[:, 0] != words[0, 0]).any() | (words[0, 0] == 0)
         if not host_may_read(tensor.device):
             self.refused = differ

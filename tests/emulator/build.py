@@ -142,6 +142,11 @@ MUTANTS = {
         "    __syncthreads();\n    if (rank != 0) return;", "    if (rank != 0) return;",
         "5008 bf16", "ThreadSanitizer: data race",
     ),
+    "no barrier before a block's counts are added to all": Mutant(
+        "tsan", "token_select.cu", "token_select.cu",
+        "  __syncthreads();\n  const uint32_t mine", "  const uint32_t mine",
+        "selection of 2048 tokens", "ThreadSanitizer: data race",
+    ),
     "a word past the end of the row": Mutant(
         "asan", "logits_grad.cu", "device/vectors.cuh", "words - 1 < whole", "words < whole",
         "1000 bf16, unaligned", "AddressSanitizer: heap-buffer-overflow",

@@ -122,6 +122,16 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+inline unsigned long long atomicMax(unsigned long long* address, unsigned long long value) {
+  unsigned long long before = __atomic_load_n(address, __ATOMIC_RELAXED);
+  constexpr int kOrder = __ATOMIC_RELAXED;
+  while (before < value && !__atomic_compare_exchange_n(address, &before, value, true, kOrder, kOrder)) {
+  }
+  return before;
+}
 inline unsigned atomicOr(unsigned* address, unsigned value) {
   return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
 }

@@ -72,7 +72,7 @@ def one_nan(x: np.ndarray) -> np.ndarray:
     """Which of two NaNs an addition passes on, and so its sign, is the compiler's choice."""
     if x.dtype == np.uint16:  # bf16
         return np.where((x & 0x7FFF) > 0x7F80, np.uint16(0x7FC0), x)
-    return np.where(np.isnan(x), x.dtype.type(np.nan), x)
+    return np.where(np.isnan(x), x.dtype.type(np.nan), x) if x.dtype.kind == "f" else x
 
 
 def floats(*shape) -> Block:
@@ -282,6 +282,62 @@ def run_message_case(cuda, count: int) -> str:
     return hashlib.sha256(out.read().tobytes()).hexdigest()[:16]
 
 
+DRAW, LARGEST, QUANTILE = 0, 1, 2
+STAGES = {DRAW: (2, 7), LARGEST: (0, 7), QUANTILE: (0, 1)}
+
+
+def run_select_case(cuda, T: int, ties: bool, apart: bool) -> str:
+    """Covariance, summary and both selections of T tokens, with the stages in calls of their own if `apart`."""
+    rng = np.random.default_rng(T)
+    x, y = rng.standard_normal(T), rng.standard_normal(T)
+    if ties:
+        x, y = np.round(x), np.sign(y)
+    mask, ids = Block((rng.random(T) < 0.8).astype(np.uint8)), Block(rng.permutation(3 * T)[:T] - T)
+    exclude = Block((rng.random(T) < 0.2).astype(np.uint8))
+    values = Block(x.astype(np.float32)), Block(y)
+    view = 2, [block.pointer for block in values]
+    sums, scores, mean = Block(np.zeros(8, np.int64)), floats(T), Block(np.full(2, np.nan))
+    cuda.token_sums(view, mask.pointer, T, sums.pointer, 0)
+    given = Block(sums.read()[:6].copy())
+    again = Block(np.full(2, np.nan))
+    cuda.token_means(given.pointer, 2, 0.0, 0, again.pointer, 0)
+    cuda.token_scores(view, mask.pointer, T, given.pointer, 0.0, 0, scores.pointer, mean.pointer, 0)
+    number, digest = Block(given.read()[4:5].copy()), hashlib.sha256()
+    kept = [sums, scores, mean, again]
+    for kind in (DRAW, LARGEST, QUANTILE):
+        work = Block(np.full(cuda.select_workspace(T), -1, np.int64))
+        chosen, result, threshold = Block(np.full(T, 7, np.uint8)), Block(np.zeros(3, np.int64)), floats(1)
+        tokens = (scores.pointer, mask.pointer, ids.pointer, exclude.pointer if kind == DRAW else 0, number.pointer)
+        spec = (kind, True, False, -0.5, 0.7, 0.05, 1, 3, 4)
+        first, last = STAGES[kind]
+        calls = [(stage, stage) for stage in range(first, last + 1)] if apart else [(first, last)]
+        for call in calls:  # the ids of this rank are the first two words of its workspace
+            cuda.token_select(
+                (*tokens, 0, 0, work.pointer, 0), T, spec, 1, *call, work.pointer,
+                (chosen.pointer, result.pointer, threshold.pointer), 0,
+            )  # fmt: skip
+        if kind == QUANTILE:
+            average, extremes = Block(np.full(1, np.nan)), floats(2)
+            cuda.token_summary(
+                work.pointer, number.pointer, work.pointer, 1, mean.pointer, 0, average.pointer, extremes.pointer, 0
+            )
+            kept += [average, extremes]
+        else:
+            kept += [chosen, result] + ([threshold] if kind == LARGEST else [])
+    for block in kept:
+        digest.update(one_nan(block.read()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+SELECT_CASES = {
+    "selection of no token": (0, False, False),
+    "selection of one token": (1, False, False),
+    "selection of 2048 tokens": (2048, False, True),
+    "selection of 5001 tokens": (5001, False, False),
+    "selection of 5001 tokens with ties": (5001, True, False),
+    "selection of 5001 tokens, stage by stage": (5001, True, True),
+}
+
 CLAMP_CASES = {f"clamp, {V} {name}": (V, dtype) for V in (7, 9001) for name, dtype in DTYPES.items()}
 
 MESSAGES = (4096, 4097, 300_000)  # values
@@ -315,6 +371,7 @@ def main(extension: str, seed: str, wanted: str = "") -> None:
         results = {name: run_case(cuda, *case) for name, case in CASES.items() if wanted in name}
         results |= {name: run_clamp_case(cuda, *case) for name, case in CLAMP_CASES.items() if wanted in name}
         results |= {f"message of {n}": run_message_case(cuda, n) for n in MESSAGES if wanted in f"message of {n}"}
+        results |= {name: run_select_case(cuda, *case) for name, case in SELECT_CASES.items() if wanted in name}
         wrong = {f"wrong brackets and partials, {name}": dtype for name, dtype in DTYPES.items()}
         results |= {name: run_wrong_clamp_case(cuda, dtype) for name, dtype in wrong.items() if wanted in name}
     print(json.dumps(results))

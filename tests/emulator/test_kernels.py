@@ -59,6 +59,13 @@ CPU_TESTS = {
         merges_accept_shards_exactly_when_they_cover_the_vocabulary_once
         merges_refuse_ranks_that_were_called_differently_or_failed
     """,
+    "objective/test_selection_kernels": """
+        covariance_and_summary_have_the_bits_of_the_torch_code the_chosen_tokens_are_those_of_the_torch_code
+        means_of_many_values_and_scores_have_the_bits_of_the_torch_code repeated_ids_are_counted_as_by_the_torch_code
+        draws_go_by_the_hash_of_seed_step_and_id scores_sort_as_numbers_do zero_and_minus_zero_tie
+        the_quantile_is_the_order_statistic stages_one_by_one_give_what_all_at_once_do
+    """,
+    "objective/test_selection_splits": "ranks_in_threads",
     "stats/test_sharded_without_waiting": """
         ranks_that_agree_get_the_bits_of_the_checked_way ranks_that_disagree_all_get_nan
         a_rank_that_fails_raises_and_the_others_get_nan
@@ -67,6 +74,7 @@ CPU_TESTS = {
 for file, names in CPU_TESTS.items():
     globals().update(cases_of(file, names, prefix=file.partition("/test_")[2] + "_"))
 ranks = module_of("stats/test_sharded_without_waiting").ranks  # a fixture
+expected = module_of("objective/test_selection_splits").expected  # another
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from entcov import linear_token_stats, logit_covariance, token_stats
+from entcov.objective.selection import select_clip_cov, select_largest
+from entcov.objective.token_covariance import covariance_summary, token_covariance
 from tests.emulator import emulated
 from tests.support.thread_ranks import ThreadRanks
 
@@ -90,3 +92,36 @@ def test_targets_of_more_than_4096_tokens_are_hashed_by_one_more_launch(count, m
     for tokens, launches in ((4096, 3), (4097, 4)):
         ranks.run(lambda rank, n=tokens: stats((n, 2), group=ranks))
         assert count() == WORLD * launches
+
+
+# ---- selections ------------------------------------------------------------------------------------------------------
+
+# Launches and bytes a token that are read, where all scores lie in the interval and differ. One more launch clears the
+# sums of the covariance, torch's. csrc/cuda/token_select.cu has the sums.
+SELECTIONS = {
+    "covariance": (2, 4 * 4 + 2),
+    "summary": (4, 2 * 5),
+    "clip": (8, 5 * (5 + 1 + 8)),
+    "kl": (10, 7 * 5 + 2 * 8),
+}
+
+
+@pytest.mark.parametrize("T", [1, 5000])
+def test_selections_launch_and_read_what_is_promised(T, count, products):
+    rng = torch.Generator().manual_seed(0)
+    logprob, advantage, mask = -torch.rand(T, generator=rng), torch.randn(T, generator=rng), torch.ones(T) > 0
+    ids = torch.randperm(T, generator=rng)
+    scores = token_covariance(logprob, advantage, mask)
+    everywhere = {"low": -9.0, "high": 9.0, "exclude": ~mask}
+    calls = {
+        "covariance": lambda: token_covariance(logprob, advantage, mask),
+        "summary": lambda: covariance_summary(scores),
+        "clip": lambda: select_clip_cov(scores, ids, ratio=0.01, at_least=1, seed=0, step=1, **everywhere),
+        "kl": lambda: select_largest(scores, ids, ratio=0.01, at_least=1, seed=0, step=1),
+    }
+    for name, (launches, read) in SELECTIONS.items():
+        count(), emulated.loaded_bytes(products["plain"])
+        calls[name]()
+        found = emulated.loaded_bytes(products["plain"])
+        tied = 4 * 8  # an id in each stage of the draw: of KL-Cov's one token at the threshold
+        assert count() == launches and read * T <= found <= read * T + tied, name

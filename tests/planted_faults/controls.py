@@ -66,8 +66,8 @@ FAULTS = (
     Fault(
         "high_entropy_tokens_are_rounded_down",
         "entcov/objective/selection.py",
-        'if own.get("round_up"):',
-        "if False:",
+        'own = {"round_up": round_up}',
+        'own = {"round_up": False}',
         [T_TOKENS + "the_number_of_high_entropy_tokens_is_rounded_up"],
     ),
     Fault(

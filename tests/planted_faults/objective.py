@@ -6,7 +6,7 @@ LOSSES, OBJECTIVES, MISMATCH, COVARIANCE = (
     f"entcov/objective/{name}.py" for name in ("policy_loss", "objectives", "mismatch", "token_covariance")
 )
 TOKENS, MEANS = "entcov/objective/tokens.py", "entcov/objective/token_means.py"
-RADIX = "entcov/objective/radix_select.py"
+STAGES = "entcov/objective/stages.py"
 SELECTION = "entcov/objective/selection.py"
 SELECT, CLIP_COV, KL_COV = (f"entcov/controls/{name}.py" for name in ("__init__", "clip_cov", "kl_cov"))
 ADAPTIVE, AENT, BONUS = (f"entcov/controls/{name}.py" for name in ("adaptive_bonus", "aent", "entropy_bonus"))
@@ -23,7 +23,7 @@ KL_BY_HAND = T_LOSSES + "test_kl_hand_values"
 TIS_BY_HAND = T_LOSSES + "test_tis_weight_is_capped_and_constant"
 METRICS_BY_HAND = T_LOSSES + "test_metrics_hand_values"
 ORACLE = T_COVARIANCE + "test_selections_match_oracle"
-HASH = T_COVARIANCE + "test_token_hash_matches_python"
+T_KERNELS = "tests/objective/test_selection_kernels.py::test_"
 RANKS = T_SPLITS + "ranks_in_threads"
 
 FAULTS = (
@@ -243,128 +243,52 @@ FAULTS = (
     Fault(
         "means_of_one_rank",
         MEANS,
-        "    sums = ranks.sum(sums)\n",
-        "    ranks.sum(sums.clone())\n",
+        "    sums = ranks.sum(own[:at])\n",
+        "    sums = own[:at]\n    ranks.sum(sums.clone())\n",
         [RANKS],
     ),
     Fault(
         "ranks_select_by_their_own_counts",
-        RADIX,
-        "histogram = ranks.sum(histogram).view",
-        "ranks.sum(histogram.clone())\n        histogram = histogram.view",
+        STAGES,
+        "            total = ranks.sum(part)\n",
+        "            total = part\n            ranks.sum(part.clone())\n",
         [RANKS],
     ),
     Fault(
-        "advantage_is_not_centred",
+        "the_sum_with_the_words_of_all_ranks_is_not_put_back",
+        STAGES,
+        "                part.copy_(total)\n",
+        "                pass\n",
+        [RANKS],
+    ),
+    # The arithmetic is in C++: tests/objective/test_selection_faults.py plants faults there.
+    Fault(
+        "the_means_ignore_eps",
         COVARIANCE,
-        "centred[0] * centred[1]",
-        "centred[0] * values[1]",
-        [T_COVARIANCE + "test_covariance_hand_values", T_COVARIANCE + "test_covariance_equals_rational_arithmetic"],
-    ),
-    Fault(
-        "masked_tokens_count_in_the_means",
-        MEANS,
-        "torch.stack([mask.sum(), bad.sum()])",
-        "torch.stack([torch.ones_like(mask).sum(), bad.sum()])",
-        [T_COVARIANCE + "test_covariance_hand_values"],
-    ),
-    Fault(
-        "denominator_eps_ignored",
-        MEANS,
-        "/ (num_tokens + denominator_eps)",
-        "/ num_tokens",
+        "values, sums, denominator_eps, ranks.refused)",
+        "values, sums, 0.0, ranks.refused)",
         [T_COVARIANCE + "test_denominator_eps_is_masked_means"],
     ),
     Fault(
-        "count_is_rounded",
+        "a_counter_beyond_64_bits_is_cut_off",
         SELECTION,
-        "n = share.long()",
-        "n = share.round().long()",
-        [ORACLE],
+        "return (x + 2**63) % 2**64 - 2**63",
+        "return max(min(x, 2**63 - 1), -(2**63))",
+        [T_KERNELS + "draws_go_by_the_hash_of_seed_step_and_id"],
     ),
     Fault(
-        "count_is_one_more",
+        "strict_is_not_passed_on",
         SELECTION,
-        "n = share.long()",
-        "n = (share.long() + 1)",
-        [ORACLE, T_CONTROLS + "test_reference_counts_depend_on_the_split_and_ours_do_not"],
-    ),
-    Fault(
-        "at_least_one_token_always",
-        SELECTION,
-        ".clamp(min=at_least)",
-        ".clamp(min=1)",
-        [T_COVARIANCE + "test_at_least_one_token", T_CONTROLS + "test_clip_cov_ratio_zero"],
-    ),
-    Fault(
-        "open_and_closed_interval_exchanged",
-        SELECTION,
-        "(value < high) if strict else",
-        "(value < high) if not strict else",
+        '"low": low, "high": high, "strict": strict}',
+        '"low": low, "high": high, "strict": False}',
         [T_COVARIANCE + "test_interval_closed_and_open"],
     ),
     Fault(
         "excluded_tokens_are_drawn",
         SELECTION,
-        "candidate & inside & ~exclude",
-        "candidate & inside",
+        "None if exclude is None else exclude.contiguous()",
+        "None",
         [T_CONTROLS + "test_reference_clip_cov_excludes_ppo_clipped_tokens"],
-    ),
-    Fault(
-        "masked_tokens_are_candidates",
-        SELECTION,
-        "candidate, value = scores.mask, scores.value",
-        "candidate, value = torch.ones_like(scores.mask), scores.value",
-        [T_COVARIANCE + "test_masked_tokens_are_never_drawn"],
-    ),
-    Fault(
-        "the_draw_ignores_the_step",
-        SELECTION,
-        "return _mix(h + _spread(step))",
-        "return _mix(h)",
-        [HASH],
-    ),
-    Fault(
-        "the_draw_ignores_the_seed",
-        SELECTION,
-        "h = _mix(h + _spread(seed))",
-        "h = _mix(h)",
-        [HASH],
-    ),
-    Fault(
-        "the_draw_goes_by_place_instead_of_token_id",
-        SELECTION,
-        "h = _mix(_spread(token_id))",
-        "h = _mix(_spread(torch.arange(len(token_id), device=token_id.device)))",
-        [HASH, ORACLE],
-    ),
-    Fault(
-        "hashes_compared_as_signed_numbers",
-        SELECTION,
-        "(key ^ SIGN) >= (threshold ^ SIGN)",
-        "key >= threshold",
-        [ORACLE],
-    ),
-    Fault(
-        "all_tied_tokens_are_taken",
-        SELECTION,
-        "(key > threshold) & some",
-        "(key >= threshold) & some",
-        [T_COVARIANCE + "test_ties_are_settled_by_the_hash"],
-    ),
-    Fault(
-        "quantile_one_rank_off",
-        COVARIANCE,
-        "n - (999 * n + 999) // 1000 + 1",
-        "n - (999 * n + 999) // 1000 + 2",
-        [T_COVARIANCE + "test_summary_matches_numpy"],
-    ),
-    Fault(
-        "negative_numbers_sort_backwards",
-        RADIX,
-        "torch.where(bits >= 0, bits + 2**31, -1 - bits)",
-        "torch.where(bits >= 0, bits + 2**31, bits + 2**31)",
-        [T_COVARIANCE + "test_float_key_sorts_as_numbers_do"],
     ),
     # ---- controls ----------------------------------------------------------------------------------------------------
     Fault(

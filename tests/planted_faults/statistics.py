@@ -286,9 +286,9 @@ FAULTS = (
     Fault(
         "token_ids_may_repeat",
         "entcov/objective/selection.py",
-        "repeated = sums[1] - _num_bits(sums[2:]).sum()",
-        "repeated = 0 * sums[1]",
-        [DISAGREE + "[select_largest one id]", DISAGREE_BLIND + "[select_largest one id]"],
+        "        if repeated > 0 or count != due:\n",
+        "        if False:\n",
+        [DISAGREE + "[select_largest one id]"],
     ),
     # ---- the plan ----------------------------------------------------------------------------------------------------
     Fault(

@@ -285,12 +285,18 @@ def test_fused_adamw_is_the_gpus_and_a_checkpoint_of_either_device_goes_on_at_th
 
 
 class FloatsRead(TorchDispatchMode):
-    """How often one floating number of a tensor is read, and how often a list of numbers."""
+    """How often one floating number of a tensor is read, and which lists of them."""
 
     def __init__(self, monkeypatch):
         super().__init__()
         self.single, self.lists, original = 0, [], torch.Tensor.tolist
-        monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (self.lists.append(x), original(x))[1])
+
+        def tolist(x):
+            if x.is_floating_point():
+                self.lists.append(x)
+            return original(x)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.single += func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point()
