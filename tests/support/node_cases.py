@@ -34,9 +34,21 @@ class Tree:
     again: torch.Tensor  # the same tensor as columns["float"]
 
 
+class Late:
+    """Makes the processes that do not lead wait before they get to the tensors after it."""
+
+    def __reduce__(self):
+        return wait, ()
+
+
+def wait() -> None:
+    time.sleep(0.2 * (os.environ["RANK"] != "0"))
+
+
 def tree() -> Tree:
     number = torch.arange(12, dtype=torch.float32)
     columns = {
+        "late": Late(),
         "float": number,
         "half": number.bfloat16(),
         "mask": number > 3,
@@ -77,7 +89,7 @@ def a_write_stays_in_its_process(node: Node) -> float:
 def errors(node: Node) -> list[str]:
     """What the leader's error is in each process, and that the next call is as any other."""
     found = []
-    for make in (lambda: 1 / 0, lambda: (lambda: None), too_large):
+    for make in (lambda: 1 / 0, lambda: lambda: None, too_large):
         try:
             node.once(make)
         except (ZeroDivisionError, PeerError, MemoryError, AttributeError) as error:
