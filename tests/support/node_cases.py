@@ -6,7 +6,6 @@ megatron_integration/node.py, no Megatron-Core.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import resource
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.measure import proportional_bytes
 from megatron_integration.node import Node, PeerError, ranks_by_node
 
 TOKENS = 4_000_000
@@ -106,22 +106,19 @@ def too_large() -> torch.Tensor:
 def memory(node: Node) -> tuple[float, float, int]:
     """Bytes a token that this process holds more after a column of 4 bytes was shared and read, and after it was
     dropped; and the files that it has open more."""
-    files, before = len(os.listdir("/proc/self/fd")), held()
+    files, before = len(os.listdir("/proc/self/fd")), proportional_bytes()
     column = node.once(lambda: torch.ones(TOKENS))
     assert column.sum() == TOKENS
     dist.barrier()
-    during = held()
+    during = proportional_bytes()
     dist.barrier()
     del column
     dist.barrier()
-    return (during - before) / TOKENS, (held() - before) / TOKENS, len(os.listdir("/proc/self/fd")) - files
-
-
-def held() -> int:
-    """Bytes, shared pages divided among the processes that have them."""
-    ctypes.CDLL(None).malloc_trim(0)
-    lines = open("/proc/self/smaps_rollup").read().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return (
+        (during - before) / TOKENS,
+        (proportional_bytes() - before) / TOKENS,
+        len(os.listdir("/proc/self/fd")) - files,
+    )
 
 
 def after_a_kill(node: Node) -> float:
