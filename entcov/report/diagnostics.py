@@ -224,7 +224,7 @@ def finish(ax: Axes, title: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     if len(ax.get_legend_handles_labels()[1]) > 1:
         count, options = len(ax.get_legend_handles_labels()[1]), {}
-        if count > 3:  # above the lines
+        if count > 2:  # above the lines
             low, high = ax.get_ylim()
             ax.set_ylim(top=high * 8 if ax.get_yscale() == "log" else high + 0.25 * (high - low))
             options = {"loc": "upper center", "ncols": 3 if count > 4 else 2}
