@@ -131,7 +131,8 @@ class Batch:
 
     def response_means(self, values: Tensor) -> Tensor:
         """[S] float64 on the CPU: the mean of `values` [N] over the tokens of each response."""
-        own = values.cpu()[self.loss_mask.cpu()].split(self.loss_tokens_by_sequence().tolist())
+        mask = self.loss_mask.cpu().numpy()
+        own = torch.from_numpy(values.cpu().numpy()[mask]).split(self.loss_tokens_by_sequence().tolist())
         return torch.stack([part.double().mean() for part in own])
 
     def subset(self, sequences: Sequence[int]) -> Batch:

@@ -721,7 +721,7 @@ FAULTS = (
     Fault(
         "response_means_count_prompt_tokens",
         BATCH,
-        "values.cpu()[self.loss_mask.cpu()].split(self.loss_tokens_by_sequence().tolist())",
+        "torch.from_numpy(values.cpu().numpy()[mask]).split(self.loss_tokens_by_sequence().tolist())",
         "values.cpu().split(self.lengths)",
         [T_LOOP + "one_step_by_hand"],
     ),
