@@ -2,6 +2,9 @@
 
 The data are the tokens (int32) and log-probabilities (float32) of all responses, 8 bytes a token. Memory is the growth
 of the resident high-water mark during a call, the result included, in a process of its own for each size.
+
+`--processes N` measures the batch of the last size in N processes of a node instead: made in every process, and made
+once and mapped by the others (megatron_integration/node.py).
 """
 
 import argparse
@@ -10,16 +13,19 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from benchmarks import measure
 from entcov.rl.batch import Batch, micro_batches, mini_batches, pack
 from entcov.rl.collect import pack_rollouts, unpack_rollouts
 from entcov.rl.types import Example, Prompt, Rollout
+from megatron_integration.node import Node
 
 GROUP, PROMPT, UPDATES = 8, 256, 8  # responses and tokens of a prompt, mini-batches of a rollout batch
 MICRO_BATCH = 16384  # tokens, or those of the longest sequence
@@ -28,6 +34,7 @@ MICRO_BATCH = 16384  # tokens, or those of the longest sequence
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--responses", type=int, nargs="+", default=[1000, 3162, 10_000, 31_623, 100_000])
     parser.add_argument("--mean", type=int, default=256, help="tokens of a response on average")
+    parser.add_argument("--processes", type=int, help="of a node")
     parser.add_argument("--memory-of", action="store_true", help=argparse.SUPPRESS)
     measure.add_arguments(parser, repeats=5)
 
@@ -37,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if args.memory_of:
         print(json.dumps({name: measure.peak_resident_bytes(call) for name, call in calls(*data(args)).items()}))
         return 0
+    if args.processes:
+        return in_processes(args)
     rows = [row for count in args.responses for row in measured(count, args)]
     growth = {
         name: grown([row for row in rows if row["name"] == name]) for name in dict.fromkeys(r["name"] for r in rows)
@@ -138,3 +147,40 @@ def grown(rows: Sequence[dict]) -> dict[str, float]:
         name: float(np.polyfit(x, np.log([max(row[name], least) for row in rows]), 1)[0])
         for name, least in floor.items()
     }
+
+
+def in_processes(args: argparse.Namespace) -> int:
+    count = args.responses[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        found = os.path.join(folder, "found.json")
+        torch.multiprocessing.spawn(_process, (args.processes, folder, found, count, args.mean), args.processes)
+        rows = json.loads(open(found).read())
+    about = measure.machine()
+    print(f"{about['cpu']}, torch {about['torch']}; {count:,} responses in {args.processes} processes of a node")
+    table = [[row["name"], *(f"{row[key]:.1f}" for key in ("ms", "MB", "bytes a token"))] for row in rows]
+    measure.print_table(["packed batch, scored", "ms", "MB on the node", "bytes a token"], table)
+    measure.keep({"machine": about, "processes": args.processes, "responses": count, "rows": rows}, args.json)
+    return 0
+
+
+def _process(rank: int, processes: int, folder: str, found: str, count: int, mean: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    rollouts, node, rows = drawn(count, mean), Node(dist.group.WORLD), []
+    for name, shared in (("in every process", False), ("once a node", True)):
+        before, start = measure.proportional_bytes(), time.perf_counter()
+        batch = node.once(lambda: scored(pack(rollouts))) if shared else scored(pack(rollouts))
+        tokens = len(batch.tokens)
+        for column in vars(batch).values():
+            if isinstance(column, torch.Tensor):
+                column.sum()  # a page that nobody reads is not mapped
+        dist.barrier()
+        seconds = time.perf_counter() - start
+        held = torch.tensor(measure.proportional_bytes() - before)
+        dist.all_reduce(held)
+        rows.append({"name": name, "ms": 1e3 * seconds, "MB": int(held) / 1e6, "bytes a token": int(held) / tokens})
+        del batch, column
+        dist.barrier()
+    if rank == 0:
+        open(found, "w").write(json.dumps(rows))
+    dist.destroy_process_group()

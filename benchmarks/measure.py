@@ -2,6 +2,7 @@
 mark, and tables."""
 
 import argparse
+import ctypes
 import json
 import math
 import platform
@@ -126,6 +127,13 @@ def peak_resident_bytes(call: Callable[[], object]) -> int:
     after = _status_bytes("VmHWM")
     del result
     return after - before
+
+
+def proportional_bytes() -> int:
+    """Resident bytes of this process, with its part of every page that it shares. Linux."""
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 def _status_bytes(field: str) -> int:

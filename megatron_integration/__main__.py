@@ -66,7 +66,7 @@ def _megatron(config: Config) -> Backend:
 
 def _tell(error: Exception, text: str) -> None:
     """Prints the failure on the rank where it happened; one of the recipe on the first rank of each node."""
-    from megatron_integration.process_groups import PeerError
+    from megatron_integration.node import PeerError
 
     on_every_rank = isinstance(error, ConfigError) or not dist.is_initialized()
     if on_every_rank and os.environ.get("LOCAL_RANK", "0") != "0":

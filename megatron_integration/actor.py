@@ -1,7 +1,7 @@
 """The models that the Megatron backend trains, over any tensor, pipeline, context and data parallel layout: the policy,
 and PRIME's reward model.
 
-Every rank of the job makes every call with the same arguments, which are on its host. Its device has the sequences of
+Every rank of the job makes every call with the same arguments, in its node's memory. Its device has the sequences of
 its own replica, and computes its own share of these. Metrics and updates are those of the transformers backend, to
 rounding.
 """
@@ -72,6 +72,7 @@ class MegatronModel(TrainedModel):
             )
         self.bridge, self.groups, self.megatron = bridge, groups, megatron
         self.sequence_group, self.batch_group, self.replica = groups.context_group, groups.batch_group, groups.replica
+        self.leads_node, self.once_a_node = groups.node.leads, groups.node.once
         self.selects_by_old_logprob = megatron.selection_logprob == "old"
         # A sequence is padded to a multiple of its parts: 2 C chunks (context parallelism), TP (sequence).
         size = megatron.context_parallel

@@ -28,7 +28,7 @@ from entcov import arguments as check
 from entcov.rl.record.checkpoint import CheckpointError
 from megatron_integration.actor import MegatronModel
 from megatron_integration.bridge import unwrapped
-from megatron_integration.process_groups import PeerError
+from megatron_integration.node import PeerError
 
 # gloo gathers optimizer state in the CPU memory of one data-parallel rank; else every GPU would need room for it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}

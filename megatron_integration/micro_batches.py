@@ -1,6 +1,6 @@
 """Divides a mini-batch over replicas, micro-batches and context-parallel ranks, and builds the model's inputs.
 
-Every process has the whole mini-batch on its host and computes the same division, so nothing is communicated.
+Every process sees the whole mini-batch in its node's memory and computes the same division, so nothing is communicated.
 """
 
 from collections.abc import Sequence

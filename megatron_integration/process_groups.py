@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from entcov.rl.config import ConfigError, MegatronConfig
 from megatron_integration.cpu import on_cpu, seed_everything
+from megatron_integration.node import Node, from_first, ranks_by_node
 
 T = TypeVar("T")
 # Ranks wait for each other while one generates or checks answers, which may take hours. A rank that dies is noticed at
@@ -50,6 +51,8 @@ class ProcessGroups:
     """The groups of this process. A replica is the tensor x pipeline x context parallel ranks that share a model copy.
 
     `control` is a gloo group of all ranks for everything but training; it waits for hours, where NCCL would time out.
+    Rollouts may be sampled in another thread while a step goes on, so they have such groups of their own: collectives
+    of two threads in one group would meet in any order.
     """
 
     device: torch.device
@@ -61,6 +64,10 @@ class ProcessGroups:
     pipeline_group: dist.ProcessGroup
     context_group: dist.ProcessGroup | None  # the ranks that a sequence is divided over, if there are several
     control: dist.ProcessGroup
+    node: Node
+    sampling: dist.ProcessGroup  # as `control`
+    sampling_node: Node  # as `node`
+    node_leaders: tuple[int, ...]  # the first rank of every node
 
     @property
     def context_rank(self) -> int:
@@ -86,21 +93,12 @@ class ProcessGroups:
 
     def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """`make()` of rank 0 on every rank. Collective; if it fails there, the others raise PeerError."""
-        outcome: list[Any] = [None, None]  # the value, and what the error says
-        failure: Exception | None = None
-        if dist.get_rank() == 0:
-            try:
-                outcome[0] = make()
-            except Exception as error:
-                failure, outcome[1] = error, str(error)
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if outcome[1] is not None:
-            raise failure or PeerError(f"rank 0: {outcome[1]}")
-        return outcome[0]
+        return from_first(make, self.control)
 
     def destroy(self) -> None:
         """Frees the groups, so that others can be made of the same processes."""
-        dist.destroy_process_group(self.control)
+        for group in (self.control, self.node.group, self.sampling, self.sampling_node.group):
+            dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
 
 
@@ -127,6 +125,12 @@ def make_process_groups(config: MegatronConfig, device: torch.device, *, seed: i
         model_parallel_cuda_manual_seed(seed)
     else:
         seed_everything(seed)
+    control, sampling = _patient_group(), _patient_group()
+    nodes = ranks_by_node(control)
+    for ranks in nodes:
+        groups = _patient_group(ranks), _patient_group(ranks)
+        if dist.get_rank() in ranks:
+            node, sampling_node = map(Node, groups)
     return ProcessGroups(
         device=device,
         replicas=world // size,
@@ -136,9 +140,14 @@ def make_process_groups(config: MegatronConfig, device: torch.device, *, seed: i
         data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group() if config.context_parallel > 1 else None,
-        control=dist.new_group(backend="gloo", timeout=_PATIENCE),
+        control=control,
+        node=node,
+        sampling=sampling,
+        sampling_node=sampling_node,
+        node_leaders=tuple(ranks[0] for ranks in nodes),
     )
 
 
-class PeerError(RuntimeError):
-    """Another rank has failed; the message has its error."""
+def _patient_group(ranks: list[int] | None = None) -> dist.ProcessGroup:
+    """A gloo group of these ranks, None: of all. Collective of all ranks."""
+    return dist.new_group(ranks, backend="gloo", timeout=_PATIENCE)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from entcov.rl.collect import ARRAYS, derived_seed, pack_rollouts, temperature_of_each, unpack_rollouts
 from entcov.rl.config import RolloutConfig
@@ -53,7 +53,8 @@ class SharedRollouts:
     """The `entcov.rl.interfaces.Sampler` of every rank, around the samplers that some of them have.
 
     The prompts of a call are divided over the samplers in order. The rank that generated a response computes
-    its reward, so that ranks cannot disagree about it. All rollouts are returned on every rank, with rewards.
+    its reward, so that ranks cannot disagree about it. All rollouts are returned on every rank, with rewards; their
+    tokens and log-probabilities are in memory once a node. It may be called beside the updates, in another thread.
 
     Args:
         sampler: this rank's; None on a rank that belongs to no sampler and takes no part in weight syncs.
@@ -108,17 +109,30 @@ class SharedRollouts:
                 )
                 if reports:
                     scorer.finish(own_rollouts)
-        by_uid = {prompt.uid: prompt for prompt in prompts}
         packed = pack_rollouts(own_rollouts)
         arrays = {name: packed.pop(name) for name in ARRAYS}
-        rollouts: list[Rollout] = []
-        for ranks, share in zip(self.ranks.members, self._everywhere(lambda: packed), strict=True):
-            tokens = sum(length for _, _, length, *_ in share["each"])
-            for name, own in arrays.items():  # as they are: a pickled object would be copied several times
-                share[name] = own if ranks[0] == dist.get_rank() else own.new_empty(tokens)
-                dist.broadcast(share[name], src=ranks[0], group=self.groups.control)
-            rollouts += unpack_rollouts(share, by_uid)
-        return rollouts
+        shares = list(self._everywhere(lambda: packed))
+        whole = {name: [value for share in shares for value in share[name]] for name in packed}
+        sizes = [sum(length for _, _, length, *_ in share["each"]) for share in shares]
+        gathered = {name: self._to_leaders(own, sizes) for name, own in arrays.items()}
+        whole |= self.groups.sampling_node.once(lambda: gathered)
+        return unpack_rollouts(whole, {prompt.uid: prompt for prompt in prompts})
+
+    def _to_leaders(self, own: Tensor, sizes: list[int]) -> Tensor | None:
+        """[sum of sizes] on the nodes' leaders: the arrays `own` [sizes[i]] of the first ranks of all samplers."""
+        rank, group = dist.get_rank(), self.groups.sampling
+        leads = rank in self.groups.node_leaders
+        whole = own.new_empty(sum(sizes)) if leads else None
+        parts = whole.split(sizes) if leads else [None] * len(sizes)
+        for (source, *_), part in zip(self.ranks.members, parts, strict=True):
+            if rank == source:
+                for leader in set(self.groups.node_leaders) - {rank}:
+                    dist.send(own, leader, group)
+                if leads:
+                    part.copy_(own)
+            elif leads:
+                dist.recv(part, source, group)
+        return whole
 
     def prompt_logprobs(self, prompts: Sequence[Prompt]) -> list[list[float]]:
         """As `Sampler.prompt_logprobs`: each sampler does a share."""
@@ -136,7 +150,7 @@ class SharedRollouts:
         """`own()` of the first rank of each sampler, on every rank. One by one: a rank holds one payload at a time."""
         for ranks in self.ranks.members:
             payload = [own() if ranks[0] == dist.get_rank() else None]
-            dist.broadcast_object_list(payload, src=ranks[0], group=self.groups.control)
+            dist.broadcast_object_list(payload, src=ranks[0], group=self.groups.sampling)
             yield payload[0]
 
 

@@ -459,7 +459,7 @@ def test_a_full_disk_under_megatron(tmp_path, monkeypatch):
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_integration import checkpoint as sharded
-    from megatron_integration.process_groups import PeerError
+    from megatron_integration.node import PeerError
 
     failures = {0: (RuntimeError("Worker failure: [Errno 28] No space left on device"), None)}
 

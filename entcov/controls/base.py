@@ -118,9 +118,10 @@ class Control:
     def begin(self, rollout: Tokens, progress: Progress) -> Shaping | None:
         """Decide what depends on the scored policy alone, for all updates on this rollout. None: nothing.
 
-        `rollout` holds the loss tokens of the whole rollout, on every rank, with the statistics of the policy that
-        scored them and without gradient; `logprob` equals `old_logprob`. So no collective is needed, and no split
-        changes the result. With staleness the scored policy is newer than the one that sampled (`rollout.lag`).
+        `rollout` holds the loss tokens of the whole rollout with the statistics of the policy that scored them and
+        without gradient; `logprob` equals `old_logprob`. So no collective is needed, and no split changes the result.
+        Of several processes on a node one is called; the others get what it sets on `self`, which must pickle. With
+        staleness the scored policy is newer than the one that sampled (`rollout.lag`).
         A control of scope "rollout" chooses here what it would otherwise choose of every mini-batch.
         """
         if self.scope != "rollout":

@@ -1,4 +1,4 @@
-"""Advantages of responses from their rewards, computed over the whole rollout, which every rank holds.
+"""Advantages of responses from their rewards, computed over the whole rollout.
 
 An estimator is a dataclass whose fields are its knobs. `ADVANTAGES` has them by name; a recipe chooses one by
 `advantage` and sets its knobs in `advantages`; other packages add theirs (entcov/registry.py, "entcov.advantages").

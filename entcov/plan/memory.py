@@ -333,11 +333,10 @@ def batch_share(s: Settings) -> int:
 
 
 def host_memory(s: Settings) -> int:
-    """What the rollout batch takes on the host of a node, where every process holds all of it: its most, while
-    advantages are assigned. Weights, the optimizer's offloaded state and texts are not counted."""
+    """What the rollout batch takes on the host of a node, whose processes share one: its most, while advantages are
+    assigned. Weights, the optimizer's offloaded state and texts are not counted."""
     scores = 4 * (s.statistics + s.reference + s.reward_model)
-    processes = min(s.gpus, s.gpus_per_node)
-    return processes * s.step_tokens * (ROLLOUT + COLUMNS + scores + LOSS_VIEW + scores)
+    return s.step_tokens * (ROLLOUT + COLUMNS + scores + LOSS_VIEW + scores)
 
 
 def engine_memory(s: Settings) -> tuple[int, int]:

@@ -97,7 +97,7 @@ def _memory(s: Settings, held: Sequence[Memory]) -> Table:
             *(_judged(getattr(one, phase), one.limit) for one in shown),
         )
     table.caption = (
-        f"Each node's host holds the rollout batch in {host_memory(s) / GIB:.0f} GiB, all its processes together."
+        f"Each node's host holds the rollout batch in {host_memory(s) / GIB:.0f} GiB, once for all its processes."
     )
     if s.engine == "colocated":
         table.caption += f" The cache holds {traffic.engine_sequences(s):.0f} sequences of mean length in each engine."

@@ -125,11 +125,14 @@ class Batch:
         index += np.repeat(shift, lengths)
         return torch.from_numpy(index).to(self.tokens.device)
 
+    def loss_tokens_by_sequence(self) -> np.ndarray:
+        """[S] int64, on the host."""
+        return np.add.reduceat(self.loss_mask.cpu().numpy(), self._bounds[:-1], dtype=np.int64)
+
     def response_means(self, values: Tensor) -> Tensor:
         """[S] float64 on the CPU: the mean of `values` [N] over the tokens of each response."""
-        mask, starts = self.loss_mask.cpu().numpy(), self._bounds[:-1]
-        counts = np.add.reduceat(mask, starts, dtype=np.int64)
-        own = torch.from_numpy(values.cpu().numpy()[mask]).split(counts.tolist())
+        mask = self.loss_mask.cpu().numpy()
+        own = torch.from_numpy(values.cpu().numpy()[mask]).split(self.loss_tokens_by_sequence().tolist())
         return torch.stack([part.double().mean() for part in own])
 
     def subset(self, sequences: Sequence[int]) -> Batch:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from entcov.intervals import mean_interval
 from entcov.rl.batch import pack
@@ -79,8 +80,9 @@ def response_entropy(actor: Actor, rollouts: Sequence[Rollout], *, at_once: int)
     """
     means: list[float] = []
     for start in range(0, len(rollouts), at_once):
-        batch = pack(rollouts[start : start + at_once])
-        means += batch.response_means(actor.compute_entropy(batch, temperature=1.0)).tolist()
+        batch = actor.once_a_node(partial(pack, rollouts[start : start + at_once]))
+        entropy = actor.compute_entropy(batch, temperature=1.0)
+        means += actor.once_a_node(partial(batch.response_means, entropy)).tolist()
     return means
 
 

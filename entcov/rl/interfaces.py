@@ -41,12 +41,20 @@ class PolicyStats(TypedDict):
 
 
 class Actor(Protocol):
-    """Owns the policy's weights and its optimizer. Batches come on the host, whole, in every process."""
+    """Owns the policy's weights and its optimizer. Batches come on the host, whole, in every process (in memory that
+    the processes of a node share)."""
 
     weight_version: int  # optimizer steps taken
     # Called in `update` with a control's name, the token_id of the loss tokens of a micro-batch, and its selection of
     # them, for every micro-batch of this process. Set by the loop; None: nobody asks.
     on_selection: Callable[[str, Tensor, Selection], None] | None
+
+    def once_a_node(self, make: Callable[[], T]) -> T:
+        """`make()` of one process of each node, in all of its processes, which share the tensors' memory. Collective.
+
+        `make` calls no collective, and what it changes is changed in that process alone; so its value, which must
+        pickle where there are several processes, has all that the others need. An error of `make` is an error in all.
+        """
 
     def compute_logprobs(self, batch: Batch) -> PolicyStats:
         """Statistics of the current policy, without gradient. Collective; every rank gets the whole batch's."""

@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from entcov.rl.collect import Collected, Collector, derived_seed, mean, spread, 
 from entcov.rl.config import Config
 from entcov.rl.data.prompt_policy import PromptPolicy
 from entcov.rl.data.stream import PromptStream
-from entcov.rl.interfaces import Actor, RewardModel, Sampler
+from entcov.rl.interfaces import Actor, PolicyStats, RewardModel, Sampler
 from entcov.rl.record.token_record import TokenRecord, Watched
 from entcov.rl.rewards.rules import RewardFunction
 from entcov.rl.rewards.shaping import RewardShaping, shape_rewards, with_pseudo
@@ -89,7 +90,7 @@ class Loop:
         if self.config.rollout.max_staleness:
             collector, ahead = self._collector(step + 1), self.position
             self._next = in_background(lambda: collector.collect(step + 1, ahead), "entcov-rollouts")
-        batch = pack(rollouts)
+        batch = self.actor.once_a_node(partial(pack, rollouts))
         tokens = len(batch.tokens)
         with timed(self._seconds, "old_log_prob"):
             scored = self.compute_old_logprobs(batch, metrics)
@@ -101,7 +102,7 @@ class Loop:
                 batch.token_reward, found = self.reward_model.token_rewards(batch, step=step)
             metrics |= found
         with timed(self._seconds, "adv"):
-            batch = self.assign_advantages(batch, metrics)
+            batch = self._advantages_once_a_node(batch, metrics)
         self.unstorable = f"step {step} has begun to change the weights"
         if "actor/reward_kl_penalty" in metrics:
             kl = metrics["actor/reward_kl_penalty"]
@@ -173,28 +174,37 @@ class Loop:
         self.phase("old log-probs")
         policy = self.actor.compute_logprobs(batch)
         batch.assign_scores(policy, self.actor.weight_version)
-        at = batch.loss_mask
-        bad = int((~policy["logprob"].isfinite() & at).sum())
+        bad, means, found = self.actor.once_a_node(partial(_described, policy, batch))
         if bad:
             self.unstorable = "the weights or logits hold NaN or infinities"
             raise RuntimeError(
-                f"step {self.steps_done + 1}: the policy's log-probabilities must be finite, {bad} of {int(at.sum())} "
-                "are not: its weights or logits hold NaN or infinities. Nothing was updated; go back to a checkpoint. "
-                "On GPUs, ranks called differently get NaN too; TORCH_DISTRIBUTED_DEBUG=DETAIL names what differs"
+                f"step {self.steps_done + 1}: the policy's log-probabilities must be finite, {bad} of "
+                f"{batch.num_loss_tokens} are not: its weights or logits hold NaN or infinities. Nothing was updated; "
+                "go back to a checkpoint. On GPUs, ranks called differently get NaN too; TORCH_DISTRIBUTED_DEBUG="
+                "DETAIL names what differs"
             )
-        means = {f"scored/{name}": float(policy[name][at].mean()) for name in policy if name.endswith("entropy")}
-        means["scored/sampled_entropy"] = -float(policy["logprob"][at].mean())
-        gap = (policy["logprob"] - batch.rollout_logprob)[at].abs()
-        metrics["actor/entropy"] = means["scored/entropy"]
-        metrics["actor/entropy_response_mean"] = float(batch.response_means(policy["entropy"]).mean())
-        metrics["training/mismatch"], metrics["training/mismatch_max"] = float(gap.mean()), float(gap.max())
+        metrics |= found
         return means
+
+    def _advantages_once_a_node(self, batch: Batch, metrics: dict[str, float]) -> Batch:
+        """`assign_advantages` of one process of the node; what it changes is changed in all of them."""
+
+        def assigned() -> tuple[Batch, dict[str, float], Watched | None, list[dict[str, Any]]]:
+            found: dict[str, float] = {}
+            changed = self.assign_advantages(batch, found)
+            return changed, found, self.watched, [vars(control) for control in self.controls]
+
+        changed, found, self.watched, states = self.actor.once_a_node(assigned)
+        for control, state in zip(self.controls, states, strict=True):
+            vars(control).update(state)
+        metrics |= found
+        return changed
 
     def assign_advantages(self, batch: Batch, metrics: dict[str, float]) -> Batch:
         """The batch with its advantages, as the controls shape them, and without what the estimator and they drop.
 
-        Every process holds the whole rollout on its host and computes the same numbers, so nothing is communicated. A
-        GPU's sums would depend on the order of its threads, and so would what is rejected.
+        On the host, over the whole rollout, without communication: every node computes the same numbers. A GPU's sums
+        would depend on the order of its threads, and so would what is rejected.
         """
         tokens = self._scored_tokens(batch)
         responses = self._less_kl(batch.responses, tokens, metrics)
@@ -268,7 +278,7 @@ class Loop:
             order = np.random.default_rng(derived_seed(self.config.seed, step, epoch, 1)).permutation(len(groups))
             for number, g in enumerate(order):
                 self.phase(f"update {epoch * len(groups) + number + 1}/{self.config.actor.epochs * len(groups)}")
-                mini_batch = batch.subset(groups[g])
+                mini_batch = self.actor.once_a_node(partial(batch.subset, groups[g]))
                 own = self.actor.update(mini_batch, step=step)
                 weights.append(mini_batch.num_loss_tokens)
                 for name, value in own.items():
@@ -352,3 +362,17 @@ class Loop:
             self._versions.append(self._next.result().rollouts[0].weight_version)
         self._versions.append(self.actor.weight_version)
         self.sync_weights()
+
+
+def _described(policy: PolicyStats, batch: Batch) -> tuple[int, dict[str, float], dict[str, float]]:
+    """(log-probabilities that are not finite, the rollout's means for the controls, metrics) of a scored batch."""
+    at = batch.loss_mask
+    means = {f"scored/{name}": float(policy[name][at].mean()) for name in policy if name.endswith("entropy")}
+    means["scored/sampled_entropy"] = -float(policy["logprob"][at].mean())
+    gap = (policy["logprob"] - batch.rollout_logprob)[at].abs()
+    return int((~policy["logprob"].isfinite() & at).sum()), means, {
+        "actor/entropy": means["scored/entropy"],
+        "actor/entropy_response_mean": float(batch.response_means(policy["entropy"]).mean()),
+        "training/mismatch": float(gap.mean()),
+        "training/mismatch_max": float(gap.max()),
+    }  # fmt: skip

@@ -5,6 +5,7 @@ entcov/objective/prime.py has the formulas and the source.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,14 +54,20 @@ class ImplicitRewardModel(TrainedModel):
         # Here the batch's reference is this model's, at temperature 1.
         batch = replace(batch, ref_logprob=self._logprob(self.reference, batch))
         metrics = self._update(batch, step) if self.prime.update == "before" else {}
-        log_ratio = self._logprob(self.model, batch) - batch.ref_logprob
+        logprob = self._logprob(self.model, batch)
         if self.prime.update == "after":
             metrics = self._update(batch, step)
+        rewards, found = self.once_a_node(lambda: self._rewards(batch, logprob))
+        return rewards, metrics | found
+
+    def _rewards(self, batch: Batch, logprob: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """([N] rewards, their metrics) from the log-probabilities [N] of the model and, in the batch, its reference."""
         at, responses = batch.loss_mask, batch.responses
-        rewards = torch.zeros_like(log_ratio)
-        rewards[at] = token_rewards(log_ratio[at], responses.length, self.prime.beta_train)
-        score = SequenceIndex(batch.sequence[at], batch.num_sequences).totals(log_ratio[at])
-        return rewards, metrics | {
+        log_ratio = logprob[at] - batch.ref_logprob[at]
+        rewards = torch.zeros_like(logprob)
+        rewards[at] = token_rewards(log_ratio, responses.length, self.prime.beta_train)
+        score = SequenceIndex(batch.sequence[at], batch.num_sequences).totals(log_ratio)
+        return rewards, {
             "reward_model/reward": float(rewards.double().sum()) / batch.num_sequences,
             "reward_model/raw_reward": float(score.mean()),
             "reward_model/dpo_acc": ordered_pairs(score, responses.score, responses.group),
@@ -70,7 +77,7 @@ class ImplicitRewardModel(TrainedModel):
     def _update(self, batch: Batch, step: int) -> dict[str, float]:
         """An optimizer step on each mini-batch; means of their metrics."""
         parts = mini_batches(batch.responses.group.tolist(), self.prime.updates_per_rollout)
-        found = [self._step(batch.subset(part), step) for part in parts]
+        found = [self._step(self.once_a_node(partial(batch.subset, part)), step) for part in parts]
         return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
     def _step(self, batch: Batch, step: int) -> dict[str, float]:

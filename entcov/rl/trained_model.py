@@ -3,15 +3,16 @@
 A backend adds the passes through its model: `_division`, `_score`, `_backward`, `_take_step`. What is trained
 (entcov/rl/actor.py, entcov/rl/reward_model.py) adds `_loss`.
 
-Batches are on the host, whole, in every process. A device has the sequences of its own replica alone, so what it holds
-does not grow with the number of replicas.
+Batches are on the host, whole, in memory that the processes of a node share (`once_a_node`). A device has the sequences
+of its own replica alone, so what it holds does not grow with the number of replicas.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from entcov.rl.config import ActorConfig
 from entcov.rl.interfaces import PolicyStats
 from entcov.stats.token_stats import TokenStats
 
+T = TypeVar("T")
 Selections = list[Selection | None]  # of the loss tokens of one micro-batch: one entry a control
 Metrics = dict[str, Tensor | float]
 
@@ -51,6 +53,7 @@ class TrainedModel(ABC):
     sequence_group: ProcessGroup | None = None  # the ranks that a sequence's tokens are divided over
     batch_group: ProcessGroup | None = None  # one rank of each replica, in order: their micro-batches make up a batch
     replica: int = 0  # the number of this process's replica
+    leads_node: bool = True  # whether it is this process that makes what exists once a node
 
     def __init__(self, model: nn.Module, config: ActorConfig, *, temperature: float, reference: nn.Module | None):
         self.model, self.config, self.temperature, self.reference = model, config, temperature, reference
@@ -89,6 +92,10 @@ class TrainedModel(ABC):
         self.weight_version += 1
         return metrics
 
+    def once_a_node(self, make: Callable[[], T]) -> T:
+        """See `entcov.rl.interfaces.Actor`: here the process is alone."""
+        return make()
+
     def temperature_of(self, micro: Batch) -> float:
         """The temperature of a micro-batch's token probabilities."""
         return self.temperature
@@ -109,18 +116,21 @@ class TrainedModel(ABC):
     def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str], **options: Any) -> PolicyStats:
         """What `_score` says of the whole batch, each [N] on the host: 0 outside the loss mask. Collective.
 
-        One replica after the other tells its share, so that a device holds no more than two shares at a time.
+        One replica after the other tells its share, so that a device holds no more than two shares at a time. The
+        whole table is on the host once a node.
         """
         own = torch.cat(self._score(model, self._micro_batches(batch), names, **options), 1)
-        table = torch.zeros((len(names), len(batch.tokens)))
+        counts = batch.loss_tokens_by_sequence()
+        table = torch.zeros((len(names), len(batch.tokens) if self.leads_node else 0))
         for replica, share in enumerate(self._division(batch)):
-            index = batch.positions([s for group in share for s in group])
-            index = index[batch.loss_mask[index]]
-            values = own if replica == self.replica else own.new_empty(len(own), len(index))
+            sequences = np.array([s for group in share for s in group], dtype=np.int64)
+            values = own if replica == self.replica else own.new_empty(len(own), counts[sequences].sum())
             if self.batch_group is not None:
                 dist.broadcast(values, dist.get_process_group_ranks(self.batch_group)[replica], self.batch_group)
-            table[:, index] = values.cpu()
-        return dict(zip(names, table, strict=True))
+            if self.leads_node:
+                index = batch.positions(sequences)
+                table[:, index[batch.loss_mask[index]]] = values.cpu()
+        return self.once_a_node(lambda: dict(zip(names, table, strict=True)))
 
     @abstractmethod
     def _division(self, batch: Batch) -> list[list[list[int]]]:

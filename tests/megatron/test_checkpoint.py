@@ -18,6 +18,7 @@ TP, PP, PLAIN = {"tensor_parallel": 2}, {"pipeline_parallel": 2}, {"distributed_
 CASES = [
     {"task": "agreement", "megatron": TP},
     {"task": "rollouts", "model": "qwen3", "megatron": {}},
+    {"task": "rollouts", "model": "qwen3", "megatron": {}, "nodes": 2},
     {"task": "resharding", "model": "qwen3", "megatron": TP, "to": [PP, {}]},
     {"task": "resharding", "model": "qwen2", "megatron": TP | PLAIN, "to": [PP | PLAIN, PLAIN]},
     {"task": "resharding", "model": "qwen2", "megatron": PP, "to": [TP | {"sequence_parallel": True}]},

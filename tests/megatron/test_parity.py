@@ -53,11 +53,12 @@ TWO = [
     {"task": "prime", "model": "qwen2", "layouts": [{"tensor_parallel": 2}, {"context_parallel": 2}]},
 ]
 FOUR = [
-    *matrix(tensor_parallel=2),  # and two replicas, with the distributed optimizer
+    # And two replicas, with the distributed optimizer, on two nodes: each has one table of the scores.
+    *({"nodes": 2} | case for case in matrix(tensor_parallel=2)),
     *matrix(tensor_parallel=2, sequence_parallel=True, distributed_optimizer=False),
     *matrix(tensor_parallel=2, pipeline_parallel=2),
     *matrix(tensor_parallel=2, context_parallel=2),
-    one("qwen3", "clip_cov", "few"),  # three sequences on four replicas
+    {"nodes": 4} | one("qwen3", "clip_cov", "few"),  # three sequences on four replicas
     one("qwen2", "kl_cov", "few", packing=True, pipeline_parallel=2),
     one("qwen2", "entropy_bonus", "kl", tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
     one("qwen3", "aent", pipeline_parallel=2, overlap=True),

@@ -233,7 +233,7 @@ def test_a_gpu_s_share_of_the_rollout_batch_does_not_grow_with_the_replicas():
     tokens = 256 * 8 * (256 + 4096)
     assert memory(one, 0).batch == tokens // 4 * (13 + 64)  # while it is scored
     assert memory(dataclasses.replace(one, updates=1), 0).batch == tokens // 4 * (13 + 20 + 69 + 16 + 150)
-    assert host_memory(one) == 8 * tokens * (8 + 13 + 16 + 69 + 16)
+    assert host_memory(one) == tokens * (8 + 13 + 16 + 69 + 16)  # whatever the number of its processes
     held = memory(one, 0)
     assert held.training == held.resident + held.activations + held.logits + held.batch + held.engine * (
         not held.asleep

@@ -4,6 +4,7 @@ from tests.planted_faults.fault import Fault
 
 BATCHES = "megatron_integration/micro_batches.py"
 T_PARITY = "tests/megatron/test_parity.py::test_"
+NODE, T_NODE = "megatron_integration/node.py", "tests/megatron/test_node.py::test_"
 SLOW = "importing Megatron-Core takes ten seconds"
 
 FAULTS = (
@@ -34,10 +35,53 @@ FAULTS = (
     Fault(
         "a_replica_s_rollouts_reach_nobody",
         "megatron_integration/rollouts.py",
-        "dist.broadcast(share[name], src=ranks[0],",
-        "dist.broadcast(share[name], src=self.ranks.members[0][0],",
+        "dist.recv(part, source, group)",
+        "dist.recv(part.clone(), source, group)",
         ["tests/megatron/test_checkpoint.py::test_checkpoints_and_exports"],
         slow="two processes",
+    ),
+    Fault(
+        "sampling_ahead_enters_the_collectives_of_the_updates",
+        "megatron_integration/rollouts.py",
+        "self.groups.sampling_node.once(",
+        "self.groups.node.once(",
+        ["tests/megatron/test_checkpoint.py::test_checkpoints_and_exports"],
+        slow="two processes",
+    ),
+    Fault(
+        "a_process_writes_into_the_memory_of_its_node",
+        NODE,
+        "shared=False",
+        "shared=True",
+        [T_NODE + "a_process_that_writes_changes_its_own_pages_alone"],
+    ),
+    Fault(
+        "files_of_a_node_s_memory_stay_open",
+        NODE,
+        "files.callback(os.close, descriptor)",
+        "pass",
+        [T_NODE + "a_column_is_one_copy_on_the_node_and_is_freed"],
+    ),
+    Fault(
+        "every_process_keeps_a_column_of_its_own",
+        NODE,
+        "dtype=dtype).view(shape)",
+        "dtype=dtype).view(shape).clone()",
+        [T_NODE + "a_column_is_one_copy_on_the_node_and_is_freed"],
+    ),
+    Fault(
+        "two_nodes_of_torchrun_are_one",
+        NODE,
+        'os.environ.get("GROUP_RANK")',
+        "None",
+        [T_NODE + "two_nodes_have_a_leader_each"],
+    ),
+    Fault(
+        "files_close_before_all_have_mapped_them",
+        NODE,
+        "dist.barrier(group=self.group)",
+        "pass",
+        [T_NODE + "every_process_gets_the_value_of_the_leader"],
     ),
     Fault(
         "swiglu_on_a_gpu_is_not_fused",

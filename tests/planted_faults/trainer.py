@@ -29,6 +29,7 @@ T_LOOP, T_ACTOR, T_BATCH, T_SAMPLER, T_EVALUATION, T_RUN_FOLDER, T_STALENESS, T_
         "test_staleness", "hf/test_warm_start",
     )
 )  # fmt: skip
+T_ONCE = "tests/rl/test_once_a_node.py::test_"
 T_REPLICAS = "tests/rl/test_replicas.py::test_"
 T_BAD_INPUT = "tests/test_bad_input.py::test_"
 T_PREPARE, T_REWARDS = "tests/rl/data/test_prepare.py::test_", "tests/rl/rewards/test_rules.py::test_"
@@ -89,8 +90,8 @@ FAULTS = (
     Fault(
         "mean_mismatch_is_the_largest",
         LOOP,
-        "float(gap.mean()), float(gap.max())",
-        "float(gap.max()), float(gap.max())",
+        '"training/mismatch": float(gap.mean())',
+        '"training/mismatch": float(gap.max())',
         [T_LOOP + "one_step_by_hand"],
     ),
     Fault(
@@ -251,8 +252,8 @@ FAULTS = (
     Fault(
         "one_mini_batch_for_all_updates",
         LOOP,
-        "batch.subset(groups[g])",
-        "batch.subset(groups[0])",
+        "partial(batch.subset, groups[g])",
+        "partial(batch.subset, groups[0])",
         [T_LOOP + "every_step_has_prompts_noise_and_an_order_of_its_own"],
     ),
     Fault(
@@ -419,10 +420,38 @@ FAULTS = (
         [T_ACTOR + "every_update_draws_by_its_own_number"],
     ),
     Fault(
+        "every_process_of_a_node_has_the_table",
+        TRAINED,
+        "len(batch.tokens) if self.leads_node else 0",
+        "len(batch.tokens)",
+        ["tests/rl/test_replicas.py::test_a_process_that_does_not_lead_its_node_holds_no_table"],
+    ),
+    Fault(
+        "followers_keep_what_begin_changes_but_the_stored_state",
+        LOOP,
+        "vars(control).update(state)",
+        "control.load_state_dict({name: state[name] for name in control.state})",
+        [T_ONCE + "a_follower_ends_every_step_in_the_leader_s_state"],
+    ),
+    Fault(
+        "followers_record_no_advantages",
+        LOOP,
+        "changed, found, self.watched, states =",
+        "changed, found, _, states =",
+        [T_ONCE + "a_follower_ends_every_step_in_the_leader_s_state"],
+    ),
+    Fault(
+        "every_process_packs_the_rollouts",
+        LOOP,
+        "self.actor.once_a_node(partial(pack, rollouts))",
+        "pack(rollouts)",
+        [T_ONCE + "a_follower_ends_every_step_in_the_leader_s_state"],
+    ),
+    Fault(
         "scores_in_micro_batch_order",
         TRAINED,
-        "table[:, index] = values.cpu()",
-        "table[:, index.sort().values] = values.cpu()",
+        "table[:, index[batch.loss_mask[index]]] = values.cpu()",
+        "table[:, index[batch.loss_mask[index]].sort().values] = values.cpu()",
         [T_ACTOR + "scores_are_the_plain_forward_pass_at_the_samplers_temperature"],
     ),
     Fault(
@@ -692,7 +721,7 @@ FAULTS = (
     Fault(
         "response_means_count_prompt_tokens",
         BATCH,
-        "torch.from_numpy(values.cpu().numpy()[mask]).split(counts.tolist())",
+        "torch.from_numpy(values.cpu().numpy()[mask]).split(self.loss_tokens_by_sequence().tolist())",
         "values.cpu().split(self.lengths)",
         [T_LOOP + "one_step_by_hand"],
     ),

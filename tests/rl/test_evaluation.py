@@ -133,6 +133,9 @@ def test_response_entropy_takes_a_few_responses_at_a_time_at_temperature_1():
     calls = []
 
     class Actor:
+        def once_a_node(self, make):
+            return make()
+
         def compute_entropy(self, batch, *, temperature):
             calls.append((batch.num_sequences, temperature))
             return torch.where(batch.loss_mask, batch.target / 10, 99.0)

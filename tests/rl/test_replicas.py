@@ -113,3 +113,14 @@ def test_what_a_device_holds_does_not_grow_with_the_replicas(monkeypatch):
         assert sum(actor.held for actor in actors) == len(batch.tokens)
         assert group.largest <= 1.3 * held[replicas] * 4 * 4  # bytes of one message: four numbers of one share
     assert max(held.values()) < 1.4 * min(held.values())
+
+
+def test_a_process_that_does_not_lead_its_node_holds_no_table(monkeypatch):
+    group, batch, made = ThreadRanks(4, monkeypatch, (ranks, trained_model)), packed(6), {}
+    actors = [Replica(rank, 4, group) for rank in range(4)]
+    for rank, actor in enumerate(actors):
+        actor.leads_node = rank in (0, 2)
+        actor.once_a_node = lambda make, rank=rank: made.setdefault(rank, make())
+    group.run(lambda rank: actors[rank].compute_logprobs(batch))
+    assert [made[rank]["logprob"].shape for rank in range(4)] == [(len(batch.tokens),), (0,)] * 2
+    assert torch.equal(made[0]["entropy"], made[2]["entropy"]) and made[0]["entropy"].any()

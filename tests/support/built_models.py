@@ -32,6 +32,7 @@ from entcov.rl.config import ActorConfig, MegatronConfig, load_config
 from megatron_integration import cpu
 from megatron_integration.actor import MegatronActor
 from megatron_integration.bridge import build_model, make_bridge
+from megatron_integration.node import Node
 from megatron_integration.process_groups import ProcessGroups
 
 
@@ -113,6 +114,10 @@ def _rank(megatron: MegatronConfig, stage: int, data_parallel: int, device: str)
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             context_group=parallel_state.get_context_parallel_group() if cp > 1 else None,
             control=dist.group.WORLD,
+            node=Node(dist.group.WORLD),
+            sampling=dist.group.WORLD,
+            sampling_node=Node(dist.group.WORLD),
+            node_leaders=(0,),
         )
     finally:
         parallel_state.destroy_model_parallel()

@@ -52,6 +52,7 @@ def worker(rank: int, world: int, port: int, folder: str, cases: list[dict[str, 
     gc.freeze()  # the checkpoint code collects garbage often, and the imports alone are a million objects
     start_processes("cpu")
     for number, case in enumerate(cases):
+        os.environ["GROUP_RANK"] = str(rank * case.get("nodes", 1) // world)
         try:
             with in_megatron() if case.get("fused_adam") else nullcontext():
                 problem = TASKS[case.get("task", "parity")](Path(folder), case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from entcov.rl.sandbox.budget import Charge
 from megatron_integration.actor import MegatronActor
 from megatron_integration.bridge import save_hf
 from megatron_integration.checkpoint import load_sharded, save_sharded
-from megatron_integration.process_groups import PeerError
+from megatron_integration.node import PeerError
 from megatron_integration.rollouts import CopySampler, SharedRollouts, sampler_ranks
 from tests.support.megatron_cases import laid_out, load, megatron_actor, raises
 from tests.support.tiny_run import prompts
@@ -151,7 +152,8 @@ def rollouts(folder: Path, case: dict[str, Any]) -> str | None:
             Charge.current().timed_out = bool(len(text) % 2)
             return len(text) + 0.5
 
-        shared = SharedRollouts(sampler if ranks.own is not None else None, ranks, layout, score)
+        taken = replace(layout, control="taken", node="taken")  # by the training that goes on beside it
+        shared = SharedRollouts(sampler if ranks.own is not None else None, ranks, taken, score)
         shared.sync(actor.weight_version, actor.named_weights)
         got = shared.generate(asked, group_size=3, temperature=temperatures, max_response_length=6, seed=3)
         of_prompts = shared.prompt_logprobs(asked)

@@ -96,6 +96,9 @@ class ToyActor:
     def __init__(self, model: nn.Module, reference: nn.Module | None):
         self.model, self.reference, self.weight_version, self.momentum = model, reference, 0, torch.zeros(4)
 
+    def once_a_node(self, make):
+        return make()
+
     def anywhere(self, mask):
         return mask
 
