@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
 
 from entcov.intervals import mean_interval
 from entcov.report.compare import Comparison, Measure
@@ -15,22 +15,33 @@ from entcov.report.plots import COLOURS, new_figure
 
 _PASS = re.compile(r"val-core/.+/held_out/acc/pass@(\d+)")
 _STYLES = ("-", "--", ":")
+_NAMED = 8  # arms that can be told apart by their colours
 
 Rows = Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]  # arm -> seed -> the metrics of a run
 
 
-def pass_at_k(rows: Rows) -> Figure:
-    """Held-out pass@k of each arm at its last evaluation, mean over seeds, and of the starting policies at step 0."""
+def pass_at_k(rows: Rows, comparison: Comparison) -> Figure:
+    """Held-out pass@k of each arm at its last evaluation, mean over seeds, and of the starting policies at step 0.
+
+    Of more than 8 arms those whose last pass@k is not told from their baseline's have thin lines without names.
+    """
     figure = new_figure(8, 5)
     ax = figure.subplots()
     first = [_curve(run, first=True) for run in next(iter(rows.values())).values()]
     shown = {"start": first} | {arm: [_curve(run) for run in by_seed.values()] for arm, by_seed in rows.items()}
-    for number, (arm, curves) in enumerate(shown.items()):
+    known = [arm for arm in comparison.baselines if not comparison.differences[arm]["best"].excludes_zero]
+    thin = known if len(rows) > _NAMED else []
+    looks = {arm: _look(number) for number, arm in enumerate(arm for arm in rows if arm not in thin)}
+    looks |= {"start": ("#999999", "-")}
+    for arm, curves in shown.items():
         ks = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [mean_interval([curve[k] for curve in curves]) for k in ks]
         mean, half = np.array(values).T
-        colour = "#999999" if arm == "start" else COLOURS[(number - 1) % len(COLOURS)]
-        style = _STYLES[max(0, number - 1) // len(COLOURS) % len(_STYLES)]
+        if arm in thin:
+            label = f"{len(thin)} arms not told from their baseline" if arm == thin[0] else None
+            ax.plot(ks, mean, color="#bbbbbb", linewidth=0.8, label=label, gid=arm, zorder=1)
+            continue
+        colour, style = looks[arm]
         ax.plot(ks, mean, style, marker=".", color=colour, label=arm, gid=arm)
         if len(shown) <= 5 and len(curves) > 1:  # more bands would hide each other
             ax.fill_between(ks, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0)
@@ -40,9 +51,15 @@ def pass_at_k(rows: Rows) -> Figure:
     ax.set_title("Held-out pass@k at the end, mean over seeds", loc="left")
     ax.set_xlabel("k")
     ax.set_ylabel("pass@k")
-    ax.legend(fontsize=8, frameon=False, ncols=2 if len(shown) > 8 else 1)
+    named = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    named.sort(key=lambda line: -line.get_ydata()[-1])  # as the lines end, from top to bottom
+    ax.legend(handles=named, fontsize=8, frameon=False)
     _plain(ax)
     return figure
+
+
+def _look(number: int) -> tuple[str, str]:
+    return COLOURS[number % len(COLOURS)], _STYLES[number // len(COLOURS) % len(_STYLES)]
 
 
 def differences(comparison: Comparison, measures: Sequence[Measure]) -> Figure:
@@ -61,6 +78,7 @@ def differences(comparison: Comparison, measures: Sequence[Measure]) -> Figure:
         ax.axvline(0, color="#999999", linewidth=1)
         ax.set_title(measure.title, loc="left", fontsize=10)
         ax.set_xlabel("difference")
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         _plain(ax)
     labels = [f"{arm} − {comparison.baselines[arm]}" for arm in reversed(arms)]
     axes[0].set_yticks(range(len(arms)), labels, fontsize=8)

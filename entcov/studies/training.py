@@ -138,7 +138,7 @@ def evaluate(
         tables=found,
         figures={
             "differences": differences(comparison, [m for m in plan.measures if m.name in _DRAWN]),
-            "pass_at_k": pass_at_k(rows),
+            "pass_at_k": pass_at_k(rows, comparison),
             "overview": build_figures(by_arm)["overview"],
         },
         values={"comparison": asdict(comparison), "chosen": dict(chosen), "tried": dict(tried)},

@@ -124,6 +124,26 @@ def test_figures_show_the_curves_and_the_differences(plan):
     assert panel.containers[0].lines[0].get_xdata() == pytest.approx([0.1])
 
 
+def test_many_arms_are_named_where_they_differ_from_their_baseline(plan):
+    def run(value):
+        return [row | {f"{HELD_OUT}/pass@{k}": value * k for k in (1, 16)} for row in rows_of(value)]
+
+    likes = [f"like_none_{i}" for i in range(8)]
+    ends = {"none": 0.02, "clip_cov": 0.05} | dict.fromkeys(likes, 0.02)
+    arms = dict.fromkeys(ends, {})
+    plan = replace(plan, seeds=(11, 12, 13), arms=arms, baselines={arm: "none" for arm in arms if arm != "none"})
+    rows = {
+        arm: {seed: run(end + 0.001 * i * (-1) ** (i * (arm in likes))) for i, seed in enumerate(plan.seeds)}
+        for arm, end in ends.items()
+    }
+    (ax,) = evaluate(plan, rows, {}, {}).figures["pass_at_k"].axes
+    assert {line.get_gid() for line in ax.get_lines()} == {"start", *arms}
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names[0] == "clip_cov" and set(names) == {"start", "none", "clip_cov", "8 arms not told from their baseline"}
+    colours = {line.get_gid(): line.get_color() for line in ax.get_lines()}
+    assert len({colours[arm] for arm in likes}) == 1 and len(set(colours.values())) == 4
+
+
 def test_one_seed_has_no_interval_and_says_nothing(plan):
     plan = replace(plan, seeds=(11,))
     found = evaluate(plan, {"none": {11: rows_of(0.3)}, "clip_cov": {11: rows_of(0.4)}}, {}, {})
