@@ -14,6 +14,8 @@ from entcov.report.compare import environment, plain, rich_table, table_row
 from entcov.rl.record.durable import atomic_write, make_folder
 from entcov.studies.base import Findings, How, Study
 
+_COMMITS = "commits.json"
+
 
 def run_study(study: Study, how: How, page: Path, *, command: str, console: Console) -> list[Path]:
     """Runs a study, prints its tables, and writes its page into the folder `page`; returns the files.
@@ -24,13 +26,19 @@ def run_study(study: Study, how: How, page: Path, *, command: str, console: Cons
     Raises:
         StudyError, ValueError: as `Study.run`.
     """
-    commits = _commits(how.folder)
+    known, own, before = _commits(how.folder), commit(), _files(how.folder)
+    makers = known if own in known else [*known, own]
+    _keep_commits(how.folder, makers)  # now: what is made stays, however the call ends
     found = study.run(how)
+    made_nothing = bool(before) and _files(how.folder) == before
+    if made_nothing and known:
+        makers = known
+        _keep_commits(how.folder, makers)
     for statement in found.statements:
         console.print(statement, markup=False, highlight=False)
     for table in found.tables:
         console.print(rich_table(*table))
-    made_with = f"{environment()}; {', then '.join(commits)}"
+    made_with = f"{environment()}; {', then '.join(makers)}" + ("" if own in makers else f"; this page: {own}")
     make_folder(page)
     files = {f"{name}.png": _png(figure) for name, figure in found.figures.items()}
     values = {"study": study.name, "smoke": how.smoke, "command": command, "made_with": made_with}
@@ -56,14 +64,19 @@ def markdown(study: Study, found: Findings, *, command: str, made_with: str, smo
 
 
 def _commits(folder: Path) -> list[str]:
-    """The commits that have worked in a study's folder, which may hold parts of each, in order; with this one."""
-    path = folder / "commits.json"
-    known = json.loads(path.read_bytes()) if path.exists() else []
-    if (own := commit()) not in known:
-        known = [*known, own]
-        make_folder(folder)
-        atomic_write(path, (json.dumps(known) + "\n").encode())
-    return known
+    """The commits that have made what is in a study's folder, in order; it may hold parts of each."""
+    path = folder / _COMMITS
+    return json.loads(path.read_bytes()) if path.exists() else []
+
+
+def _keep_commits(folder: Path, commits: Sequence[str]) -> None:
+    make_folder(folder)
+    atomic_write(folder / _COMMITS, (json.dumps(list(commits)) + "\n").encode())
+
+
+def _files(folder: Path) -> set[Path]:
+    """What a study has made and found again when it is called once more, but for its pages."""
+    return {path for path in folder.rglob("*") if path.name != _COMMITS and path.relative_to(folder).parts[0] != "page"}
 
 
 def commit() -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from entcov.studies import page
@@ -32,6 +33,34 @@ def test_a_page_names_every_commit_that_worked_on_it(tmp_path, monkeypatch):
     made(tmp_path, monkeypatch, "commit b")
     text, values = made(tmp_path, monkeypatch, "commit a")
     assert "; commit a, then commit b.\n" in text and values["made_with"].endswith("; commit a, then commit b")
+
+
+def test_a_commit_that_makes_nothing_but_the_page_is_named_apart(tmp_path, monkeypatch):
+    def run(self, how):
+        (how.folder / str(len(self.wanted))).mkdir(exist_ok=True)
+        return Findings(["It is 42."], [], {}, {})
+
+    monkeypatch.setattr(Answer, "run", run)
+    for wanted, commit, said in (
+        ("1", "commit a", "; commit a."),
+        ("1", "commit b", "; commit a; this page: commit b."),
+        ("12", "commit c", "; commit a, then commit c."),
+        ("12", "commit a", "; commit a, then commit c."),
+    ):
+        monkeypatch.setattr(Answer, "wanted", wanted, raising=False)
+        assert f"{said}\n" in made(tmp_path, monkeypatch, commit)[0]
+
+
+def test_an_interrupted_call_is_remembered(tmp_path, monkeypatch):
+    def run(self, how):
+        (how.folder / "part").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Answer, "run", run)
+        made(tmp_path, monkeypatch, "commit a")
+    (tmp_path / "work/part/more").mkdir()
+    assert "; commit a; this page: commit b.\n" in made(tmp_path, monkeypatch, "commit b")[0]
 
 
 def test_a_smoke_page_says_that_it_proves_nothing(tmp_path, monkeypatch):
