@@ -34,6 +34,7 @@ COPIED = (
     "tests",
     "examples",
     "scripts",
+    "benchmarks",
     "csrc",
     "pyproject.toml",
     "build_backend.py",

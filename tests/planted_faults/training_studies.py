@@ -79,9 +79,23 @@ FAULTS = (
     Fault(
         "a_studys_page_names_the_last_commit_alone",
         "entcov/studies/page.py",
-        "known = [*known, own]",
-        "known = [own]",
+        "makers = known if own in known else [*known, own]",
+        "makers = [own]",
         ["tests/studies/test_page.py::test_a_page_names_every_commit_that_worked_on_it"],
+    ),
+    Fault(
+        "a_commit_that_made_no_run_is_named_among_those_that_did",
+        "entcov/studies/page.py",
+        "if made_nothing and known:",
+        "if False:",
+        ["tests/studies/test_page.py::test_a_commit_that_makes_nothing_but_the_page_is_named_apart"],
+    ),
+    Fault(
+        "every_arm_of_many_is_named",
+        "entcov/studies/figures.py",
+        "thin = known if len(rows) > _NAMED else []",
+        "thin = []",
+        ["tests/studies/test_training.py::test_many_arms_are_named_where_they_differ_from_their_baseline"],
     ),
     Fault(
         "each_policy_has_temperature_1_and_not_its_best",
