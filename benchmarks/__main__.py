@@ -20,20 +20,26 @@ BENCHMARKS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(argv)
+    args = parser.parse_args(argv)
+    if args.name is None:
+        parser.print_help()
+        return 2
+    return import_module(BENCHMARKS[args.name][0]).run(args)
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    """For these arguments: it knows the options of the benchmark that they name alone."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", metavar="NAME")
-    argv = sys.argv[1:] if argv is None else argv
     for name, (module, summary) in BENCHMARKS.items():
         chosen = names.add_parser(name, help=summary)
         if argv[:1] == [name]:
             chosen.description = import_module(module).__doc__
             chosen.formatter_class = argparse.RawDescriptionHelpFormatter
             import_module(module).add_arguments(chosen)
-    args = parser.parse_args(argv)
-    if args.name is None:
-        parser.print_help()
-        return 2
-    return import_module(BENCHMARKS[args.name][0]).run(args)
+    return parser
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.processes import run_command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -15,7 +16,7 @@ def run(name, *options, processes=None):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
     command = [sys.executable, *launcher, str(EXAMPLES / name), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=env)
+    done = run_command(command, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -2,17 +2,17 @@
 
 import json
 import math
-import subprocess
 import sys
 
 from benchmarks.measure import interleaved_seconds, peak_allocated_bytes, ratio, times_of
+from tests.support.processes import run_command
 
 
 def test_ops_benchmark_runs_and_keeps_the_memory_promise(tmp_path):
     report = tmp_path / "ops.json"
     command = [sys.executable, "-m", "benchmarks", "ops", "--tokens", "512", "--vocab", "700", "--repeats", "2",
                "--threads", "1", "--clamp-p", "0.3", "--no-compile", "--json", str(report)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(command)
     assert done.returncode == 0, done.stderr
     result = json.loads(report.read_text())
     passes = {(row["pass"], row["name"]): row for row in result["times"]}
@@ -43,7 +43,7 @@ def test_linear_benchmark_measures_memory_and_errors(tmp_path):
     report = tmp_path / "linear.json"
     command = [sys.executable, "-m", "benchmarks", "linear", "--tokens", "256", "--vocab", "2000", "--width", "32",
                "--chunk", "32", "--repeats", "2", "--threads", "1", "--json", str(report)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(command)
     assert done.returncode == 0, done.stderr
     result = json.loads(report.read_text())
     rows = {row["name"]: row for row in result["times"]}
@@ -63,7 +63,7 @@ def test_head_benchmark_measures_what_hidden_states_save(tmp_path):
     report = tmp_path / "head.json"
     command = [sys.executable, "-m", "benchmarks", "head", "--vocab", "20000", "--tokens", "64", "--width", "16",
                "--repeats", "2", "--threads", "1", "--json", str(report)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(command)
     assert done.returncode == 0, done.stderr
     logits, hidden = json.loads(report.read_text())["rows"]
     assert logits["logits_bytes"] == 4 * 64 * 20000 * 4 and "saved MiB" in done.stdout
@@ -74,7 +74,7 @@ def test_selection_benchmark_chooses_as_many_as_the_usual_code(tmp_path):
     report = tmp_path / "selection.json"
     command = [sys.executable, "-m", "benchmarks", "selection", "--tokens", "20000", "--repeats", "2", "--threads", "1",
                "--json", str(report)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(command)
     assert done.returncode == 0, done.stderr
     rows = {(row["selection"], row["name"]): row for row in json.loads(report.read_text())["rows"]}
     assert rows["Clip-Cov", "entcov"]["chosen"] == rows["Clip-Cov", "nonzero + randperm"]["chosen"] > 1
@@ -86,7 +86,7 @@ def test_batch_benchmark_counts_bytes_and_growth(tmp_path):
     report = tmp_path / "batch.json"
     command = [sys.executable, "-m", "benchmarks", "batch", "--responses", "64", "256", "--mean", "2048", "--repeats",
                "1", "--threads", "1", "--json", str(report)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(command)
     assert done.returncode == 0, done.stderr
     result = json.loads(report.read_text())
     rows = {(row["name"], row["responses"]): row for row in result["rows"]}
@@ -118,6 +118,6 @@ def test_measurements():
 def test_splits_names_the_setup_where_neither_framework_is_installed():
     command = [sys.executable, "-c", "import sys; sys.modules['verl'] = sys.modules['trl'] = None; "
                "from benchmarks.__main__ import main; sys.exit(main(['splits']))"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_command(command)
     assert done.returncode == 2 and done.stdout == ""
     assert "scripts/setup.sh verl" in done.stderr and "scripts/setup.sh trl" in done.stderr

@@ -39,6 +39,7 @@ from benchmarks.gpu.stages import Context, Stage, command, execute, limit
 from benchmarks.gpu.worker import Worker
 from entcov.ops import core
 from tests.support import local_ops, on_device
+from tests.support.processes import run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,10 +165,8 @@ def test_the_run_starts_where_entcov_is_not_built(tmp_path):
     without = (
         "import sys; sys.modules['entcov'] = None; from benchmarks.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", without, "gpu", "--rehearse", "--only", "benchmarks", "--out", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    words = [sys.executable, "-c", without, "gpu", "--rehearse", "--only", "benchmarks", "--out", tmp_path]
+    done = run_command(words, cwd=ROOT)
     assert done.returncode == 1, done.stdout + done.stderr
     (run,) = results.load(tmp_path / "results.json")
     assert run["stages"]["environment"]["status"] == "passed"

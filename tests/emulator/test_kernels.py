@@ -20,6 +20,7 @@ from entcov.stats.token_stats import token_stats
 from entcov.verify.check import check_rows
 from tests.emulator import build, emulated
 from tests.support import local_ops as ops
+from tests.support.processes import run_command
 from tests.support.repeated import cases_of, module_of
 from tests.support.row_kinds import rows, targets
 
@@ -210,7 +211,7 @@ def test_tensors_on_a_gpu_without_kernels_are_a_clear_error(monkeypatch):
 
 def replay(extension, mode: str, seed: int, case: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, str(build.HERE / "replay.py"), str(extension), str(seed), case]
-    return subprocess.run(command, env=build.preload(mode), capture_output=True, text=True, timeout=300)
+    return run_command(command, env=build.preload(mode))
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,13 @@ warmed up. What a first call sets up is that kernels are loaded (csrc/cuda/launc
 that outlives a call, no attribute of a function.
 """
 
-import subprocess
 import sys
 
 import pytest
 
 from tests.support.gpu_inputs import gpu_only
 from tests.support.on_device import DEVICE
+from tests.support.processes import run_command
 
 pytestmark = pytest.mark.skipif(DEVICE is None, reason="ENTCOV_TEST_DEVICE names no device")
 SCRIPT = """
@@ -67,5 +67,5 @@ print("captured")
 
 @gpu_only
 def test_first_calls_of_a_process_are_captured():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
+    done = run_command([sys.executable, "-c", SCRIPT])
     assert done.returncode == 0 and done.stdout.strip() == "captured", done.stderr[-4000:]

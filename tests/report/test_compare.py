@@ -12,6 +12,7 @@ import pytest
 
 from entcov.report.compare import compare, final_values, markdown, summarize, tables
 from entcov.report.run_matrix import FINISHED, LOG, Job, run_matrix
+from tests.support.processes import LIMIT
 
 # A stand-in for the trainer: a real process that logs a run of a known shape, and fails or waits on request.
 TRAINER = """
@@ -151,12 +152,12 @@ argv = [({trainer[0]!r}, {trainer[1]!r}, "r", str(out / str(i)), "0", "0", "wait
 run_matrix([Job(str(i), argv[i], out / str(i)) for i in range(3)], 2, display=False)
 """
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as parent:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + LIMIT
         while not all((tmp_path / name / "starts").exists() for name in "01"):
             assert time.monotonic() < deadline and parent.poll() is None
             time.sleep(0.02)
         parent.send_signal(signal.SIGINT)
-        assert "KeyboardInterrupt" in parent.communicate(timeout=20)[1]
+        assert "KeyboardInterrupt" in parent.communicate(timeout=LIMIT)[1]
     assert not (tmp_path / "2").exists() or not (tmp_path / "2" / "starts").exists()
     assert not any((tmp_path / name / FINISHED).exists() for name in "012")
     alive = [p for p in os.listdir("/proc") if p.isdigit() and trainer[1].encode() in _command(p)]

@@ -17,6 +17,7 @@ from entcov.stats.logit_covariance import logit_covariance
 from entcov.stats.token_stats import token_stats
 from entcov.verify import reference
 from tests.support import gloo_cases
+from tests.support.processes import LIMIT
 from tests.support.thread_ranks import ThreadRanks
 
 
@@ -27,9 +28,9 @@ def start(rank, world, folder, *only, **environment):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(processes, timeout):
+def finish(processes):
     """[(exit code, stdout, stderr)]; whatever happens, nothing is left running."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + LIMIT
     try:
         return [(*p.communicate(timeout=max(0.1, deadline - time.monotonic())), p.returncode) for p in processes]
     finally:
@@ -42,7 +43,7 @@ def finish(processes, timeout):
 def outcomes(request, tmp_path_factory):
     """{case: [traceback or None for each rank]}."""
     folder = tmp_path_factory.mktemp(f"gloo{request.param}")
-    results = finish([start(rank, request.param, folder) for rank in range(request.param)], timeout=120)
+    results = finish([start(rank, request.param, folder) for rank in range(request.param)])
     assert all(code == 0 for *_, code in results), [err[-2000:] for _, err, _ in results]
     reports = [json.loads((folder / f"report{rank}.json").read_text()) for rank in range(request.param)]
     return {name: [report[name] for report in reports] for name in gloo_cases.CASES}
@@ -61,7 +62,7 @@ def test_different_numbers_of_tokens_end_at_once_with_an_error(tmp_path):
     for name, environment in [("plain", {}), ("detail", {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"})]:
         (tmp_path / name).mkdir()
         processes += [start(rank, 2, tmp_path / name, "different_tokens", **environment) for rank in range(2)]
-    (few_out, few_err, few_code), (many_out, _, many_code), *detail = finish(processes, timeout=60)
+    (few_out, few_err, few_code), (many_out, _, many_code), *detail = finish(processes)
     assert many_code == 0 and many_out.startswith("RuntimeError: token_stats: ")
     assert "same tokens: rank 0 has 4, rank 1 has 64" in many_out or "equally many tokens" in many_out
     assert few_out.startswith("RuntimeError: token_stats: ") or (few_code != 0 and "mismatch" in few_err)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from entcov import linear_token_stats, token_stats
 from entcov.integrations.dtensor import vocab_shard
 from entcov.verify import reference
+from tests.support.processes import LIMIT
 
 CASES = {}
 
@@ -213,7 +214,7 @@ def other_placements_are_refused_by_name(rank):
 def main(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/rendezvous", 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=LIMIT))
     outcome = {}
     for name, function in CASES.items():
         try:

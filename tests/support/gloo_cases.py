@@ -20,6 +20,7 @@ from entcov.stats.token_stats import token_stats
 from entcov.verify import reference
 from entcov.verify.row_kinds import gradient_bound, make_rows, value_bound
 from tests.support import disagreements, gloo_linear
+from tests.support.processes import LIMIT
 
 CASES = dict(gloo_linear.CASES)
 
@@ -327,7 +328,7 @@ def different_tokens(rank, world):
 def main(rank, world, rendezvous, report, only=None):
     torch.set_num_threads(1)
     store = dist.FileStore(rendezvous, world)
-    dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store, timeout=timedelta(seconds=LIMIT))
     if only is not None:
         globals()[only](rank, world)
         os._exit(0)  # the group is broken: no orderly end

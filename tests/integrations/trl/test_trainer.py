@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("trl")
 
 from entcov.controls import CONTROLS, make_control
+from tests.support.processes import LIMIT
 from tests.support.trl_processes import IDS
 from tests.support.trl_runs import (
     GROUP,
@@ -93,7 +94,7 @@ def two_processes(tmp_path_factory):
         command = [sys.executable, "-m", "tests.support.trl_processes", str(folder)]
         running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=400) for process in running]
+        codes = [process.wait(timeout=LIMIT) for process in running]
     finally:
         for process in running:
             process.kill()
@@ -114,6 +115,9 @@ def test_every_layout_chooses_the_same_tokens_and_trains_alike(name, two_process
         runs[rows] = {"parameters": found.parameters, "chosen": found.trainer.chosen, "logs": found.logs}
     first = runs[8]
     assert len(first["chosen"]) == 4 and all(step[0] for step in first["chosen"])
+    if "entropy_ratio_clip" in name:
+        stopped = [log["entcov/entropy_ratio_clipfrac"] for log in first["logs"] if "entcov/entropy" in log]
+        assert [share > 0 for share in stopped] == [False, True] * 2  # nothing in the first update on a rollout
     for layout, other in {**runs, "two processes": two_processes()["runs"][name]}.items():
         assert other["chosen"] == first["chosen"], layout
         torch.testing.assert_close(other["parameters"], first["parameters"], **SAME)
@@ -180,7 +184,8 @@ def test_every_control_trains(name, tmp_path):
     length = {"rows": 8, "rewards": scored_reward}
     plain, controlled = (run(tmp_path / str(i), own, **length) for i, own in enumerate(([], [control()])))
     assert controlled.parameters.isfinite().all()
-    inert = {"none", "entropic", "adaptive_bonus", "difficulty_bonus"}  # these begin with a coefficient of 0
+    # The first begin with a coefficient of 0, the others act on what an update has moved.
+    inert = {"none", "entropic", "adaptive_bonus", "difficulty_bonus", "entropy_ratio_clip", "adaptive_clip"}
     assert name in inert or (controlled.parameters - plain.parameters).abs().max() > 1e-6
     assert len(controlled.logged("entcov/entropy")) == 4
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import transformers
 
 from entcov.rl.vllm.engine import configuration_folder
+from tests.support.processes import run_command
 
 ROOT = Path(__file__).parents[3]
 if importlib.util.find_spec("vllm") is None:
@@ -21,7 +21,7 @@ if importlib.util.find_spec("vllm") is None:
 def run(*arguments: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    done = run_command(command, cwd=ROOT, env=environment, limit=1800)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
 
 

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from entcov.rl.config import VllmConfig, parse_config
+from entcov.rl.config import VllmConfig
+from entcov.rl.load_config import parse_config
 from entcov.rl.loop import Loop
 from entcov.rl.vllm import engine as engine_module
 from entcov.rl.vllm.engine import Completion, LocalEngine, _sleep_of
