@@ -9,7 +9,7 @@ from entcov.studies.style_study import StyleStudy
 from entcov.studies.temperature import TemperatureStudy
 from entcov.studies.training import TrainingStudy
 
-_PLANS = ("controls", "updates", "clips", "prompts", "signs", "sparse")
+_PLANS = ("controls", "updates", "clips", "bounds", "prompts", "signs", "sparse")
 _ALL: tuple[Study, ...] = (
     *map(TrainingStudy, _PLANS), StyleStudy("style"), LawStudy(), TemperatureStudy(), Splits(), Drift(), Clamp(),
 )  # fmt: skip

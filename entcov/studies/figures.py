@@ -1,4 +1,7 @@
-"""Figures of studies of training runs: pass@k curves, and differences to baselines with their intervals."""
+"""Figures of studies of training runs: pass@k curves, differences to baselines with their intervals, curves over steps.
+
+Of more than 8 arms those whose last pass@k is not told from their baseline's have no names.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,23 @@ from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
 
 from entcov.intervals import mean_interval
 from entcov.report.compare import Comparison, Measure
-from entcov.report.plots import COLOURS, new_figure
+from entcov.report.plots import COLOURS, build_figures, new_figure
 
 _PASS = re.compile(r"val-core/.+/held_out/acc/pass@(\d+)")
 _STYLES = ("-", "--", ":")
 _NAMED = 8  # arms that can be told apart by their colours
+_NOT_TOLD = "{} arms not told from their baseline"
 
 Rows = Mapping[str, Mapping[int, Sequence[Mapping[str, float]]]]  # arm -> seed -> the metrics of a run
 
 
 def pass_at_k(rows: Rows, comparison: Comparison) -> Figure:
-    """Held-out pass@k of each arm at its last evaluation, mean over seeds, and of the starting policies at step 0.
-
-    Of more than 8 arms those whose last pass@k is not told from their baseline's have thin lines without names.
-    """
+    """Held-out pass@k of each arm at its last evaluation, mean over seeds, and of the starting policies at step 0."""
     figure = new_figure(8, 5)
     ax = figure.subplots()
     first = [_curve(run, first=True) for run in next(iter(rows.values())).values()]
     shown = {"start": first} | {arm: [_curve(run) for run in by_seed.values()] for arm, by_seed in rows.items()}
-    known = [arm for arm in comparison.baselines if not comparison.differences[arm]["best"].excludes_zero]
-    thin = known if len(rows) > _NAMED else []
+    thin = _unnamed(rows, comparison)
     looks = {arm: _look(number) for number, arm in enumerate(arm for arm in rows if arm not in thin)}
     looks |= {"start": ("#999999", "-")}
     for arm, curves in shown.items():
@@ -38,7 +38,7 @@ def pass_at_k(rows: Rows, comparison: Comparison) -> Figure:
         values = [mean_interval([curve[k] for curve in curves]) for k in ks]
         mean, half = np.array(values).T
         if arm in thin:
-            label = f"{len(thin)} arms not told from their baseline" if arm == thin[0] else None
+            label = _NOT_TOLD.format(len(thin)) if arm == thin[0] else None
             ax.plot(ks, mean, color="#bbbbbb", linewidth=0.8, label=label, gid=arm, zorder=1)
             continue
         colour, style = looks[arm]
@@ -56,6 +56,21 @@ def pass_at_k(rows: Rows, comparison: Comparison) -> Figure:
     ax.legend(handles=named, fontsize=8, frameon=False)
     _plain(ax)
     return figure
+
+
+def overview(rows: Rows, comparison: Comparison) -> Figure:
+    """Entropy, reward, response length and covariance over the steps, without the arms that have no names."""
+    left_out = _unnamed(rows, comparison)
+    figure = build_figures({arm: list(runs.values()) for arm, runs in rows.items() if arm not in left_out})["overview"]
+    if left_out:
+        figure.text(0.01, 0.008, f"without {_NOT_TOLD.format(len(left_out))} in pass@k", fontsize=8, color="#555555")
+    return figure
+
+
+def _unnamed(rows: Rows, comparison: Comparison) -> list[str]:
+    if len(rows) <= _NAMED:
+        return []
+    return [arm for arm in comparison.baselines if not comparison.differences[arm]["best"].excludes_zero]
 
 
 def _look(number: int) -> tuple[str, str]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from entcov import arguments as check
-from entcov.rl.config import load_config
 from entcov.rl.data.rank import rank_by_solve_rate
 from entcov.rl.data.stream import load_rows, raw_rows, write_rows
+from entcov.rl.load_config import load_config
 from entcov.rl.solve_counts import SolveCounts
 from entcov.rl.types import Example
 from entcov.studies.base import How

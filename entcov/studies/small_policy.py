@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from entcov.objective.advantages import GRPO
 from entcov.rl.backend import TransformersBackend
 from entcov.rl.batch import Batch, pack
-from entcov.rl.config import parse_config
 from entcov.rl.hf.model import forward
+from entcov.rl.load_config import parse_config
 from entcov.rl.run import build
 
 # Two layers, 46 thousand weights, on one-digit addition worked out in several styles.

@@ -15,12 +15,11 @@ import yaml
 
 from entcov.intervals import student_t
 from entcov.report.compare import Comparison, final_values, summarize, tables
-from entcov.report.plots import build_figures
 from entcov.report.run_matrix import Job, run_matrix
 from entcov.rl.record.durable import atomic_write
 from entcov.rl.record.metrics import read_metrics
 from entcov.studies.base import Findings, How, Study, StudyError, Table
-from entcov.studies.figures import Rows, differences, pass_at_k
+from entcov.studies.figures import Rows, differences, overview, pass_at_k
 from entcov.studies.plan import MEASURES, PLANS, Plan, merged, read_tree
 
 _DRAWN = ("held_out", "best", "entropy")  # measures
@@ -132,14 +131,13 @@ def evaluate(
         cells = [[arm, *(f"{value:.3f}" for value in values), _shown(chosen[arm])] for arm, values in tried.items()]
         title = f"Strengths, chosen by {plan.choose_by} on the seeds {_listed(plan.choosing_seeds)}"
         found.append(Table(title, header, cells))
-    by_arm = {arm: list(own.values()) for arm, own in rows.items()}
     return Findings(
         statements=statements(plan, comparison),
         tables=found,
         figures={
             "differences": differences(comparison, [m for m in plan.measures if m.name in _DRAWN]),
             "pass_at_k": pass_at_k(rows, comparison),
-            "overview": build_figures(by_arm)["overview"],
+            "overview": overview(rows, comparison),
         },
         values={"comparison": asdict(comparison), "chosen": dict(chosen), "tried": dict(tried)},
     )

@@ -9,7 +9,8 @@ import torch
 
 from entcov.cli import main
 from entcov.studies import base
-from entcov.studies.clamp import (
+from entcov.studies.clamp import found
+from entcov.studies.clamp_training import (
     AENT,
     CHAINS,
     DECOYS,
@@ -19,7 +20,6 @@ from entcov.studies.clamp import (
     TOP,
     Budget,
     Task,
-    found,
     measure,
     regularised_value,
     rewards,

@@ -7,7 +7,8 @@ import torch
 
 from entcov.cli import main
 from entcov.studies import base, drift
-from entcov.studies.drift import TABLE_STEPS, Drift, covariance, entropy, relative_error, slope, table
+from entcov.studies.drift import TABLE_STEPS, Drift, relative_error, slope
+from entcov.studies.drift_steps import covariance, entropy, table
 from tests.support.study_parts import InlinePool
 
 

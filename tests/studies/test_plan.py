@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from entcov.rl.config import load_config
+from entcov.rl.load_config import load_config
 from entcov.studies import plan as plans
 from entcov.studies.catalogue import STUDIES
 from entcov.studies.plan import PLANS, Plan, merged

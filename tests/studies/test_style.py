@@ -9,8 +9,8 @@ import yaml
 from rich.console import Console
 
 from entcov.cli import main
-from entcov.rl.config import load_config
 from entcov.rl.data.stream import load_rows
+from entcov.rl.load_config import load_config
 from entcov.rl.rewards.rules import score as task_score
 from entcov.rl.tasks.base import join_steps
 from entcov.rl.tasks.carry_arithmetic import STYLES

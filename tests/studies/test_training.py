@@ -136,12 +136,16 @@ def test_many_arms_are_named_where_they_differ_from_their_baseline(plan):
         arm: {seed: run(end + 0.001 * i * (-1) ** (i * (arm in likes))) for i, seed in enumerate(plan.seeds)}
         for arm, end in ends.items()
     }
-    (ax,) = evaluate(plan, rows, {}, {}).figures["pass_at_k"].axes
+    figures = evaluate(plan, rows, {}, {}).figures
+    (ax,) = figures["pass_at_k"].axes
     assert {line.get_gid() for line in ax.get_lines()} == {"start", *arms}
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert names[0] == "clip_cov" and set(names) == {"start", "none", "clip_cov", "8 arms not told from their baseline"}
     colours = {line.get_gid(): line.get_color() for line in ax.get_lines()}
     assert len({colours[arm] for arm in likes}) == 1 and len(set(colours.values())) == 4
+    names = [text.get_text() for text in figures["overview"].legends[0].get_texts()]
+    assert names == ["none (3 seeds)", "clip_cov (3 seeds)"]
+    assert "without 8 arms not told" in figures["overview"].texts[-1].get_text()
 
 
 def test_one_seed_has_no_interval_and_says_nothing(plan):
