@@ -257,7 +257,7 @@ def _transformers(config: Config) -> Backend:
 
 
 def train_command(args: argparse.Namespace) -> int:
-    from entcov.rl.config import load_config
+    from entcov.rl.load_config import load_config
     from entcov.rl.run import train
 
     config = load_config(args.recipe, [*args.always, *args.overrides])
@@ -317,7 +317,7 @@ def _counter(what: str) -> Callable[[int, int], None]:
 
 def _compare(args: argparse.Namespace) -> int:
     from entcov.report.compare import compare
-    from entcov.rl.config import load_config
+    from entcov.rl.load_config import load_config
     from entcov.rl.preflight import check_recipe
 
     out = Path(args.out)
@@ -473,8 +473,8 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _rank(args: argparse.Namespace) -> int:
-    from entcov.rl.config import load_config
     from entcov.rl.data.rank import kmeans_subset, rank_by_entropy, rank_by_solve_rate
+    from entcov.rl.load_config import load_config
 
     own = _RANKINGS[args.by]
     for by, names in _RANKINGS.items():
@@ -503,7 +503,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     from entcov.plan.memory import GPUS, parse_size, settings_from
     from entcov.plan.table import print_plan
-    from entcov.rl.config import load_config
+    from entcov.rl.load_config import load_config
 
     if args.gpu not in GPUS:
         raise ValueError(f"--gpu: must be one of {', '.join(GPUS)}, got {args.gpu!r}")

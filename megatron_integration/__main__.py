@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from entcov.cli import add_debug, add_train_and_eval, run_command
-from entcov.rl.config import Config, ConfigError
+from entcov.rl.config import Config
 from entcov.rl.interfaces import Backend
+from entcov.rl.recipe import ConfigError
 
 _DESCRIPTION = (
     "Trains and evaluates on Megatron-Core, in as many processes as torchrun starts: a model divided by "

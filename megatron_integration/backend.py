@@ -15,11 +15,12 @@ from entcov.controls import Control
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.actor import needs_reference
 from entcov.rl.backend import REFERENCE, REWARD_MODEL, check_reference
-from entcov.rl.config import ActorConfig, Config, ConfigError, MegatronConfig, PrimeConfig, RolloutConfig
+from entcov.rl.config import ActorConfig, Config, MegatronConfig, PrimeConfig, RolloutConfig
 from entcov.rl.hf import model as hf
 from entcov.rl.hf.model_config import check_context
 from entcov.rl.interfaces import Sampler, Start
 from entcov.rl.preflight import check_recipe
+from entcov.rl.recipe import ConfigError
 from entcov.rl.record.checkpoint import save_checkpoint
 from entcov.rl.record.sealed import replace_sealed
 from entcov.rl.rewards.rules import RewardFunction

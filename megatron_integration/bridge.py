@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from entcov.rl.config import ConfigError, MegatronConfig
+from entcov.rl.config import MegatronConfig
+from entcov.rl.recipe import ConfigError
 from entcov.rl.record.durable import as_os_error
 from megatron_integration import cpu
 from megatron_integration.process_groups import ProcessGroups

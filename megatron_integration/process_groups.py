@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from entcov.rl.config import ConfigError, MegatronConfig
+from entcov.rl.config import MegatronConfig
+from entcov.rl.recipe import ConfigError
 from megatron_integration.cpu import on_cpu, seed_everything
 from megatron_integration.node import Node, from_first, ranks_by_node
 

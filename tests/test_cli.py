@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from entcov.cli import explain, main
-from entcov.rl.config import ConfigError
+from entcov.rl.recipe import ConfigError
 from tests.support.tiny_run import recipe
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from entcov import arguments as check
 from entcov.controls.adaptive_bonus import AdaptiveBonus
+from entcov.controls.adaptive_clip import AdaptiveClip
 from entcov.controls.aent import AEnt
 from entcov.controls.base import Control, Effect, Progress, Selection, Shaping, kept_tokens
 from entcov.controls.clip_b import ClipB
@@ -20,6 +21,7 @@ from entcov.controls.difficulty_bonus import DifficultyBonus
 from entcov.controls.entropic import EntroPIC
 from entcov.controls.entropy_advantage import EntropyAdvantage
 from entcov.controls.entropy_bonus import EntropyBonus
+from entcov.controls.entropy_ratio_clip import EntropyRatioClip
 from entcov.controls.high_entropy_tokens import HighEntropyTokens
 from entcov.controls.kl_cov import KLCov
 from entcov.controls.none import NoControl
@@ -40,7 +42,7 @@ CONTROLS = Registry(
     (
         NoControl, EntropyBonus, AdaptiveBonus, DifficultyBonus, AEnt, EntroPIC, ClipCov, KLCov, SENT, ClipB, ClipV,
         HighEntropyTokens, EntropyAdvantage, PositiveAdvantageReweighting, RelativeEntropy, PerplexityShaping,
-        PositionShaping,
+        PositionShaping, EntropyRatioClip, AdaptiveClip,
     ),
     "entcov.controls",
 )  # fmt: skip

@@ -86,7 +86,8 @@ class Control:
     """Base of all controls. A concrete control is a dataclass whose fields are its knobs, checked when it is made."""
 
     name: ClassVar[str]  # key in CONTROLS
-    # Of "selection" (`select` is called), "entropy", "clamped_entropy", "ref_logprob": what `select` and `apply` read.
+    # Of "selection" (`select` is called), and the fields of tokens "entropy", "clamped_entropy", "ref_logprob",
+    # "old_entropy": what `select` and `apply` read; "old_entropy" is for `apply` alone.
     # `begin` always has the scored entropy and entropy_drift.
     needs: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[

@@ -40,7 +40,7 @@ class KLCov(Control):
     name: ClassVar[str] = "kl_cov"
     reads: ClassVar[tuple[str, ...]] = ("token_id",)
     needs: ClassVar[frozenset[str]] = frozenset({"selection"})
-    sets: ClassVar[frozenset[str]] = frozenset({"the penalty on log-ratios"})
+    sets: ClassVar[frozenset[str]] = frozenset({"the penalty on log-ratios", "the clip of the ratio"})
 
     kl_cov_ratio: float = 2e-3
     ppo_kl_coef: float = 1.0

@@ -85,6 +85,29 @@ PUBLISHED: dict[str, Setting] = {
         "EntroPIC, arXiv 2511.15248, run_entropic.sh", "entropic", None,
         target=0.1, kp=1.0, ki=0.01, prob_threshold=0.95,
     ),
+    "entropy_ratio_clip": _setting(
+        "ERC, arXiv 2512.05591, scripts (recipe/dapo)", "entropy_ratio_clip", (0.2, 0.28), 10.0,
+        entropy_ratio_low=0.05, entropy_ratio_high=0.05,
+    ),
+    "adaptive_clip": _setting(
+        "Microsoft AI, MAI-Thinking-1, section 3.1.1 (from notes)", "adaptive_clip", None,
+        target=0.3, epsilon=0.6, step_size=0.25, relaxation_max=2.5,
+    ),
+    "ce_gppo": Setting(
+        "CE-GPPO, arXiv 2509.20712, script of 7B (recipe/dapo)",
+        {
+            "control": [],
+            "controls": {},
+            "loss": {
+                "objective": "ce_gppo", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 10.0, "ce_gppo_beta1": 0.75,
+                "ce_gppo_beta2": 1.0,
+            },
+        },
+    ),
+    "qae": Setting(
+        "QAE, arXiv 2509.22611",
+        {"control": [], "controls": {}, "advantage": "qae", "advantages": {"qae": {"quantile_k": 0.4}}},
+    ),
     "sent": Setting(  # the KL to the reference on all tokens is the scripts' too
         "SENT, arXiv 2512.04359, scripts of stage 1 and 2",
         {

@@ -44,7 +44,9 @@ class SENT(Control):
 
     name: ClassVar[str] = "sent"
     reads: ClassVar[tuple[str, ...]] = ("token_id", "entropy")
-    sets: ClassVar[frozenset[str]] = frozenset({"the loss of low-entropy tokens", "the penalty on log-ratios"})
+    sets: ClassVar[frozenset[str]] = frozenset(
+        {"the loss of low-entropy tokens", "the penalty on log-ratios", "the clip of the ratio"}
+    )
 
     low_entropy_ratio: float = 0.8
     kl_cov_ratio: float = 2e-4

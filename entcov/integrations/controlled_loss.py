@@ -7,7 +7,7 @@ keeps that order. The plug-ins of this folder are made of it; docs/own_loop.md h
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from entcov.controls import (
     Control,
     Progress,
     Selection,
-    Shaped,
     begin,
     check_composition,
     check_objective,
@@ -30,6 +29,7 @@ from entcov.controls import (
     selects,
 )
 from entcov.integrations.gather import gather_tokens
+from entcov.integrations.remembered import Remembered, decides, reads_rollout
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.sequences import SequenceIndex
 from entcov.objective.token_means import token_means
@@ -77,7 +77,7 @@ class ControlledLoss:
         self.controls, self.loss, self.group = list(controls), loss, group
         self.updates = 0  # optimizer updates done
         self._progress: Progress | None = None  # None between two steps
-        self._shaped: _OwnShaped | None = None
+        self._remembered: Remembered | None = None
         self._scored: dict[str, float] = {}
         self._updated: dict[str, float] = defaultdict(float)  # sums over the tokens of the step's updates
         self._tokens = 0  # of these updates
@@ -85,8 +85,11 @@ class ControlledLoss:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of "selection", "entropy", "clamped_entropy", "ref_logprob": the fields of tokens that the loss reads."""
-        return needs(self.controls)
+        """Of "selection", "entropy", "clamped_entropy", "ref_logprob": the fields of tokens that the loss reads.
+
+        "old_entropy" is not among them: `begin` remembers the rollout's `entropy`.
+        """
+        return needs(self.controls) - {"old_entropy"}
 
     @property
     def clamp(self) -> dict[str, Any]:
@@ -100,8 +103,9 @@ class ControlledLoss:
 
     @property
     def begins(self) -> bool:
-        """Whether a control decides over the whole rollout or adapts to its means, so that `begin` needs its tokens."""
-        return any(_decides(control) or control.reads_scored for control in self.controls)
+        """Whether `begin` needs the rollout's tokens: a control decides over them, adapts to their means, or compares a
+        token's entropy with that in the rollout."""
+        return any(map(reads_rollout, self.controls))
 
     @property
     def ranks(self) -> int:
@@ -142,22 +146,27 @@ class ControlledLoss:
         check.integer("step", step, 1)
         check.integer("steps", steps, step)
         if rollout is None and self.begins:
-            name = next(control.name for control in self.controls if _decides(control) or control.reads_scored)
+            name = next(control.name for control in self.controls if reads_rollout(control))
             raise ValueError(f"rollout must be given for control {name}, which reads all of it; got None")
-        self._shaped, self._scored, self._updated, self._tokens = None, {}, defaultdict(float), 0
+        self._remembered, self._scored, self._updated, self._tokens = None, {}, defaultdict(float), 0
         self._progress = Progress(step, steps, self.updates, epoch, epochs)
         if rollout is None:
             return {}
         with torch.no_grad():
             values = {"sampled_entropy": -rollout.logprob}
             values |= {n: getattr(rollout, n) for n in ENTROPIES if getattr(rollout, n, None) is not None}
-            means = token_means(values, rollout.loss_mask, group=self.group).mean
+            remembered, failure = attempt(lambda: Remembered.of(rollout, self.controls), self.group)
+            try:  # a rank that failed enters the collective, without a mask, so that the others do not wait for it
+                means = token_means(values, None if failure else rollout.loss_mask, group=self.group).mean
+            except Exception as error:
+                raise failure or error from None
             self._scored = {f"scored/{name}": float(mean) for name, mean in means.items()}
-            if not any(map(_decides, self.controls)):
+            self._remembered = remembered
+            if not any(map(decides, self.controls)):
                 return {}
             whole = gather_tokens(rollout, self.group)
             shaped = begin(self.controls, whole, self._progress)
-            self._shaped = _OwnShaped.of(rollout, whole, shaped)
+            self._remembered.add(whole, shaped)
         return shaped.metrics
 
     def update(self, micro_batches: Sequence[Tokens], *, num_sequences: int | None = None) -> "Update":
@@ -178,7 +187,7 @@ class ControlledLoss:
             raise RuntimeError("update: finish() of the last update must be called first")
         if num_sequences is not None:
             check.integer("num_sequences", num_sequences, 1)
-        tokens, failure = attempt(lambda: [self._as_shaped(own) for own in micro_batches], self.group)
+        tokens, failure = attempt(lambda: [self._with_remembered(own) for own in micro_batches], self.group)
         metrics: dict[str, float] = {}
         rows: list[list[Selection | None]] = [[None] * len(self.controls) for _ in micro_batches]
         try:  # a rank that failed enters the first collective, without tokens, so that the others do not wait for it
@@ -194,7 +203,7 @@ class ControlledLoss:
         for i, control in enumerate(self.controls):
             if control.scope == "rollout":
                 for row, own in zip(rows, tokens, strict=True):
-                    row[i] = Selection(self._shaped.selected(control.name, own))
+                    row[i] = Selection(self._remembered.selected(control.name, own))
         totals = mini_batch_totals(tokens, rows, group=self.group)
         if num_sequences is not None:
             totals = Totals(totals.num_tokens, num_sequences)
@@ -212,7 +221,7 @@ class ControlledLoss:
             progress = replace(self._progress, update=self.updates)
             for control in self.controls:
                 metrics |= control.after_step(means, progress)
-        self._progress, self._shaped = None, None
+        self._progress, self._remembered = None, None
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,12 +249,12 @@ class ControlledLoss:
                 control.load_state_dict(old)
             raise
         self.updates = state["updates"]
-        self._progress = self._shaped = self._open = None
+        self._progress = self._remembered = self._open = None
 
-    def _as_shaped(self, tokens: Tokens) -> Tokens:
+    def _with_remembered(self, tokens: Tokens) -> Tokens:
         if not isinstance(tokens, Tokens):
             raise TypeError(f"tokens must be entcov.Tokens, got {type(tokens).__name__}")
-        return tokens if self._shaped is None else self._shaped.applied_to(tokens)
+        return tokens if self._remembered is None else self._remembered.applied_to(tokens)
 
     def _finish(self, sums: Mapping[str, Tensor], totals: Totals) -> dict[str, float]:
         names = sorted(sums)
@@ -303,7 +312,7 @@ class Update:
         """
         count = len(tokens.loss_mask)
         self._check_unused(number, count)
-        tokens, given = self._controlled._as_shaped(tokens), self._token_ids[number]
+        tokens, given = self._controlled._with_remembered(tokens), self._token_ids[number]
         chosen = self.selections[number]
         if part is not None:
             given = None if given is None else given[part]
@@ -364,63 +373,6 @@ class Update:
         """Closes an update that failed half way, so that the step can go on; nothing adapts."""
         if self._controlled._open is self:
             self._controlled._open = None
-
-
-def _decides(control: Control) -> bool:
-    """Whether the control's `begin` does anything."""
-    return type(control).begin is not Control.begin or control.scope == "rollout"
-
-
-@dataclass
-class _OwnShaped:
-    """What `begin` decided of this rank's tokens, in the order of their ids; all [n]."""
-
-    token_id: Tensor
-    advantage: Tensor
-    drop: Tensor | None
-    length: Tensor | None  # loss tokens of each token's response, without dropped ones
-    chosen: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, own: Tokens, whole: Tokens, shaped: Shaped) -> "_OwnShaped":
-        ids = own.token_id[own.loss_mask].sort().values
-        at = torch.searchsorted(whole.token_id, ids)
-        length = None
-        if shaped.drop is not None:
-            responses = SequenceIndex.of(whole.given("sequence", "a control that drops tokens"))
-            length = responses.sum(~shaped.drop).long()[at]
-        chosen = {name: mask[at] for name, mask in shaped.selected.items()}
-        return cls(ids, shaped.advantage[at], None if shaped.drop is None else shaped.drop[at], length, chosen)
-
-    def applied_to(self, tokens: Tokens) -> Tokens:
-        at = self._places(tokens)
-        advantage = torch.where(tokens.loss_mask, self.advantage[at], 0.0).to(tokens.advantage.dtype)
-        if self.drop is None:
-            return replace(tokens, advantage=advantage)
-        mask = tokens.loss_mask & ~self.drop[at]
-        length = tokens.sequence_length if tokens.sequence_length is None else self.length[at]
-        return replace(tokens, advantage=advantage, loss_mask=mask, sequence_length=length)
-
-    def selected(self, name: str, tokens: Tokens) -> Tensor:
-        """[T] bool: what the control `name` chose for all updates."""
-        return tokens.loss_mask & self.chosen[name][self._places(tokens)]
-
-    def _places(self, tokens: Tokens) -> Tensor:
-        """[T]: where each loss token is in the order of the ids; others may be anywhere."""
-        if tokens.token_id is None:
-            raise ValueError("tokens.token_id must be given, what begin decided is kept by it; got None")
-        if not len(self.token_id):
-            if check.readable(tokens.loss_mask) and tokens.loss_mask.any():
-                raise ValueError("tokens must be of the rollout that begin was given, which had none on this rank")
-            return torch.zeros_like(tokens.token_id)
-        at = torch.searchsorted(self.token_id, tokens.token_id).clamp(max=len(self.token_id) - 1)
-        strange = tokens.loss_mask & (self.token_id[at] != tokens.token_id)
-        if check.readable(strange) and strange.any():
-            raise ValueError(
-                f"tokens must be of the rollout that this rank gave to begin: {int(strange.sum())} of "
-                f"{int(tokens.loss_mask.sum())} have another token_id"
-            )
-        return at
 
 
 def entcov_names(metrics: Mapping[str, float]) -> dict[str, float]:

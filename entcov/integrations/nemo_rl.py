@@ -201,6 +201,8 @@ class Plugin:
                     "NeMo-RL's workers report log-probabilities alone": read,
                     f"control {control.name} cannot be had: it shapes advantages by statistics of the whole rollout, "
                     "and NeMo-RL's workers report log-probabilities alone": shapes,
+                    f"control {control.name} cannot be had: it compares entropies with those of the rollout, and "
+                    "NeMo-RL's workers report log-probabilities alone": "old_entropy" in control.needs,
                 }
             )
 

@@ -9,7 +9,7 @@ Every function of `OBJECTIVES` takes the same arguments and returns (pg, clipped
     sequences  sums over whole responses; where the objective is not one of SEQUENCE_OBJECTIVES it may be None
 
     pg         [T], the term that the aggregation weighs; differentiable in tokens.logprob
-    clipped    [T] bool, the clip acts on the token; where the loss is a maximum, its gradient is 0 there
+    clipped    [T] bool, the clip acts on the token; its gradient is 0 there, but for cispo and ce_gppo
     lower      [T] bool, the dual clip acts on the token
 
 Controls act on every objective in the same way: a multiplier scales the advantage, keep=False makes the token's pg 0,
@@ -44,14 +44,30 @@ def ppo(
     The bound of the last part is for A < 0, if dual_clip is set.
     Source: Schulman et al., arXiv 1707.06347, eq. 7; Ye et al., arXiv 1912.09729 (dual clip); verl "vanilla".
     """
-    ratio = token_ratio(log_ratio)
-    pg, clipped = _clipped(ratio, advantage, config)
-    lower = torch.zeros_like(clipped)
-    if config.dual_clip is not None:
-        ceiling = -advantage * config.dual_clip
-        lower = (pg > ceiling) & (advantage < 0)
-        pg = torch.where(lower, ceiling, pg)
-    return pg, clipped, lower
+    pg, clipped = _clipped(token_ratio(log_ratio), advantage, config)
+    return _dual_clipped(pg, clipped, advantage, config)
+
+
+def ce_gppo(
+    log_ratio: Tensor, advantage: Tensor, tokens: Tokens, config: PolicyLossConfig, sequences: SequenceIndex | None
+) -> Terms:
+    """PPO's loss, but a token that the clip acts on keeps a gradient, bounded and weighed by beta:
+
+        -beta1 A (1 - clip_low) r / sg[r]     A < 0 and r < 1 - clip_low    an unlikely token; sharpens the policy
+        -beta2 A (1 + clip_high) r / sg[r]    A > 0 and r > 1 + clip_high   an unlikely token; flattens it
+        -A r                                  elsewhere; at most -A dual_clip where A < 0
+
+    A larger beta1 lowers the entropy, a larger beta2 raises it; both 0 is ppo in its gradient. The paper's are 0.75 and
+    1 (7B), 0.5 and 1 (1.5B); the published configuration's default is 0.25 and 1.
+    Source: Su et al., CE-GPPO, arXiv 2509.20712; code: Kwai-Klear/CE-GPPO, compute_gppo_loss_general_beta, which does
+        not bound log r.
+    """
+    _, clipped = _clipped(token_ratio(log_ratio), advantage, config)
+    up, down = config.ce_gppo_beta2 * (1 + config.clip_high), config.ce_gppo_beta1 * (1 - config.clip_low)
+    kept = torch.full_like(advantage, down).masked_fill(advantage > 0, up)
+    one = (tokens.logprob - tokens.logprob.detach()).exp()  # with the gradient of r / sg[r]
+    pg = -advantage * torch.where(clipped, kept * one, token_ratio(log_ratio))
+    return _dual_clipped(pg, clipped, advantage, config)
 
 
 def gspo(
@@ -197,7 +213,7 @@ def vespo(
 
 
 OBJECTIVES: dict[str, Callable[..., Terms]] = {
-    f.__name__: f for f in (ppo, gspo, geo_mean, cispo, sapo, gpg, dro, dppo_tv, dppo_kl, vespo)
+    f.__name__: f for f in (ppo, ce_gppo, gspo, geo_mean, cispo, sapo, gpg, dro, dppo_tv, dppo_kl, vespo)
 }
 UNCLIPPED = ("ppo", "cispo", "gpg", "dro")  # objectives that a control may ask for without their clip
 
@@ -206,8 +222,8 @@ def without_clip(config: PolicyLossConfig) -> PolicyLossConfig:
     """The knobs of the same objective where a control drops the clip (`Effect.unclipped`).
 
     ppo: -A r, without dual clip. cispo: -sg[r] A logprob, whose gradient is the same. gpg and dro have no clip to drop.
-    In gspo, geo_mean and vespo it is of whole responses, which no control that picks tokens replaces, and sapo's gate
-    and dppo's mask are their shape: they are refused.
+    In gspo, geo_mean and vespo it is of whole responses, which no control that picks tokens replaces, and sapo's gate,
+    dppo's mask and what ce_gppo keeps of a clipped token are their shape: they are refused.
     """
     if config.objective not in UNCLIPPED:
         raise ValueError(
@@ -229,6 +245,15 @@ def _clipped(ratio: Tensor, advantage: Tensor, config: PolicyLossConfig) -> tupl
     pg = -advantage * ratio
     bounded = -advantage * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     return torch.maximum(pg, bounded), bounded > pg
+
+
+def _dual_clipped(pg: Tensor, clipped: Tensor, advantage: Tensor, config: PolicyLossConfig) -> Terms:
+    """The terms with the dual clip, if it is set: at most -A dual_clip where A < 0."""
+    if config.dual_clip is None:
+        return pg, clipped, torch.zeros_like(clipped)
+    ceiling = -advantage * config.dual_clip
+    lower = (pg > ceiling) & (advantage < 0)
+    return torch.where(lower, ceiling, pg), clipped, lower
 
 
 def _masked_divergence(

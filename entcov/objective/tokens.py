@@ -16,6 +16,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k1+", "k3+", "abs+")
 # The knobs that each objective of entcov/objective/objectives.py reads; it refuses the others.
 OBJECTIVE_KNOBS = {
     "ppo": ("clip_low", "clip_high", "dual_clip"),
+    "ce_gppo": ("clip_low", "clip_high", "dual_clip", "ce_gppo_beta1", "ce_gppo_beta2"),
     "gspo": ("clip_low", "clip_high"),
     "geo_mean": ("clip_low", "clip_high"),
     "cispo": ("clip_low", "clip_high"),
@@ -48,6 +49,7 @@ class Tokens:
     loss_mask: Tensor  # bool
     entropy: Tensor | None = None  # nats
     clamped_entropy: Tensor | None = None  # nats
+    old_entropy: Tensor | None = None  # nats, of the policy of old_logprob
     entropy_drift: Tensor | None = None  # of token_stats: d entropy / d step along the token's policy gradient
     collision: Tensor | None = None  # of token_stats: the sum of the squared probabilities of the vocabulary
     ref_logprob: Tensor | None = None  # of the reference policy
@@ -158,6 +160,8 @@ class PolicyLossConfig:
     vespo_lambda_pos: float = 3.0
     vespo_k_neg: float = 3.0  # vespo: and elsewhere
     vespo_lambda_neg: float = 2.0
+    ce_gppo_beta1: float = 0.75  # ce_gppo: weight of the gradient of a clipped token where A < 0
+    ce_gppo_beta2: float = 1.0  # ce_gppo: and where A > 0
 
     def __post_init__(self) -> None:
         check.one_of("objective", self.objective, OBJECTIVE_KNOBS)
@@ -173,6 +177,8 @@ class PolicyLossConfig:
         for sign in ("pos", "neg"):
             check.number(f"vespo_k_{sign}", getattr(self, f"vespo_k_{sign}"), 0.0, 100.0)
             check.number(f"vespo_lambda_{sign}", getattr(self, f"vespo_lambda_{sign}"), 1e-4, 100.0)
+        check.number("ce_gppo_beta1", self.ce_gppo_beta1, 0.0, 10.0)
+        check.number("ce_gppo_beta2", self.ce_gppo_beta2, 0.0, 10.0)
         if self.dro_beta is not None:
             check.positive("dro_beta", self.dro_beta)
         elif self.objective == "dro":

@@ -105,7 +105,7 @@ def build_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure
         figure = new_figure(8, 4.8 if len(panels) == 1 else 7.2)
         axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
         notes = [_draw(ax, panel, seeds) for ax, panel in zip(axes, panels, strict=True)]
-        axes[0].legend(handles=_legend(seeds, panels), fontsize=9, frameon=False)
+        _legend_above(figure, _legend(seeds, panels))
         axes[-1].set_xlabel("step")
         _caption(figure, seeds, notes)
         figures[name] = figure
@@ -116,14 +116,15 @@ def build_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure
     for ax, name in zip(axes, _PANELS, strict=True):
         if name in present:
             notes.append(_draw(ax, present[name][0], seeds))
-            handles = _legend(seeds, present[name][:1])
-            # The first panel with data has the labels of the runs. The panel with points has those of the points.
-            ax.legend(handles=handles if len(notes) == 1 else handles[len(seeds) :], fontsize=9, frameon=False)
+            points = _legend(seeds, present[name][:1])[len(seeds) :]
+            if points:
+                ax.legend(handles=points, fontsize=9, frameon=False)
         else:
             ax.set_title(_PANELS[name][0].title, loc="left")
             ax.text(0.5, 0.5, f"{_PANELS[name][0].key}:\nno values", ha="center", va="center", transform=ax.transAxes)
     for ax in axes[2:]:
         ax.set_xlabel("step")
+    _legend_above(overview, _legend(seeds, []))
     _caption(overview, seeds, notes)
     return figures | {"overview": overview}
 
@@ -266,6 +267,15 @@ def _legend(seeds: Mapping[str, list[Rows]], panels: Sequence[_Panel]) -> list[L
             look = {"marker": "o", "linestyle": "", "color": "#555555", "markerfacecolor": face, "markersize": 5}
             handles.append(Line2D([], [], **look, label=f"held-out accuracy, {name}"))
     return handles
+
+
+def _legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Above the panels, where it covers no curve, in as many columns as the names leave room for."""
+    for columns in range(min(6, len(handles)), 0, -1):
+        legend = figure.legend(handles=handles, ncols=columns, fontsize=9, frameon=False, loc="outside upper left")
+        if columns == 1 or legend.get_window_extent().width < 0.98 * figure.bbox.width:
+            return
+        legend.remove()
 
 
 def new_figure(width: float, height: float) -> Figure:

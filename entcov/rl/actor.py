@@ -133,14 +133,17 @@ class PolicyActor(TrainedModel):
     def _loss(
         self, micro: Batch, at: Tensor, stats: TokenStats, selections: Selections, totals: Totals
     ) -> tuple[Tensor, Tokens, dict[str, Tensor]]:
-        tokens = micro.loss_tokens(at, stats.logprob, entropy=stats.entropy, clamped_entropy=stats.clamped_entropy)
+        tokens = micro.loss_tokens(
+            at, stats.logprob, entropy=stats.entropy, clamped_entropy=stats.clamped_entropy,
+            old_entropy=micro.entropy[at],
+        )  # fmt: skip
         sequences = SequenceIndex(micro.sequence[at], micro.num_sequences, self.sequence_group)
         loss, metrics = policy_loss(
             tokens, self.loss, totals=totals, controls=self.controls, selections=selections, sequences=sequences
         )
         tokens = replace(tokens, loss_mask=kept_tokens(tokens, selections))
         predicted, measured = entropy_change(
-            stats.logprob, stats.entropy, old_logprob=tokens.old_logprob, old_entropy=micro.entropy[at],
+            stats.logprob, stats.entropy, old_logprob=tokens.old_logprob, old_entropy=tokens.old_entropy,
             rollout_logprob=tokens.rollout_logprob,
         )  # fmt: skip
         for name, change in zip(ENTROPY_CHANGE, (predicted, measured, predicted - measured), strict=True):

@@ -11,11 +11,11 @@ from transformers import PretrainedConfig
 
 from entcov import arguments as check
 from entcov.controls import clamp_arguments
-from entcov.rl.config import Config, ConfigError
+from entcov.rl.config import Config
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.hf.model_config import check_context, model_settings, model_tokenizer
 from entcov.rl.hf.warm_start import check_solved
-from entcov.rl.recipe import naming
+from entcov.rl.recipe import ConfigError, naming
 from entcov.rl.rewards.rules import load_reward
 from entcov.rl.types import Example
 

@@ -14,7 +14,7 @@ from torch import nn
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.rl.backend import TransformersBackend
 from entcov.rl.collect import derived_seed
-from entcov.rl.config import Config, ConfigError
+from entcov.rl.config import Config
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.evaluation import SourceResult, evaluate, response_entropy, summarize
 from entcov.rl.hf.model_config import model_tokenizer
@@ -22,6 +22,7 @@ from entcov.rl.hf.warm_start import warm_started
 from entcov.rl.interfaces import Backend, Start
 from entcov.rl.interrupts import Interrupts
 from entcov.rl.loop import Loop
+from entcov.rl.recipe import ConfigError
 from entcov.rl.record.checkpoint import Checkpoint, load_checkpoint, load_latest, make_latest
 from entcov.rl.record.law_metrics import LawMetrics
 from entcov.rl.record.metrics import RunLogger, read_metrics

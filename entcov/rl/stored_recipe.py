@@ -20,7 +20,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from entcov import arguments as check
-from entcov.rl.config import Config, as_written, resolve_config, save_config
+from entcov.rl.config import Config
+from entcov.rl.load_config import as_written, resolve_config, save_config
 from entcov.rl.recipe import ConfigError, interpolations, read_recipe, texts, value_at
 from entcov.rl.record.durable import atomic_write
 

@@ -9,7 +9,7 @@ import sys
 
 from transformers import AutoConfig
 
-from entcov.rl.config import load_config
+from entcov.rl.load_config import load_config
 
 SHAPE = (
     "model_type", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",

@@ -24,7 +24,7 @@ from entcov.controls import (
 )
 from entcov.objective.policy_loss import policy_loss
 from entcov.objective.tokens import PolicyLossConfig, Tokens
-from entcov.rl.config import parse_config
+from entcov.rl.load_config import parse_config
 from tests.support.objective_oracle import PROGRESS, top_by_hash
 from tests.support.tiny_run import recipe
 
@@ -371,7 +371,7 @@ def test_a_controller_needs_its_mean(control, moment, key):
 
 KNOBS = {
     "aent": {"warmup": 1}, "adaptive_bonus": {"rule": "skywork"}, "entropic": {}, "positive_advantage_reweighting": {},
-    "difficulty_bonus": {"entropy_coef": 0.005},
+    "difficulty_bonus": {"entropy_coef": 0.005}, "adaptive_clip": {},
 }  # fmt: skip
 
 
@@ -410,7 +410,7 @@ def test_registry():
     assert set(CONTROLS) == {
         "none", "entropy_bonus", "adaptive_bonus", "difficulty_bonus", "aent", "entropic", "clip_cov", "kl_cov", "sent",
         "clip_b", "clip_v", "high_entropy_tokens", "entropy_advantage", "positive_advantage_reweighting",
-        "relative_entropy", "perplexity_shaping", "position_shaping",
+        "relative_entropy", "perplexity_shaping", "position_shaping", "entropy_ratio_clip", "adaptive_clip",
     }  # fmt: skip
     assert all(cls.name == name and cls().name == name for name, cls in CONTROLS.items())
     assert make_control("kl_cov", kl_cov_ratio=0.01) == KLCov(kl_cov_ratio=0.01)

@@ -5,6 +5,7 @@ the weight is the coefficient of its logprob in the loss, negated. Each test has
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,15 +179,18 @@ def test_a_smaller_weight_of_positive_tokens_keeps_entropy():
 # --- clip-low and clip-high with random rewards -----------------------------------------------------------------------
 
 
-def clip_effect(p_logits, q_logits, clip_low, clip_high):
+def clip_effect(p_logits, q_logits, clip_low, clip_high, beta1=0.0, beta2=0.0):
     """(direction, predicted dH per unit of step) of one policy-gradient step with the clip, in expectation over tokens
-    from q and rewards of +1 or -1 that do not depend on the token. Without the clip the expectation is 0."""
+    from q and rewards of +1 or -1 that do not depend on the token. Without the clip the expectation is 0. With betas:
+    of CE-GPPO, which gives a clipped token the gradient of beta times the bound instead of its ratio."""
     p, q = (torch.tensor(z, dtype=torch.float64) for z in (p_logits, q_logits))
     size = len(p)
     weight = q.softmax(0) * size  # as the size of the advantage: the loss is a mean over 2 * size tokens
     advantage = torch.cat([weight, -weight])
     action = torch.arange(size).repeat(2)
     config = PolicyLossConfig(clip_low=clip_low, clip_high=clip_high)
+    if beta1 or beta2:
+        config = replace(config, objective="ce_gppo", ce_gppo_beta1=beta1, ce_gppo_beta2=beta2)
 
     def make(z):
         old = q.expand(2 * size, size)
@@ -196,7 +200,10 @@ def clip_effect(p_logits, q_logits, clip_low, clip_high):
     ratio = (log_p - reference.log_probs(q)).exp()
     score = log_p.exp() * (reference.entropy_of(log_p) + log_p)
     own = log_p.exp() * (score - (log_p.exp() * score).sum())
-    predicted = -0.5 * own[ratio < 1 - clip_low].sum() + 0.5 * own[ratio > 1 + clip_high].sum()
+    below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
+    predicted = -0.5 * (own * (1 - beta1 * (1 - clip_low) / ratio))[below].sum()
+    if above.any():  # the bound may be infinite
+        predicted += 0.5 * (own * (1 - beta2 * (1 + clip_high) / ratio))[above].sum()
     return p, -gradient(p, make, config=config), float(predicted)
 
 
@@ -219,6 +226,22 @@ def test_clipping_moves_the_entropy_by_the_clipped_tokens_alone(p, q, clip, numb
 def test_clip_low_raises_the_entropy_where_rare_tokens_are_clipped():
     assert clip_effect([4.0, -1.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], 0.2, math.inf)[2] > 0
     assert clip_effect([4.0, -1.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], 1.0, math.inf)[2] == 0
+
+
+@pytest.mark.parametrize("betas", [(0.75, 1.0), (2.0, 0.5), (0.0, 3.0)])
+@pytest.mark.parametrize("p, q", [((3, 1, -1, 0), (2, 0, 0, 0.5)), ((4, 1, -1, 0), (4, 0, 0, 0))])
+def test_ce_gppo_gives_the_clipped_tokens_their_share_back(p, q, betas):
+    effect = clip_effect([float(x) for x in p], [float(x) for x in q], 0.2, 0.2, *betas)
+    assert_first_order(*effect)
+
+
+def test_ce_gppo_s_weights_move_the_entropy_as_the_paper_says():
+    """Of rare tokens that are clipped: punished ones (beta1) lower the entropy, rewarded ones (beta2) raise it."""
+    below, above = ([4.0, -1.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0]), ([4.0, 1.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0])
+    first = [clip_effect(*below, 0.2, math.inf, beta1, 0.0)[2] for beta1 in (0.0, 0.25, 0.75, 2.0)]
+    second = [clip_effect(*above, 1.0, 0.2, 0.0, beta2)[2] for beta2 in (0.0, 0.5, 1.0, 2.0)]
+    assert first == sorted(first, reverse=True) and first[0] > first[-1]
+    assert second == sorted(second) and second[0] < second[-1]
 
 
 def test_the_logit_gradient_of_the_clipped_loss():

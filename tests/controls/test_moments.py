@@ -29,7 +29,7 @@ from entcov.objective.policy_loss import policy_loss
 from entcov.objective.sequences import SequenceIndex
 from entcov.objective.tokens import AGGREGATIONS, PolicyLossConfig, Tokens, Totals
 from entcov.registry import Registry
-from entcov.rl.config import parse_config
+from entcov.rl.load_config import parse_config
 from entcov.rl.run import train
 from tests.support.objective_oracle import PROGRESS, make_tokens
 from tests.support.tiny_run import recipe

@@ -8,7 +8,8 @@ import pytest
 
 from entcov.controls import CONTROLS
 from entcov.controls.published import PUBLISHED
-from entcov.rl.config import ConfigError, load_config
+from entcov.rl.load_config import load_config
+from entcov.rl.recipe import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (ROOT / "examples/tiny_cpu.yaml").read_text()
@@ -30,6 +31,7 @@ def written(folder: Path, text: str) -> Path:
     [
         "clip_cov", "kl_cov", "aent_math", "entropy_bonus", "skywork", "clip_b", "clip_v", "high_entropy_tokens",
         "entropy_advantage", "positive_advantage_reweighting", "entropic", "sent",
+        "entropy_ratio_clip", "adaptive_clip",
     ],
 )  # fmt: skip
 def test_the_defaults_of_a_control_are_a_published_setting(name):
@@ -44,6 +46,9 @@ def test_every_setting_is_in_force_on_the_command_line(name):
     keys = PUBLISHED[name].keys
     assert config.control == keys["control"] and PUBLISHED[name].source
     assert {key: getattr(config.loss, key) for key in keys.get("loss", {})} == keys.get("loss", {})
+    for estimator, wanted in keys.get("advantages", {}).items():
+        assert config.advantage == estimator
+        assert {key: getattr(config.build_estimator(), key) for key in wanted} == wanted
     for control in config.build_controls():
         wanted = keys["controls"][control.name]
         assert {key: getattr(control, key) for key in wanted} == wanted
@@ -96,4 +101,5 @@ def test_the_docs_have_every_setting():
         loss = setting.keys.get("loss")
         cells = [shown(loss)] if loss else []
         cells += [f"{control}: {shown(values)}" for control, values in setting.keys["controls"].items()]
+        cells += [f"{advantage}: {shown(values)}" for advantage, values in setting.keys.get("advantages", {}).items()]
         assert f"| `{name}` | {'; '.join(cells)} | {setting.source} |" in page, name

@@ -32,6 +32,8 @@ KNOBS = {  # so that every control acts on some of 24 short responses
     "adaptive_bonus": dict(rule="trl", entropy_coef=0.1, target=1.0),
     "entropy_bonus": dict(entropy_coef=0.01),
     "aent": dict(entropy_coef=0.002, warmup=0),
+    "entropy_ratio_clip": dict(entropy_ratio_low=0.01, entropy_ratio_high=0.02),
+    "adaptive_clip": dict(epsilon=0.1, step_size=0.1, target=0.5),
 }
 CASES = [[name] for name in CONTROLS] + [["clip_b", "kl_cov"], ["clip_cov", "aent", "perplexity_shaping"]]
 ROLLOUT_SCOPE = ["clip_cov of the rollout"]
@@ -108,6 +110,7 @@ def undivided(names) -> tuple[dict, list]:
         for update in range(UPDATES):
             at = everything.sequence % UPDATES == update
             tokens = current(part(everything, at), update)
+            tokens.old_entropy = everything.entropy[at]
             row = [None] * len(controls)
             if any(map(selects, controls)):
                 (row,), metrics = select(controls, [tokens], step=done, config=config)
@@ -290,10 +293,22 @@ WRONG = {
     ),
     "no ids for what begin decided": (
         lambda: fresh("clip_b", step=1, rollout=TOKENS).update([replace(TOKENS, token_id=None)]), ValueError,
-        "tokens.token_id must be given, what begin decided is kept by it; got None",
+        "tokens.token_id must be given, what begin remembers is kept by it; got None",
+    ),
+    "no ids to remember by": (
+        lambda: fresh("clip_b", step=1, rollout=replace(TOKENS, token_id=None)), ValueError,
+        "tokens.token_id must be given, what begin remembers is kept by it; got None",
+    ),
+    "no entropy to compare with": (
+        lambda: fresh("entropy_ratio_clip", step=1, rollout=replace(TOKENS, entropy=None)), ValueError,
+        "tokens.entropy must be given, control entropy_ratio_clip reads it; got None",
+    ),
+    "no rollout to compare with": (
+        lambda: fresh("entropy_ratio_clip", step=1), ValueError,
+        "rollout must be given for control entropy_ratio_clip, which reads all of it; got None",
     ),
     "no ids to gather by": (
-        lambda: fresh("clip_b", step=1, rollout=replace(TOKENS, token_id=None)), ValueError,
+        lambda: gather_tokens(replace(TOKENS, token_id=None), None), ValueError,
         "tokens.token_id must be given to gather them from all ranks, got None",
     ),
     "ids twice": (
@@ -366,6 +381,20 @@ def test_a_rank_that_fails_is_an_error_on_all(monkeypatch):
     group.run(lambda rank: call(rank, dict(token_id=None)))
     assert "rank 1 of the group cannot do its part: ValueError: tokens.token_id must be given" in messages[0]
     assert messages[1].startswith("tokens.token_id must be given to gather them")
+
+    for name in ("entropy_ratio_clip", "clip_b"):  # remembers entropies; decides over the rollout
+        messages.clear()
+
+        def begin(rank, name=name):
+            try:
+                own = replace(TOKENS, token_id=None) if rank else TOKENS
+                ControlledLoss(made([name]), group=group).begin(step=1, steps=1, rollout=own)
+            except (ValueError, RuntimeError) as error:
+                messages[rank] = str(error)
+
+        group.run(begin)
+        assert messages[1] == "tokens.token_id must be given, what begin remembers is kept by it; got None"
+        assert "rank 1 of the group cannot do its part" in messages[0]
 
     for names in ([], ["kl_cov"]):
         messages.clear()

@@ -205,7 +205,11 @@ def test_the_loss_section_becomes_entcovs_configuration():
 
 @pytest.mark.parametrize(
     ("control", "reason"),
-    [("high_entropy_tokens", "before the update it reads entropy"), ("clip_v", "it shapes advantages by statistics")],
+    [
+        ("high_entropy_tokens", "before the update it reads entropy"),
+        ("clip_v", "it shapes advantages by statistics"),
+        ("entropy_ratio_clip", "it compares entropies with those of the rollout"),
+    ],
 )
 def test_controls_that_need_what_the_driver_lacks_are_refused(nemo, control, reason):
     with pytest.raises(ValueError, match=f"control {control} cannot be had: {reason}"):

@@ -22,10 +22,11 @@ from entcov.cli import main
 from entcov.plan.memory import GIB, GPUS, problems, settings_from, stages
 from entcov.plan.model_shapes import shape_of
 from entcov.plan.traffic import estimate
-from entcov.rl.config import Config, load_config
+from entcov.rl.config import Config
 from entcov.rl.data.prepare import EVAL_SETS
 from entcov.rl.data.tokenizer import char_tokenizer
 from entcov.rl.hf.model_config import model_settings
+from entcov.rl.load_config import load_config
 from tests.support.launch_scripts import FOLDER, METHODS, ROOT, dry_run, smoke_variables
 
 SCRIPTS = sorted([*FOLDER.glob("*.sh"), *FOLDER.glob("*.sbatch")])

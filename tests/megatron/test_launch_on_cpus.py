@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 
-from entcov.rl.config import load_config  # noqa: E402
+from entcov.rl.load_config import load_config  # noqa: E402
 from entcov.rl.record.metrics import read_metrics  # noqa: E402
 from entcov.rl.run import evaluate_run  # noqa: E402
 from tests.support.tiny_run import recipe  # noqa: E402

@@ -9,7 +9,8 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 
 from entcov.controls import Selection
-from entcov.rl.config import ConfigError, MegatronConfig  # noqa: E402
+from entcov.rl.config import MegatronConfig  # noqa: E402
+from entcov.rl.recipe import ConfigError  # noqa: E402
 from megatron_integration.micro_batches import assign_to_replicas, build_inputs, dummy_micro_batch  # noqa: E402
 from tests.support.megatron_cases import CONTROLS, METHODS  # noqa: E402
 from tests.support.megatron_policies import LLAMA3, MODELS, SHAPE  # noqa: E402

@@ -19,12 +19,13 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("mbridge")
 psutil = pytest.importorskip("psutil")
 
-from entcov.rl.config import parse_config  # noqa: E402
 from entcov.rl.interfaces import Start  # noqa: E402
+from entcov.rl.load_config import parse_config  # noqa: E402
 from entcov.rl.record.checkpoint import Checkpoint, CheckpointError, load_latest  # noqa: E402
 from entcov.rl.record.metrics import read_metrics  # noqa: E402
 from entcov.rl.run import evaluate_run, train  # noqa: E402
 from megatron_integration.backend import initial_model  # noqa: E402
+from tests.support.processes import LIMIT, run_command  # noqa: E402
 from tests.support.tiny_run import recipe, timeless  # noqa: E402
 
 CHANGES = {
@@ -40,7 +41,6 @@ CHANGES = {
     "eval.entropy": True,  # at temperature 1
     "eval.top_k": 3,
 }
-LIMIT = 300.0  # seconds that any wait may take before the test gives up
 
 
 def start(recipe_file: Path, log: Path, *overrides: str) -> subprocess.Popen:
@@ -151,7 +151,8 @@ def test_vllm_rollouts_with_tensor_parallelism_give_the_torch_path_with_vllm(tmp
         job.kill()
     # In a process of its own, because vLLM does not leave one as it was.
     command = [sys.executable, "-m", "entcov", "train", str(recipe_file), f"run_dir={alone}", "--no-display"]
-    subprocess.run(command, check=True, timeout=LIMIT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = run_command(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
     same_metrics(timeless(megatron), timeless(alone))
 
 

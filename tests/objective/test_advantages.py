@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from entcov.objective.advantages import ADVANTAGES, make_estimator
 from entcov.objective.responses import Responses
 from entcov.objective.tokens import Tokens
 
-PLAIN = ["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo"]
+PLAIN = ["grpo", "dr_grpo", "qae", "rloo", "reinforce_pp", "reinforce_pp_baseline", "opo"]
 
 
 def advantage(name, reward, group=None, length=None, **knobs):
@@ -35,6 +36,51 @@ def test_grpo_scales():
     assert advantage("grpo", [3.0], scale_rewards="batch").tolist() == pytest.approx([3.0 / (1 + 1e-6)])
     with pytest.raises(ValueError, match="scale_rewards must be one of group, batch, none; got 'std'"):
         make_estimator("grpo", scale_rewards="std")
+
+
+def test_qae_hand_values():
+    """Eight responses, K = 0.4: the fourth smallest reward is the baseline, 0 up to four right ones, 1 from five on."""
+    for right in range(9):
+        reward = [1.0] * right + [0.0] * (8 - right)
+        std = statistics.stdev(reward) + 1e-6
+        hard = [1 / std] * right + [0.0] * (8 - right)  # right ones alone
+        easy = [0.0] * right + [-1 / std] * (8 - right)
+        expected = hard if right / 8 <= 0.6 else easy
+        assert advantage("qae", reward).tolist() == pytest.approx(expected, rel=1e-6), right
+    # Groups apart, of several sizes, in any order: (3, 1, 2) has the baseline 2, (5, 4) 4, one response none.
+    got = advantage("qae", [3.0, 5.0, 1.0, 9.0, 4.0, 2.0], [2, 7, 2, 1, 7, 2])
+    one, half = 1 + 1e-6, math.sqrt(0.5) + 1e-6
+    assert got.tolist() == pytest.approx([1 / one, 1 / half, -1 / one, 9 / one, 0.0, 0.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.28, 0.3, 0.4, 0.5, 0.7, 0.9])
+def test_qae_s_quantile_is_the_smallest_reward_that_enough_do_not_exceed(fraction):
+    """inf {v: F(v) >= K} by counting, for sizes where K times the size is a whole number but for rounding, and others;
+    the reference's is torch.quantile."""
+    for size in (2, 3, 5, 10, 16, 25, 30):
+        reward = torch.randint(0, 4, (size,), generator=torch.Generator().manual_seed(size)).float()
+        std = reward.double().std() + 1e-6
+        exact = Fraction(str(fraction))
+        smallest = min(v for v in reward.tolist() if Fraction(int((reward <= v).sum()), size) >= exact)
+        got = advantage("qae", reward, quantile_k=fraction)
+        torch.testing.assert_close(got, ((reward.double() - smallest) / std).float(), rtol=1e-6, atol=1e-7)
+        linear = torch.quantile(reward.double(), fraction)
+        got = advantage("qae", reward, quantile_k=fraction, semantics="reference")
+        torch.testing.assert_close(got, ((reward.double() - linear) / std).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_qae_s_two_readings_agree_on_groups_of_16():
+    for right in range(17):
+        reward = [1.0] * right + [0.0] * (16 - right)
+        assert torch.equal(advantage("qae", reward), advantage("qae", reward, semantics="reference"))
+    five_of_eight = [1.0] * 5 + [0.0] * 3
+    assert (advantage("qae", five_of_eight)[:5] == 0).all()
+    assert (advantage("qae", five_of_eight, semantics="reference") != 0).all()
+    for bad in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"quantile_k must be greater than 0 and less than 1, got {bad}"):
+            make_estimator("qae", quantile_k=bad)
+    with pytest.raises(ValueError, match="semantics must be one of paper, reference; got 'linear'"):
+        make_estimator("qae", semantics="linear")
 
 
 def test_rloo_hand_values():
@@ -209,7 +255,7 @@ def test_optimal_token_baseline_names_what_is_missing():
 
 
 @pytest.mark.parametrize("value", [0.1, 1.0, -3.7])
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "qae", "rloo", "opo"])
 def test_equal_rewards_give_exactly_zero(name, value):
     assert not advantage(name, [value] * 7, length=[3, 1, 40, 7, 7, 2, 11]).any()
 
@@ -228,6 +274,9 @@ def loop_oracle(name, reward, group, length):
         mean = statistics.fmean(others) if len(others) > 1 else 0.0
         if name == "grpo":
             out.append((r - mean) / ((statistics.stdev(others) if len(others) > 1 else 1.0) + 1e-6))
+        elif name == "qae":
+            baseline = sorted(others)[math.ceil(0.4 * len(others)) - 1] if len(others) > 1 else 0.0
+            out.append((r - baseline) / ((statistics.stdev(others) if len(others) > 1 else 1.0) + 1e-6))
         elif name == "opo":
             own = [(x, k) for x, k, h in zip(reward, length, group, strict=True) if h == g]
             out.append(r - (sum(x * k for x, k in own) / sum(k for _, k in own) if len(own) > 1 else 0.0))

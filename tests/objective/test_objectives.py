@@ -27,6 +27,7 @@ VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}  # TR
 # Of each objective: knobs for which its clip acts on some tokens of `make_tokens`, and not on others.
 KNOBS = {
     "ppo": {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5},
+    "ce_gppo": {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5, "ce_gppo_beta1": 0.5, "ce_gppo_beta2": 2.0},
     "gspo": {"clip_low": 0.05, "clip_high": 0.1},
     "geo_mean": {"clip_low": 0.3, "clip_high": 0.4},
     "cispo": {"clip_low": 0.3, "clip_high": 0.4},
@@ -117,6 +118,28 @@ def test_geo_mean_hand_values():
     loss, gradient, metrics = small([0.9, 0.1], [-1.0, -1.0], config)
     assert (loss, gradient) == (pytest.approx(math.exp(0.5)), pytest.approx([math.exp(0.5) / 2] * 2))
     assert float(metrics["actor/pg_clipfrac"]) == 0
+
+
+def test_ce_gppo_hand_values():
+    """Clip [0.8, 1.28], betas 0.5 and 2. r = 2 with A = 1: 2 * 1.28; r = 1/2 with A = -2: 0.5 * 0.8 * 2; the others
+    have -A r, the last one no more than 1.5 and no gradient."""
+    knobs = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5, "ce_gppo_beta1": 0.5, "ce_gppo_beta2": 2.0}
+    config = config_of("ce_gppo", aggregation="token-mean", **knobs)
+    loss, gradient, metrics = small([LN2, -LN2, -LN2, 0.0, LN2], [1.0, -2.0, 1.0, -1.0, -1.0], config)
+    assert loss == pytest.approx((-2.56 + 0.8 - 0.5 + 1.0 + 1.5) / 5)
+    assert gradient == pytest.approx([-2.56 / 5, 0.8 / 5, -0.5 / 5, 1.0 / 5, 0.0])
+    assert (float(metrics["actor/pg_clipfrac"]), float(metrics["actor/pg_clipfrac_lower"])) == (0.4, 0.2)
+    # The bound of the ratio's logarithm takes no gradient away from a clipped token.
+    assert small([30.0, -30.0], [1.0, -1.0], config)[1] == pytest.approx([-2.56 / 2, 0.4 / 2])
+
+
+def test_ce_gppo_without_weights_has_ppo_s_gradient():
+    tokens, knobs = batch_of(4), {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.5}
+    plain, none = config_of("ppo", **knobs), config_of("ce_gppo", **knobs, ce_gppo_beta1=0.0, ce_gppo_beta2=0.0)
+    first, second = (torch.autograd.grad(policy_loss(tokens, c)[0], tokens.logprob)[0] for c in (plain, none))
+    assert torch.equal(first, second)
+    default = PolicyLossConfig(objective="ce_gppo")
+    assert (default.ce_gppo_beta1, default.ce_gppo_beta2) == (0.75, 1.0)
 
 
 def test_cispo_hand_values():
@@ -243,6 +266,16 @@ def padded_loss(objective, tokens, logprob, knobs):
         elif objective == "ppo":
             value = torch.min(r * a, r.clamp(low, high) * a)
             losses.append(-(torch.max(value, knobs["dual_clip"] * a) if a < 0 else value).mean())
+        elif objective == "ce_gppo":  # the published code, token by token
+            values = []
+            for r_t in r:
+                if a < 0 and r_t < low:
+                    values.append(-knobs["ce_gppo_beta1"] * low / r_t.detach() * r_t * a)
+                elif a > 0 and r_t > high:
+                    values.append(-knobs["ce_gppo_beta2"] * high / r_t.detach() * r_t * a)
+                else:
+                    values.append(-r_t * a if a >= 0 else torch.min(-r_t * a, -knobs["dual_clip"] * a))
+            losses.append(torch.stack(values).mean())
         elif objective == "cispo":
             losses.append(-(r.clamp(low, high).detach() * a * lp).mean())
         elif objective == "sapo":
@@ -274,7 +307,7 @@ def test_matches_whole_responses(objective, seed):
     (expected_gradient,) = torch.autograd.grad(expected, tokens.logprob)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-14)
-    if objective in ("ppo", "geo_mean", "cispo", "dppo_tv", "dppo_kl"):
+    if objective in ("ppo", "ce_gppo", "geo_mean", "cispo", "dppo_tv", "dppo_kl"):
         assert 0 < float(metrics["actor/pg_clipfrac"]) < 1
 
 
@@ -420,7 +453,7 @@ MEAN = {"aggregation": "seq-mean-token-mean"}
 @pytest.mark.parametrize(
     "knobs, message",
     [
-        ({"objective": "gpso"}, "objective must be one of ppo, gspo.*got 'gpso'; did you mean gspo"),
+        ({"objective": "gpso"}, "objective must be one of ppo, ce_gppo, gspo.*got 'gpso'; did you mean gspo"),
         (
             {"objective": "gspo"},
             "aggregation must be seq-mean-token-mean or seq-mean-token-sum for objective gspo.*got token-mean",
@@ -429,6 +462,8 @@ MEAN = {"aggregation": "seq-mean-token-mean"}
         ({"objective": "gspo", "dual_clip": 3.0, **MEAN}, "dual_clip must be left at None: objective gspo .* got 3.0"),
         ({"objective": "sapo", "clip_low": 0.1}, "clip_low must be left at 0.2: objective sapo does not .* got 0.1"),
         ({"objective": "gpg", "clip_high": 0.28}, "clip_high must be left at 0.2: objective gpg .* got 0.28"),
+        ({"ce_gppo_beta1": 0.5}, "ce_gppo_beta1 must be left at 0.75: objective ppo does not read it; got 0.5"),
+        ({"objective": "ce_gppo", "ce_gppo_beta2": -1.0}, r"ce_gppo_beta2 must be in \[0, 10\], got -1.0"),
         ({"tau_neg": 1.1}, "tau_neg must be left at 1.05: objective ppo does not read it; got 1.1"),
         ({"objective": "sapo", "tau_pos": 0.0}, "tau_pos must be greater than 0, got 0.0"),
         ({"tis_floor": 0.5}, "tis_floor must be left at 0.0: there is no importance weight without tis_cap; got 0.5"),

@@ -2,9 +2,9 @@
 
 from tests.planted_faults.fault import Fault
 
-OBJECTIVES, TOKENS, LOSSES, MISMATCH, KL_REWARD, ADVANTAGES = (
+OBJECTIVES, TOKENS, LOSSES, MISMATCH, KL_REWARD, ADVANTAGES, GROUPS = (
     f"entcov/objective/{name}.py"
-    for name in ("objectives", "tokens", "policy_loss", "mismatch", "kl_in_reward", "advantages")
+    for name in ("objectives", "tokens", "policy_loss", "mismatch", "kl_in_reward", "advantages", "prompt_groups")
 )
 LOOP, COLLECT, BATCH, CONFIG, SCORER = (
     f"entcov/rl/{name}.py" for name in ("loop", "collect", "batch", "config", "rewards/scorer")
@@ -60,6 +60,27 @@ FAULTS = (
         "least = sign * torch.minimum(sign * log_ratio, sign * bounded)",
         "least = sign * (sign * bounded)",
         [WHOLE],
+    ),
+    Fault(
+        "ce_gppo_exchanges_its_weights",
+        OBJECTIVES,
+        "torch.full_like(advantage, down).masked_fill(advantage > 0, up)",
+        "torch.full_like(advantage, up).masked_fill(advantage > 0, down)",
+        [WHOLE, T_OBJECTIVES + "ce_gppo_hand_values"],
+    ),
+    Fault(
+        "ce_gppo_loses_the_gradient_of_far_tokens",
+        OBJECTIVES,
+        "one = (tokens.logprob - tokens.logprob.detach()).exp()",
+        "one = token_ratio(log_ratio) / token_ratio(log_ratio).detach()",
+        [T_OBJECTIVES + "ce_gppo_hand_values"],
+    ),
+    Fault(
+        "ce_gppo_has_no_dual_clip",
+        OBJECTIVES,
+        "torch.where(clipped, kept * one, token_ratio(log_ratio))\n    return _dual_clipped(pg, clipped,",
+        "torch.where(clipped, kept * one, token_ratio(log_ratio))\n    return _dual_clipped(pg, clipped, 0 *",
+        [WHOLE, T_OBJECTIVES + "ce_gppo_hand_values"],
     ),
     Fault(
         "cispo_drops_clipped_tokens",
@@ -148,7 +169,7 @@ FAULTS = (
     Fault(
         "gpg_counts_every_response",
         ADVANTAGES,
-        "_group_sum(centred.abs(), group) > 0",
+        "group_sum(centred.abs(), group) > 0",
         "centred == centred",
         [T_ADVANTAGES + "gpg_hand_values"],
     ),
@@ -307,9 +328,9 @@ FAULTS = (
     # ---- advantages --------------------------------------------------------------------------------------------------
     Fault(
         "grpo_std_without_bessel",
-        ADVANTAGES,
-        "_group_sum(centred.square(), group) / (size - 1).clamp(min=1)",
-        "_group_sum(centred.square(), group) / size",
+        GROUPS,
+        "group_sum(centred.square(), group) / (size - 1).clamp(min=1)",
+        "group_sum(centred.square(), group) / size",
         [T_ADVANTAGES + "grpo_hand_values", T_ADVANTAGES + "matches_loop_for_groups_in_any_order"],
     ),
     Fault(
@@ -322,9 +343,44 @@ FAULTS = (
     Fault(
         "grpo_does_not_divide_by_the_std",
         ADVANTAGES,
-        "(centred / (_group_std(centred, group, size) + STD_EPS)).float()",
+        "(centred / (group_std(centred, group, size) + STD_EPS)).float()",
         "centred.float()",
         [T_ADVANTAGES + "grpo_hand_values"],
+    ),
+    Fault(
+        "qae_counts_by_a_rounded_product",
+        GROUPS,
+        "count = torch.where((count - 1) / size >= fraction, count - 1, count)",
+        "pass",
+        [T_ADVANTAGES + "qae_s_quantile_is_the_smallest_reward_that_enough_do_not_exceed[0.28]"],
+    ),
+    Fault(
+        "qae_takes_the_next_larger_reward",
+        GROUPS,
+        "ordered[first + count.long() - 1]",
+        "ordered[first + count.long().minimum(size - 1)]",
+        [T_ADVANTAGES + "qae_hand_values"],
+    ),
+    Fault(
+        "qae_begins_every_group_where_the_first_begins",
+        GROUPS,
+        "first = (counts.cumsum(0) - counts)[group]",
+        "first = (counts.cumsum(0) - counts)[0 * group]",
+        [T_ADVANTAGES + "matches_loop_for_groups_in_any_order[qae]"],
+    ),
+    Fault(
+        "qae_always_interpolates",
+        ADVANTAGES,
+        'interpolate=self.semantics == "reference"',
+        "interpolate=True",
+        [T_ADVANTAGES + "qae_hand_values"],
+    ),
+    Fault(
+        "qae_takes_its_baseline_off_a_single_response",
+        ADVANTAGES,
+        "torch.where(size > 1, baseline, 0.0)) / (std",
+        "baseline) / (std",
+        [T_ADVANTAGES + "qae_hand_values"],
     ),
     Fault(
         "rloo_baseline_includes_the_response_itself",
@@ -335,28 +391,28 @@ FAULTS = (
     ),
     Fault(
         "a_single_response_gets_nothing",
-        ADVANTAGES,
-        "torch.where(size > 1, reward - _group_sum(reward, group) / size, reward)",
-        "reward - _group_sum(reward, group) / size",
+        GROUPS,
+        "torch.where(size > 1, x - group_sum(x, group) / size, x)",
+        "x - group_sum(x, group) / size",
         [T_ADVANTAGES + "singleton_group_keeps_its_reward"],
     ),
     Fault(
         "reinforce_pp_whitens_over_responses",
-        ADVANTAGES,
+        GROUPS,
         "weight = response_length.double()",
         "weight = torch.ones_like(x)",
         [T_ADVANTAGES + "whitening_is_over_tokens_not_responses", T_ADVANTAGES + "reinforce_pp_hand_values"],
     ),
     Fault(
         "reinforce_pp_variance_without_bessel",
-        ADVANTAGES,
+        GROUPS,
         "(weight * (x - mean).square()).sum() / (tokens - 1)",
         "(weight * (x - mean).square()).sum() / tokens",
         [T_ADVANTAGES + "reinforce_pp_hand_values"],
     ),
     Fault(
         "reinforce_pp_eps_ten_thousand_times_larger",
-        ADVANTAGES,
+        GROUPS,
         "VARIANCE_EPS = 1e-8",
         "VARIANCE_EPS = 1e-4",
         [T_ADVANTAGES + "reinforce_pp_hand_values"],
@@ -364,8 +420,8 @@ FAULTS = (
     Fault(
         "reinforce_pp_baseline_has_no_baseline",
         ADVANTAGES,
-        "_whiten_over_tokens(_centred(*_groups(responses)), responses.length)",
-        "_whiten_over_tokens(_groups(responses)[0], responses.length)",
+        "whitened_over_tokens(centred_on_group(*groups_of(responses)), responses.length)",
+        "whitened_over_tokens(groups_of(responses)[0], responses.length)",
         [T_ADVANTAGES + "matches_loop_for_groups_in_any_order"],
     ),
     Fault(
@@ -379,28 +435,28 @@ FAULTS = (
         "grpo_batch_scale_is_the_groups",
         ADVANTAGES,
         "std = reward.std() if len(reward) > 1",
-        "std = _group_std(centred, group, size) if len(reward) > 1",
+        "std = group_std(centred, group, size) if len(reward) > 1",
         [T_ADVANTAGES + "grpo_scales"],
     ),
     Fault(
         "passk_rewards_one_of_two_equal_best",
         ADVANTAGES,
-        "first & (_group_sum(first.double(), group) == 1)",
+        "first & (group_sum(first.double(), group) == 1)",
         "first",
         [T_ADVANTAGES + "grpo_passk_hand_values"],
     ),
     Fault(
         "gdpo_normalises_the_sum",
         ADVANTAGES,
-        "weights[name] * (centred / (_group_std(centred, group, size) + STD_EPS))",
+        "weights[name] * (centred / (group_std(centred, group, size) + STD_EPS))",
         "weights[name] * centred",
         [T_ADVANTAGES + "gdpo_hand_values"],
     ),
     Fault(
         "maxrl_divides_by_the_std",
         ADVANTAGES,
-        "(_group_sum(reward, group) / size + STD_EPS)).float()",
-        "(_group_std(_centred(reward, group, size), group, size) + STD_EPS)).float()",
+        "(group_sum(reward, group) / size + STD_EPS)).float()",
+        "(group_std(centred_on_group(reward, group, size), group, size) + STD_EPS)).float()",
         [T_ADVANTAGES + "maxrl_hand_values"],
     ),
     Fault(

@@ -6,7 +6,66 @@ T_TOKENS, T_CONTROLLERS = (f"tests/controls/test_{name}.py::test_" for name in (
 T_SPLITS = "tests/controls/test_control_splits.py::test_"
 DIRECTIONS = "tests/controls/test_entropy_directions.py::test_the_entropy_changes_as_the_formula_of_the_method_says"
 
+T_RATIOS = "tests/controls/test_clips_of_ratios.py::test_"
+ENTROPY_RATIO, ADAPTIVE_CLIP = (f"entcov/controls/{name}.py" for name in ("entropy_ratio_clip", "adaptive_clip"))
+
 FAULTS = (
+    Fault(
+        "the_entropy_ratio_is_upside_down",
+        ENTROPY_RATIO,
+        "(tokens.entropy.detach().clamp(min=0) + EPS) / (tokens.old_entropy.clamp(min=0) + EPS)",
+        "(tokens.old_entropy.clamp(min=0) + EPS) / (tokens.entropy.detach().clamp(min=0) + EPS)",
+        [T_RATIOS + "the_entropy_ratio_decides_which_tokens_train"],
+    ),
+    Fault(
+        "the_entropy_ratio_divides_by_nothing",
+        ENTROPY_RATIO,
+        "(tokens.old_entropy.clamp(min=0) + EPS)",
+        "(tokens.old_entropy + EPS)",
+        [T_RATIOS + "no_entropy_at_all_stops_nothing_and_divides_by_nothing"],
+    ),
+    Fault(
+        "the_entropy_ratio_has_one_bound",
+        ENTROPY_RATIO,
+        "(ratio > 1 - self.entropy_ratio_low) & (ratio < 1 + self.entropy_ratio_high)",
+        "ratio < 1 + self.entropy_ratio_high",
+        [T_RATIOS + "the_entropy_ratio_has_the_gradient_of_the_published_formula"],
+    ),
+    Fault(
+        "the_trainer_compares_the_entropy_with_itself",
+        "entcov/rl/actor.py",
+        "old_entropy=micro.entropy[at],",
+        "old_entropy=stats.entropy.detach(),",
+        ["tests/rl/hf/test_actor.py::test_the_entropy_of_the_rollout_is_what_a_token_is_compared_with"],
+    ),
+    Fault(
+        "the_adaptive_clip_keeps_the_loss_s_own",
+        ADAPTIVE_CLIP,
+        "unclipped=True",
+        "unclipped=False",
+        [T_RATIOS + "the_adaptive_clip_stops_what_leaves_its_interval"],
+    ),
+    Fault(
+        "the_adaptive_clip_steps_away_from_its_target",
+        ADAPTIVE_CLIP,
+        "self.target - entropy)",
+        "entropy - self.target)",
+        [T_RATIOS + "the_adaptive_clip_steps_towards_its_target"],
+    ),
+    Fault(
+        "the_adaptive_clip_tells_the_coming_bound",
+        ADAPTIVE_CLIP,
+        '{"actor/adaptive_clip_upper": self._used',
+        '{"actor/adaptive_clip_upper": self.upper',
+        [T_RATIOS + "the_adaptive_clip_steps_towards_its_target"],
+    ),
+    Fault(
+        "the_adaptive_clip_s_lower_bound_moves",
+        ADAPTIVE_CLIP,
+        "ratio < 1 - self.epsilon)",
+        "ratio < 1 / self.upper)",
+        [T_RATIOS + "the_adaptive_clip_stops_what_leaves_its_interval"],
+    ),
     Fault(
         "clip_b_drops_positive_tokens",
         "entcov/controls/clip_b.py",

@@ -2,7 +2,9 @@
 
 from tests.planted_faults.fault import Fault
 
-CONTROLLED, GATHER = "entcov/integrations/controlled_loss.py", "entcov/integrations/gather.py"
+CONTROLLED, GATHER, REMEMBERED = (
+    f"entcov/integrations/{name}.py" for name in ("controlled_loss", "gather", "remembered")
+)
 T = "tests/integrations/test_controlled_loss.py::test_"
 DTENSOR, EXAMPLE = "entcov/integrations/dtensor.py", "examples/fsdp2_loop.py"
 T_DTENSOR, T_EXAMPLE = (
@@ -13,18 +15,23 @@ T_DTENSOR, T_EXAMPLE = (
 FAULTS = [
     Fault("ControlledLoss_the_step_of_a_draw_does_not_move_on", CONTROLLED, "self.updates += 1", "self.updates += 0",
           [T + "any_division_trains_as_the_undivided_loop"]),
-    Fault("ControlledLoss_the_selection_of_the_rollout_is_not_applied", CONTROLLED,
+    Fault("ControlledLoss_the_selection_of_the_rollout_is_not_applied", REMEMBERED,
           "return tokens.loss_mask & self.chosen[name][self._places(tokens)]",
           "return tokens.loss_mask & ~self.chosen[name][self._places(tokens)]",
           [T + "any_division_trains_as_the_undivided_loop"]),
-    Fault("ControlledLoss_dropped_tokens_stay", CONTROLLED, "mask = tokens.loss_mask & ~self.drop[at]",
-          "mask = tokens.loss_mask", [T + "any_division_trains_as_the_undivided_loop"]),
-    Fault("ControlledLoss_responses_keep_the_length_that_they_had_before_tokens_were_dropped", CONTROLLED,
-          "length = tokens.sequence_length if tokens.sequence_length is None else self.length[at]",
-          "length = tokens.sequence_length", [T + "any_division_trains_as_the_undivided_loop"]),
-    Fault("ControlledLoss_shaped_advantages_are_forgotten", CONTROLLED,
-          "tokens if self._shaped is None else self._shaped.applied_to(tokens)", "tokens",
+    Fault("ControlledLoss_dropped_tokens_stay", REMEMBERED, "= tokens.loss_mask & ~self.drop[at]", "= tokens.loss_mask",
           [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_responses_keep_the_length_that_they_had_before_tokens_were_dropped", REMEMBERED,
+          "tokens.sequence_length if tokens.sequence_length is None else self.length[at]", "tokens.sequence_length",
+          [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_shaped_advantages_are_forgotten", CONTROLLED,
+          "tokens if self._remembered is None else self._remembered.applied_to(tokens)", "tokens",
+          [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_entropies_of_the_rollout_in_another_order", REMEMBERED, "[own.loss_mask][order] if comparing",
+          "[own.loss_mask] if comparing", [T + "any_division_trains_as_the_undivided_loop"]),
+    Fault("ControlledLoss_a_rank_that_cannot_remember_leaves_the_others_waiting", CONTROLLED,
+          "None if failure else rollout.loss_mask", "rollout.loss_mask", [T + "a_rank_that_fails_is_an_error_on_all"],
+          slow="the other rank waits for a minute"),
     Fault("ControlledLoss_metrics_of_one_rank_alone", CONTROLLED,
           "            dist.all_reduce(values, group=self.group)", "            pass",
           [T + "any_division_trains_as_the_undivided_loop"]),

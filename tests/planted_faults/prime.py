@@ -3,7 +3,7 @@
 from tests.planted_faults.fault import Fault
 
 PRIME, ETPO = (f"entcov/objective/{name}.py" for name in ("prime", "etpo"))
-MODEL, LOOP, BACKEND, CONFIG = (f"entcov/rl/{name}.py" for name in ("reward_model", "loop", "backend", "config"))
+MODEL, LOOP, BACKEND, RECIPES = (f"entcov/rl/{name}.py" for name in ("reward_model", "loop", "backend", "load_config"))
 T_PRIME, T_ETPO, T_MODEL, T_RUN, T_PLAN = (
     f"tests/{name}.py::test_"
     for name in ("objective/test_prime", "objective/test_etpo", "rl/hf/test_reward_model", "rl/test_prime",
@@ -152,7 +152,7 @@ FAULTS = (
     ),
     Fault(
         "an_override_of_a_reward_model_that_is_not_used",
-        CONFIG,
+        RECIPES,
         '("prime.", "advantage", "prime", config.advantage)',
         '("prime.", "advantage", config.advantage, config.advantage)',
         [T_RUN + "keys_of_a_reward_model_that_is_not_used"],

@@ -2,10 +2,10 @@
 
 from tests.planted_faults.fault import Fault
 
-BASE, CLAMP, DRIFT, SPLITS, PROGRESS = (
-    f"entcov/{name}.py"
-    for name in ("studies/base", "studies/clamp", "studies/drift", "studies/splits", "rl/record/progress")
+BASE, CLAMP, DRIFT, SPLITS = (
+    f"entcov/studies/{name}.py" for name in ("base", "clamp_training", "drift_steps", "splits")
 )
+PROGRESS = "entcov/rl/record/progress.py"
 T_PARTS, T_CLAMP, T_DRIFT, T_SPLITS = (
     f"tests/studies/test_{name}.py::test_" for name in ("parts", "clamp", "drift", "splits")
 )

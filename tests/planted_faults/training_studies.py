@@ -9,6 +9,7 @@ PLAN, TRAINING, PROMPTS, LAW, RULES = (
 T_PLAN, T_TRAINING, T_PROMPTS, T_LAW = (
     f"tests/studies/test_{name}.py::test_" for name in ("plan", "training", "hard_prompts", "law_study")
 )
+MANY_ARMS = T_TRAINING + "many_arms_are_named_where_they_differ_from_their_baseline"
 
 FAULTS = (
     Fault(
@@ -93,9 +94,30 @@ FAULTS = (
     Fault(
         "every_arm_of_many_is_named",
         "entcov/studies/figures.py",
-        "thin = known if len(rows) > _NAMED else []",
-        "thin = []",
-        ["tests/studies/test_training.py::test_many_arms_are_named_where_they_differ_from_their_baseline"],
+        "    if len(rows) <= _NAMED:\n",
+        "    if True:\n",
+        [MANY_ARMS],
+    ),
+    Fault(
+        "the_overview_has_every_arm",
+        "entcov/studies/figures.py",
+        "for arm, runs in rows.items() if arm not in left_out",
+        "for arm, runs in rows.items()",
+        [MANY_ARMS],
+    ),
+    Fault(
+        "legends_of_long_names_are_wider_than_the_figure",
+        "entcov/report/plots.py",
+        "if columns == 1 or legend.get_window_extent().width < 0.98 * figure.bbox.width:",
+        "if True:",
+        ["tests/report/test_plots.py::test_the_legend_covers_no_panel_and_is_in_the_figure[20]"],
+    ),
+    Fault(
+        "the_overview_says_nothing_of_the_arms_that_it_leaves_out",
+        "entcov/studies/figures.py",
+        "    if left_out:\n",
+        "    if False:\n",
+        [MANY_ARMS],
     ),
     Fault(
         "each_policy_has_temperature_1_and_not_its_best",

@@ -49,6 +49,18 @@ def test_files_are_real_pictures(tmp_path):
         assert (colours[counts.argmax()] == 255).all()  # on white
 
 
+@pytest.mark.parametrize("count", [1, 4, 20])
+def test_the_legend_covers_no_panel_and_is_in_the_figure(count):
+    names = [f"positive_advantage_reweighting {i}" for i in range(count)]
+    for figure in build_figures({name: [run(i, steps=5), run(i, steps=5)] for i, name in enumerate(names)}).values():
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()][:count] == [f"{name} (2 seeds)" for name in names]
+        box, whole = legend.get_window_extent(), figure.bbox
+        assert all(box.y0 >= ax.get_tightbbox().y1 for ax in figure.axes)
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+
+
 def test_labels_and_units():
     figures = build_figures({"none": [run(0), run(1), run(2)], "clip_cov": run(3)})
     labels = {
@@ -65,10 +77,10 @@ def test_labels_and_units():
     assert labels["overview"] == [entropy, *labels["reward"], *labels["response_length"], (covariance, "nats")]
     for figure in figures.values():
         assert figure.axes[-1].get_xlabel() == "step"
-        texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        texts = [text.get_text() for text in figure.legends[0].get_texts()]
         assert texts[:2] == ["none (3 seeds)", "clip_cov"]
         assert figure.get_supxlabel().endswith("faint: every step; faint: the seeds")
-    reward = [text.get_text() for text in figures["reward"].axes[0].get_legend().get_texts()]
+    reward = [text.get_text() for text in figures["reward"].legends[0].get_texts()]
     assert reward[2:] == ["held-out accuracy, mean@1", "held-out accuracy, best@8"]
 
 

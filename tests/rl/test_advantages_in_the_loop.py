@@ -9,7 +9,7 @@ import torch
 
 from entcov.rl.batch import pack
 from entcov.rl.collect import Collector, pack_rollouts, unpack_rollouts
-from entcov.rl.config import parse_config
+from entcov.rl.load_config import parse_config
 from entcov.rl.loop import Loop
 from entcov.rl.types import Example, Prompt, Rollout
 from tests.support.list_batch import said

@@ -9,8 +9,9 @@ import yaml
 
 from entcov.objective.advantages import ADVANTAGES
 from entcov.objective.tokens import OBJECTIVE_KNOBS
-from entcov.rl.config import ConfigError, load_config, parse_config, save_config
 from entcov.rl.data.prompt_policy import PREPO
+from entcov.rl.load_config import load_config, parse_config, save_config
+from entcov.rl.recipe import ConfigError
 from entcov.rl.rewards.shaping import Overlong, Reactivate, RelativeLength
 from entcov.rl.run import for_sampling
 from tests.support.tiny_run import recipe

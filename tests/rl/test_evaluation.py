@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from entcov.rl.config import ConfigError, EvalConfig, SourceEvalConfig, parse_config
+from entcov.rl.config import EvalConfig, SourceEvalConfig
 from entcov.rl.evaluation import evaluate, format_table, response_entropy, summarize
+from entcov.rl.load_config import parse_config
+from entcov.rl.recipe import ConfigError
 from entcov.rl.types import Example, Prompt, Rollout
 from tests.support.tiny_run import recipe
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from entcov.rl.config import parse_config
+from entcov.rl.load_config import parse_config
 from entcov.rl.record import checkpoint, sealed
 from entcov.rl.run import train
 from tests.support.tiny_run import recipe, timeless, token_files

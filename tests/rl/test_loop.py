@@ -14,8 +14,9 @@ import torch
 from entcov.controls import Control, Progress, Shaping
 from entcov.diagnostics import ENTROPY_CHANGE
 from entcov.rl.collect import Collected, Collector, derived_seed
-from entcov.rl.config import EvalConfig, parse_config
+from entcov.rl.config import EvalConfig
 from entcov.rl.data.prompt_policy import Outcome, PromptPolicy
+from entcov.rl.load_config import parse_config
 from entcov.rl.loop import Loop
 from entcov.rl.rewards.shaping import Overlong, Reactivate
 from tests.support.list_batch import said

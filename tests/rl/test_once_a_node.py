@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from entcov.controls import Control, Shaping
-from entcov.rl.config import parse_config
 from entcov.rl.evaluation import response_entropy
+from entcov.rl.load_config import parse_config
 from entcov.rl.loop import Loop
 from entcov.rl.record.token_record import TokenRecord
 from tests.support.scripted_loop import Actor, Sampler, Stream, reward

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from entcov.rl.config import ConfigError, load_config, parse_config
+from entcov.rl.load_config import load_config, parse_config
 from entcov.rl.loop import Loop
+from entcov.rl.recipe import ConfigError
 from entcov.rl.record.checkpoint import load_latest
 from entcov.rl.run import evaluate_run, train
 from tests.support.tiny_run import recipe, timeless

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from entcov.rl.config import ConfigError, parse_config
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.data.tokenizer import char_tokenizer
+from entcov.rl.load_config import parse_config
+from entcov.rl.recipe import ConfigError
 from entcov.rl.record.checkpoint import list_steps, load_latest
 from entcov.rl.run import evaluate_run, train
 from tests.support.tiny_run import recipe, timeless, token_files

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from entcov.rl.backend import TransformersBackend
-from entcov.rl.config import ConfigError, parse_config
 from entcov.rl.hf.model import build_model
 from entcov.rl.hf.sampler import InProcessSampler
+from entcov.rl.load_config import parse_config
 from entcov.rl.loop import Loop
+from entcov.rl.recipe import ConfigError
 from entcov.rl.run import train
 from tests.support.tiny_run import recipe, timeless
 from tests.support.vllm_policies import vllm_sampler

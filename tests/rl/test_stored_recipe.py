@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from entcov.cli import main
-from entcov.rl.config import ConfigError, load_config, save_config
+from entcov.rl.load_config import load_config, save_config
+from entcov.rl.recipe import ConfigError
 from entcov.rl.run import train
 from entcov.rl.stored_recipe import check_same_recipe, load_run, store_recipe
 from tests.support.tiny_run import recipe

@@ -28,7 +28,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from entcov.objective.tokens import PolicyLossConfig
 from entcov.plan.model_shapes import PUBLISHED
-from entcov.rl.config import ActorConfig, MegatronConfig, load_config
+from entcov.rl.config import ActorConfig, MegatronConfig
+from entcov.rl.load_config import load_config
 from megatron_integration import cpu
 from megatron_integration.actor import MegatronActor
 from megatron_integration.bridge import build_model, make_bridge

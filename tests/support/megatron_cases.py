@@ -49,6 +49,7 @@ METHODS = {
         ("entropic", {"target": 0.5, "prob_threshold": 0.3}),
     ],
     "reference": [("sent", {"semantics": "paper", "low_entropy_ratio": 0.5, "kl_cov_ratio": 0.2, "ppo_kl_coef": 1.0})],
+    "ratios": [("entropy_ratio_clip", {"entropy_ratio_low": 0.03}), ("adaptive_clip", {"epsilon": 0.1})],
     "apply": [("entropy_advantage", {}), ("positive_advantage_reweighting", {"weight": 0.3}),
               ("difficulty_bonus", {"entropy_coef": 0.01})],
 }  # fmt: skip

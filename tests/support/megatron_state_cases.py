@@ -12,8 +12,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from entcov.rl.batch import pack
-from entcov.rl.config import ConfigError, RolloutConfig
+from entcov.rl.config import RolloutConfig
 from entcov.rl.data.tokenizer import load_tokenizer
+from entcov.rl.recipe import ConfigError
 from entcov.rl.sandbox.budget import Charge
 from megatron_integration.actor import MegatronActor
 from megatron_integration.bridge import save_hf

@@ -93,6 +93,7 @@ def make_tokens(seed=0, lengths=(5, 1, 7, 3, 4, 2), dtype=torch.float64):
         clamped_entropy=noise(1.0).abs(),
         ref_logprob=old + noise(0.5),
         rollout_logprob=old + noise(0.3),
+        old_entropy=noise(1.0).abs(),
     )
     for value in fields.values():
         value[~mask] = torch.nan

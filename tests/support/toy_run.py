@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from entcov.rl.backend import TransformersBackend, reference_policy
-from entcov.rl.config import Config, parse_config
+from entcov.rl.config import Config
 from entcov.rl.interfaces import Start
+from entcov.rl.load_config import parse_config
 from entcov.rl.record.checkpoint import save_checkpoint
 from entcov.rl.run import train
 from entcov.rl.types import Rollout

@@ -15,6 +15,9 @@ def aent():
 LAYOUT_CONTROLS = {
     "clip_cov and aent": lambda: [clip_cov(), aent()],
     "kl_cov and position_shaping": lambda: [make_control("kl_cov", kl_cov_ratio=0.1), make_control("position_shaping")],
+    "clip_cov and entropy_ratio_clip": lambda: [
+        clip_cov(), make_control("entropy_ratio_clip", entropy_ratio_low=1e-3, entropy_ratio_high=1e-3),
+    ],
     "high_entropy_tokens and clip_b": lambda: [
         make_control("high_entropy_tokens", top_entropy_quantile=0.5), make_control("clip_b", mu=0.5),
     ],

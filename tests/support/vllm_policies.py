@@ -6,8 +6,9 @@ import dataclasses
 
 import torch
 
-from entcov.rl.config import Config, ModelConfig, parse_config
+from entcov.rl.config import Config, ModelConfig
 from entcov.rl.hf.model import build_model
+from entcov.rl.load_config import parse_config
 from entcov.rl.types import Example, Prompt
 from tests.support.tiny_run import recipe
 

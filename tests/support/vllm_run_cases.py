@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from entcov.rl.config import parse_config
+from entcov.rl.load_config import parse_config
 from entcov.rl.record.metrics import read_metrics
 from entcov.rl.run import evaluate_run, train
 from tests.support.tiny_run import recipe, timeless

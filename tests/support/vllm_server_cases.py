@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from entcov.rl.config import parse_config
+from entcov.rl.load_config import parse_config
 from entcov.rl.run import train
 from entcov.rl.vllm.guard import ROUTES
 from entcov.rl.vllm.token import VARIABLE, client_token

@@ -27,6 +27,8 @@ VERLS_KNOBS = {
 VERLS_KEYS = {
     "clip_low": "clip_ratio_low", "clip_high": "clip_ratio_high", "dual_clip": "clip_ratio_c", "kl_coef": "kl_loss_coef"
 }  # fmt: skip
+# Knobs of an objective that have a key of verl's.
+ACTORS_KNOBS = ("clip_low", "clip_high", "dual_clip", "tau_pos", "tau_neg", "dro_beta")
 
 
 @dataclass
@@ -38,9 +40,10 @@ class PolicyLossConfig(verls.PolicyLossConfig):
     loss_mode  "entcov": the controls of `controls` or of `preset`; "entcov_<control>": that one
     controls   knobs by the control's name, such as {"clip_cov": {"clip_cov_ratio": 1e-3}, "aent": {}}; a knob that is
                not named has the control's default
-    preset     a published setting (docs/methods.md) in place of `controls`. Its clip is the actor's: other values in
-               clip_ratio_low, clip_ratio_high are an error.
-    objective  "ppo" or another one of entcov/objective/objectives.py, with the clip and tau_* of the actor
+    preset     a published setting (docs/methods.md) in place of `controls`, with its objective. Its clip is the
+               actor's: other values in clip_ratio_low, clip_ratio_high are an error.
+    objective  "ppo" or another one of entcov/objective/objectives.py, with the actor's clip and tau_*, and dro_beta
+    objective_knobs  what verl has no key for, such as {"ce_gppo_beta1": 0.5}
 
     Raises: ValueError or TypeError, when it is made, for an unknown control or knob, a value out of its range, and
         controls that make no sense together; RuntimeError where the plug-in could not hook into verl.
@@ -50,6 +53,7 @@ class PolicyLossConfig(verls.PolicyLossConfig):
     controls: dict[str, Any] = field(default_factory=dict)
     preset: Optional[str] = None  # noqa: UP045  omegaconf reads the annotation
     objective: str = "ppo"
+    objective_knobs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not is_entcov(self.loss_mode):
@@ -74,7 +78,13 @@ def controls_of(policy_loss: verls.PolicyLossConfig) -> list[Control]:
                 f"loss_mode={policy_loss.loss_mode} and controls for {', '.join(entries) or 'nothing'}"
             )
         check.one_of(f"{AT}.policy_loss.preset", named, PUBLISHED)
-        entries = {name: preset(named)["controls"].get(name) for name in preset(named)["control"]} or {"none": None}
+        setting = preset(named)
+        if "advantage" in setting:
+            raise ValueError(
+                f"{AT}.policy_loss.preset={named} cannot be had: it sets the advantage {setting['advantage']}, and "
+                "verl's trainer computes the advantages (algorithm.adv_estimator)"
+            )
+        entries = {name: setting["controls"].get(name) for name in setting["control"]} or {"none": None}
     elif policy_loss.loss_mode != MODE:
         name = policy_loss.loss_mode.removeprefix(f"{MODE}_")
         check.one_of(f"the control in {AT}.policy_loss.loss_mode={policy_loss.loss_mode}", name, CONTROLS)
@@ -108,14 +118,15 @@ def loss_of(actor: verls.ActorConfig) -> Loss:
 
     Raises: ValueError that names the actor's key.
     """
-    objective, norm = actor.policy_loss.get("objective", "ppo"), "seq-mean-token-sum-norm"
+    objective, own = _objective_of(actor.policy_loss)
+    norm = "seq-mean-token-sum-norm"
     knobs = {
         "clip_low": actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
         "clip_high": actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
         "dual_clip": actor.clip_ratio_c,
         "tau_pos": actor.tau_pos,
         "tau_neg": actor.tau_neg,
-    }
+    } | own
     if actor.loss_agg_mode == norm and actor.loss_scale_factor is None:
         raise ValueError(
             f"{AT}.loss_scale_factor must be set with loss_agg_mode={norm}, to data.max_response_length for verl's "
@@ -126,7 +137,7 @@ def loss_of(actor: verls.ActorConfig) -> Loss:
             aggregation=actor.loss_agg_mode,
             max_response_length=actor.loss_scale_factor if actor.loss_agg_mode == norm else None,
             objective=objective,
-            **{name: float(knobs[name]) for name in OBJECTIVE_KNOBS[objective]},
+            **{name: knobs[name] for name in OBJECTIVE_KNOBS[objective] if name in knobs},
         )
     except (TypeError, ValueError) as error:
         message = str(error)
@@ -137,10 +148,39 @@ def loss_of(actor: verls.ActorConfig) -> Loss:
     return made
 
 
+def _objective_of(policy_loss: verls.PolicyLossConfig) -> tuple[str, dict[str, Any]]:
+    """The objective, and those of its knobs that are not the actor's."""
+    objective, own = policy_loss.get("objective", "ppo"), dict(policy_loss.get("objective_knobs") or {})
+    published = _published_loss(policy_loss)
+    if "objective" in published:
+        if objective not in ("ppo", published["objective"]):
+            raise ValueError(
+                f"{AT}.policy_loss.objective must be {published['objective']} with preset={policy_loss.preset}, got "
+                f"{objective}"
+            )
+        objective = published["objective"]
+        own = {name: value for name, value in published.items() if name not in VERLS_KEYS and name != "objective"} | own
+    known = [name for name in OBJECTIVE_KNOBS[objective] if name not in ACTORS_KNOBS]
+    for name in own:
+        if name not in known:
+            raise ValueError(
+                f"{AT}.policy_loss.objective_knobs must hold knobs of objective {objective} that verl has no key for: "
+                f"{', '.join(known) or 'it has none'}; got {name}"
+            )
+    return objective, {"dro_beta": policy_loss.dro_beta} | own
+
+
+def _published_loss(policy_loss: verls.PolicyLossConfig) -> dict[str, Any]:
+    """The keys of the loss that the preset sets."""
+    name = policy_loss.get("preset")
+    return {} if name is None else preset(name).get("loss", {})
+
+
 def _check_published(actor: verls.ActorConfig) -> None:
-    name = actor.policy_loss.get("preset")
-    published = preset(name).get("loss", {}) if name is not None else {}
+    name, published = actor.policy_loss.get("preset"), _published_loss(actor.policy_loss)
     for ours, value in published.items():
+        if ours not in VERLS_KEYS:
+            continue
         got = actor.get(VERLS_KEYS[ours])
         if ours == "kl_coef" and not actor.use_kl_loss:
             got = 0.0

@@ -14,8 +14,8 @@ from verl.utils.device import get_device_id
 from verl.utils.metric.utils import AggregationType, Metric
 
 from entcov import arguments as check
-from entcov.controls import Control
 from entcov.integrations.controlled_loss import ControlledLoss, Update, entcov_names
+from entcov.integrations.remembered import decides
 from entcov.integrations.verl.config import AT, RolloutWeights, controls_of, loss_of
 from entcov.integrations.verl.loss import using
 from entcov.integrations.verl.rollout import Rollout, Scored, output_column, response_column, taken
@@ -46,7 +46,7 @@ class Training:
         controls = [*controls_of(actor.policy_loss), self.weights]
         self.controlled = ControlledLoss(controls, loss_of(actor), group=engine.get_data_parallel_group())
         # Whether a control's `begin` sees the rollout; `begins` is true for controllers of its means too.
-        self.decides = any(type(one).begin is not Control.begin or one.scope == "rollout" for one in controls)
+        self.decides = any(map(decides, controls))
         self.has_outputs: bool = engine.has_outputs
         self.needs = self.controlled.needs
         self.steps, self.step = steps, 0  # of the run, and done

@@ -20,12 +20,13 @@ from entcov import arguments as check
 from entcov.rl.backend import TransformersBackend
 from entcov.rl.batch import micro_batches
 from entcov.rl.collect import derived_seed
-from entcov.rl.config import Config, ConfigError
+from entcov.rl.config import Config
 from entcov.rl.data.kmeans import nearest_members
 from entcov.rl.data.stream import PromptStream, write_rows
 from entcov.rl.hf.model import forward
 from entcov.rl.interfaces import Sampler
 from entcov.rl.loop import Loop
+from entcov.rl.recipe import ConfigError
 from entcov.rl.record.checkpoint import load_checkpoint
 from entcov.rl.record.durable import atomic_write, make_folder
 from entcov.rl.rewards.rules import RewardFunction, final_answer

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from entcov import arguments as check
 from entcov.rl.batch import IGNORE_INDEX, Batch
-from entcov.rl.config import ActorConfig, ConfigError, ModelConfig
+from entcov.rl.config import ActorConfig, ModelConfig
 from entcov.rl.hf.model_config import model_settings, model_tokenizer
 from entcov.rl.hf.packed_attention import boundaries, keeps_apart, use_boundaries
+from entcov.rl.recipe import ConfigError
 from entcov.rl.record.durable import as_os_error
 from entcov.stats.linear_token_stats import linear_token_stats
 from entcov.stats.token_stats import TokenStats, token_stats

@@ -19,8 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from entcov import arguments as check
-from entcov.rl.config import ConfigError, ModelConfig
+from entcov.rl.config import ModelConfig
 from entcov.rl.data.tokenizer import load_tokenizer
+from entcov.rl.recipe import ConfigError
 
 # Keys that every configuration may hold without declaring them. Most attention layers read head_dim if there is one.
 _GENERIC = {"head_dim", "name_or_path", "_name_or_path", "num_labels", "output_attentions", "per_layer_config"}

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from entcov.rl.config import Config, ConfigError
+from entcov.rl.config import Config
+from entcov.rl.recipe import ConfigError
 from entcov.rl.record.checkpoint import Checkpoint, list_steps, load_checkpoint, load_latest
 from entcov.rl.record.durable import atomic_write, clear_leftovers, locked, make_folder
 from entcov.rl.record.metrics import has_rows

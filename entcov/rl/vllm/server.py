@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from entcov.rl.config import Config, ConfigError, load_config
+from entcov.rl.config import Config
 from entcov.rl.hf.model import build_model
+from entcov.rl.load_config import load_config
+from entcov.rl.recipe import ConfigError
 from entcov.rl.vllm.engine import engine_arguments, save_configuration
 from entcov.rl.vllm.guard import ARGUMENTS
 from entcov.rl.vllm.token import VARIABLE, server_token

@@ -16,7 +16,8 @@ from tests.integrations.verl.worker import (
 )
 
 # `begin` decides: clip_b, positive_advantage_reweighting. `select`: clip_cov, kl_cov, entropic. `apply` alone:
-# entropy_bonus. `after_update`: adaptive_bonus by TRL's rule, entropic. `after_step`: aent, ..._reweighting.
+# entropy_bonus; entropy_ratio_clip, which is given the rollout's entropies. `after_update`: adaptive_bonus by TRL's
+# rule, entropic. `after_step`: aent, ..._reweighting.
 CONTROLS = {
     "clip_cov": {"clip_cov_ratio": 0.1, "clip_cov_lb": 0.01, "clip_cov_ub": 50.0},
     "kl_cov": {"kl_cov_ratio": 0.1, "ppo_kl_coef": 1.0},
@@ -25,9 +26,10 @@ CONTROLS = {
     "adaptive_bonus": {"rule": "trl", "target": 4.0, "entropy_coef": 0.01},
     "aent": {"warmup": 0, "entropy_coef": 5e-3},
     "clip_b": {"mu": 0.5},
+    "entropy_ratio_clip": {"entropy_ratio_low": 1e-3, "entropy_ratio_high": 1e-3},
     "positive_advantage_reweighting": {"weight": 0.3, "target": 4.0},
 }
-IN_MEGATRON = ("clip_cov", "entropic", "aent", "clip_b")
+IN_MEGATRON = ("clip_cov", "entropic", "aent", "clip_b", "entropy_ratio_clip")
 SHUFFLED = [3, 6, 0, 2, 7, 1, 5, 4]
 ROLLOUTS = 2
 

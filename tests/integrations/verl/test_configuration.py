@@ -101,6 +101,30 @@ def test_another_objective():
     assert loss_of(actor_of(*keys, f"+{ACTOR}.policy_loss.objective=cispo")).objective == "cispo"
     sapo = loss_of(actor_of(*keys, f"+{ACTOR}.policy_loss.objective=sapo", f"{ACTOR}.tau_neg=1.2"))
     assert sapo.tau_neg == 1.2 and sapo.dual_clip is None
+    with pytest.raises(ValueError, match=f"{ACTOR}: dro_beta must be given for objective dro, got None"):
+        loss_of(actor_of(*keys, f"+{ACTOR}.policy_loss.objective=dro"))
+    dro = loss_of(actor_of(*keys, f"+{ACTOR}.policy_loss.objective=dro", f"{ACTOR}.policy_loss.dro_beta=0.3"))
+    assert dro.dro_beta == 0.3
+
+
+def test_knobs_of_an_objective_that_verl_has_no_key_for():
+    from entcov.integrations.verl.config import loss_of
+
+    keys = [OURS, f"{ACTOR}.policy_loss.loss_mode=entcov_none"]
+    at = f"+{ACTOR}.policy_loss.objective"
+    assert loss_of(actor_of(*keys, f"{at}=vespo")).vespo_k_pos == 2.0
+    gppo = loss_of(actor_of(*keys, f"{at}=ce_gppo", f"{at}_knobs.ce_gppo_beta1=0.5", f"{ACTOR}.clip_ratio_c=10"))
+    assert (gppo.objective, gppo.ce_gppo_beta1, gppo.ce_gppo_beta2, gppo.dual_clip) == ("ce_gppo", 0.5, 1.0, 10.0)
+    for objective, name, known in (
+        ("ce_gppo", "beta1", "ce_gppo_beta1, ce_gppo_beta2"),
+        ("ppo", "tau_pos", "it has none"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"objective_knobs must hold knobs of objective {objective} .*{known}; got {name}"
+        ):
+            loss_of(actor_of(*keys, f"{at}={objective}", f"{at}_knobs.{name}=0.5"))
+    with pytest.raises(ValueError, match=f"{ACTOR}: ce_gppo_beta1 must be in"):
+        loss_of(actor_of(*keys, f"{at}=ce_gppo", f"{at}_knobs.ce_gppo_beta1=-1"))
 
 
 def test_published_presets():
@@ -111,6 +135,16 @@ def test_published_presets():
     actor = actor_of(*keys, f"+{ACTOR}.policy_loss.preset=clip_cov", *clip)
     assert controls(actor)["clip_cov"].clip_cov_ratio == 2e-4 and loss_of(actor).clip_low == 1.0
     assert controls(actor_of(*keys, f"+{ACTOR}.policy_loss.preset=clip_higher")) == {}
+    gppo = [f"+{ACTOR}.policy_loss.preset=ce_gppo", f"{ACTOR}.clip_ratio_c=10.0"]
+    loss = loss_of(actor_of(*keys, *gppo))
+    assert (loss.objective, loss.ce_gppo_beta1, loss.clip_high, loss.dual_clip) == ("ce_gppo", 0.75, 0.2, 10.0)
+    assert (
+        loss_of(actor_of(*keys, *gppo, f"+{ACTOR}.policy_loss.objective_knobs.ce_gppo_beta1=0.5")).ce_gppo_beta1 == 0.5
+    )
+    with pytest.raises(ValueError, match="policy_loss.objective must be ce_gppo with preset=ce_gppo, got cispo"):
+        loss_of(actor_of(*keys, *gppo, f"+{ACTOR}.policy_loss.objective=cispo"))
+    with pytest.raises(Exception, match="preset=qae cannot be had: it sets the advantage qae, and verl's trainer"):
+        actor_of(*keys, f"+{ACTOR}.policy_loss.preset=qae")
     for preset, key in (("clip_cov", "clip_ratio_low must be 1 "), ("sent", "kl_loss_coef must be 0.001 and use_kl_")):
         with pytest.raises(ValueError, match=f"{ACTOR}.{key}.*with policy_loss.preset={preset}"):
             loss_of(actor_of(*keys, f"+{ACTOR}.policy_loss.preset={preset}"))

@@ -13,9 +13,9 @@ pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
 from entcov.cli import main  # noqa: E402
-from entcov.rl.config import load_config  # noqa: E402
 from entcov.rl.data.prepare import EVAL_SETS, SOURCES, STYLES, TEMPLATES, plain_answer, prepare  # noqa: E402
 from entcov.rl.data.stream import load_rows  # noqa: E402
+from entcov.rl.load_config import load_config  # noqa: E402
 from entcov.rl.rewards.rules import score  # noqa: E402
 
 BEFORE, AFTER = TEMPLATES["dapo"]

@@ -11,7 +11,6 @@ import torch
 
 from entcov.cli import main
 from entcov.rl.collect import derived_seed
-from entcov.rl.config import parse_config
 from entcov.rl.data.kmeans import kmeans, nearest_members, squared_distances
 from entcov.rl.data.rank import (
     Sample,
@@ -24,6 +23,7 @@ from entcov.rl.data.rank import (
 from entcov.rl.data.stream import PromptStream, load_rows, raw_rows, write_rows
 from entcov.rl.data.tokenizer import char_tokenizer
 from entcov.rl.hf.model import build_model
+from entcov.rl.load_config import parse_config
 from entcov.rl.tasks.base import make_task
 from entcov.rl.types import Example, Prompt, Rollout
 from tests.support.tiny_run import prompts, recipe

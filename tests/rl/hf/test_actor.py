@@ -30,6 +30,10 @@ CONTROLS = {
     "steered": [
         ("entropic", {"target": 1.0, "prob_threshold": 0.3}), ("high_entropy_tokens", {"top_entropy_quantile": 0.3}),
     ],
+    "clips": [
+        ("entropy_ratio_clip", {"entropy_ratio_low": 0.004, "entropy_ratio_high": 0.006}),
+        ("adaptive_clip", {"epsilon": 0.01, "step_size": 0.01, "target": 9.0}),
+    ],
     "composed": [("clip_cov", {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.1}), ("entropy_bonus", {"entropy_coef": 0.01})],
 }  # fmt: skip
 
@@ -112,6 +116,20 @@ def test_the_entropy_change_is_measured_before_the_tokens_own_update(rolled_out)
     assert [found[name] for name in ENTROPY_CHANGE] == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_entropy_of_the_rollout_is_what_a_token_is_compared_with(rolled_out):
+    """Nothing is stopped in the first update; in the second what an own comparison of entropies says."""
+    model, batch = rolled_out
+    actor = actor_for(model, [("entropy_ratio_clip", {})], micro_batch_tokens=100)
+    batch = copy.copy(batch)
+    batch.assign_scores(actor.compute_logprobs(batch), actor.weight_version)
+    assert actor.update(batch, step=1)["actor/entropy_ratio_clipfrac"] == 0
+    ratio = (actor.compute_logprobs(batch)["entropy"] / batch.entropy)[batch.loss_mask]
+    outside = (ratio <= 0.95) | (ratio >= 1.05)
+    assert 0 < outside.sum() < len(outside)
+    found = actor.update(batch, step=1)["actor/entropy_ratio_clipfrac"]
+    assert found == pytest.approx(float(outside.double().mean()), abs=1e-9)
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 def test_no_division_of_the_mini_batch_changes_the_update(rolled_out, name):
     model, batch = rolled_out
@@ -128,6 +146,10 @@ def test_no_division_of_the_mini_batch_changes_the_update(rolled_out, name):
         if reference is None:
             reference = metrics, weights
             assert any(not torch.equal(w, p) for w, p in zip(weights, model.parameters(), strict=True))
+            if name == "clips":  # both act on some tokens of the second update
+                assert all(
+                    0 < metrics[1][f"actor/{key}"] < 1 for key in ("entropy_ratio_clipfrac", "adaptive_clipfrac")
+                )
             continue
         for got, want in zip(weights, reference[1], strict=True):
             torch.testing.assert_close(got, want, atol=2e-6, rtol=0)

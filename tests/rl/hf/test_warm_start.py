@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from entcov.rl.config import ActorConfig, ModelConfig, WarmStartConfig, parse_config
+from entcov.rl.config import ActorConfig, ModelConfig, WarmStartConfig
 from entcov.rl.data.stream import PromptStream
 from entcov.rl.data.tokenizer import encode
 from entcov.rl.hf.model import build_model
 from entcov.rl.hf.warm_start import warm_start
+from entcov.rl.load_config import parse_config
 from tests.support.tiny_run import RECIPE, recipe
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from entcov.rl.config import parse_config
+from entcov.rl.load_config import parse_config
 from entcov.rl.loop import Loop
 from entcov.rl.record.progress import PLAIN_SECONDS, Progress, RunsProgress, duration, sparkline
 from tests.support.scripted_loop import Actor, Sampler, Stream, reward

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from entcov.cli import main
-from entcov.rl.config import ConfigError, load_config, parse_config
+from entcov.rl.load_config import load_config, parse_config
+from entcov.rl.recipe import ConfigError
 from entcov.rl.record import run_folder
 from entcov.rl.record.checkpoint import list_steps, load_latest
 from entcov.rl.record.metrics import read_metrics

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from entcov.controls import Selection
 from entcov.rl.batch import pack
-from entcov.rl.config import parse_config
 from entcov.rl.data.tokenizer import char_tokenizer
+from entcov.rl.load_config import parse_config
 from entcov.rl.loop import Loop
 from entcov.rl.record import token_record
 from entcov.rl.record.token_record import KEPT, TokenRecord, Watched, choose, is_kept, prompt_key, token_texts
