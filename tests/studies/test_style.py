@@ -219,7 +219,7 @@ def run_of(rewards, share, *, first=8, start_share=0.2, held_out=0.3):
     return rows
 
 
-RISING = [0.0] * 9 + [0.5] * 11
+RISING = [0.4] * 9 + [1.0] * 11
 FLAT = [0.1] * 20
 
 
@@ -231,9 +231,9 @@ def test_phases_are_parted_where_the_file_changes(plan):
 
 def test_values_of_a_run(plan):
     found = values_of(plan, run_of(RISING, 0.9), "direct")
-    assert found["steps"] == 11 and found["reached"] == 1  # steps 8 to 11 are the first four with a mean of 0.25
+    assert found["steps"] == 12 and found["reached"] == 1  # steps 9 to 12 are the first four with a mean of 0.8 or more
     assert found["reward_1"] == pytest.approx(0.6) and found["top_1"] == pytest.approx(0.9)
-    assert found["reward_start"] == 0 and found["reward_2"] == 0.5
+    assert found["reward_start"] == pytest.approx(0.4) and found["reward_2"] == 1
     assert found[f"{LONG}/mean@4"] == 0.3
     never = values_of(plan, run_of(FLAT, 0.9, first=0), "direct")
     assert never["steps"] == 20 and never["reached"] == 0 and "reward_1" not in never
@@ -260,9 +260,9 @@ def test_a_style_that_is_settled_on_and_useless_is_said_to_be(plan):
     assert found.values["preferred"] == "direct"
     assert "share of direct rises (+0.720 ± 0.020), and is 0.920 ± 0.020 at its end" in found.statements[0]
     assert "the preferred style is the worse one" in found.statements[1]
-    assert "0.00 ± 0.00 of the runs reach a reward of 0.25" in found.statements[2]
+    assert "0.00 ± 0.00 of the runs reach a reward of 0.8" in found.statements[2]
     (about,) = (line for line in found.statements if line.startswith("none against long_alone"))
-    assert "held-out long sums lower (-0.600" in about and "steps of phase 2 until a reward of 0.25 higher" in about
+    assert "held-out long sums lower (-0.600" in about and "steps of phase 2 until a reward of 0.8 higher" in about
     assert "held-out short sums" not in about  # was not evaluated
     shares = {(arm, when): cells for arm, when, *cells in found.tables[2].rows}
     assert shares["none", "phase 1, end"][KINDS.index("direct")] == "0.92"
