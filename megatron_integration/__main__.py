@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from entcov.cli import add_debug, add_train_and_eval, run_command
+from entcov.cli.command_line import add_debug, run_command
+from entcov.cli.training import add_train_and_eval
 from entcov.rl.config import Config
 from entcov.rl.interfaces import Backend
 from entcov.rl.recipe import ConfigError

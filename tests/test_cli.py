@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from entcov.cli import explain, main
+from entcov.cli import main
+from entcov.cli.command_line import explain
 from entcov.rl.recipe import ConfigError
 from tests.support.tiny_run import recipe
 

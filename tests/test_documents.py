@@ -15,7 +15,9 @@ from torch import nn
 
 import entcov
 from benchmarks.__main__ import _parser as benchmarks_parser
-from entcov import PolicyLossConfig, Tokens, Totals, cli, policy_loss, token_stats
+from entcov import PolicyLossConfig, Tokens, Totals, policy_loss, token_stats
+from entcov.cli import make_parser
+from entcov.cli.command_line import parse
 from entcov.controls import make_control, select
 from entcov.integrations.controlled_loss import ControlledLoss
 from entcov.rl.load_config import load_config
@@ -88,11 +90,11 @@ def test_commands_are_understood(module, words):
         pytest.importorskip("megatron.core")
         from megatron_integration.__main__ import _parser as parser
     else:
-        parser = {"entcov": cli._parser, "benchmarks": lambda: benchmarks_parser(words)}[module]
+        parser = {"entcov": make_parser, "benchmarks": lambda: benchmarks_parser(words)}[module]
     told = StringIO()
     try:
         with redirect_stderr(told):
-            args = cli.parse(parser(), words)
+            args = parse(parser(), words)
     except SystemExit:
         raise AssertionError(told.getvalue()) from None
     recipe = getattr(args, "recipe", None)

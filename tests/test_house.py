@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLAT = {  # files of entcov/ itself, and the room that they are taken for
     "arguments": "shared", "intervals": "shared", "law": "shared", "registry": "shared", "diagnostics": "objective",
     "_cpu": "ops", "_cuda": "ops",
-    "cli": "cli", "__main__": "cli",
+    "__main__": "cli",
 }  # fmt: skip
 MAY_IMPORT = {
     "shared": "",

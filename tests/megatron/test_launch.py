@@ -157,7 +157,7 @@ def test_the_plan_command(capsys):
     assert "Does not fit:" in shown and "What would make it fit" in shown and "optimizer_offload=1.0" in shown
     for arguments, message in (
         (["plan", recipe, "--gpu", "v100"], "--gpu: must be one of a100, h100, h200, b200, got 'v100'"),
-        (["plan", recipe, "--gpus", "0"], "--gpus: must be >= 1, got 0"),
+        (["plan", recipe, "--gpus", "0"], "--gpus: must be at least 1, got 0"),
         (["plan", recipe, "--gpu-memory", "80"], "a memory size must be a number above 0 with GiB"),
         (["plan", recipe, "--mean-response", "9000"], "must be in [1, rollout.max_response_length = 8192], got 9000"),
         (["plan", recipe, "actor.backend=transformers"], "plan: is about actor.backend=megatron, got 'transformers'"),
