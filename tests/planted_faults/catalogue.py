@@ -2,6 +2,7 @@
 
 from tests.planted_faults import (
     advantages,
+    command_line,
     confinement,
     controls,
     data_level,
@@ -34,6 +35,7 @@ FAULTS = (
     *data_level.FAULTS,
     *storage.FAULTS,
     *confinement.FAULTS,
+    *command_line.FAULTS,
     *statistics.FAULTS,
     *megatron.FAULTS,
     *prime.FAULTS,
