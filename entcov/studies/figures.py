@@ -59,12 +59,22 @@ def pass_at_k(rows: Rows, comparison: Comparison) -> Figure:
 
 
 def overview(rows: Rows, comparison: Comparison) -> Figure:
-    """Entropy, reward, response length and covariance over the steps, without the arms that have no names."""
+    """Entropy, reward, response length and covariance over the steps, without the arms that have no names.
+
+    Of the evaluations, that of the held-out prompts: a study evaluates training prompts too, as the source "seen"."""
     left_out = _unnamed(rows, comparison)
-    figure = build_figures({arm: list(runs.values()) for arm, runs in rows.items() if arm not in left_out})["overview"]
+    shown = {arm: [_held_out(run) for run in runs.values()] for arm, runs in rows.items() if arm not in left_out}
+    figure = build_figures(shown)["overview"]
     if left_out:
         figure.text(0.01, 0.008, f"without {_NOT_TOLD.format(len(left_out))} in pass@k", fontsize=8, color="#555555")
     return figure
+
+
+def _held_out(run: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in row.items() if not key.startswith("val-core/") or "/held_out/" in key}
+        for row in run
+    ]
 
 
 def _unnamed(rows: Rows, comparison: Comparison) -> list[str]:

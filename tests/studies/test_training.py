@@ -124,6 +124,15 @@ def test_figures_show_the_curves_and_the_differences(plan):
     assert panel.containers[0].lines[0].get_xdata() == pytest.approx([0.1])
 
 
+def test_accuracies_of_training_prompts_are_not_drawn_as_held_out(plan):
+    rows = rows_of(0.2)
+    rows[-1] |= {f"{HELD_OUT.replace('held_out', 'seen')}/mean@4": 0.8}
+    plan = replace(plan, seeds=(11,), arms={"none": {}}, baselines={})
+    figure = evaluate(plan, {"none": {11: rows}}, {}, {}).figures["overview"]
+    lines = {line.get_gid(): line.get_ydata() for ax in figure.axes for line in ax.get_lines()}
+    assert lines["mean@4:none"] == pytest.approx([0.2])
+
+
 def test_many_arms_are_named_where_they_differ_from_their_baseline(plan):
     def run(value):
         return [row | {f"{HELD_OUT}/pass@{k}": value * k for k in (1, 16)} for row in rows_of(value)]
