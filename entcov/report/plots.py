@@ -116,15 +116,12 @@ def build_figures(runs: Mapping[str, Rows | Sequence[Rows]]) -> dict[str, Figure
     for ax, name in zip(axes, _PANELS, strict=True):
         if name in present:
             notes.append(_draw(ax, present[name][0], seeds))
-            points = _legend(seeds, present[name][:1])[len(seeds) :]
-            if points:
-                ax.legend(handles=points, fontsize=9, frameon=False)
         else:
             ax.set_title(_PANELS[name][0].title, loc="left")
             ax.text(0.5, 0.5, f"{_PANELS[name][0].key}:\nno values", ha="center", va="center", transform=ax.transAxes)
     for ax in axes[2:]:
         ax.set_xlabel("step")
-    _legend_above(overview, _legend(seeds, []))
+    _legend_above(overview, _legend(seeds, [panels[0] for panels in present.values()]))
     _caption(overview, seeds, notes)
     return figures | {"overview": overview}
 
